@@ -1,0 +1,589 @@
+"""The public operations on logits, labels, images and gradients.
+
+Shapes and types, the same everywhere:
+
+* logits [N, C, h, w], float32, bfloat16, float16 or float64, before softmax, any strides. Where (h, w) differs
+  from the labels' (H, W), the operation includes bilinear resampling, exactly
+  `F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=align_corners)` in float32 (float64 for
+  float64 logits).
+* labels [N, H, W], int64, int32, int16 or uint8: a class in [0, C), or `ignore_index`. Classification is
+  logits [N, C] with labels [N]; what is [N, H, W] below is then [N].
+* Floating results are float32 (float64 for float64 logits); gradients have the logits' dtype and shape.
+* `valid` means labels != ignore_index; n_v is the number of valid pixels of an image. An image, or a batch,
+  without a valid pixel has gain, loss and gradient 0.
+* The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
+
+A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would
+stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too).
+
+None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .ops import library
+from .ops.autograd import AveragedGain, CrossEntropy, PixelMargin, WeightedLoss
+from .ops.common import check_labels, compute_dtype, synchronous_checks
+
+__all__ = [
+    "argmax_labels",
+    "averaged_gain",
+    "confusion_matrix",
+    "cospgd_loss",
+    "cross_entropy",
+    "gain_and_grad",
+    "l1_norm",
+    "loss_and_grad",
+    "newton_step",
+    "pixel_margin",
+    "segpgd_loss",
+    "sign_step",
+]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LABELS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_MAX_CLASSES = 32767
+
+Reduction = Literal["mean", "image", "sum", "none"]
+Loss = Literal["cross_entropy", "segpgd", "cospgd"]
+
+
+# --- margins ----------------------------------------------------------------------------------------------------
+
+
+def pixel_margin(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False
+) -> Tensor:
+    """Logit margin of every pixel: g_j = z_{j,y} - max_{i != y} z_{j,i}; 0 at ignored pixels.
+
+    Positive where the pixel is classified correctly. Differentiable: +1 at the label, -1 at the runner-up.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+
+    Returns:
+        [N, H, W] (or [N]), float32 or float64.
+
+    Equivalent to::
+
+        z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+        y = labels.where(labels != ignore_index, 0).long().unsqueeze(1)
+        margin = z.gather(1, y) - z.scatter(1, y, -torch.inf).amax(1, keepdim=True)
+        margin.squeeze(1).where(labels != ignore_index, 0)
+
+    Source: Wiens & Hammer 2022, eq. 14 (doi 10.5220/0010788400003122).
+    """
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    return _as_given(PixelMargin.apply(logits4, labels3, ignore_index, align_corners), labels)
+
+
+def averaged_gain(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False
+) -> Tensor:
+    """Mean logit margin of an image over its valid pixels: gbar = (1 / n_v) sum_j g_j.
+
+    Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+
+    Returns:
+        [N], float32 or float64.
+
+    Equivalent to::
+
+        valid = labels != ignore_index
+        pixel_margin(logits, labels).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+    Source: Wiens & Hammer 2022, eq. 17.
+    """
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    gain_sum, n_valid = AveragedGain.apply(logits4, labels3, ignore_index, align_corners)
+    return _quotient(gain_sum, n_valid)
+
+
+def gain_and_grad(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the margins of each image and its gradient with respect to the logits, in one pass.
+
+    What an attack uses: the logits are read once and the gradient is written once. Results are detached.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+
+    Returns:
+        gain_sum [N], float32 or float64; n_valid [N], int64; grad, of the logits' dtype and shape.
+
+    Equivalent to::
+
+        gain_sum = pixel_margin(logits, labels).sum((1, 2))
+        n_valid = (labels != ignore_index).sum((1, 2))
+        (grad,) = torch.autograd.grad(gain_sum.sum(), logits)
+
+    Source: Wiens & Hammer 2022, eqs. 14 and 17.
+    """
+    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    gain_sum, n_valid, grad = library.gain_and_grad(logits4, labels3, ignore_index, align_corners)
+    return gain_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """Cross-entropy CE_j = log sum_i exp(z_{j,i}) - z_{j,y}, times weight[y] where class weights are given.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+        weight: [C] floating point class weights.
+        reduction: "mean", over the valid pixels of the batch, divided by the sum of their weights; "image", the
+            same for each image; "sum"; "none". Without a valid pixel "mean" and "image" are 0 (PyTorch: NaN).
+
+    Returns:
+        a scalar ("mean", "sum"), [N] ("image") or [N, H, W] ("none"), float32 or float64.
+
+    Equivalent to::
+
+        z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+        F.cross_entropy(z, labels.long(), weight=weight, ignore_index=ignore_index, reduction=reduction)
+    """
+    if reduction not in ("mean", "image", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r} is not one of 'mean', 'image', 'sum', 'none'")
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    if weight is not None:
+        _check_class_weight(weight, logits)
+        weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
+    loss, weight_sum = CrossEntropy.apply(
+        logits4, labels3, weight, ignore_index, align_corners, reduction == "none"
+    )
+    if reduction == "none":
+        return _as_given(loss, labels)
+    if reduction == "image":
+        return _quotient(loss, weight_sum)
+    return loss.sum() if reduction == "sum" else _quotient(loss.sum(), weight_sum.sum())
+
+
+def segpgd_loss(
+    logits: Tensor,
+    labels: Tensor,
+    step: int,
+    steps: int,
+    *,
+    targeted: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """SegPGD's loss of each image: (1 / n_v) sum_j w_j CE_j, with no gradient through w.
+
+    w_j = 1 - lambda where pixel j is classified correctly, lambda where not; lambda = step / (2 * steps) with
+    step = 0 ... steps - 1. Targeted swaps the two weights.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+        step, steps: the current step, counted from 0, and their number.
+
+    Returns:
+        [N], float32 or float64.
+
+    Equivalent to::
+
+        lam = step / (2 * steps)
+        w = torch.where((z.argmax(1) == labels) != targeted, 1 - lam, lam)   # z: logits at the labels' size
+        (w * F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
+
+    Source: Gu et al. 2022 (arXiv 2207.12391), eq. 5, where it is (t - 1) / (2 T) with t = 1 ... T.
+    """
+    lam = _segpgd_lambda(step, steps)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    return _quotient(
+        *WeightedLoss.apply(logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
+    )
+
+
+def cospgd_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    targeted: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """CosPGD's loss of each image: (1 / n_v) sum_j c_j CE_j, with no gradient through c.
+
+    c_j = cos(softmax(z_j), onehot(y_j)) = p_{j,y} / ||p_j||_2; targeted: 1 - c_j.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+
+    Returns:
+        [N], float32 or float64.
+
+    Equivalent to::
+
+        p = z.softmax(1).detach()                                             # z: logits at the labels' size
+        c = p.gather(1, y).squeeze(1) / p.norm(dim=1)
+        (c * F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
+
+    Source: Agnihotri, Jung, Keuper 2024 (arXiv 2302.02213).
+    """
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    return _quotient(
+        *WeightedLoss.apply(logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
+    )
+
+
+def loss_and_grad(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    loss: Loss = "cross_entropy",
+    step: int | None = None,
+    steps: int | None = None,
+    targeted: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of a loss over the valid pixels of each image and its gradient with respect to the logits, in one pass.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+        loss: "cross_entropy", "segpgd" (needs step and steps) or "cospgd".
+        targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
+
+    Returns:
+        loss_sum [N], float32 or float64; n_valid [N], int64; grad, of the logits' dtype and shape. Detached.
+
+    Equivalent to::
+
+        loss_sum = cross_entropy(logits, labels, reduction="none").sum((1, 2))    # or segpgd_loss(...) * n_valid
+        n_valid = (labels != ignore_index).sum((1, 2))
+        (grad,) = torch.autograd.grad(loss_sum.sum(), logits)
+    """
+    if loss not in ("cross_entropy", "segpgd", "cospgd"):
+        raise ValueError(f"loss: {loss!r} is not one of 'cross_entropy', 'segpgd', 'cospgd'")
+    lam = 0.0
+    if loss == "segpgd":
+        if step is None or steps is None:
+            raise ValueError("step, steps: loss='segpgd' needs both")
+        lam = _segpgd_lambda(step, steps)
+    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    loss_sum, n_valid, grad = library.loss_and_grad(
+        logits4, labels3, loss, lam, targeted, ignore_index, align_corners
+    )
+    return loss_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
+
+
+# --- steps in pixel space ---------------------------------------------------------------------------------------
+
+
+def l1_norm(grad: Tensor) -> Tensor:
+    """Sum of absolute values of each image's gradient.
+
+    Args:
+        grad: [N, ...], float32, bfloat16, float16 or float64.
+
+    Returns:
+        [N], float32 (float64 for float64).
+
+    Equivalent to: `grad.float().abs().flatten(1).sum(1)`
+    """
+    if grad.dtype not in _FLOATS:
+        raise ValueError(f"grad: dtype {grad.dtype} is not one of {_names(_FLOATS)}")
+    if grad.dim() < 1:
+        raise ValueError("grad: a scalar came; [N, ...] is needed")
+    result: Tensor = library.l1_norm(grad.detach())
+    return result
+
+
+def newton_step(
+    images: Tensor,
+    grad: Tensor,
+    gain: Tensor,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    clamp_negative: bool = False,
+    max_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One Newton step on the gain in the max-norm: eps = gain / ||grad||_1, clip(images - eps * sign(grad)).
+
+    gain and grad must belong to the same function of the images: both of a sum of margins, or both of a mean;
+    multiplying both by the same positive number changes nothing. sign(0) = 0. Where gain or norm is non-finite or
+    the norm is 0, eps is 0 and the image stays as it is.
+
+    Args:
+        images: [N, ...], float32 or float64, in the units of `bounds`.
+        grad: gradient of the gain with respect to the images, their shape and dtype.
+        gain: [N].
+        bounds: lowest and highest pixel value.
+        clamp_negative: eps = max(0, eps). The literal equation steps backwards where the gain is negative,
+            that is where the image is misclassified on average already.
+        max_eps: caps |eps|. The paper has no cap.
+
+    Returns:
+        adversarial, like the images; eps [N], in the units of `bounds`.
+
+    Equivalent to::
+
+        eps = gain / grad.abs().flatten(1).sum(1)
+        (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(*bounds), eps
+
+    Source: Wiens & Hammer 2022, eqs. 18 and 19.
+    """
+    return _newton_step(
+        images, grad, gain, bounds=bounds, clamp_negative=clamp_negative, max_eps=max_eps
+    )[:2]
+
+
+def _newton_step(
+    images: Tensor,
+    grad: Tensor,
+    gain: Tensor,
+    *,
+    bounds: tuple[float, float],
+    clamp_negative: bool,
+    max_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`newton_step` with the norm [N], which the kernel has anyway, as a third result."""
+    _check_step(images, grad, bounds)
+    if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
+        raise ValueError(
+            f"gain: {_describe(gain)} came; a floating point [{images.shape[0]}] on {images.device} is needed"
+        )
+    if max_eps is not None and not max_eps >= 0:
+        raise ValueError(f"max_eps: {max_eps} is not >= 0")
+    result: tuple[Tensor, Tensor, Tensor] = library.newton_step(
+        images.detach(), grad.detach(), gain.detach(), *map(float, bounds), clamp_negative, max_eps
+    )
+    return result
+
+
+def sign_step(
+    images: Tensor,
+    grad: Tensor,
+    alpha: float | Tensor,
+    *,
+    origin: Tensor | None = None,
+    eps: float | Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Signed gradient step, then the max-norm ball, then the box.
+
+    clip(project(images + alpha * sign(grad), origin, eps), bounds), with sign(0) = 0.
+
+    Args:
+        images: [N, ...], float32 or float64, in the units of `bounds`.
+        grad: the images' shape and dtype.
+        alpha: step size in the units of `bounds`; a float, or [N] on the images' device. Negative descends.
+        origin: centre of the ball, like the images. Needs eps, and eps needs it.
+        eps: radius of the ball; a float, or [N] on the images' device.
+        bounds: lowest and highest pixel value.
+
+    Returns:
+        like the images.
+
+    Equivalent to::
+
+        x = images + alpha * grad.sign()
+        x = x.clamp(origin - eps, origin + eps)         # where origin and eps are given
+        x.clamp(*bounds)
+
+    Source: Wiens & Hammer 2022, eqs. 3 and 4.
+    """
+    _check_step(images, grad, bounds)
+    if (origin is None) != (eps is None):
+        raise ValueError("origin, eps: they describe the ball together; give both or neither")
+    if origin is not None and (
+        origin.shape != images.shape or origin.dtype != images.dtype or origin.device != images.device
+    ):
+        raise ValueError(f"origin: {_describe(origin)} came; like the images, {_describe(images)}, is needed")
+    alpha_number, alpha_per_image = _number_or_vector("alpha", alpha, images)
+    eps_number, eps_per_image = (None, None) if eps is None else _number_or_vector("eps", eps, images)
+    if eps_number is not None and not eps_number >= 0:
+        raise ValueError(f"eps: {eps_number} is not >= 0")
+    result: Tensor = library.sign_step(
+        images.detach(),
+        grad.detach(),
+        alpha_number,
+        alpha_per_image,
+        None if origin is None else origin.detach(),
+        eps_number,
+        eps_per_image,
+        *map(float, bounds),
+    )
+    return result
+
+
+# --- predictions ------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    per_image: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    """Counts of (label, prediction) over the valid pixels: row = label, column = argmax over the classes.
+
+    Args:
+        logits: [N, C, h, w] (or [N, C]).
+        labels: [N, H, W] (or [N]).
+        per_image: one matrix for each image.
+
+    Returns:
+        int64 [C, C], or [N, C, C]. Its attribute `invalid` (an int64 scalar tensor) counts the pixels left out
+        because their label is neither a class nor ignore_index: always 0 on the CPU, where they raise. Look at
+        it once per epoch on a GPU.
+
+    Equivalent to::
+
+        prediction = F.interpolate(logits, labels.shape[-2:], mode="bilinear").argmax(1)
+        valid = labels != ignore_index
+        torch.bincount(labels[valid] * C + prediction[valid], minlength=C * C).view(C, C)
+    """
+    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    matrix, invalid = library.confusion_matrix(logits4, labels3, ignore_index, align_corners, per_image)
+    matrix.invalid = invalid
+    return matrix  # type: ignore[no-any-return]
+
+
+def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Predicted class of every pixel at the given size.
+
+    Args:
+        logits: [N, C, h, w].
+        size: (H, W) of the prediction.
+
+    Returns:
+        [N, H, W], uint8 (int16 for more than 256 classes).
+
+    Equivalent to: `F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1).byte()`
+    """
+    _check_logits(logits)
+    if logits.dim() != 4:
+        raise ValueError(f"logits: {_describe(logits)} came; [N, C, h, w] is needed")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: {tuple(size)} is not (H, W) with both at least 1")
+    result: Tensor = library.argmax_labels(logits.detach(), list(size), align_corners)
+    return result
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dtype not in _FLOATS:
+        raise ValueError(f"logits: dtype {logits.dtype} is not one of {_names(_FLOATS)}")
+    if logits.dim() not in (2, 4):
+        raise ValueError(f"logits: {_describe(logits)} came; [N, C, h, w], or [N, C] for classification, is needed")
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"logits: {logits.shape[1]} class(es) came; at least 2 are needed. Make two channels of a sigmoid "
+            "output z: torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
+    if logits.shape[1] > _MAX_CLASSES:
+        raise ValueError(f"logits: {logits.shape[1]} classes came; at most {_MAX_CLASSES} are supported")
+
+
+def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
+    _check_logits(logits)
+    if labels.dtype not in _LABELS:
+        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
+    if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
+        needed = "[N]" if logits.dim() == 2 else "[N, H, W]"
+        raise ValueError(
+            f"labels: {_describe(labels)} came with logits {_describe(logits)}; {needed} with the same N is needed"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels: they are on {labels.device}, the logits on {logits.device}")
+    if logits.dim() == 2:
+        logits, labels = logits[:, :, None, None], labels[:, None, None]
+    elif min(logits.shape[2:]) == 0 and labels.numel():
+        raise ValueError(f"logits: {_describe(logits)} has no pixel, the labels {_describe(labels)} have some")
+    if synchronous_checks() and labels.device.type != "cpu":
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("SEGADV_CHECK=1 waits for the GPU and so cannot be on during a CUDA graph capture")
+        check_labels(labels, logits.shape[1], ignore_index)
+    return logits, labels
+
+
+def _as_given(per_pixel: Tensor, labels: Tensor) -> Tensor:
+    return per_pixel.view(labels.shape) if labels.dim() == 1 else per_pixel
+
+
+def _quotient(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and 0 where nothing was counted."""
+    return total / count.where(count != 0, 1)
+
+
+def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
+    if weight.shape != logits.shape[1:2] or not weight.is_floating_point() or weight.device != logits.device:
+        raise ValueError(
+            f"weight: {_describe(weight)} came; a floating point [{logits.shape[1]}] on {logits.device} is needed"
+        )
+
+
+def _segpgd_lambda(step: int, steps: int) -> float:
+    if not 0 <= step < steps:
+        raise ValueError(f"step, steps: {step}, {steps} do not satisfy 0 <= step < steps")
+    return step / (2 * steps)
+
+
+def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> None:
+    if images.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"images: {_describe(images)} came; keep images in float32 and use autocast "
+            "(a half precision image cannot hold an eps-ball)"
+        )
+    if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
+        raise ValueError(f"images: {_describe(images)} came; float32 or float64 [N, ...] is needed")
+    if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
+        raise ValueError(f"grad: {_describe(grad)} came; like the images, {_describe(images)}, is needed")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds: {tuple(bounds)} is not (low, high) with low < high")
+
+
+def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
+    """(number, None), or (0.0, tensor [N]) where the value is given per image."""
+    if not isinstance(value, Tensor):
+        if math.isnan(value):
+            raise ValueError(f"{name}: NaN came")
+        return float(value), None
+    if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
+        raise ValueError(
+            f"{name}: {_describe(value)} came; a number or a floating point [{images.shape[0]}] "
+            f"on {images.device} is needed"
+        )
+    return 0.0, value.detach().to(images.dtype).contiguous()

@@ -1,0 +1,1 @@
+"""The registered operations and their backends; `segadv.functional` is the public face."""

@@ -1,0 +1,153 @@
+"""The autograd.Functions, outside the operations.
+
+Each backward is a registered operation of its own. None can be differentiated again: a backward that runs with
+gradients enabled, that is under create_graph=True, raises (once_differentiable was measured to let silently
+wrong second derivatives through).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import backends, library
+from .common import is_channels_last
+
+
+def _refuse_second_derivative(operation: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"segadv.functional.{operation} has no second derivative, so its backward cannot run under "
+            "create_graph=True. Write the loss in plain PyTorch there (the docstring's 'Equivalent to')."
+        )
+
+
+def _remember_backend(ctx: FunctionCtx) -> None:
+    # The backward may run in another thread, where the choice of this one would not be seen.
+    ctx.backend = None if torch.compiler.is_compiling() else backends.requested()  # type: ignore[attr-defined]
+
+
+class PixelMargin(torch.autograd.Function):
+    """(logits, labels) -> margin [N, H, W]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> Tensor:
+        margin, runner_up = library.pixel_margin(logits, labels, ignore_index, align_corners)
+        _save_margin(ctx, logits, labels, runner_up, ignore_index, align_corners)
+        return margin
+
+    @staticmethod
+    def backward(ctx: Any, grad_margin: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative("pixel_margin")
+        return _margin_backward(ctx, grad_margin), None, None, None
+
+
+class AveragedGain(torch.autograd.Function):
+    """(logits, labels) -> (sum of margins [N], n_valid [N]); the mean is taken outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        gain_sum, n_valid, runner_up = library.averaged_gain(logits, labels, ignore_index, align_corners)
+        _save_margin(ctx, logits, labels, runner_up, ignore_index, align_corners)
+        ctx.mark_non_differentiable(n_valid)
+        return gain_sum, n_valid
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative("averaged_gain")
+        return _margin_backward(ctx, grad_sum.view(-1, 1, 1)), None, None, None
+
+
+def _save_margin(
+    ctx: Any, logits: Tensor, labels: Tensor, runner_up: Tensor, ignore_index: int, align_corners: bool
+) -> None:
+    # Not the logits: the backward needs their layout only, and their memory may be freed meanwhile.
+    ctx.save_for_backward(labels, runner_up)
+    ctx.layout = (list(logits.shape), is_channels_last(logits), logits.dtype)
+    ctx.options = (ignore_index, align_corners)
+    _remember_backend(ctx)
+
+
+def _margin_backward(ctx: Any, grad_margin: Tensor) -> Tensor:
+    labels, runner_up = ctx.saved_tensors
+    with backends.backend(ctx.backend):
+        grad: Tensor = library.margin_backward(
+            grad_margin.expand(labels.shape), labels, runner_up, *ctx.layout, *ctx.options
+        )
+    return grad
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(logits, labels, weight) -> (loss [N, H, W] or its sum per image [N], sum of class weights [N])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+        per_pixel: bool,
+    ) -> tuple[Tensor, Tensor]:
+        loss, weight_sum, log_normalizer = library.cross_entropy(
+            logits, labels, weight, ignore_index, align_corners, per_pixel
+        )
+        ctx.save_for_backward(logits, labels, log_normalizer, weight, None)
+        ctx.options = (ignore_index, align_corners)
+        ctx.mark_non_differentiable(weight_sum)
+        _remember_backend(ctx)
+        return loss, weight_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative("cross_entropy")
+        return _cross_entropy_backward(ctx, grad_loss), None, None, None, None, None
+
+
+class WeightedLoss(torch.autograd.Function):
+    """(logits, labels) -> (SegPGD or CosPGD loss summed per image [N], n_valid [N])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        loss: str,
+        lam: float,
+        targeted: bool,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if loss == "segpgd":
+            result = library.segpgd_loss(logits, labels, lam, targeted, ignore_index, align_corners)
+        else:
+            result = library.cospgd_loss(logits, labels, targeted, ignore_index, align_corners)
+        loss_sum, n_valid, log_normalizer, pixel_weight = result
+        ctx.save_for_backward(logits, labels, log_normalizer, None, pixel_weight)
+        ctx.options = (ignore_index, align_corners)
+        ctx.loss = loss
+        ctx.mark_non_differentiable(n_valid)
+        _remember_backend(ctx)
+        return loss_sum, n_valid
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative(f"{ctx.loss}_loss")
+        return _cross_entropy_backward(ctx, grad_sum), None, None, None, None, None, None
+
+
+def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
+    logits, labels, log_normalizer, weight, pixel_weight = ctx.saved_tensors
+    if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
+        grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
+    with backends.backend(ctx.backend):
+        grad: Tensor = library.cross_entropy_backward(
+            grad_loss, logits, labels, log_normalizer, weight, pixel_weight, *ctx.options
+        )
+    return grad

@@ -1,0 +1,105 @@
+"""Which backend runs, and the reason where one cannot.
+
+A backend is a module that has one function per operation of `library.py`, of the same name and arguments, and
+`unavailable(device_type)`: None where it can run, otherwise the reason in words.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from . import native, reference
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+
+# The first that can run on the device is the default.
+_PREFERENCE = ("native", "reference")
+
+_local = threading.local()
+_warned: set[str] = set()
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    return name
+
+
+def requested() -> str | None:
+    """The backend asked for by `segadv.backend(...)` in this thread, else by SEGADV_BACKEND, else None."""
+    name: str | None = getattr(_local, "name", None)
+    if name is None and (environment := os.environ.get("SEGADV_BACKEND")):
+        name = _known(environment, "SEGADV_BACKEND")
+    return name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Forces a backend inside the `with` block, in this thread; None leaves the choice automatic.
+
+    Args:
+        name: "native", "reference", or None.
+
+    Raises:
+        ValueError: for an unknown name. RuntimeError, from the operation, where the backend cannot run: an
+        explicit request never falls back.
+    """
+    if name is not None:
+        _known(name, "backend")
+    previous = getattr(_local, "name", None)
+    _local.name = name
+    try:
+        yield
+    finally:
+        _local.name = previous
+
+
+def select(device_type: str) -> ModuleType:
+    """The backend for tensors of a device: the requested one or an error, else the default."""
+    name = requested()
+    if name is not None:
+        if reason := BACKENDS[name].unavailable(device_type):
+            raise RuntimeError(f"backend {name!r} was requested for {device_type} tensors but cannot run: {reason}")
+        return BACKENDS[name]
+    chosen = default(device_type)
+    if chosen == "reference" and device_type not in _warned:
+        _warned.add(device_type)
+        reasons = "; ".join(f"{other}: {BACKENDS[other].unavailable(device_type)}" for other in _PREFERENCE[:-1])
+        warnings.warn(
+            f"segadv runs its slow reference backend for {device_type} tensors ({reasons}). "
+            "`segadv doctor` tells more; SEGADV_BACKEND=reference accepts it silently.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return BACKENDS[chosen]
+
+
+def default(device_type: str) -> str:
+    return next(name for name in _PREFERENCE if BACKENDS[name].unavailable(device_type) is None)
+
+
+def report() -> str:
+    """For every kind of device of this machine: the backend that would run, and why another would not."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines = []
+    for device_type in devices:
+        try:
+            forced = requested()
+            chosen = select(device_type) if forced else BACKENDS[default(device_type)]
+            name = next(key for key, module in BACKENDS.items() if module is chosen)
+            lines.append(f"{device_type}: {name}" + (" (requested)" if forced else ""))
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"{device_type}: none ({error})")
+        for other, module in BACKENDS.items():
+            reason = module.unavailable(device_type)
+            lines.append(f"  {other}: {'can run' if reason is None else 'cannot run: ' + reason}")
+    if "cuda" not in devices:
+        lines.append("cuda: no GPU is visible to torch")
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""What every backend agrees on: the dtypes and layouts of outputs, and the message for a bad label."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Floating results and all arithmetic: float32, or float64 for float64 logits."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def runner_up_dtype(num_classes: int) -> torch.dtype:
+    """A class index that is kept for the backward: a quarter or half of an int32."""
+    return torch.uint8 if num_classes <= 256 else torch.int16
+
+
+def prediction_dtype(num_classes: int) -> torch.dtype:
+    return torch.uint8 if num_classes <= 256 else torch.int16
+
+
+def is_channels_last(logits: Tensor) -> bool:
+    """Whether a gradient of `logits` is laid out channels_last; contiguous otherwise."""
+    return not logits.is_contiguous() and logits.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_gradient(
+    size: list[int], channels_last: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+
+
+
+
+def synchronous_checks() -> bool:
+    """SEGADV_CHECK=1: GPU labels and the range of images are checked at once, at the price of a wait."""
+    return os.environ.get("SEGADV_CHECK", "0") not in ("", "0")
+
+
+def raise_bad_label(labels: Tensor, index: int, num_classes: int, ignore_index: int) -> None:
+    """Raises the ValueError for the bad label at the flat (row-major) position `index` of labels [N, H, W]."""
+    position = []
+    for size in reversed(labels.shape):
+        position.append(index % size)
+        index //= size
+    where = tuple(reversed(position))
+    raise ValueError(
+        f"labels: value {int(labels[where])} at [n, y, x] = {list(where)} is neither a class index in "
+        f"[0, {num_classes}) (the logits have {num_classes} classes) nor ignore_index = {ignore_index}"
+    )
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises for the first label that is neither a class nor ignore_index. Reads the result: waits for a GPU."""
+    wide = labels.long()
+    bad = ((wide < 0) | (wide >= num_classes)) & (wide != ignore_index)
+    if bool(bad.any()):
+        raise_bad_label(labels, int(bad.flatten().int().argmax()), num_classes, ignore_index)
+
+
+def numel_per_image(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[1:])

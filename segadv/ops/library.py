@@ -1,0 +1,185 @@
+"""Schemas, fake kernels and registration of every operation: reads from top to bottom.
+
+Opaque operations (`define` + `impl`) keep the dispatcher's cost at about 2 us, pass opcheck, and compile with
+fullgraph=True. None is differentiable by itself: the autograd.Functions of `autograd.py` stand outside. Which
+backend runs is decided inside the implementation, at run time, so that compiled graphs obey `segadv.backend` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .common import (
+    compute_dtype,
+    empty_gradient,
+    is_channels_last,
+    prediction_dtype,
+    runner_up_dtype,
+)
+
+_LIBRARY = torch.library.Library("segadv", "DEF")
+
+# needs_fixed_stride_order: Inductor must hand over the strides that the fake kernels saw.
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+
+
+def _define(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Defines the operation; the decorated function, of the same name, is its fake kernel. Returns the bound operation."""
+
+    def register(fake: Callable[..., Any]) -> Any:
+        name = fake.__name__
+        _LIBRARY.define(name + schema, tags=_TAGS)
+
+        def run(*args: Any) -> Any:
+            return getattr(backends.select(args[0].device.type), name)(*args)
+
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"segadv::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.segadv, name).default
+
+    return register
+
+
+def _map(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous [N, H, W]."""
+    return torch.empty(labels.shape, dtype=dtype, device=labels.device)
+
+
+def _vector(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An [N], of the dtype of floating results unless said otherwise."""
+    return torch.empty(logits.shape[0], dtype=dtype or compute_dtype(logits.dtype), device=logits.device)
+
+
+def _gradient(logits: Tensor) -> Tensor:
+    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+
+
+# Margin: csrc/cpu/margin.cpp
+
+
+@_define("(Tensor logits, Tensor labels, int ignore_index, bool align_corners) -> (Tensor margin, Tensor runner_up)")
+def pixel_margin(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    return _map(labels, compute_dtype(logits.dtype)), _map(labels, runner_up_dtype(logits.shape[1]))
+
+
+@_define(
+    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners)"
+    " -> (Tensor gain_sum, Tensor n_valid, Tensor runner_up)"
+)
+def averaged_gain(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    return _vector(logits), _vector(logits, torch.int64), _map(labels, runner_up_dtype(logits.shape[1]))
+
+
+@_define(
+    "(Tensor grad_margin, Tensor labels, Tensor runner_up, SymInt[] size, bool channels_last, ScalarType dtype,"
+    " int ignore_index, bool align_corners) -> Tensor"
+)
+def margin_backward(  # type: ignore[no-untyped-def]
+    grad_margin, labels, runner_up, size, channels_last, dtype, ignore_index, align_corners
+):
+    return empty_gradient(size, channels_last, dtype, labels.device)
+
+
+@_define(
+    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners)"
+    " -> (Tensor gain_sum, Tensor n_valid, Tensor grad)"
+)
+def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
+
+
+# Cross-entropy and its weighted relatives: csrc/cpu/upsample_loss.cpp
+
+
+@_define(
+    "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel)"
+    " -> (Tensor loss, Tensor weight_sum, Tensor log_normalizer)"
+)
+def cross_entropy(logits, labels, weight, ignore_index, align_corners, per_pixel):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(logits.dtype)
+    return _map(labels, dtype) if per_pixel else _vector(logits), _vector(logits), _map(labels, dtype)
+
+
+@_define(
+    "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor log_normalizer, Tensor pixel_weight)"
+)
+def segpgd_loss(logits, labels, lam, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(logits.dtype)
+    return _vector(logits), _vector(logits, torch.int64), _map(labels, dtype), _map(labels, dtype)
+
+
+@_define(
+    "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor log_normalizer, Tensor pixel_weight)"
+)
+def cospgd_loss(logits, labels, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(logits.dtype)
+    return _vector(logits), _vector(logits, torch.int64), _map(labels, dtype), _map(labels, dtype)
+
+
+@_define(
+    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor log_normalizer, Tensor? weight, Tensor? pixel_weight,"
+    " int ignore_index, bool align_corners) -> Tensor"
+)
+def cross_entropy_backward(  # type: ignore[no-untyped-def]
+    grad_loss, logits, labels, log_normalizer, weight, pixel_weight, ignore_index, align_corners
+):
+    return _gradient(logits)
+
+
+@_define(
+    "(Tensor logits, Tensor labels, str loss, float lam, bool targeted, int ignore_index, bool align_corners)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor grad)"
+)
+def loss_and_grad(logits, labels, loss, lam, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+    return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
+
+
+# Steps in pixel space: csrc/cpu/step.cpp
+
+
+@_define("(Tensor grad) -> Tensor")
+def l1_norm(grad):  # type: ignore[no-untyped-def]
+    return _vector(grad)
+
+
+@_define(
+    "(Tensor images, Tensor grad, Tensor gain, float low, float high, bool clamp_negative, float? max_eps)"
+    " -> (Tensor adversarial, Tensor eps, Tensor norm)"
+)
+def newton_step(images, grad, gain, low, high, clamp_negative, max_eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(images), _vector(images), _vector(images)
+
+
+@_define(
+    "(Tensor images, Tensor grad, float alpha, Tensor? alpha_per_image, Tensor? origin, float? eps,"
+    " Tensor? eps_per_image, float low, float high) -> Tensor"
+)
+def sign_step(  # type: ignore[no-untyped-def]
+    images, grad, alpha, alpha_per_image, origin, eps, eps_per_image, low, high
+):
+    return torch.empty_like(images)
+
+
+# Predictions: csrc/cpu/confusion.cpp
+
+
+@_define(
+    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners, bool per_image)"
+    " -> (Tensor matrix, Tensor invalid)"
+)
+def confusion_matrix(logits, labels, ignore_index, align_corners, per_image):  # type: ignore[no-untyped-def]
+    num_images, num_classes = logits.shape[:2]
+    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty((), dtype=torch.int64)
+
+
+@_define("(Tensor logits, SymInt[2] size, bool align_corners) -> Tensor")
+def argmax_labels(logits, size, align_corners):  # type: ignore[no-untyped-def]
+    return logits.new_empty((logits.shape[0], *size), dtype=prediction_dtype(logits.shape[1]))
