@@ -23,9 +23,19 @@ def prediction_dtype(num_classes: int) -> torch.dtype:
     return torch.uint8 if num_classes <= 256 else torch.int16
 
 
-def is_channels_last(logits: Tensor) -> bool:
-    """Whether a gradient of `logits` is laid out channels_last; contiguous otherwise."""
-    return not logits.is_contiguous() and logits.is_contiguous(memory_format=torch.channels_last)
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether what belongs to `tensor` (gradient, adversarial images) is laid out channels_last; contiguous otherwise."""
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def empty_images(images: Tensor) -> Tensor:
+    """An output of an operation on images: channels_last like them, otherwise contiguous."""
+    memory_format = torch.channels_last if is_channels_last(images) else torch.contiguous_format
+    return torch.empty_like(images, memory_format=memory_format)
 
 
 def empty_gradient(

@@ -17,6 +17,7 @@ from . import backends
 from .common import (
     compute_dtype,
     empty_gradient,
+    empty_images,
     is_channels_last,
     prediction_dtype,
     runner_up_dtype,
@@ -93,7 +94,7 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
 
 
-# Cross-entropy and its weighted relatives: csrc/cpu/upsample_loss.cpp
+# Cross-entropy and its weighted relatives: csrc/cpu/cross_entropy.cpp
 
 
 @_define(
@@ -154,7 +155,7 @@ def l1_norm(grad):  # type: ignore[no-untyped-def]
     " -> (Tensor adversarial, Tensor eps, Tensor norm)"
 )
 def newton_step(images, grad, gain, low, high, clamp_negative, max_eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(images), _vector(images), _vector(images)
+    return empty_images(images), _vector(images), _vector(images)
 
 
 @_define(
@@ -164,7 +165,7 @@ def newton_step(images, grad, gain, low, high, clamp_negative, max_eps):  # type
 def sign_step(  # type: ignore[no-untyped-def]
     images, grad, alpha, alpha_per_image, origin, eps, eps_per_image, low, high
 ):
-    return torch.empty_like(images)
+    return empty_images(images)
 
 
 # Predictions: csrc/cpu/confusion.cpp

@@ -1,11 +1,380 @@
-"""The native backend: tensors become pointers, sizes and strides for the compiled core `_segadv_native`."""
+"""The native backend: tensors become pointers, sizes and strides for the compiled core `_segadv_native`.
+
+Outputs are allocated here; the core writes every element of them. What the arguments mean: csrc/segadv.h.
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import torch  # noqa: I001  (torch first: its OpenMP runtime is then the only one in the process)
+from torch import Tensor
+
+from .common import (
+    compute_dtype,
+    empty_gradient,
+    empty_images,
+    is_channels_last,
+    numel_per_image,
+    prediction_dtype,
+    raise_bad_label,
+    runner_up_dtype,
+)
+
+try:
+    import _segadv_native as core
+except ImportError as error:
+    core = None
+    _import_error = (
+        "the extension _segadv_native is not installed (pip install segadv builds it with a C++ compiler)"
+        if isinstance(error, ModuleNotFoundError)
+        else f"the extension _segadv_native does not load: {error}"
+    )
+
+# csrc/segadv.h, kInterfaceVersion
+_INTERFACE_VERSION = 1
+if core is not None and core.interface_version != _INTERFACE_VERSION:
+    raise ImportError(
+        f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "
+        f"({__file__}) needs {_INTERFACE_VERSION}. They come from different versions: install segadv again, and "
+        "run it from outside an older clone."
+    )
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.uint8: 7,
+}
+_LOSSES = {"cross_entropy": 0, "segpgd": 1, "cospgd": 2}
+
+_View = tuple[int, int, Any, Any]
+
 
 def unavailable(device_type: str) -> str | None:
-    return "not built yet"
+    if core is None:
+        return _import_error
+    if device_type != "cpu":
+        return f"this build has no kernels for {device_type} tensors"
+    return None
 
 
-def build_info() -> dict[str, object]:
-    return {}
+def build_info() -> dict[str, Any]:
+    """What is installed and compiled in: versions, compiler, instruction set, OpenMP, and where the extension lies."""
+    info: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "native": core is not None}
+    if core is None:
+        return info | {"native_missing": _import_error}
+    return info | {
+        "native_version": core.version,
+        "native_path": core.__file__,
+        "interface_version": core.interface_version,
+        "compiler": core.compiler,
+        "instruction_set": core.instruction_set(),
+        "openmp": getattr(core, "openmp", None),
+        "threads": core.max_threads() if hasattr(core, "max_threads") else 1,
+        "cuda": False,
+    }
+
+
+def _view(tensor: Tensor | None) -> _View | None:
+    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+def _vector(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape[0], dtype=dtype)
+
+
+def _map(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(labels.shape, dtype=dtype)
+
+
+def _gradient(logits: Tensor) -> Tensor:
+    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+
+
+def _check(bad: int, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    if bad >= 0:
+        raise_bad_label(labels, bad, num_classes, ignore_index)
+
+
+def _margin(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    *,
+    grad: Tensor | None = None,
+    margin: Tensor | None = None,
+    runner_up: Tensor | None = None,
+    gain_sum: Tensor | None = None,
+    n_valid: Tensor | None = None,
+) -> None:
+    bad = core.margin(
+        _view(logits), _view(labels), _view(grad), ignore_index, align_corners,
+        _view(margin), _view(runner_up), _view(gain_sum), _view(n_valid),
+    )  # fmt: skip
+    _check(bad, labels, logits.shape[1], ignore_index)
+
+
+def pixel_margin(
+    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    margin = _map(labels, compute_dtype(logits.dtype))
+    runner_up = _map(labels, runner_up_dtype(logits.shape[1]))
+    _margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
+    return margin, runner_up
+
+
+def averaged_gain(
+    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gain_sum = _vector(logits, compute_dtype(logits.dtype))
+    n_valid = _vector(logits, torch.int64)
+    runner_up = _map(labels, runner_up_dtype(logits.shape[1]))
+    _margin(
+        logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid
+    )
+    return gain_sum, n_valid, runner_up
+
+
+def gain_and_grad(
+    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    gain_sum = _vector(logits, compute_dtype(logits.dtype))
+    n_valid = _vector(logits, torch.int64)
+    grad = _gradient(logits)
+    _margin(logits, labels, ignore_index, align_corners, grad=grad, gain_sum=gain_sum, n_valid=n_valid)
+    return gain_sum, n_valid, grad
+
+
+def margin_backward(
+    grad_margin: Tensor,
+    labels: Tensor,
+    runner_up: Tensor,
+    size: list[int],
+    channels_last: bool,
+    dtype: torch.dtype,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    grad = empty_gradient(size, channels_last, dtype, labels.device)
+    # Sizes without data: the logits' values are not needed.
+    logits = (0, _DTYPES[dtype], size, grad.stride())
+    bad = core.margin_backward(
+        logits, _view(labels), _view(grad), ignore_index, align_corners, _view(runner_up), _view(grad_margin)
+    )
+    _check(bad, labels, size[1], ignore_index)
+    return grad
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    *,
+    loss: str = "cross_entropy",
+    lam: float = 0.0,
+    targeted: bool = False,
+    grad: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    pixel_loss: Tensor | None = None,
+    log_normalizer: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    loss_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    n_valid: Tensor | None = None,
+) -> None:
+    bad = core.cross_entropy(
+        _view(logits), _view(labels), _view(grad), ignore_index, align_corners, _LOSSES[loss], lam, targeted,
+        _view(class_weight), _view(pixel_loss), _view(log_normalizer), _view(pixel_weight), _view(loss_sum),
+        _view(weight_sum), _view(n_valid),
+    )  # fmt: skip
+    _check(bad, labels, logits.shape[1], ignore_index)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    loss = _map(labels, dtype) if per_pixel else _vector(logits, dtype)
+    weight_sum = _vector(logits, dtype)
+    log_normalizer = _map(labels, dtype)
+    _cross_entropy(
+        logits,
+        labels,
+        ignore_index,
+        align_corners,
+        class_weight=weight,
+        pixel_loss=loss if per_pixel else None,
+        loss_sum=None if per_pixel else loss,
+        weight_sum=weight_sum,
+        log_normalizer=log_normalizer,
+    )
+    return loss, weight_sum, log_normalizer
+
+
+def _weighted_loss(
+    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    loss_sum, n_valid = _vector(logits, dtype), _vector(logits, torch.int64)
+    log_normalizer, pixel_weight = _map(labels, dtype), _map(labels, dtype)
+    _cross_entropy(
+        logits,
+        labels,
+        ignore_index,
+        align_corners,
+        loss=loss,
+        lam=lam,
+        targeted=targeted,
+        loss_sum=loss_sum,
+        n_valid=n_valid,
+        log_normalizer=log_normalizer,
+        pixel_weight=pixel_weight,
+    )
+    return loss_sum, n_valid, log_normalizer, pixel_weight
+
+
+def segpgd_loss(
+    logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
+
+
+def cospgd_loss(
+    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
+
+
+def loss_and_grad(
+    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss_sum, n_valid = _vector(logits, compute_dtype(logits.dtype)), _vector(logits, torch.int64)
+    grad = _gradient(logits)
+    _cross_entropy(
+        logits,
+        labels,
+        ignore_index,
+        align_corners,
+        loss=loss,
+        lam=lam,
+        targeted=targeted,
+        grad=grad,
+        loss_sum=loss_sum,
+        n_valid=n_valid,
+    )
+    return loss_sum, n_valid, grad
+
+
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    log_normalizer: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    grad = _gradient(logits)
+    bad = core.cross_entropy_backward(
+        _view(logits), _view(labels), _view(grad), ignore_index, align_corners,
+        _view(grad_loss), _view(log_normalizer), _view(weight), _view(pixel_weight),
+    )  # fmt: skip
+    _check(bad, labels, logits.shape[1], ignore_index)
+    return grad
+
+
+def _row(tensor: Tensor) -> _View:
+    """A tensor that the step kernels see as rows of elements in whatever dense order."""
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
+
+
+def _ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
+    """The tensor itself where its elements lie in the output's order, as they nearly always do, else a copy that does."""
+    if tensor.stride() == output.stride():
+        return tensor
+    return torch.empty_like(output).copy_(tensor)
+
+
+def l1_norm(grad: Tensor) -> Tensor:
+    norm = _vector(grad, compute_dtype(grad.dtype))
+    if not is_channels_last(grad):
+        grad = grad.contiguous()
+    core.l1_norm(grad.shape[0], numel_per_image(grad), _row(grad), _row(norm))
+    return norm
+
+
+def newton_step(
+    images: Tensor,
+    grad: Tensor,
+    gain: Tensor,
+    low: float,
+    high: float,
+    clamp_negative: bool,
+    max_eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    adversarial = empty_images(images)
+    images, grad = _ordered_like(images, adversarial), _ordered_like(grad, adversarial)
+    gain = gain.to(images.dtype).contiguous()
+    eps, norm = torch.empty_like(gain), torch.empty_like(gain)
+    core.newton_step(
+        images.shape[0], numel_per_image(images), _row(images), _row(grad), _row(gain), _row(adversarial),
+        _row(eps), _row(norm), low, high, -1.0 if max_eps is None else max_eps, clamp_negative,
+    )  # fmt: skip
+    return adversarial, eps, norm
+
+
+def sign_step(
+    images: Tensor,
+    grad: Tensor,
+    alpha: float,
+    alpha_per_image: Tensor | None,
+    origin: Tensor | None,
+    eps: float | None,
+    eps_per_image: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    adversarial = empty_images(images)
+    images, grad = _ordered_like(images, adversarial), _ordered_like(grad, adversarial)
+    origin = None if origin is None else _ordered_like(origin, adversarial)
+    core.sign_step(
+        images.shape[0], numel_per_image(images), _row(images), _row(grad),
+        None if origin is None else _row(origin), _row(adversarial), alpha, 0.0 if eps is None else eps,
+        None if alpha_per_image is None else _row(alpha_per_image),
+        None if eps_per_image is None else _row(eps_per_image), low, high,
+    )  # fmt: skip
+    return adversarial
+
+
+def confusion_matrix(
+    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    num_images, num_classes = logits.shape[:2]
+    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
+    matrix = torch.empty(shape, dtype=torch.int64)
+    bad = core.confusion(
+        _view(logits), _view(labels), ignore_index, align_corners, None, _view(matrix), per_image
+    )
+    _check(bad, labels, num_classes, ignore_index)
+    return matrix, torch.zeros((), dtype=torch.int64)
+
+
+def argmax_labels(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
+    prediction = torch.empty((logits.shape[0], *size), dtype=prediction_dtype(logits.shape[1]))
+    labels = (0, _DTYPES[torch.uint8], prediction.shape, prediction.stride())
+    core.confusion(_view(logits), labels, 0, align_corners, _view(prediction), None, False)
+    return prediction

@@ -14,6 +14,7 @@ from .common import (
     check_labels,
     compute_dtype,
     empty_gradient,
+    empty_images,
     is_channels_last,
     prediction_dtype,
     runner_up_dtype,
@@ -131,7 +132,9 @@ def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: flo
     """The weight of each pixel [N, H, W]: 1, SegPGD's 1 - lambda / lambda, or CosPGD's cosine."""
     if loss == "segpgd":
         correct = z.argmax(dim=1) == y.squeeze(1)
-        return torch.where(correct != targeted, 1.0 - lam, lam).to(z.dtype)
+        # full_like: two Python numbers in a where would be rounded to float32
+        high, low = torch.full_like(log_softmax[:, 0], 1.0 - lam), torch.full_like(log_softmax[:, 0], lam)
+        return torch.where(correct != targeted, high, low)
     if loss == "cospgd":
         probability = log_softmax.exp()
         cosine = (probability.gather(1, y) / probability.norm(dim=1, keepdim=True)).squeeze(1)
@@ -250,7 +253,7 @@ def newton_step(
     # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
     usable = gain.isfinite() & norm.isfinite() & (norm > 0) & eps.isfinite()
     eps = torch.where(usable, eps, 0.0)
-    adversarial = torch.empty_like(images)
+    adversarial = empty_images(images)
     adversarial.copy_((images - _per_image(eps, images) * grad.nan_to_num(0.0).sign()).clamp(low, high))
     return adversarial, eps, norm
 
@@ -271,7 +274,7 @@ def sign_step(
     if origin is not None:
         radius = eps if eps_per_image is None else _per_image(eps_per_image, images)
         x = x.minimum(origin + radius).maximum(origin - radius)
-    return torch.empty_like(images).copy_(x.clamp(low, high))
+    return empty_images(images).copy_(x.clamp(low, high))
 
 
 def confusion_matrix(

@@ -1,0 +1,18 @@
+// The tie and NaN rule of the arg-max, in one place: the lowest class index wins ties, and NaN counts as the largest
+// (the first NaN wins), as in torch.argmax.
+#pragma once
+
+#include "dtype.h"
+
+namespace segadv {
+
+// Whether `value`, of a higher class index than `best`, takes its place.
+template <class A>
+SEGADV_INLINE bool beats(A value, A best) {
+  return !(value <= best) & (best == best);
+}
+
+// The class that a search for the runner-up starts from: the lowest that is not the label.
+SEGADV_INLINE int32_t lowest_other_class(int32_t label) { return label == 0 ? 1 : 0; }
+
+}  // namespace segadv

@@ -1,0 +1,57 @@
+// exp and log as the fused losses need them: polynomials without branches, because a call to expf stops vectorisation.
+//
+// Coefficients: Cephes (S. Moshier), expf and logf. Errors, measured over their ranges: at most 1.5 ulp.
+#pragma once
+
+#include <cmath>
+
+#include "dtype.h"
+
+namespace segadv {
+
+// exp(x) for x <= 0 or NaN (a logit minus the largest one, or minus their log-sum-exp up to rounding).
+// 0 below -87.3, where float would be subnormal.
+SEGADV_INLINE float exp_nonpositive(float x) {
+  constexpr float kLowest = -87.3f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+  const float clamped = x < kLowest ? kLowest : x;
+  const float shifted = clamped * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const float power = bit_cast<float>((bit_cast<int32_t>(shifted) - 0x4b400000 + 127) << 23);
+  const float result = p * power;
+  return x < kLowest ? 0.0f : result;
+}
+inline double exp_nonpositive(double x) { return std::exp(x); }
+
+// log(x) for x >= 1 (a sum of exponentials whose largest is 1), infinity or NaN.
+SEGADV_INLINE float log_normalizer_of(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
+  const int32_t e = (bits - 0x3f3504f3) >> 23;
+  const float m = bit_cast<float>(bits - (e << 23)) - 1.0f;
+  const float k = static_cast<float>(e);
+  const float square = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float tail = p * m * square - 2.12194440e-4f * k - 0.5f * square;
+  const float result = (m + tail) + 0.693359375f * k;
+  return x <= 3.0e38f ? result : x;  // infinity and NaN
+}
+inline double log_normalizer_of(double x) { return std::log(x); }
+
+}  // namespace segadv

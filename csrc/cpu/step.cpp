@@ -1,0 +1,165 @@
+// The steps of the attacks in pixel space. Each image is a row of `numel` elements in whatever dense order.
+//
+// newton_step fuses the L1 norm, eps = gain / norm, the sign, the step and the clip: the gradient is read twice (the
+// second time from the cache, where it fits), the images once, the result written once. sign_step fuses step,
+// projection and clip: every input read once. Both are bound by memory.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/dtype.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace segadv::cpu {
+namespace {
+
+constexpr int64_t kBlock = 4096;         // elements whose absolute values are added in the compute type
+constexpr int64_t kItem = 16 * kBlock;   // elements of an item
+
+template <class S>
+SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
+  using A = Compute<S>;
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = begin; i < end; ++i) {
+      const A g = to_compute(grad[i]);
+      sum += g < A(0) ? -g : g;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+template <class A>
+SEGADV_INLINE A sign(A x) {  // sign(0) = 0, and a NaN does not move
+  return static_cast<A>(x > A(0)) - static_cast<A>(x < A(0));
+}
+
+template <class A>
+SEGADV_INLINE A clip(A x, A low, A high) {  // keeps NaN
+  return x < low ? low : (x > high ? high : x);
+}
+
+template <class A>
+SEGADV_CLONES void step(const A* images, const A* grad, A* out, int64_t count, A alpha, A low, A high) {
+  SEGADV_SIMD
+  for (int64_t i = 0; i < count; ++i) out[i] = clip(images[i] + alpha * sign(grad[i]), low, high);
+}
+
+template <class A>
+SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origin, A* out, int64_t count, A alpha,
+                                  A eps, A low, A high) {
+  SEGADV_SIMD
+  for (int64_t i = 0; i < count; ++i) {
+    const A x = clip(images[i] + alpha * sign(grad[i]), origin[i] - eps, origin[i] + eps);
+    out[i] = clip(x, low, high);
+  }
+}
+
+// Calls f(image, item, begin, count) in parallel; items of an image are numbered from 0.
+template <class F>
+void for_each_item(int64_t n, int64_t numel, F&& f) {
+  const int64_t per_image = (numel + kItem - 1) / kItem;
+  parallel_for(n * per_image, [&](int64_t i) {
+    const int64_t begin = i % per_image * kItem;
+    f(i / per_image, i, begin, std::min(kItem, numel - begin));
+  });
+}
+
+template <class S>
+std::vector<double> norms(const S* grad, int64_t n, int64_t numel) {
+  const int64_t per_image = (numel + kItem - 1) / kItem;
+  std::vector<double> partial(n * per_image), norm(n, 0.0);
+  for_each_item(n, numel, [&](int64_t image, int64_t item, int64_t begin, int64_t count) {
+    partial[item] = absolute_sum(grad + image * numel + begin, count);
+  });
+  for (int64_t image = 0; image < n; ++image)
+    for (int64_t i = 0; i < per_image; ++i) norm[image] += partial[image * per_image + i];
+  return norm;
+}
+
+template <class A>
+const A* data(const TensorView& view) {
+  return static_cast<const A*>(view.data);
+}
+
+// eps = gain / norm ([FNM] eq. 18), 0 where that means nothing.
+template <class A>
+A newton_eps(const NewtonStepParams& params, A gain, A norm) {
+  if (!std::isfinite(gain) || !std::isfinite(norm) || norm == A(0)) return A(0);
+  A eps = gain / norm;
+  if (params.clamp_negative) eps = std::max(eps, A(0));
+  if (params.max_eps >= 0) eps = clip(eps, static_cast<A>(-params.max_eps), static_cast<A>(params.max_eps));
+  return std::isfinite(eps) ? eps : A(0);
+}
+
+}  // namespace
+
+int64_t l1_norm(const L1NormParams& params) {
+  dispatch_floating(params.grad.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const std::vector<double> norm = norms(data<S>(params.grad), params.n, params.numel);
+    for (int64_t image = 0; image < params.n; ++image)
+      static_cast<Compute<S>*>(params.norm.data)[image] = static_cast<Compute<S>>(norm[image]);
+  });
+  return -1;
+}
+
+int64_t newton_step(const NewtonStepParams& params) {
+  dispatch_images(params.images.dtype, [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    A *eps = static_cast<A*>(params.eps.data), *norm = static_cast<A*>(params.norm.data);
+    A* out = static_cast<A*>(params.adversarial.data);
+    const std::vector<double> exact = norms(data<A>(params.grad), params.n, params.numel);
+    for (int64_t image = 0; image < params.n; ++image) {
+      norm[image] = static_cast<A>(exact[image]);
+      eps[image] = newton_eps(params, data<A>(params.gain)[image], norm[image]);
+    }
+    advise_huge_pages(out, params.n * params.numel * sizeof(A));
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
+      const int64_t i = image * params.numel + begin;
+      step(data<A>(params.images) + i, data<A>(params.grad) + i, out + i, count, -eps[image],
+           static_cast<A>(params.low), static_cast<A>(params.high));
+    });
+  });
+  return -1;
+}
+
+int64_t sign_step(const SignStepParams& params) {
+  dispatch_images(params.images.dtype, [&](auto tag) {
+    using A = typename decltype(tag)::type;
+    A* out = static_cast<A*>(params.adversarial.data);
+    advise_huge_pages(out, params.n * params.numel * sizeof(A));
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
+      const int64_t i = image * params.numel + begin;
+      const A alpha = params.alpha_per_image ? data<A>(params.alpha_per_image)[image] : static_cast<A>(params.alpha);
+      const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
+      if (params.origin) {
+        const A eps = params.eps_per_image ? data<A>(params.eps_per_image)[image] : static_cast<A>(params.eps);
+        projected_step(data<A>(params.images) + i, data<A>(params.grad) + i, data<A>(params.origin) + i, out + i,
+                       count, alpha, eps, low, high);
+      } else {
+        step(data<A>(params.images) + i, data<A>(params.grad) + i, out + i, count, alpha, low, high);
+      }
+    });
+  });
+  return -1;
+}
+
+const char* instruction_set() {
+#if defined(SEGADV_HAVE_TARGET_CLONES)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+    return "x86-64-v4";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace segadv::cpu

@@ -1,0 +1,137 @@
+// The whole native surface of segadv: plain-data parameters and the functions that take them.
+//
+// Nothing here knows torch. A TensorView is a pointer with sizes and strides in elements; the caller allocates every
+// output. A view whose data is null is an output that is not wanted (or an option that is not given). Every element
+// of a wanted output is written, on every path.
+//
+// Names of sizes: N images, C classes, h x w the logits' own size, H x W the labels' size. Where (h, w) differs from
+// (H, W), the logits are resampled bilinearly on the fly (common/bilinear.h); full-resolution logits never exist.
+//
+// Every function returns the flat row-major position in labels [N, H, W] of the first label that is neither a class
+// in [0, C) nor ignore_index, or -1. The outputs are then meaningless.
+#pragma once
+
+#include <cstdint>
+
+namespace segadv {
+
+// The Python side refuses an extension with another number.
+constexpr int kInterfaceVersion = 1;
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t size[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};  // in elements
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Logits and labels, and how they meet. Floating outputs have the compute type: float, or double for double logits.
+struct Problem {
+  TensorView logits;  // [N, C, h, w] float32, float64, float16, bfloat16; only its sizes are read by margin_backward
+  TensorView labels;  // [N, H, W] int64, int32, int16, uint8; without data every pixel counts as unlabelled
+  TensorView grad;    // [N, C, h, w] of the logits' type, or none
+  int64_t ignore_index = 255;
+  bool align_corners = false;
+};
+
+// --- margin (cpu/margin.cpp) ---
+
+struct MarginParams {
+  Problem problem;       // grad: gradient of the sum of margins, +1 at the label, -1 at the runner-up
+  TensorView margin;     // [N, H, W]
+  TensorView runner_up;  // [N, H, W] uint8 or int16
+  TensorView gain_sum;   // [N]
+  TensorView n_valid;    // [N] int64
+};
+
+struct MarginBackwardParams {
+  Problem problem;         // logits without data; grad wanted
+  TensorView runner_up;    // [N, H, W] uint8 or int16
+  TensorView grad_margin;  // [N, H, W] of the compute type, any strides (0 for one number per image)
+};
+
+// --- cross-entropy and its weighted relatives (cpu/cross_entropy.cpp) ---
+
+enum class Loss : int32_t { kCrossEntropy, kSegPGD, kCosPGD };
+
+struct CrossEntropyParams {
+  Problem problem;  // grad: gradient of the loss summed over pixels
+  Loss loss = Loss::kCrossEntropy;
+  double lambda = 0.0;        // SegPGD
+  bool targeted = false;      // SegPGD, CosPGD
+  TensorView class_weight;    // [C] of the compute type, or none
+  TensorView pixel_loss;      // [N, H, W]
+  TensorView log_normalizer;  // [N, H, W]: log sum exp(z - max z), what the backward needs
+  TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight
+  TensorView loss_sum;        // [N]
+  TensorView weight_sum;      // [N]: sum of class weights
+  TensorView n_valid;         // [N] int64
+};
+
+struct CrossEntropyBackwardParams {
+  Problem problem;            // grad wanted
+  TensorView grad_loss;       // [N, H, W] of the compute type, any strides
+  TensorView log_normalizer;  // [N, H, W]
+  TensorView class_weight;    // [C], or none
+  TensorView pixel_weight;    // [N, H, W], or none
+};
+
+// --- steps in pixel space (cpu/step.cpp) ---
+
+// Images as N rows of `numel` elements, all dense in the same order.
+struct L1NormParams {
+  int64_t n = 0, numel = 0;
+  TensorView grad;  // any floating type
+  TensorView norm;  // [N] of the compute type
+};
+
+struct NewtonStepParams {
+  int64_t n = 0, numel = 0;
+  TensorView images, grad;      // float32 or float64
+  TensorView gain;              // [N] of the images' type
+  TensorView adversarial;       // like the images
+  TensorView eps, norm;         // [N] of the images' type
+  double low = 0.0, high = 1.0;
+  double max_eps = -1.0;        // negative: no cap
+  bool clamp_negative = false;
+};
+
+struct SignStepParams {
+  int64_t n = 0, numel = 0;
+  TensorView images, grad;      // float32 or float64
+  TensorView origin;            // like the images, or none: no ball
+  TensorView adversarial;       // like the images
+  double alpha = 0.0, eps = 0.0;
+  TensorView alpha_per_image;   // [N] instead of alpha, or none
+  TensorView eps_per_image;     // [N] instead of eps, or none
+  double low = 0.0, high = 1.0;
+};
+
+// --- predictions (cpu/confusion.cpp) ---
+
+struct ConfusionParams {
+  Problem problem;
+  TensorView prediction;  // [N, H, W] uint8 or int16: argmax over classes at the labels' size, or none
+  TensorView matrix;      // [C, C] or [N, C, C] int64, row = label, column = prediction, or none
+  bool per_image = false;
+};
+
+namespace cpu {
+
+int64_t margin(const MarginParams& params);
+int64_t margin_backward(const MarginBackwardParams& params);
+int64_t cross_entropy(const CrossEntropyParams& params);
+int64_t cross_entropy_backward(const CrossEntropyBackwardParams& params);
+int64_t l1_norm(const L1NormParams& params);
+int64_t newton_step(const NewtonStepParams& params);
+int64_t sign_step(const SignStepParams& params);
+int64_t confusion(const ConfusionParams& params);
+
+// The instruction set that the kernels run with on this machine: "x86-64-v4", "x86-64-v3" or "baseline".
+const char* instruction_set();
+
+}  // namespace cpu
+}  // namespace segadv

@@ -1,0 +1,242 @@
+"""cross_entropy, segpgd_loss, cospgd_loss and loss_and_grad against the oracle, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOSSES = ("cross_entropy", "segpgd", "cospgd")
+
+
+def reduce(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """values and weights [N, H, W], both 0 at ignored pixels."""
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    dims = (1, 2) if reduction == "image" else (0, 1, 2)
+    total = weights.sum(dims)
+    return values.sum(dims) / torch.where(total == 0, 1, total)
+
+
+def class_weights(case: oracle.Case, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y, valid = oracle.split(case.labels, case.ignore_index)
+    per_pixel = torch.ones(case.labels.shape, dtype=dtype) if weight is None else weight.to(dtype)[y]
+    return torch.where(valid, per_pixel, 0)
+
+
+def compare(ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], logits: Tensor, what: str) -> None:
+    """Value and gradient of `ours` against the plain function in float64 and in the logits' dtype."""
+    z, z_eager = logits.detach().requires_grad_(), logits.detach().clone().requires_grad_()
+    z64 = logits.detach().double().requires_grad_()
+    value, eager, truth = ours(z), plain(z_eager), plain(z64)
+    oracle.assert_accurate(value, eager, truth, what)
+    outgoing = torch.randn(truth.shape, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(value, z, outgoing.to(value.dtype))
+    (grad_eager,) = torch.autograd.grad(eager, z_eager, outgoing.to(eager.dtype))
+    (grad64,) = torch.autograd.grad(truth, z64, outgoing)
+    assert grad.dtype is logits.dtype
+    oracle.assert_accurate(grad, grad_eager, grad64, f"gradient of {what}")
+    oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {what}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(40))
+def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype) -> None:
+    case = oracle.random_case(seed, dtype)
+    weight = torch.rand(case.logits.shape[1]) + 0.1 if seed % 2 else None
+    reduction = ("mean", "image", "sum", "none")[seed // 2 % 4]
+
+    def plain(z: Tensor) -> Tensor:
+        values = oracle.cross_entropy_map(
+            z, case.labels, None if weight is None else weight.to(z.dtype), **case.options
+        )
+        # The mean's denominator is an integer or a sum of weights: not rounded to half precision by the yardstick.
+        return reduce(values.float() if z.dtype in (torch.float16, torch.bfloat16) else values,
+                      class_weights(case, weight, torch.float64 if z.dtype is torch.float64 else torch.float32),
+                      reduction)  # fmt: skip
+
+    compare(
+        lambda z: F.cross_entropy(z, case.labels, weight=weight, reduction=reduction, **case.options),
+        plain,
+        case.logits,
+        f"cross_entropy {reduction}",
+    )
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(16))
+def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, targeted: bool) -> None:
+    case = oracle.random_case(seed, dtype)
+    step, steps = seed % 7, 7
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def plain_segpgd(z: Tensor) -> Tensor:
+        values = oracle.segpgd_map(z, case.labels, step / (2 * steps), targeted, **case.options)
+        return oracle.mean_over_valid(values.to(torch.promote_types(z.dtype, wide)), case.labels, case.ignore_index)
+
+    def plain_cospgd(z: Tensor) -> Tensor:
+        values = oracle.cospgd_map(z, case.labels, targeted, **case.options)
+        return oracle.mean_over_valid(values.to(torch.promote_types(z.dtype, wide)), case.labels, case.ignore_index)
+
+    compare(
+        lambda z: F.segpgd_loss(z, case.labels, step, steps, targeted=targeted, **case.options),
+        plain_segpgd,
+        case.logits,
+        "segpgd_loss",
+    )
+    compare(
+        lambda z: F.cospgd_loss(z, case.labels, targeted=targeted, **case.options),
+        plain_cospgd,
+        case.logits,
+        "cospgd_loss",
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_loss_and_grad(backend: str, seed: int, dtype: torch.dtype, loss: str) -> None:
+    case = oracle.random_case(100 + seed, dtype)
+    targeted = bool(seed % 2)
+    plain = {
+        "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
+        "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
+        "cospgd": lambda z: oracle.cospgd_map(z, case.labels, targeted, **case.options),
+    }[loss]
+    loss_sum, n_valid, grad = F.loss_and_grad(
+        case.logits, case.labels, loss=loss, step=3, steps=5, targeted=targeted, **case.options
+    )
+    z_eager, z64 = case.logits.detach().clone().requires_grad_(), case.logits.double().requires_grad_()
+    eager, truth = plain(z_eager).sum((1, 2)), plain(z64).sum((1, 2))
+    oracle.assert_accurate(loss_sum, eager, truth, loss)
+    assert torch.equal(n_valid, (case.labels.long() != case.ignore_index).sum((1, 2)))
+    (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
+    (grad64,) = torch.autograd.grad(truth.sum(), z64)
+    oracle.assert_accurate(grad, grad_eager, grad64, f"grad of {loss}")
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("own", [(4, 5), (3, 4), (7, 6)])
+def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> None:
+    z = torch.randn(2, 4, *own, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 4, (2, 4, 5))
+    y[0, 0] = 255
+    weight = torch.rand(4, dtype=torch.float64)
+    for reduction in ("mean", "image", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda z, r=reduction: F.cross_entropy(z, y, weight=weight, reduction=r, align_corners=align_corners), z
+        )
+
+
+def test_reductions_are_those_of_torch(backend: str) -> None:
+    z, y = torch.randn(3, 5, 6, 7), torch.randint(0, 5, (3, 6, 7))
+    y[1, 2:4] = 255
+    weight = torch.rand(5)
+    for reduction in ("mean", "sum", "none"):
+        torch.testing.assert_close(
+            F.cross_entropy(z, y, weight=weight, reduction=reduction),
+            torch.nn.functional.cross_entropy(z, y, weight=weight, reduction=reduction, ignore_index=255),
+        )
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+def test_large_logits(backend: str, scale: float) -> None:
+    z = torch.randn(2, 5, 6, 7) * scale
+    y = torch.randint(0, 5, (2, 6, 7))
+    z, z64 = z.requires_grad_(), z.double().requires_grad_()
+    value, truth = F.cross_entropy(z, y), torch.nn.functional.cross_entropy(z64, y)
+    assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+    (grad,), (grad64,) = torch.autograd.grad(value, z), torch.autograd.grad(truth, z64)
+    torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=1e-9)
+
+
+def test_minus_infinity_for_a_class(backend: str) -> None:
+    """A masked class has probability 0 and gets no gradient."""
+    z = torch.randn(1, 4, 3, 3)
+    z[:, 2] = -torch.inf
+    y = torch.zeros(1, 3, 3, dtype=torch.long)
+    loss_sum, _, grad = F.loss_and_grad(z, y)
+    expected = torch.nn.functional.cross_entropy(z, y, reduction="sum")
+    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (grad[:, 2] == 0).all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("own", [(4, 6), (2, 3)])
+def test_nan_stays_in_its_image_and_out_of_ignored_pixels(backend: str, own: tuple[int, int]) -> None:
+    z, y = torch.randn(2, 3, *own), torch.zeros(2, 4, 6, dtype=torch.long)
+    z[0, 1, 0, 0] = torch.nan
+    loss = F.cross_entropy(z, y, reduction="image")
+    assert loss[0].isnan()
+    assert loss[1].isfinite()
+    y[0, :3, :4] = 255
+    z.requires_grad_()
+    loss = F.cross_entropy(z, y, reduction="mean")
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
+    for name in LOSSES:
+        loss_sum, _, grad = F.loss_and_grad(z, y, loss=name, step=1, steps=4)
+        assert loss_sum.isfinite().all()
+        assert grad.isfinite().all()
+
+
+def test_all_ignored_and_empty(backend: str) -> None:
+    y = torch.full((2, 8, 10), 255)
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    for reduction in ("mean", "image", "sum", "none"):
+        loss = F.cross_entropy(z, y, reduction=reduction)
+        assert (loss == 0).all()
+        (grad,) = torch.autograd.grad(loss.sum(), z)
+        assert (grad == 0).all()
+    z, y = torch.randn(0, 3, 4, 5, requires_grad=True), torch.zeros(0, 8, 10, dtype=torch.long)
+    assert F.cross_entropy(z, y).item() == 0
+    assert F.cross_entropy(z, y, reduction="image").shape == (0,)
+    assert F.loss_and_grad(z, y)[2].shape == z.shape
+
+
+def test_segpgd_weights_at_both_ends(backend: str) -> None:
+    """Step 0: only correct pixels count. Targeted: only wrong ones. lambda never reaches 1/2."""
+    z, y = torch.randn(1, 4, 6, 6), torch.randint(0, 4, (1, 6, 6))
+    correct = z.argmax(1) == y
+    loss = oracle.cross_entropy_map(z, y)
+    torch.testing.assert_close(F.segpgd_loss(z, y, 0, 1), (loss * correct).mean((1, 2)))
+    torch.testing.assert_close(F.segpgd_loss(z, y, 0, 10), (loss * correct).mean((1, 2)))
+    torch.testing.assert_close(F.segpgd_loss(z, y, 0, 10, targeted=True), (loss * ~correct).mean((1, 2)))
+    weights = torch.where(correct, 0.55, 0.45)
+    torch.testing.assert_close(F.segpgd_loss(z, y, 9, 10), (loss * weights).mean((1, 2)))
+
+
+def test_classification(backend: str) -> None:
+    z, y = torch.randn(5, 7), torch.randint(0, 7, (5,))
+    torch.testing.assert_close(F.cross_entropy(z, y), torch.nn.functional.cross_entropy(z, y))
+    assert F.cross_entropy(z, y, reduction="none").shape == (5,)
+    assert F.loss_and_grad(z, y)[2].shape == z.shape
+
+
+@pytest.mark.parametrize("own", [(61, 83), (9, 11)])
+def test_same_bits_for_any_number_of_threads(own: tuple[int, int]) -> None:
+    z = torch.randn(3, 19, *own, requires_grad=True)
+    y = torch.randint(0, 19, (3, 61, 83))
+    before, results = torch.get_num_threads(), []
+    try:
+        with segadv.backend("native"):
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                loss = F.cross_entropy(z, y, reduction="image")
+                (grad,) = torch.autograd.grad(loss.sum(), z)
+                results.append((loss.detach(), grad, *F.loss_and_grad(z, y, loss="cospgd")))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,0 +1,198 @@
+"""pixel_margin, averaged_gain and gain_and_grad against the oracle, on every backend."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def gain_of(logits: Tensor, case: oracle.Case) -> Tensor:
+    margin = oracle.pixel_margin(logits, case.labels, **case.options)
+    return oracle.mean_over_valid(margin, case.labels, case.ignore_index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(50))
+def test_random_cases(backend: str, seed: int, dtype: torch.dtype) -> None:
+    case = oracle.random_case(seed, dtype)
+    assert case.left_out <= 0.05 * case.labels.numel() + 1
+    z, z_eager = case.logits.detach().requires_grad_(), case.logits.detach().clone().requires_grad_()
+    z64 = case.logits.detach().double().requires_grad_()
+    outgoing = torch.randn(case.labels.shape, dtype=torch.float64)
+
+    margin = F.pixel_margin(z, case.labels, **case.options)
+    eager = oracle.pixel_margin(z_eager, case.labels, **case.options)
+    truth = oracle.pixel_margin(z64, case.labels, **case.options)
+    oracle.assert_accurate(margin, eager, truth, "pixel_margin")
+    (grad,) = torch.autograd.grad(margin, z, outgoing.to(margin.dtype))
+    (grad_eager,) = torch.autograd.grad(eager, z_eager, outgoing.to(eager.dtype))
+    (grad64,) = torch.autograd.grad(truth, z64, outgoing)
+    assert grad.dtype is dtype
+    oracle.assert_accurate(grad, grad_eager, grad64, "gradient of pixel_margin")
+    oracle.assert_same_direction(grad, grad_eager, grad64, "gradient of pixel_margin")
+
+    gain, gain64 = F.averaged_gain(z, case.labels, **case.options), gain_of(z64, case)
+    eager = gain_of(z_eager, case)
+    magnitude = oracle.mean_over_valid(truth.abs(), case.labels, case.ignore_index)
+    oracle.assert_accurate(gain, eager, gain64, "averaged_gain", addends=magnitude)
+    per_image = torch.arange(1.0, len(gain) + 1)
+    (grad,) = torch.autograd.grad(gain, z, per_image.to(gain.dtype))
+    (grad_eager,) = torch.autograd.grad(eager, z_eager, per_image.to(eager.dtype))
+    (grad64,) = torch.autograd.grad(gain64, z64, per_image.double())
+    oracle.assert_accurate(grad, grad_eager, grad64, "gradient of averaged_gain")
+    oracle.assert_same_direction(grad, grad_eager, grad64, "gradient of averaged_gain")
+
+    gain_sum, n_valid, grad = F.gain_and_grad(z, case.labels, **case.options)
+    assert not gain_sum.requires_grad
+    assert not grad.requires_grad
+    assert torch.equal(n_valid, (case.labels.long() != case.ignore_index).sum((1, 2)))
+    eager, sum64 = (
+        oracle.pixel_margin(x, case.labels, **case.options).sum((1, 2)) for x in (z_eager, z64)
+    )
+    oracle.assert_accurate(gain_sum, eager, sum64, "gain_sum", addends=truth.abs().sum((1, 2)))
+    (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
+    (grad64,) = torch.autograd.grad(sum64.sum(), z64)
+    oracle.assert_accurate(grad, grad_eager, grad64, "grad of gain_and_grad")
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("own", [(4, 5), (3, 4), (7, 6), (1, 1)])
+def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> None:
+    z = torch.randn(2, 4, *own, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 4, (2, 4, 5))
+    y[0, 0] = 255
+    options = {"align_corners": align_corners}
+    # A step of 1e-6 does not reach a tie with these numbers.
+    assert torch.autograd.gradcheck(lambda z: F.pixel_margin(z, y, **options), z, eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda z: F.averaged_gain(z, y, **options), z, eps=1e-6, atol=1e-7)
+
+
+def test_by_hand(backend: str) -> None:
+    z = torch.tensor([[[[1.0, 0.0]], [[3.0, 5.0]], [[2.0, -1.0]]]], requires_grad=True)  # [1, 3, 1, 2]
+    y = torch.tensor([[[1, 0]]])
+    assert F.pixel_margin(z, y).tolist() == [[[1.0, -5.0]]]
+    gain = F.averaged_gain(z, y)
+    assert gain.tolist() == [-2.0]
+    gain.sum().backward()
+    assert z.grad is not None
+    assert z.grad[0, :, 0].tolist() == [[0.0, 0.5], [0.5, -0.5], [-0.5, 0.0]]
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_ties_go_to_the_lowest_class(backend: str, label: int) -> None:
+    z, y = torch.zeros(1, 3, 1, 1), torch.tensor([[[label]]])
+    gain_sum, _, grad = F.gain_and_grad(z, y)
+    assert gain_sum.item() == 0
+    expected = torch.zeros(3)
+    expected[label] = 1
+    expected[1 if label == 0 else 0] = -1
+    assert torch.equal(grad[0, :, 0, 0], expected)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_other_classes_all_minus_infinity(backend: str, label: int) -> None:
+    z, y = torch.full((1, 3, 1, 1), -torch.inf), torch.tensor([[[label]]])
+    z[0, label] = 2.0
+    gain_sum, _, grad = F.gain_and_grad(z, y)
+    assert gain_sum.item() == torch.inf
+    assert grad.sum() == 0  # +1 at the label, -1 at another class
+    assert grad[0, label].item() == 1
+
+
+@pytest.mark.parametrize("own", [(4, 6), (2, 3)])
+@pytest.mark.parametrize("where", ["label", "other"])
+def test_nan_stays_in_its_pixels_and_its_image(backend: str, where: str, own: tuple[int, int]) -> None:
+    z, y = torch.randn(2, 3, *own), torch.zeros(2, 4, 6, dtype=torch.long)
+    z[0, 0 if where == "label" else 2, 0, 0] = torch.nan
+    margin, gain = F.pixel_margin(z, y), F.averaged_gain(z, y)
+    assert margin[0, 0, 0].isnan()
+    assert gain[0].isnan()
+    assert gain[1].isfinite()
+    assert margin[1].isfinite().all()
+    y[0, :3, :4] = 255  # all that the NaN reaches
+    assert F.averaged_gain(z, y).isfinite().all()
+    assert F.gain_and_grad(z, y)[2].isfinite().all()
+
+
+def test_all_ignored_and_empty(backend: str) -> None:
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    y = torch.full((2, 8, 10), 255)
+    y[1, 0, 0] = 2
+    gain = F.averaged_gain(z, y)
+    assert gain[0] == 0
+    (grad,) = torch.autograd.grad(gain.sum(), z)
+    assert (grad[0] == 0).all()
+    assert (grad[1] != 0).any()
+    for shape in ((0, 3, 4, 5), (0, 3, 8, 10)):
+        z, y = torch.randn(shape, requires_grad=True), torch.zeros(0, 8, 10, dtype=torch.uint8)
+        assert F.averaged_gain(z, y).shape == (0,)
+        assert F.pixel_margin(z, y).shape == (0, 8, 10)
+        gain_sum, n_valid, grad = F.gain_and_grad(z, y)
+        assert (gain_sum.shape, n_valid.shape, grad.shape) == ((0,), (0,), z.shape)
+
+
+def test_classification(backend: str) -> None:
+    z, y = torch.randn(5, 7, requires_grad=True), torch.randint(0, 7, (5,))
+    margin = F.pixel_margin(z, y)
+    expected = oracle.pixel_margin(z[:, :, None, None], y[:, None, None]).flatten()
+    assert margin.shape == (5,)
+    torch.testing.assert_close(margin, expected)
+    gain_sum, n_valid, grad = F.gain_and_grad(z, y)
+    torch.testing.assert_close(gain_sum, expected)
+    assert n_valid.tolist() == [1] * 5
+    assert grad.shape == z.shape
+
+
+@pytest.mark.parametrize("classes", [2, 256, 257, 300])
+def test_many_classes(backend: str, classes: int) -> None:
+    """The runner-up is kept in one byte up to 256 classes, in two above."""
+    z = torch.zeros(1, classes, 2, 3, requires_grad=True)
+    with torch.no_grad():
+        z[0, classes - 1] = 1.0
+    y = torch.zeros(1, 4, 6, dtype=torch.int16)
+    (grad,) = torch.autograd.grad(F.averaged_gain(z, y).sum(), z)
+    assert torch.equal(grad[0, 0], -grad[0, classes - 1])
+    assert grad[0, 0].sum().item() == pytest.approx(1)
+    assert (grad[0, 1 : classes - 1] == 0).all()
+
+
+@pytest.mark.parametrize("own", [(61, 83), (9, 11)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_for_any_number_of_threads(own: tuple[int, int], layout: str) -> None:
+    z = oracle.in_layout(torch.randn(3, 19, *own), layout)
+    y = torch.randint(0, 19, (3, 61, 83))
+    before, results = torch.get_num_threads(), []
+    try:
+        with segadv.backend("native"):
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                results.append(F.gain_and_grad(z, y))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_keeps_the_layout(backend: str) -> None:
+    for own in ((8, 9), (4, 5)):
+        z = torch.randn(2, 3, *own).contiguous(memory_format=torch.channels_last)
+        grad = F.gain_and_grad(z, torch.zeros(2, 8, 9, dtype=torch.long))[2]
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_precision_is_more_exact_than_eager() -> None:
+    """Nothing is rounded between the interpolation and the margin."""
+    z = (torch.randn(2, 19, 16, 16) * 4).bfloat16()
+    y = torch.randint(0, 19, (2, 128, 128))
+    truth = oracle.mean_over_valid(oracle.pixel_margin(z.double(), y), y)
+    eager = oracle.mean_over_valid(oracle.pixel_margin(z, y).float(), y)
+    with segadv.backend("native"):
+        ours = F.averaged_gain(z, y)
+    assert (ours - truth).abs().max() < 0.01 * (eager - truth).abs().max()
