@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
-#from .attacks import fast_newton_step
+from .attacks import fast_newton_step
 from .ops.backends import backend
 from .ops.native import build_info
 
@@ -14,4 +14,4 @@ try:
 except PackageNotFoundError:  # a clone that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "backend", "build_info", "functional"]
+__all__ = ["__version__", "backend", "build_info", "fast_newton_step", "functional"]

@@ -456,7 +456,7 @@ def confusion_matrix(
     Returns:
         int64 [C, C], or [N, C, C]. Its attribute `invalid` (an int64 scalar tensor) counts the pixels left out
         because their label is neither a class nor ignore_index: always 0 on the CPU, where they raise. Look at
-        it once per epoch on a GPU.
+        it once per epoch on a GPU. Inside torch.compile the attribute is not attached.
 
     Equivalent to::
 
@@ -466,7 +466,8 @@ def confusion_matrix(
     """
     logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
     matrix, invalid = library.confusion_matrix(logits4, labels3, ignore_index, align_corners, per_image)
-    matrix.invalid = invalid
+    if not torch.compiler.is_compiling():  # a traced tensor cannot carry attributes
+        matrix.invalid = invalid
     return matrix  # type: ignore[no-any-return]
 
 
@@ -533,8 +534,6 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     elif min(logits.shape[2:]) == 0 and labels.numel():
         raise ValueError(f"logits: {_describe(logits)} has no pixel, the labels {_describe(labels)} have some")
     if synchronous_checks() and labels.device.type != "cpu":
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("SEGADV_CHECK=1 waits for the GPU and so cannot be on during a CUDA graph capture")
         check_labels(labels, logits.shape[1], ignore_index)
     return logits, labels
 

@@ -49,7 +49,10 @@ def empty_gradient(
 
 def synchronous_checks() -> bool:
     """SEGADV_CHECK=1: GPU labels and the range of images are checked at once, at the price of a wait."""
-    return os.environ.get("SEGADV_CHECK", "0") not in ("", "0")
+    on = os.environ.get("SEGADV_CHECK", "0") not in ("", "0")
+    if on and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("SEGADV_CHECK=1 waits for the GPU and so cannot be on during a CUDA graph capture")
+    return on
 
 
 def raise_bad_label(labels: Tensor, index: int, num_classes: int, ignore_index: int) -> None:

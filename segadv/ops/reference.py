@@ -288,7 +288,10 @@ def confusion_matrix(
     images = num_images if per_image else 1
     # One cell more takes the pixels that are not counted: no boolean indexing, which would wait for a GPU.
     spare = images * num_classes**2
-    counts = torch.bincount(cell.where(target.valid, spare).flatten(), minlength=spare + 1)[:spare].clone()
+    cell = cell.where(target.valid, spare).flatten()
+    # scatter_add, not bincount, which waits for a GPU too
+    counts = torch.zeros(spare + 1, dtype=torch.int64, device=labels.device)
+    counts = counts.scatter_add_(0, cell, torch.ones_like(cell))[:spare].clone()
     shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
     return counts.view(shape), target.bad.sum()
 

@@ -1,0 +1,416 @@
+"""What every attack has in common: its guarantees, in one place.
+
+An attack
+
+* takes one forward and one input gradient per step (`torch.autograd.grad`, never `.backward()`) and no weight
+  gradients, and goes around a DistributedDataParallel wrapper, so that no collective is started;
+* runs the model in eval mode and leaves every module's `training` flag, every buffer, and every parameter's
+  `requires_grad` and `.grad` as they were, also when the model raises (`frozen`);
+* never waits for a GPU: no `.item()`, no boolean indexing, so that it can be captured in a CUDA graph;
+* leaves the caller's tensors alone, and returns a detached tensor of the images' dtype, device and memory
+  format, inside the box and, where it has an eps, inside the ball;
+* may be called under `no_grad`, `inference_mode` and autocast: the model's forward runs under the caller's
+  autocast, images and steps stay in full precision;
+* treats each image by itself: neither gradient nor step depends on the neighbours in the batch, unless the
+  network's own arithmetic does (batch statistics under bn="train").
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from numbers import Real
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import functional
+from ..ops.common import synchronous_checks
+
+__all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
+
+
+@dataclass(kw_only=True)
+class AttackInfo:
+    """What an attack did to each image; every entry is [N], detached, on the images' device.
+
+    Attributes:
+        eps: size of the step in the units of the images. FastNewton: the step it computed, negative where it
+            helps the model, 0 where the image was left as it is; RandomFGSM: the drawn step; others: their
+            eps.
+        loss: mean of the attack's loss over the image's valid pixels, where the last gradient was taken. None
+            for FastNewton.
+        gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
+        grad_norm: L1 norm of the averaged gain's gradient with respect to the image. FastNewton only:
+            eps == gain / grad_norm, before clamp_negative and max_eps.
+    """
+
+    eps: Tensor
+    loss: Tensor | None = None
+    gain: Tensor | None = None
+    grad_norm: Tensor | None = None
+
+
+class InputGradient(NamedTuple):
+    """An objective and its gradient with respect to the images, from one forward and one backward pass."""
+
+    total: Tensor
+    """[N] sum of the objective over the valid pixels."""
+    pixels: Tensor
+    """[N] number of valid pixels, and 1 where there is none."""
+    scale: Tensor
+    """[N] positive factor in `grad`, which is the gradient of scale * total."""
+    grad: Tensor
+    """[N, ...] like the images."""
+    logits: Tensor
+    """Logits of the forward pass, detached."""
+
+    @property
+    def mean(self) -> Tensor:
+        """[N] mean of the objective over the valid pixels; 0 where there is none."""
+        return self.total / self.pixels
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel wrapper; any other module as it is.
+
+    A gradient taken through the wrapper would leave its reducer waiting. A compiled module stays compiled; a
+    wrapper that was compiled as a whole gives its module, not compiled.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, DistributedDataParallel):
+        module: nn.Module = inner.module
+        return module
+    return model
+
+
+def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The logits in what a model returned.
+
+    Args:
+        output: a tensor; a dict with "out" or "logits"; an object with `.logits`; a tuple or list whose first
+            entry is the logits.
+        extract: callable from `output` to the logits, instead of all that.
+
+    Raises:
+        TypeError: no tensor was found; the message names what came.
+    """
+    logits = output
+    if extract is not None:
+        logits = extract(output)
+    elif isinstance(output, Mapping):
+        logits = output.get("out", output.get("logits"))
+    elif not isinstance(output, Tensor):
+        if hasattr(output, "logits"):
+            logits = output.logits
+        elif isinstance(output, (tuple, list)) and output:
+            logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
+    if extract is not None:
+        raise TypeError(
+            f"output: the callable returned {_kind(logits)}; it has to return a tensor, the logits"
+        )
+    raise TypeError(
+        f"model: it returned {_kind(output)}; understood are a tensor, a dict with 'out' or 'logits', an "
+        "object with .logits and a tuple whose first entry is the logits. Give output=, a callable from what "
+        "the model returns to the logits"
+    )
+
+
+def _kind(output: Any) -> str:
+    name = type(output).__name__
+    if isinstance(output, Mapping):
+        return f"a {name} with the keys {list(output)}"
+    if isinstance(output, (tuple, list)):
+        return f"a {name} of {[type(entry).__name__ for entry in output]}"
+    return f"a {name}"
+
+
+@contextmanager
+def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
+    """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
+
+    Restored, also after an exception, are the `training` flag of every module, every buffer and
+    `requires_grad` of every parameter. `.grad` is not touched.
+
+    With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
+    batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
+    model in eval mode as a whole) go on using their running statistics. SyncBatchNorm takes the statistics of
+    its own process: nothing is communicated, so the processes may attack different numbers of images.
+
+    Raises:
+        ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around;
+            parameters or buffers made under inference_mode, through which no gradient passes.
+    """
+    network = unwrapped(model)
+    module_names = {module: name for name, module in network.named_modules()}
+    for module, name in module_names.items():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead"
+            )
+    parameters = list(network.named_parameters())
+    for name, tensor in chain(parameters, network.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: its parameter or buffer {name!r} was made under torch.inference_mode, so that no "
+                "gradient passes through it; build or load the model outside of that"
+            )
+    training = {module: module.training for module in module_names}
+    trained = [parameter for _, parameter in parameters if parameter.requires_grad]
+    own_statistics = [
+        (module, module.running_mean, module.running_var)
+        for module in training
+        if bn == "train" and module.training and _tracks_statistics(module)
+    ]
+    # Norm layers are kept from writing to theirs; any other buffer may be written in eval mode too.
+    buffers = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in training
+        if not _tracks_statistics(module)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        for module in training:
+            module.training = False
+        for module, _, _ in own_statistics:
+            # In eval mode and without running statistics a norm layer takes its input's, and counts nothing.
+            _set_statistics(module, track=False, mean=None, var=None)
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mean, var in own_statistics:
+            _set_statistics(module, track=True, mean=mean, var=var)
+        for module, flag in training.items():
+            module.training = flag
+        for module, name, buffer, copy, version in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copy)
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+
+
+def _tracks_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm layer with running statistics: batch and instance norm, SyncBatchNorm, timm's."""
+    return bool(getattr(module, "track_running_stats", False))
+
+
+def _set_statistics(module: nn.Module, *, track: bool, mean: Any, var: Any) -> None:
+    module.track_running_stats = track  # type: ignore[assignment]
+    module.running_mean = mean
+    module.running_var = var
+
+
+@dataclass(kw_only=True, eq=False)
+class Attack(ABC):
+    """Base of the attacks: everything but the objective and the step.
+
+    A sub-class is a dataclass whose fields are its arguments; it defines `_objective` and `_perturb`.
+
+    Args:
+        model: nn.Module from images to logits (or to what `model_logits` understands), in any mode, also
+            compiled or wrapped in DistributedDataParallel. Logits of another size than the labels stay as
+            they are: the resampling is part of the loss.
+        ignore_index: label of the pixels that do not count.
+        align_corners: of that resampling.
+        bounds: lowest and highest pixel value; the result is clipped to it. eps and alpha are in its units.
+        bn: "eval": norm layers use their running statistics. "train": those that are in train mode use the
+            batch's own, through which its images influence each other; nothing is written. Dropout is off in
+            both.
+        output: callable from what the model returns to the logits.
+
+    Raises:
+        TypeError: an argument of the wrong type; in the call, a model output that is not understood.
+        ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
+            precision images, tensors that do not fit together, bad labels (on the CPU), logits that let no
+            gradient pass; images outside `bounds` under SEGADV_CHECK=1, which waits for a GPU.
+    """
+
+    model: nn.Module = field(kw_only=False, repr=False)
+    ignore_index: int = 255
+    align_corners: bool = False
+    bounds: tuple[float, float] = (0.0, 1.0)
+    bn: Literal["eval", "train"] = "eval"
+    output: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model: a {type(self.model).__name__} came; an nn.Module is needed")
+        if self.output is not None and not callable(self.output):
+            raise TypeError(f"output: a {type(self.output).__name__} came; a callable or None is needed")
+        if self.bn not in ("eval", "train"):
+            raise ValueError(f"bn: {self.bn!r} is not one of 'eval', 'train'")
+        if len(self.bounds) != 2 or not -math.inf < self.bounds[0] < self.bounds[1] < math.inf:
+            raise ValueError(f"bounds: {self.bounds} is not (low, high) with low < high, both finite")
+
+    @abstractmethod
+    def _objective(
+        self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over valid pixels [N], their number [N], gradient of the sum, free to be written to."""
+
+    @abstractmethod
+    def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
+        """The attack itself, on a frozen model, without grad mode; must not write to its arguments."""
+
+    @overload
+    def __call__(self, images: Tensor, labels: Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, return_info: Literal[True]
+    ) -> tuple[Tensor, AttackInfo]: ...
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, return_info: bool = False
+    ) -> Tensor | tuple[Tensor, AttackInfo]:
+        """Adversarial images.
+
+        Args:
+            images: [N, ...], usually [N, 3, H, W], float32 or float64, inside `bounds`.
+            labels: [N, H, W] (or [N] for logits [N, C]), int64, int32, int16 or uint8.
+            return_info: also return an `AttackInfo`.
+
+        Returns:
+            like the images, detached; with return_info the pair of it and the info.
+        """
+        with self._isolated(images, labels) as (own_images, own_labels):
+            if images.shape[0] == 0:
+                empty = images.new_zeros(0)
+                adversarial = torch.zeros_like(images)
+                info = AttackInfo(eps=empty, loss=empty, gain=empty, grad_norm=empty)
+            else:
+                adversarial, info = self._perturb(own_images, own_labels)
+        return (adversarial, info) if return_info else adversarial
+
+    def input_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Gradient with respect to the images, like them, that the attack's first step uses.
+
+        The gradient of each image carries a positive factor, a power of two near 1 / sqrt(number of valid
+        pixels), which its sign does not see: FGSM at many eps costs one gradient and, for each eps,
+        `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is that of
+        -loss, as sign attacks ascend; FastNewton's is that of the gain. Arguments as in the call.
+        """
+        with self._isolated(images, labels) as (own_images, own_labels):
+            if images.shape[0] == 0:
+                return torch.zeros_like(images)
+            return self._differentiate(own_images, own_labels).grad
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The attack's name and its arguments without the model, fit for JSON."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "model"}
+        return {"attack": type(self).__name__, **{name: _plain(value) for name, value in values.items()}}
+
+    @contextmanager
+    def _isolated(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Checks the inputs, freezes the model and gives the inputs as tensors that autograd accepts."""
+        self._check_inputs(images, labels)
+        device_type = images.device.type
+        # Without autocast's cache: it would keep copies of all steps' images until the caller's block ends.
+        autocast = torch.autocast(
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+            cache_enabled=False,
+        )
+        with torch.inference_mode(False), torch.no_grad(), autocast, frozen(self.model, bn=self.bn):
+            # A tensor made under inference_mode cannot take part in autograd, its clone made here can.
+            own_images, own_labels = (t.clone() if t.is_inference() else t.detach() for t in (images, labels))
+            yield own_images, own_labels
+
+    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
+        for name, tensor in (("images", images), ("labels", labels)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: a {type(tensor).__name__} came; a tensor is needed")
+        functional._check_step(images, images, self.bounds)
+        if labels.dim() < 1 or labels.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N is needed, "
+                "labels [N, H, W] or [N]"
+            )
+        if labels.device != images.device:
+            raise ValueError(f"labels: they are on {labels.device}, the images on {images.device}")
+        if synchronous_checks() and images.numel():
+            low, high = images.min().item(), images.max().item()
+            if not self.bounds[0] <= low <= high <= self.bounds[1]:
+                raise ValueError(
+                    f"images: values in [{low:g}, {high:g}] came; bounds = {self.bounds} is allowed. Scale "
+                    "the images, normalise inside the model (segadv.models.wrap), or give bounds="
+                )
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The model's forward pass, in the caller's autocast state."""
+        logits = model_logits(unwrapped(self.model)(images), self.output)
+        if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"model: it returned {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)} for "
+                f"images {list(images.shape)}; floating point logits [N, C, h, w] or [N, C] are needed"
+            )
+        return logits
+
+    def _differentiate(
+        self, images: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
+    ) -> InputGradient:
+        """One forward, one pass over the logits for value and gradient, one backward to the images."""
+        leaf = images.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._logits(leaf)
+        if not logits.requires_grad:
+            raise ValueError(_NO_GRADIENT)
+        # The backward of what ran under autocast belongs outside of it.
+        with torch.autocast(images.device.type, enabled=False):
+            total, n_valid, logits_grad = self._objective(logits.detach(), labels, step=step, steps=steps)
+            pixels = n_valid.clamp(min=1)
+            # Half precision holds neither the gradient of a mean over half a million pixels nor, inside the
+            # network, that of the sum. In the logits' dtype: total and gradient get the same factor.
+            scale = torch.exp2(torch.round(-0.5 * torch.log2(pixels.to(total.dtype)))).to(logits.dtype)
+            logits_grad.mul_(per_image(scale, logits_grad))
+            (grad,) = torch.autograd.grad(logits, leaf, logits_grad, allow_unused=True)
+        if grad is None:
+            raise ValueError(_NO_GRADIENT)
+        return InputGradient(total, pixels, scale.to(total.dtype), grad, logits.detach())
+
+
+_NO_GRADIENT = (
+    "model: no gradient passes from its logits to the images. Does it run under torch.no_grad or "
+    "torch.inference_mode, detach, or return predictions instead of logits? Remove that, or name the "
+    "logits with output="
+)
+
+
+def per_image(value: Tensor, like: Tensor) -> Tensor:
+    """value [N] as [N, 1, ...], to be broadcast over `like`."""
+    return value.view(-1, *[1] * (like.dim() - 1))
+
+
+def checked_size(name: str, value: float | Tensor, bounds: tuple[float, float]) -> float | Tensor:
+    """An eps or alpha as a float; a tensor [N] as it is: the call, which knows the images, checks it."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: a {type(value).__name__} came; a number, or a tensor [N], is needed")
+    width = bounds[1] - bounds[0]
+    if not 0 <= value <= width:
+        raise ValueError(
+            f"{name}: {value} came; [0, {width:g}] is allowed, the width of bounds = {tuple(bounds)}. "
+            f"{name} is in the units of the images: 8/255 for images in [0, 1], not 8"
+        )
+    return float(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (bool, int, float, str, tuple)) or value is None:
+        return value
+    return getattr(value, "__name__", type(value).__name__)

@@ -1,0 +1,379 @@
+"""The main job in one call: data generated, five arms trained, attacked and compared, overhead measured.
+
+It repeats the comparison of Wiens & Hammer 2022 (doi 10.5220/0010788400003122) at a size for a laptop's CPU:
+figures 3 and 4 (mIoU against eps) and tables 1 and 2 (additional training time).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import __version__, build_info, functional
+from .attacks import BIM
+from .attacks.base import frozen
+from .data import Cityscapes, generate_streets
+from .evaluation import EPS, EvaluationResult, atomic_write, evaluate, to_csv
+from .models import small_pspnet
+from .training import ARMS, TrainConfig, Trainer
+
+__all__ = ["FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "initial_model", "run_demo"]
+
+PAPER_OVERHEAD: dict[str, dict[str, float]] = {
+    "paper, Cityscapes": {"fgsm": 12.52, "random-fgsm": 12.34, "bim-3": 45.92, "fast-newton": 11.98},
+    "paper, PASCAL VOC": {"fgsm": 31.76, "random-fgsm": 34.71, "bim-3": 98.24, "fast-newton": 31.18},
+    "cost model": {"fgsm": 100 / 3, "random-fgsm": 100 / 3, "bim-3": 100.0, "fast-newton": 100 / 3},
+}
+"""Additional training time in percent: tables 1 and 2 of the paper, and what counting passes gives.
+
+A clean step is 3 passes (forward, data gradient, weight gradient); an attack step on half the batch adds one.
+"""
+
+_ATTACKS = ("fgsm", "bim-10")
+_SHOWN_EPS = 0.03
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How much the demo does.
+
+    Args:
+        train_images, val_images: number of generated scenes.
+        image_size: (height, width) of the scenes; evaluation takes them whole.
+        crop: (height, width) of the training crops.
+        batch_size: samples per training step.
+        steps: training steps of each arm.
+        overhead_steps: timed steps of each arm.
+    """
+
+    train_images: int
+    val_images: int
+    image_size: tuple[int, int]
+    crop: tuple[int, int]
+    batch_size: int
+    steps: int
+    overhead_steps: int
+
+
+FULL = DemoSizes(
+    train_images=200,
+    val_images=48,
+    image_size=(160, 320),
+    crop=(128, 256),
+    batch_size=16,
+    steps=300,
+    overhead_steps=15,
+)
+QUICK = DemoSizes(
+    train_images=24,
+    val_images=8,
+    image_size=(80, 160),
+    crop=(64, 128),
+    batch_size=8,
+    steps=20,
+    overhead_steps=5,
+)
+
+
+def initial_model(seed: int) -> nn.Module:
+    """`small_pspnet` with weights that depend on the seed alone; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return small_pspnet()
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    sizes: DemoSizes | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Generates data, trains all arms, evaluates them, measures their overhead, draws and prints the result.
+
+    All arms start from the same weights and see the same data in the same order. Called again with the same
+    arguments, it continues where it stopped.
+
+    Writes to `out`: ``data/`` (the scenes), ``<arm>/`` (checkpoint, metrics, evaluation), ``curves.csv``,
+    ``overhead.csv``, ``results.json`` (all that is needed to repeat it), ``robustness.png``,
+    ``overhead.png``, ``qualitative.png``.
+
+    Args:
+        out: a folder that is new, empty, or holds a demo of the same arguments.
+        quick: `QUICK` instead of `FULL`: the same work on less.
+        seed: of data, initialisation and training.
+        sizes: replaces both.
+        progress: shows progress bars.
+
+    Returns:
+        what ``results.json`` holds.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        ValueError: `out` holds a demo of other arguments.
+    """
+    out = Path(out)
+    sizes = sizes or (QUICK if quick else FULL)
+    record = _Record(out, {"segadv": __version__, "seed": seed, **dataclasses.asdict(sizes)})
+
+    with record.stage("data"):
+        print(f"data: {sizes.train_images} + {sizes.val_images} street scenes in {out / 'data'}", flush=True)
+        root = generate_streets(
+            out / "data", train=sizes.train_images, val=sizes.val_images, size=sizes.image_size, seed=seed
+        )
+        train, val = (_InMemory(Cityscapes(root, split)) for split in ("train", "val"))
+
+    configs = {
+        arm: TrainConfig(
+            arm=arm,
+            steps=sizes.steps,
+            batch_size=sizes.batch_size,
+            crop=sizes.crop,
+            seed=seed,
+            checkpoint_every=25,
+        )
+        for arm in ARMS
+    }
+    models, results = {}, {}
+    for arm, config in configs.items():
+        with record.stage(f"train {arm}"):
+            print(f"training: {arm}", flush=True)
+            trainer = Trainer(config, initial_model(seed), train)
+            trainer.run(out / arm, progress=progress)
+            models[arm] = trainer.model
+    for arm, model in models.items():
+        evaluation = out / arm / "evaluation.json"
+        if not evaluation.exists():
+            with record.stage(f"evaluate {arm}"):
+                print(f"evaluation: {arm}", flush=True)
+                loader = DataLoader(val, batch_size=min(8, sizes.val_images))
+                evaluate(model, loader, _ATTACKS, EPS, progress=progress).to_json(evaluation)
+        results[arm] = EvaluationResult.from_json(evaluation)
+    curves = EvaluationResult.merge(results)
+    curves.to_csv(out / "curves.csv")
+
+    if not (out / "overhead.csv").exists():
+        with record.stage("overhead"):
+            print("overhead: steps of all arms in turn", flush=True)
+            rows = _measure_overhead(configs, train, sizes.overhead_steps)
+            with atomic_write(out / "overhead.csv") as temporary:
+                temporary.write_text(to_csv(rows), encoding="utf-8")
+    overhead = _read_overhead(out / "overhead.csv")
+
+    with record.stage("figures"):
+        from . import plots
+
+        curves.plot(out / "robustness.png")
+        plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
+        examples = _examples({arm: models[arm] for arm in ("basic", "fast-newton")}, val)
+        plots.plot_qualitative(examples, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
+    record.finish(
+        train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
+        curves=curves.rows,
+        overhead=overhead,
+        overhead_references=PAPER_OVERHEAD,
+    )
+    print(_report(curves.rows, overhead, record.content["seconds"]))
+    print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+    return record.content
+
+
+class _Record:
+    """results.json: the arguments of the demo in a folder, how far it got, and in the end what came out."""
+
+    def __init__(self, out: Path, arguments: Mapping[str, Any]) -> None:
+        self.path = out / "results.json"
+        arguments = json.loads(json.dumps(arguments))  # tuples become lists, as in the file
+        self.content: dict[str, Any] = {"arguments": arguments, "finished": False, "seconds": {}}
+        if self.path.exists():
+            self.content |= self._previous()
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"out must be a new or empty folder or an earlier demo's; {out} is neither")
+        found = self.content["arguments"]
+        if differing := [key for key in arguments if found.get(key) != arguments[key]]:
+            told = ", ".join(f"{key} {found.get(key)} there and {arguments[key]} here" for key in differing)
+            raise ValueError(f"out: the demo in {out} has other arguments ({told}); choose another folder")
+        self.content |= {"machine": _machine(), "build_info": build_info()}
+        out.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def _previous(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(content["arguments"], dict) and isinstance(content["seconds"], dict):
+                return content
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{self.path} is no record of a demo; choose another folder")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the block's seconds to the stage's: an interrupted one is made of several."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.content["seconds"]
+            seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+            self._write()
+
+    def finish(self, **results: Any) -> None:
+        self.content |= {**results, "finished": True}
+        self._write()
+
+    def _write(self) -> None:
+        with atomic_write(self.path) as temporary:
+            temporary.write_text(json.dumps(self.content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+class _InMemory(Dataset[tuple[Tensor, Tensor]]):
+    """A data set read once, for all arms."""
+
+    def __init__(self, dataset: Cityscapes) -> None:
+        self.samples = [dataset[i] for i in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.samples[index]
+
+
+def _measure_overhead(
+    configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int
+) -> list[dict[str, Any]]:
+    """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own."""
+    trainers = {arm: Trainer(config, initial_model(config.seed), dataset) for arm, config in configs.items()}
+    basic = trainers["basic"]
+    batch_size = basic.config.batch_size
+    samples = [basic.dataset[0, i] for i in range(batch_size)]
+    images = torch.stack([image for image, _, _ in samples]).to(basic.device)
+    labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
+    chosen = list(range(0, batch_size, 2))
+    milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
+    for _ in range(_WARM_UP_STEPS + steps):
+        for arm, trainer in trainers.items():
+            _synchronize(trainer.device)
+            start = time.perf_counter()
+            trainer.step(images, labels, chosen)
+            _synchronize(trainer.device)
+            milliseconds[arm].append((time.perf_counter() - start) * 1000)
+    basic_p50 = float(np.median(milliseconds["basic"][_WARM_UP_STEPS:]))
+    rows = []
+    for arm, times in milliseconds.items():
+        p20, p50, p80 = np.percentile(times[_WARM_UP_STEPS:], (20, 50, 80)).tolist()
+        rows.append(
+            {
+                "arm": arm,
+                "step_ms_p20": round(p20, 3),
+                "step_ms_p50": round(p50, 3),
+                "step_ms_p80": round(p80, 3),
+                "overhead_percent": round((p50 / basic_p50 - 1) * 100, 2),
+            }
+        )
+    return rows
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read_overhead(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value if key == "arm" else float(value) for key, value in row.items()} for row in rows]
+
+
+def _examples(models: Mapping[str, nn.Module], val: _InMemory) -> list[dict[str, Any]]:
+    """What BIM-10 does to two validation images under each model."""
+    examples = []
+    for index in sorted({0, len(val) // 2}):
+        for arm, model in models.items():
+            device = next(model.parameters()).device
+            image, label = (tensor[None].to(device) for tensor in val[index])
+            adversarial = BIM(model, eps=_SHOWN_EPS, alpha=0.004, steps=10)(image, label)
+            example = {
+                "image": image,
+                "label": label,
+                "prediction": _predict(model, image),
+                "adversarial": adversarial,
+                "adversarial_prediction": _predict(model, adversarial),
+            }
+            examples.append({"arm": arm, **{key: tensor[0].cpu() for key, tensor in example.items()}})
+    return examples
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    with frozen(model):
+        return functional.argmax_labels(model(images), (height, width))
+
+
+def _report(
+    curves: Sequence[Mapping[str, Any]], overhead: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]
+) -> str:
+    """The tables, and what they say about BIM-10 at eps 0.03."""
+    score = {(row["arm"], row["attack"], row["eps"]): row["miou"] for row in curves}
+    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
+    titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
+    lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
+    for arm in ARMS:
+        lines.append(f"{arm:<14}" + "".join(f"{score[arm, *column]:>13.3f}" for column in columns))
+
+    lines += [
+        "",
+        f"{'overhead':<14}{'step':>13}{'here':>9}" + "".join(f"{source:>20}" for source in PAPER_OVERHEAD),
+    ]
+    for row in overhead:
+        percents = [source.get(row["arm"], 0.0) for source in PAPER_OVERHEAD.values()]
+        cells = "".join(f"{percent:>18.2f} %" for percent in percents)
+        lines.append(
+            f"{row['arm']:<14}{row['step_ms_p50']:>10.1f} ms{row['overhead_percent']:>7.2f} %{cells}"
+        )
+
+    robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
+    ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)
+    rivals = ("random-fgsm", "fgsm", "basic")
+    not_below = [arm for arm in rivals if robust[arm] >= robust["fast-newton"]]
+    lines += [
+        "",
+        f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
+        f"The paper finds fast-newton above {', '.join(rivals)} there; "
+        + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
+        f"Time: {sum(seconds.values()) / 60:.1f} minutes.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,975 @@
+"""The attacks against plain implementations of their own, and every guarantee over all of them."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import gc
+import json
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from segadv import functional
+from segadv.attacks import (
+    BIM,
+    FGSM,
+    PGD,
+    Attack,
+    AttackInfo,
+    CosPGD,
+    FastNewton,
+    RandomFGSM,
+    SegPGD,
+    fast_newton_step,
+)
+from segadv.attacks.base import frozen, model_logits, unwrapped
+
+CLASSES = 4
+IGNORE = 255
+EPS = 0.03
+
+# name: (class, arguments, forward passes, backward passes)
+BUDGET = {"eps": EPS, "alpha": 0.012, "steps": 3}
+ATTACKS: dict[str, tuple[type[Attack], dict[str, Any], int, int]] = {
+    "fgsm": (FGSM, {"eps": EPS}, 1, 1),
+    "random-fgsm": (RandomFGSM, {"eps": EPS}, 1, 1),
+    "bim": (BIM, BUDGET, 3, 3),
+    "bim-best": (BIM, {**BUDGET, "best": True}, 4, 3),
+    "bim-targeted": (BIM, {**BUDGET, "targeted": True}, 3, 3),
+    "pgd": (PGD, BUDGET, 3, 3),
+    "pgd-restarts": (PGD, {**BUDGET, "restarts": 2}, 8, 6),
+    "segpgd": (SegPGD, BUDGET, 3, 3),
+    "cospgd": (CosPGD, BUDGET, 3, 3),
+    "fast-newton": (FastNewton, {}, 1, 1),
+}
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+
+
+def make(name: str, model: nn.Module, **options: Any) -> Attack:
+    kind, arguments, _, _ = ATTACKS[name]
+    return kind(model, **{**arguments, **options})
+
+
+def run(name: str, model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """The attack with the same random numbers in every call."""
+    torch.manual_seed(7)
+    return make(name, model, **options)(images, labels)
+
+
+class Net(nn.Module):
+    """Small logits, batch norm with random statistics, dropout; in train mode, float64."""
+
+    def __init__(self, *, dtype: torch.dtype = torch.float64, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(8, CLASSES, 3, stride=2, padding=1)
+        self.to(dtype)
+        with torch.no_grad():
+            for value in (*self.parameters(), self.bn.running_mean):
+                value.copy_(0.4 * torch.randn(value.shape, dtype=dtype))
+            self.bn.running_var.copy_(0.5 + torch.rand(8, dtype=dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv2(self.dropout(torch.tanh(self.bn(self.conv1(images)))))
+
+
+def sample(
+    count: int = 3, size: tuple[int, int] = (9, 11), dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Images that touch both ends of the box, labels with ignored pixels."""
+    images = torch.rand(count, 3, *size, dtype=dtype).mul(1.04).sub(0.02).clamp(0, 1)
+    labels = torch.randint(0, CLASSES, (count, *size))
+    labels[torch.rand(labels.shape) < 0.2] = IGNORE
+    return images, labels
+
+
+# --- plain implementations ----------------------------------------------------------------------------------
+
+
+def plain_gain(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+    """[N] averaged gain, differentiable."""
+    if logits.dim() == 4:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    valid = labels != IGNORE
+    onehot = F.one_hot(labels.where(valid, 0), logits.shape[1]).movedim(-1, 1).bool()
+    others = logits.masked_fill(onehot, -torch.inf).amax(1)
+    margin = (logits.masked_fill(~onehot, 0).sum(1) - others).where(valid, 0)
+    return margin.flatten(1).sum(1) / valid.flatten(1).sum(1) if labels.dim() > 1 else margin
+
+
+def plain_loss(logits: Tensor, labels: Tensor, kind: str, step: int, steps: int, targeted: bool) -> Tensor:
+    z = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+    entropy = F.cross_entropy(z, labels, ignore_index=IGNORE, reduction="none")
+    if kind == "segpgd":
+        lam = step / (2 * steps)
+        entropy = entropy * torch.where((z.argmax(1) == labels) ^ targeted, 1 - lam, lam)
+    if kind == "cospgd":
+        onehot = F.one_hot(labels.where(labels != IGNORE, 0), CLASSES).movedim(-1, 1).to(z.dtype)
+        cosine = F.cosine_similarity(z.detach().softmax(1), onehot, dim=1)
+        entropy = entropy * (1 - cosine if targeted else cosine)
+    return entropy.sum((1, 2)) / (labels != IGNORE).sum((1, 2))
+
+
+def plain_iterates(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    kind: str = "cross_entropy",
+    start: Tensor | None = None,
+    eps: float,
+    alpha: float,
+    steps: int,
+    targeted: bool = False,
+) -> list[Tensor]:
+    model = copy.deepcopy(model).eval()
+    x, iterates = (images if start is None else start), []
+    for step in range(steps):
+        x = x.detach().requires_grad_()
+        loss = plain_loss(model(x), labels, kind, step, steps, targeted).sum()
+        direction = torch.autograd.grad(loss, x)[0].sign() * (-1 if targeted else 1)
+        x = (x + alpha * direction).clamp(images - eps, images + eps).clamp(0, 1).detach()
+        iterates.append(x)
+    return iterates
+
+
+def plain_hits(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = F.interpolate(copy.deepcopy(model).eval()(x), labels.shape[1:], mode="bilinear")
+    return ((z.argmax(1) == labels) & (labels != IGNORE)).sum((1, 2))
+
+
+def plain_start(images: Tensor, generator: torch.Generator) -> Tensor:
+    noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype) - 1
+    return (images + EPS * noise).clamp(0, 1)
+
+
+# --- what the attacks compute -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_fgsm_equals_the_plain_one(targeted: bool) -> None:
+    model, (images, labels) = Net(), sample()
+    [expected] = plain_iterates(model, images, labels, eps=EPS, alpha=EPS, steps=1, targeted=targeted)
+    adversarial, info = FGSM(model, eps=EPS, targeted=targeted)(images, labels, return_info=True)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
+    expected_loss = plain_loss(copy.deepcopy(model).eval()(images), labels, "cross_entropy", 0, 1, False)
+    torch.testing.assert_close(info.loss, expected_loss.detach())
+    torch.testing.assert_close(info.eps, torch.full((3,), EPS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("kind", [BIM, PGD, SegPGD, CosPGD])
+def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool) -> None:
+    model, (images, labels) = Net(), sample()
+    options: dict[str, Any] = {"eps": EPS, "alpha": 0.01, "steps": 5, "targeted": targeted}
+    start, random = None, {}
+    if issubclass(kind, PGD):
+        start = plain_start(images, torch.Generator().manual_seed(3))
+        random = {"generator": torch.Generator().manual_seed(3)}
+    expected = plain_iterates(model, images, labels, kind=kind.loss, start=start, **options)[-1]
+    adversarial = kind(model, **options, **random)(images, labels)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_best_takes_each_image_from_its_best_iterate(targeted: bool) -> None:
+    model, (images, labels) = Net(), sample(6)
+    # Steps too large for the ball, so that the last iterate is often not the best one.
+    options: dict[str, Any] = {"eps": 0.1, "alpha": 0.1, "steps": 6, "targeted": targeted}
+    iterates = torch.stack(plain_iterates(model, images, labels, **options))
+    score = torch.stack([plain_hits(model, x, labels) for x in iterates]) * (1 if targeted else -1)
+    chosen = torch.stack([(column == column.max()).nonzero()[0, 0] for column in score.T])
+    assert len(set(chosen.tolist())) > 2
+    adversarial = BIM(model, **options, best=True)(images, labels)
+    torch.testing.assert_close(adversarial, iterates[chosen, torch.arange(6)], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_restarts_keep_each_images_best_run(best: bool) -> None:
+    model, (images, labels) = Net(), sample(8)
+    options: dict[str, Any] = {"eps": EPS, "alpha": 0.012, "steps": 3}
+    runs, generator = [], torch.Generator().manual_seed(1)
+    for _ in range(4):
+        iterates = plain_iterates(model, images, labels, start=plain_start(images, generator), **options)
+        runs += iterates if best else iterates[-1:]
+    hits = torch.stack([plain_hits(model, x, labels) for x in runs])
+    chosen = torch.stack([(column == column.min()).nonzero()[0, 0] for column in hits.T])
+    assert len(set(chosen.tolist())) > 1
+    generator = torch.Generator().manual_seed(1)
+    adversarial = PGD(model, **options, restarts=4, best=best, generator=generator)(images, labels)
+    torch.testing.assert_close(adversarial, torch.stack(runs)[chosen, torch.arange(8)], rtol=0, atol=1e-9)
+
+
+def test_random_start_is_uniform_in_the_ball_and_clipped_to_the_box() -> None:
+    model, (images, _) = Net(), sample(4, (24, 24))
+    attack = PGD(model, eps=0.1, alpha=0.1, steps=1)
+    torch.manual_seed(5)
+    start = attack._start(images)
+    torch.manual_seed(5)
+    assert torch.equal(start, attack._start(images))
+    assert not torch.equal(start, attack._start(images))
+    assert start.min() == 0
+    assert start.max() == 1
+    noise = (start - images)[(images > 0.1) & (images < 0.9)].sort().values
+    uniform = torch.linspace(-0.1, 0.1, len(noise), dtype=noise.dtype)
+    assert (noise - uniform).abs().max() < 0.01
+    assert (start - images).abs().max() <= 0.1
+    assert PGD(model, random_start=False)._start(images) is images
+
+
+def test_random_fgsm_draws_an_eps_for_each_image() -> None:
+    model = nn.Conv2d(3, CLASSES, 1).double()
+    images = torch.full((2000, 3, 1, 1), 0.5, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (2000, 1, 1))
+    generator = torch.Generator().manual_seed(1)
+    adversarial, info = RandomFGSM(model, eps=0.2, generator=generator)(images, labels, return_info=True)
+    torch.testing.assert_close((adversarial - images).abs().amax((1, 2, 3)), info.eps)
+    assert (info.eps.sort().values - torch.linspace(0, 0.2, 2000, dtype=torch.float64)).abs().max() < 0.01
+    again = RandomFGSM(model, eps=0.2, generator=generator.manual_seed(1))(images, labels)
+    assert torch.equal(adversarial, again)
+    assert not torch.equal(adversarial, RandomFGSM(model, eps=0.2, generator=generator)(images, labels))
+    torch.manual_seed(1)
+    assert torch.equal(adversarial, RandomFGSM(model, eps=0.2)(images, labels))
+
+
+def test_input_gradient_serves_many_eps() -> None:
+    model, (images, labels) = Net(), sample()
+    for targeted in (False, True):
+        gradient = FGSM(model, targeted=targeted).input_gradient(images, labels)
+        for eps in (0.0, 0.01, 0.04):
+            expected = FGSM(model, eps=eps, targeted=targeted)(images, labels)
+            assert torch.equal(functional.sign_step(images, gradient, eps), expected)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd", "segpgd"])
+def test_eps_and_alpha_per_image(name: str) -> None:
+    model, (images, labels) = Net(), sample()
+    sizes = torch.tensor([0.01, 0.0, 0.04], dtype=torch.float64)
+    tensors = {"eps": sizes} if name == "fgsm" else {"eps": sizes, "alpha": sizes / 2}
+    together, info = make(name, model, **tensors, **_no_noise(name))(images, labels, return_info=True)
+    assert torch.equal(info.eps, sizes)
+    for i, eps in enumerate(sizes.tolist()):
+        numbers = {"eps": eps} if name == "fgsm" else {"eps": eps, "alpha": eps / 2}
+        alone = make(name, model, **numbers, **_no_noise(name))(images[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-12)
+
+
+class Affine(nn.Module):
+    """Logits that are affine in the images; class 2 never comes into play, so the margins are affine too."""
+
+    def __init__(self, *, stride: int = 1, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1 if stride == 1 else 3, stride=stride, dtype=torch.float64)
+        self.pooled = pooled
+        with torch.no_grad():
+            self.conv.bias.copy_(torch.tensor([1.0, 0.0, -1e4]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.conv(images)
+        return logits.mean((2, 3)) if self.pooled else logits
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_one_fast_newton_step_brings_an_affine_gain_to_zero(stride: int, align_corners: bool) -> None:
+    model = Affine(stride=stride)
+    images = torch.rand(5, 3, 13, 16, dtype=torch.float64)
+    labels = torch.randint(0, 2, (5, 13, 16))
+    labels[:3][torch.rand(3, 13, 16) < 0.6] = 0
+    labels[torch.rand(labels.shape) < 0.2] = IGNORE
+    adversarial, info = fast_newton_step(
+        model, images, labels, bounds=(-1e3, 1e3), align_corners=align_corners, return_info=True
+    )
+    before = plain_gain(model(images), labels, align_corners=align_corners).detach()
+    after = plain_gain(model(adversarial), labels, align_corners=align_corners)
+    assert (before.abs() > 0.01).all()
+    assert after.abs().max() < 1e-12
+    torch.testing.assert_close(info.gain, before)
+    torch.testing.assert_close(info.eps, info.gain / info.grad_norm)
+    torch.testing.assert_close((adversarial - images).abs().amax((1, 2, 3)), info.eps.abs())
+
+
+def test_fast_newton_classification_and_info() -> None:
+    model, labels = Affine(pooled=True), torch.tensor([0, 1, 1, IGNORE])
+    images = torch.rand(4, 3, 5, 5, dtype=torch.float64)
+    adversarial, info = FastNewton(model, bounds=(-1e3, 1e3))(images, labels, return_info=True)
+    after = plain_gain(model(adversarial)[:, :, None, None], labels[:, None, None])
+    assert after[:3].abs().max() < 1e-12
+    leaf = images.clone().requires_grad_()
+    [gradient] = torch.autograd.grad(plain_gain(model(leaf), labels).sum(), leaf)
+    torch.testing.assert_close(info.grad_norm, gradient.abs().sum((1, 2, 3)))
+    assert torch.equal(adversarial[3], images[3])
+    assert isinstance(info, AttackInfo)
+    assert [info.eps[3].item(), info.gain[3].item(), info.grad_norm[3].item()] == [0, 0, 0]
+
+
+def test_fast_newton_literal_clamped_and_capped() -> None:
+    model, images = Affine(), torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    labels = torch.stack([torch.zeros(4, 4, dtype=torch.int64), torch.ones(4, 4, dtype=torch.int64)])
+    assert (plain_gain(model(images), labels) * torch.tensor([1, -1]) > 0).all()
+    wide = {"bounds": (-1e3, 1e3), "return_info": True}
+    literal, info = fast_newton_step(model, images, labels, **wide)
+    assert info.eps[0] > 0 > info.eps[1]
+    clamped, clamped_info = fast_newton_step(model, images, labels, clamp_negative=True, **wide)
+    assert torch.equal(clamped_info.eps, info.eps.clamp(min=0))
+    assert torch.equal(clamped[0], literal[0])
+    assert torch.equal(clamped[1], images[1])
+    _, capped_info = fast_newton_step(model, images, labels, max_eps=1e-3, **wide)
+    torch.testing.assert_close(capped_info.eps, torch.tensor([1e-3, -1e-3], dtype=torch.float64))
+    assert torch.equal(capped_info.gain, info.gain)
+
+
+def test_fast_newton_leaves_images_with_nan_logits_clean() -> None:
+    model, (images, labels) = Net(), sample()
+
+    def poisoned(logits: Tensor) -> Tensor:
+        return logits + torch.tensor([0.0, torch.nan, 0.0]).view(-1, 1, 1, 1)
+
+    expected = FastNewton(model)(images, labels)
+    adversarial, info = FastNewton(model, output=poisoned)(images, labels, return_info=True)
+    assert torch.equal(adversarial[1], images[1])
+    assert torch.equal(adversarial[[0, 2]], expected[[0, 2]])
+    assert info.eps[1] == 0
+    assert info.gain.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd", "bim-best", "segpgd", "cospgd", "fast-newton"])
+def test_a_batch_equals_single_images(name: str) -> None:
+    model, (images, labels) = Net(), sample(4)
+    labels[2, 1:] = IGNORE  # very different numbers of valid pixels
+    together = run(name, model, images, labels, **_no_noise(name))
+    for i in range(4):
+        alone = run(name, model, images[i : i + 1], labels[i : i + 1], **_no_noise(name))
+        assert torch.equal(together[i : i + 1], alone)
+
+
+def _no_noise(name: str) -> dict[str, Any]:
+    return {"random_start": False} if issubclass(ATTACKS[name][0], PGD) else {}
+
+
+def test_classification_and_label_types() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).double()
+    images, labels = torch.rand(6, 3, 4, 4, dtype=torch.float64), torch.randint(0, 5, (6,))
+    for name in ATTACKS:
+        results = [
+            run(name, model, images, labels.to(dtype))
+            for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        ]
+        assert all(torch.equal(result, results[0]) for result in results)
+        assert not torch.equal(results[0], images)
+
+
+# --- guarantees, for every attack ---------------------------------------------------------------------------
+
+
+@every_attack
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_result_is_like_the_images_inside_box_and_ball(name: str, memory_format: torch.memory_format) -> None:
+    model, (images, labels) = Net(dtype=torch.float32), sample(dtype=torch.float32)
+    images = images.contiguous(memory_format=memory_format).requires_grad_()
+    before = images.detach().clone(), labels.clone()
+    adversarial = run(name, model, images, labels)
+    assert adversarial.dtype == images.dtype
+    assert adversarial.shape == images.shape
+    assert adversarial.is_contiguous(memory_format=memory_format)
+    assert not adversarial.requires_grad
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    if name != "fast-newton":
+        assert (adversarial - images).abs().max() <= EPS + 1e-6
+    assert not torch.equal(adversarial, images)
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+    assert images.requires_grad
+    assert images.grad is None
+    assert adversarial.data_ptr() != images.data_ptr()
+
+
+class Writer(nn.Module):
+    """Writes to one buffer and replaces another in every forward pass, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> Writer:
+        raise AssertionError("an attack sets flags, it does not call train()")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.last + 1
+        return x
+
+
+class Stateful(nn.Module):
+    """Every kind of state that an attack could disturb, in mixed modes; raises in forward pass `fails`."""
+
+    def __init__(self, *, fails: int = 0) -> None:
+        super().__init__()
+        self.body = Net()
+        self.frozen_bn = nn.BatchNorm2d(CLASSES, dtype=torch.float64).eval()
+        self.instance = nn.InstanceNorm2d(CLASSES, affine=True, track_running_stats=True, dtype=torch.float64)
+        self.sync = nn.SyncBatchNorm(CLASSES, dtype=torch.float64)
+        self.bn1d = nn.BatchNorm1d(CLASSES, momentum=None, dtype=torch.float64)
+        self.plain = nn.BatchNorm2d(CLASSES, track_running_stats=False, dtype=torch.float64)
+        self.dropout = nn.Dropout(0.5).eval()
+        self.writer = Writer()
+        self.fails, self.passes = fails, 0
+        self.body.conv1.weight.requires_grad_(False)
+        self.frozen_bn.bias.requires_grad_(False)
+        self.body.conv2.weight.grad = torch.randn_like(self.body.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        for part in (self.body, self.frozen_bn, self.instance, self.plain, self.dropout, self.writer):
+            x = part(x)
+        if not self.sync.training:
+            x = self.sync(x)
+        if self.passes == self.fails:
+            raise ArithmeticError("the model fails")
+        return self.bn1d(x.flatten(2)).view_as(x)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that has to be the same afterwards; objects by identity, values as copies."""
+    return {
+        "training": {name: module.training for name, module in model.named_modules()},
+        "track": {
+            name: getattr(module, "track_running_stats", None) for name, module in model.named_modules()
+        },
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "objects": {name: id(t) for name, t in (*model.named_buffers(), *model.named_parameters())},
+        "grad": {name: id(p.grad) for name, p in model.named_parameters() if p.grad is not None},
+        "values": {name: t.clone() for name, t in model.state_dict().items()},
+        "grad_values": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key, expected in before.items():
+        if key.endswith("values"):
+            assert expected.keys() == after[key].keys()
+            for name, value in expected.items():
+                assert torch.equal(value, after[key][name]), name
+        else:
+            assert expected == after[key], key
+
+
+@every_attack
+@pytest.mark.parametrize("bn", ["eval", "train"])
+def test_the_models_state_is_restored(name: str, bn: str) -> None:
+    model, (images, labels) = Stateful(), sample()
+    before = state(model)
+    adversarial = run(name, model, images, labels, bn=bn)
+    assert_same(before, state(model))
+    assert model.passes == ATTACKS[name][2]
+    assert torch.equal(adversarial, run(name, model, images, labels, bn=bn))  # nothing was left behind
+
+
+@every_attack
+@pytest.mark.parametrize("bn", ["eval", "train"])
+def test_the_models_state_is_restored_when_it_raises(name: str, bn: str) -> None:
+    model, (images, labels) = Stateful(fails=ATTACKS[name][2]), sample()
+    before = state(model)
+    with pytest.raises(ArithmeticError, match="the model fails"):
+        run(name, model, images, labels, bn=bn)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("bn", ["eval", "train"])
+def test_norm_layers_see_the_statistics_asked_for_and_dropout_is_off(bn: str) -> None:
+    model, (images, labels) = Net(), sample()
+    labels = labels.where(
+        labels != IGNORE, 0
+    )  # all images weigh the same in the statistics' share of the gradient
+    model.late_bn = nn.BatchNorm2d(
+        CLASSES, dtype=torch.float64
+    ).eval()  # frozen by the caller: never the batch's
+    model.register_forward_hook(lambda module, _, logits: module.late_bn(logits))
+    plain = copy.deepcopy(model)
+    plain.dropout.eval()
+    plain.bn.train(bn == "train")
+    leaf = images.clone().requires_grad_()
+    # bn.train() writes running statistics, which is why it is a copy.
+    [gradient] = torch.autograd.grad(plain_gain(plain(leaf), labels).sum(), leaf)
+    norm = gradient.abs().sum((1, 2, 3))
+    _, info = FastNewton(model, bn=bn)(images, labels, return_info=True)
+    torch.testing.assert_close(info.grad_norm, norm)
+    model.eval()  # a model in eval mode has no layer that would use the batch's statistics
+    _, other = FastNewton(model, bn=bn)(images, labels, return_info=True)
+    assert torch.allclose(other.grad_norm, norm) == (bn == "eval")
+
+
+class Counted(torch.autograd.Function):
+    """x * weight that notes which gradients its backward is asked for."""
+
+    asked: list[tuple[bool, ...]]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        Counted.asked.append(tuple(ctx.needs_input_grad))
+        return grad * ctx.saved_tensors[0], None
+
+
+@every_attack
+def test_number_of_passes_and_no_weight_gradients(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+            self.grad_enabled: list[bool] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.grad_enabled.append(torch.is_grad_enabled())
+            assert not any(p.requires_grad for p in self.parameters())
+            assert not any(module.training for module in self.modules())
+            return Counted.apply(self.net(images), self.weight)
+
+    Counted.asked = []
+    model, (images, labels) = Model(), sample()
+    run(name, model, images, labels)
+    _, _, forwards, backwards = ATTACKS[name]
+    assert len(model.grad_enabled) == forwards
+    assert sum(model.grad_enabled) == backwards  # a pass that only judges builds no graph
+    assert Counted.asked == [(True, False)] * backwards
+
+
+@every_attack
+def test_under_no_grad_and_inference_mode(name: str) -> None:
+    model, (images, labels) = Net(), sample()
+    expected = run(name, model, images, labels)
+    with torch.no_grad():
+        assert torch.equal(run(name, model, images, labels), expected)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        made_here = images.clone(), labels.clone()
+        adversarial = run(name, model, *made_here)
+        assert torch.equal(adversarial, expected)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(run(name, model, *made_here), expected)
+    assert not adversarial.is_inference()  # may be trained on
+    sum(p.sum() for p in model.parameters()).backward()
+
+
+@every_attack
+def test_under_autocast(name: str) -> None:
+    model, (images, labels) = Net(dtype=torch.float32), sample(dtype=torch.float32)
+    seen: list[Tensor] = []
+    leaves: list[weakref.ref[Tensor]] = []
+    model.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.detach()))
+    model.register_forward_pre_hook(lambda _module, inputs: leaves.append(weakref.ref(inputs[0])))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        adversarial = run(name, model, images, labels)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_cache_enabled()
+        gc.collect()
+        assert all(leaf() is None for leaf in leaves)  # autocast's cache would keep them
+    assert {logits.dtype for logits in seen} == {torch.bfloat16}
+    assert adversarial.dtype == torch.float32
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    if name != "fast-newton":
+        assert (adversarial - images).abs().max() <= EPS + 1e-6
+        # The same attack but for the rounding of the network.
+        agreement = (adversarial - run(name, model, images, labels)).abs() < 1e-3
+        assert agreement.float().mean() > 0.6
+
+
+def weight_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    loss = functional.cross_entropy(model(images), labels)
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@every_attack
+@pytest.mark.parametrize("first", ["attack", "forward"])
+def test_an_attack_does_not_disturb_training_in_the_same_autocast_block(name: str, first: str) -> None:
+    model, (images, labels) = Net(dtype=torch.float32, dropout=0.0), sample(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = weight_gradients(model, images, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if first == "forward":
+            clean_loss = functional.cross_entropy(model(images), labels)
+        run(name, model, images, labels)
+        gradients = weight_gradients(model, images, labels)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, other)
+    if first == "forward":  # a graph from before the attack is still good
+        for gradient, other in zip(
+            torch.autograd.grad(clean_loss, model.parameters()), expected, strict=True
+        ):
+            assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_neither_underflows_nor_overflows(dtype: torch.dtype) -> None:
+    """float16 holds neither the gradient of a mean over 2^18 pixels nor, at a global feature, of a sum."""
+
+    def halved(logits: Tensor) -> Tensor:
+        return logits.to(dtype) + logits.mean((2, 3), keepdim=True).to(dtype)
+
+    model = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([4.0, 0.0, -4.0]))
+    images, labels = torch.rand(1, 3, 512, 512), torch.zeros(1, 512, 512, dtype=torch.uint8)
+    labels[0, 100:200] = 1
+    _, expected = FastNewton(model, output=lambda z: z + z.mean((2, 3), keepdim=True))(
+        images, labels, return_info=True
+    )
+    _, info = FastNewton(model, output=halved)(images, labels, return_info=True)
+    assert info.eps.abs() > 0
+    for name in ("eps", "gain", "grad_norm"):
+        torch.testing.assert_close(getattr(info, name), getattr(expected, name), rtol=0.01, atol=0)
+    # Pixels that are classified with confidence have small gradients already before the mean.
+    with torch.no_grad():
+        model.bias[0] = 8.0
+    gradient = FGSM(model, output=lambda z: z.to(dtype)).input_gradient(images, labels)
+    agreement = gradient.sign() == FGSM(model).input_gradient(images, labels).sign()
+    assert agreement.float().mean() > 0.99
+
+
+@every_attack
+def test_an_image_without_a_valid_pixel(name: str) -> None:
+    model, (images, labels) = Net(), sample()
+    labels[1] = IGNORE
+    adversarial = run(name, model, images, labels, **_no_noise(name)) if "restarts" not in name else images
+    assert torch.equal(adversarial[1], images[1])
+    assert run(name, model, images, labels).isfinite().all()
+    labels[:] = IGNORE
+    _, info = make(name, model)(images, labels, return_info=True)
+    for value in (info.loss, info.gain, info.grad_norm):
+        assert value is None or torch.equal(value, torch.zeros_like(value))
+
+
+@every_attack
+def test_an_empty_batch_does_not_run_the_model(name: str) -> None:
+    model = Stateful(fails=1)
+    images, labels = torch.rand(0, 3, 9, 11), torch.zeros(0, 9, 11, dtype=torch.uint8)
+    adversarial, info = make(name, model)(images, labels, return_info=True)
+    assert adversarial.shape == images.shape
+    assert info.eps.shape == (0,)
+    assert make(name, model).input_gradient(images, labels).shape == images.shape
+    assert model.passes == 0
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at whatever would wait for a GPU; does not look inside the operations of segadv."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        waits = (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "is_nonzero",
+            "equal",
+            "unique",
+            "bincount",
+        )
+        boolean_index = name.startswith("aten::index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for entry in args
+            if isinstance(entry, (list, tuple))
+            for index in entry
+        )
+        if boolean_index or name.removeprefix("aten::").split(".")[0] in waits:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@every_attack
+def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEGADV_CHECK", raising=False)
+    model, (images, labels) = Net(), sample()
+    expected = run(name, model, images, labels)
+    attack = make(name, model)
+    torch.manual_seed(7)
+    with NoWaiting():
+        adversarial, _ = attack(images, labels, return_info=True)
+        with pytest.raises(AssertionError, match="waits"):
+            images.sum().item()
+        with pytest.raises(AssertionError, match="waits"):
+            images[images > 0.5]
+    assert torch.equal(adversarial, expected)
+
+
+@every_attack
+def test_a_compiled_model_gives_the_same(name: str) -> None:
+    torch._dynamo.reset()
+    model, (images, labels) = Net(), sample()
+    expected = run(name, model, images, labels, bn="train")
+    compiled = torch.compile(model, backend="eager")
+    before = state(compiled)
+    assert torch.equal(run(name, compiled, images, labels, bn="train"), expected)
+    assert_same(before, state(compiled))
+    assert unwrapped(compiled) is compiled
+
+
+def test_repr_and_arguments_for_result_files() -> None:
+    attack = PGD(nn.Identity(), eps=torch.tensor([0.1, 0.2]), alpha=0.1, generator=torch.Generator())
+    assert repr(FGSM(nn.Identity(), eps=0.25)).startswith("FGSM(")
+    assert "eps=0.25" in repr(FGSM(nn.Identity(), eps=0.25))
+    arguments = json.loads(json.dumps(attack.arguments))
+    assert arguments["attack"] == "PGD"
+    assert arguments["eps"] == pytest.approx([0.1, 0.2])
+    assert arguments["generator"] == "Generator"
+    assert arguments["steps"] == 10
+    assert "model" not in arguments
+
+
+def test_fast_newton_step_is_the_object_in_one_call() -> None:
+    model, (images, labels) = Net(), sample()
+    labels[labels == IGNORE] = 7
+    options: dict[str, Any] = {
+        "ignore_index": 7,
+        "align_corners": True,
+        "bounds": (-0.1, 1.2),
+        "clamp_negative": True,
+        "max_eps": 0.01,
+        "bn": "train",
+        "output": lambda logits: logits * 2,
+    }
+    expected, info = FastNewton(model, **options)(images, labels, return_info=True)
+    assert torch.equal(fast_newton_step(model, images, labels, **options), expected)
+    adversarial, other = fast_newton_step(model, images, labels, **options, return_info=True)
+    assert torch.equal(adversarial, expected)
+    assert torch.equal(other.eps, info.eps)
+
+
+# --- model outputs ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SegmenterOutput:
+    loss: Tensor | None
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    ("form", "output"),
+    [
+        (lambda z: {"out": z, "aux": None}, None),
+        (lambda z: OrderedDict(logits=z), None),
+        (lambda z: SegmenterOutput(None, z), None),
+        (lambda z: SimpleNamespace(logits=z), None),
+        (lambda z: (z, None), None),
+        (lambda z: [z], None),
+        (lambda z: {"masks": [None, z]}, lambda output: output["masks"][1]),
+        (lambda z: (None, z), lambda output: output[1]),
+    ],
+)
+def test_model_outputs(form: Callable[[Tensor], Any], output: Callable[[Any], Tensor] | None) -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, images: Tensor) -> Any:
+            return form(self.net(images))
+
+    net, (images, labels) = Net(), sample()
+    expected = FGSM(net)(images, labels)
+    assert torch.equal(FGSM(Shaped(), output=output)(images, labels), expected)
+
+
+@pytest.mark.parametrize(
+    ("result", "extract", "message"),
+    [
+        ({"masks": 1}, None, r"model: it returned a dict with the keys \['masks'\].*output="),
+        ((1, 2), None, r"model: it returned a tuple of \['int', 'int'\]"),
+        ((), None, "model: it returned a tuple"),
+        (None, None, "model: it returned a NoneType"),
+        (torch.ones(1), lambda output: [output], r"output: the callable returned a list of \['Tensor'\]"),
+    ],
+)
+def test_a_model_output_that_is_not_understood(result: Any, extract: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        model_logits(result, extract)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda m: FGSM(m, eps=8), ValueError, r"eps: 8 came; \[0, 1\].*units of the images: 8/255"),
+        (lambda m: FGSM(m, eps=-0.1), ValueError, "eps: -0.1 came"),
+        (lambda m: FGSM(m, eps=float("nan")), ValueError, "eps: nan came"),
+        (lambda m: FGSM(m, eps="8/255"), TypeError, "eps: a str came"),
+        (lambda m: RandomFGSM(m, eps=8), ValueError, "eps: 8 came"),
+        (lambda m: FGSM(m, eps=2.5, bounds=(-1, 1)), ValueError, r"eps: 2.5 came; \[0, 2\]"),
+        (lambda m: BIM(m, alpha=2), ValueError, "alpha: 2 came"),
+        (lambda m: BIM(m, steps=0), ValueError, "steps: 0 came"),
+        (lambda m: BIM(m, steps=2.0), ValueError, "steps: 2.0 came"),
+        (lambda m: PGD(m, restarts=0), ValueError, "restarts: 0 came"),
+        (lambda m: PGD(m, restarts=2, random_start=False), ValueError, "restarts: 2 came with random_start"),
+        (lambda m: FastNewton(m, max_eps=8), ValueError, "max_eps: 8 came"),
+        (lambda m: FastNewton(m, max_eps=torch.ones(1)), TypeError, "max_eps: a Tensor came"),
+        (lambda m: FGSM(m, bn="batch"), ValueError, "bn: 'batch' is not one of 'eval', 'train'"),
+        (lambda m: FGSM(m, bounds=(1.0, 0.0)), ValueError, r"bounds: \(1.0, 0.0\) is not"),
+        (lambda m: FGSM(m, bounds=(0.0, float("inf"))), ValueError, "bounds: .* both finite"),
+        (lambda m: FGSM(m, output="out"), TypeError, "output: a str came"),
+        (lambda m: FGSM(lambda x: x), TypeError, "model: a function came; an nn.Module"),
+    ],
+)
+def test_bad_arguments(build: Callable[[nn.Module], Attack], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(nn.Identity())
+
+
+@pytest.mark.parametrize("kind", [BIM, PGD, SegPGD])
+def test_steps_that_cannot_reach_the_ball_warn(kind: type[BIM]) -> None:
+    with pytest.warns(UserWarning, match=r"steps \* alpha = 3 \* 0.01 < eps = 0.04") as record:
+        kind(nn.Identity(), eps=0.04, alpha=0.01, steps=3)
+    assert record[0].filename == __file__
+
+
+def test_steps_that_just_reach_the_ball_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    BIM(nn.Identity(), eps=0.3, alpha=0.1, steps=3)
+    BIM(nn.Identity(), eps=0.04, alpha=0.004, steps=10)
+    assert not recwarn.list
+
+
+IMAGES, LABELS = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "labels", "error", "message"),
+    [
+        ({}, IMAGES.bfloat16(), LABELS, ValueError, "images: .*keep images in float32 and use autocast"),
+        ({}, IMAGES.half(), LABELS, ValueError, "images: .*keep images in float32 and use autocast"),
+        ({}, IMAGES.byte(), LABELS, ValueError, "images: uint8 .* float32 or float64"),
+        ({}, IMAGES.numpy(), LABELS, TypeError, "images: a ndarray came"),
+        ({}, IMAGES, [[0]], TypeError, "labels: a list came"),
+        ({}, IMAGES, LABELS[:1], ValueError, r"labels: \[1, 4, 4\] came with images \[2, 3, 4, 4\]"),
+        ({}, IMAGES, LABELS.float(), ValueError, "labels: dtype torch.float32"),
+        ({}, IMAGES, LABELS.to("meta"), ValueError, "labels: they are on meta, the images on cpu"),
+        ({}, IMAGES, LABELS + 9, ValueError, "labels: value 9 "),
+        ({"eps": torch.ones(3)}, IMAGES, LABELS, ValueError, r"eps: float32 \[3\].*\[2\]"),
+        ({"eps": torch.ones(2, device="meta")}, IMAGES, LABELS, ValueError, "eps: .* on meta came"),
+        ({"eps": torch.ones(2, dtype=torch.int64)}, IMAGES, LABELS, ValueError, "eps: int64"),
+        ({"output": lambda z: z[:1]}, IMAGES, LABELS, ValueError, "model: it returned float32 .1, 3"),
+        ({"output": lambda z: z.argmax(1)}, IMAGES, LABELS, ValueError, "model: it returned int64"),
+        ({"output": lambda z: z.detach()}, IMAGES, LABELS, ValueError, "no gradient passes"),
+        (
+            {"output": lambda z: torch.ones_like(z, requires_grad=True)},
+            IMAGES, LABELS, ValueError, "no gradient passes",
+        ),
+        ({"output": lambda z: z[:, :1]}, IMAGES, LABELS, ValueError, "1 class.*sigmoid"),
+    ],
+)  # fmt: skip
+def test_bad_calls(
+    options: dict[str, Any], images: Any, labels: Any, error: type[Exception], message: str
+) -> None:
+    model = nn.Conv2d(3, 3, 1)
+    with pytest.raises(error, match=message):
+        FGSM(model, **options)(images, labels)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_alpha_and_generator_that_do_not_fit() -> None:
+    model = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match=r"alpha: float32 \[1\]"):
+        BIM(model, alpha=torch.ones(1))(IMAGES, LABELS)
+
+    class Elsewhere:
+        device = torch.device("cuda")
+
+    for kind in (RandomFGSM, PGD):
+        with pytest.raises(ValueError, match="generator: it is on cuda, the images are on cpu"):
+            kind(model, generator=Elsewhere())(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan")])
+def test_the_range_of_images_is_checked_on_request_only(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = IMAGES.clone()
+    images[1, 1, 1, 1] = value
+    attack = FGSM(nn.Conv2d(3, 3, 1))
+    monkeypatch.setenv("SEGADV_CHECK", "0")
+    attack(images, LABELS)
+    monkeypatch.setenv("SEGADV_CHECK", "1")
+    attack(IMAGES, LABELS)
+    with pytest.raises(ValueError, match=r"images: values in .* bounds = \(0.0, 1.0\) is allowed"):
+        attack(images, LABELS)
+
+
+def test_a_model_made_under_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match=r"'weight' was made under torch\.inference_mode"):
+        FGSM(model)(IMAGES, LABELS)
+
+
+# --- distributed --------------------------------------------------------------------------------------------
+
+
+def _distributed(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    torch.manual_seed(0)
+    net = Net(dropout=0.0)
+    model = DistributedDataParallel(net)
+    buckets: list[int] = []
+
+    def all_reduce(_, bucket):  # type: ignore[no-untyped-def]  # DDP wants no string annotations
+        buckets.append(bucket.index())
+        work = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return work.then(lambda future: future.value()[0] / 2)
+
+    model.register_comm_hook(None, all_reduce)
+    torch.manual_seed(rank)
+    images, labels = sample()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for attack in (FastNewton(model), BIM(model, eps=EPS, alpha=0.01, steps=3, best=True)):
+        # Only one process attacks: any collective in it would meet none on the other side.
+        adversarial = attack(images, labels) if rank == 0 else images
+        assert not buckets
+        optimizer.zero_grad()
+        functional.cross_entropy(model(adversarial), labels).backward()
+        optimizer.step()
+        assert len(buckets) == 1
+        buckets.clear()
+        if rank == 0:
+            assert not torch.equal(adversarial, images)
+            assert not torch.equal(adversarial, attack(images, labels))  # the weights have moved
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+    both = [torch.empty_like(flat), torch.empty_like(flat)]
+    dist.all_gather(both, flat)
+    assert torch.equal(both[0], both[1])
+    outer = nn.Sequential(model)
+    with pytest.raises(ValueError, match="'0' is a DistributedDataParallel"), frozen(outer):
+        pass
+    assert unwrapped(torch.compile(model, backend="eager")) is net
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_attacks_go_around_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_distributed, (str(tmp_path / "store"),), nprocs=2)

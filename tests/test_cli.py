@@ -1,0 +1,294 @@
+"""The command line, and the demo from end to end."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import segadv
+from segadv import cli, demo, training
+from segadv.cli import main
+from segadv.demo import DemoSizes, initial_model, run_demo
+from segadv.training import ARMS, Trainer
+
+Image = pytest.importorskip("PIL.Image")
+
+TINY = DemoSizes(
+    train_images=4,
+    val_images=2,
+    image_size=(64, 64),
+    crop=(32, 32),
+    batch_size=4,
+    steps=4,
+    overhead_steps=1,
+)
+FIGURES = ("robustness.png", "overhead.png", "qualitative.png")
+
+
+def run(command: str) -> int:
+    return main(command.split())
+
+
+def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message that a wrong use prints."""
+    capsys.readouterr()
+    assert run(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("segadv: error: ")
+    assert captured.err.count("segadv: error") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "one of {demo,train,evaluate,data,doctor}"),
+        ("trian", "invalid choice: 'trian'"),
+        ("train --out x", "train.data"),
+        ("train --data x --out y --stepz 3", "--stepz"),
+        ("train --data x --out y --steps few", '"steps"'),
+        ("train --data x --out y --steps 0", "got 0"),
+        ("train --data x --out y --arm newton", "did you mean"),
+        ("train --data x --out y --crop 128", "crop must be height x width, such as 160x320, got '128'"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
+        ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),
+        ("data generate-streets x --size big", "size must be height x width"),
+        ("data generate-streets x --seed -1", "seed must be at least 0, got -1"),
+        ("demo", "demo.out"),
+    ],
+)
+def test_wrong_use_is_told_in_one_message(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SEGADV_DEBUG", raising=False)
+    assert message in failure(arguments, capsys)
+    assert list(tmp_path.iterdir()) == [], "something was written"
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGADV_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("train --data nowhere --out y")
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    assert run("demo --out x") == 130
+    assert capsys.readouterr().err.strip() == "segadv: interrupted; the same command continues"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, expected in (("--version", segadv.__version__), ("--help", "doctor")):
+        with pytest.raises(SystemExit) as stopped:
+            main([option])
+        assert stopped.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("train --help")
+    text = " ".join(capsys.readouterr().out.split())
+    explained = cli._explained(training.TrainConfig)
+    assert explained.keys() == {field.name for field in dataclasses.fields(training.TrainConfig)}
+    assert explained["checkpoint_every"] == "steps between checkpoints"
+    assert explained["checkpoint_every"] in text
+    assert all(arm in text for arm in ARMS)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"segadv {segadv.__version__}\n")
+    assert "cpu: " in text
+    assert all(name in text for name in segadv.build_info())
+
+
+def test_base_dependencies_are_enough_for_doctor_and_help() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('PIL', 'matplotlib', 'tqdm', 'torchvision', 'scipy'): sys.modules[name] = None\n"
+        "from segadv.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "for arguments in (['demo', '--out', 'x'], ['train', '--data', 'x', '--out', 'y']):\n"
+        "    assert main(arguments) == 2\n"
+        "main(['--help'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "extra demo: missing PIL, matplotlib, tqdm" in run.stdout
+    assert run.stderr.count('pip install "segadv[demo]"') == 2
+
+
+def test_module_is_the_command_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "segadv", "train", "--data", "nowhere", "--out", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "SEGADV_DEBUG": ""},
+    )
+    assert run.returncode == 2
+    assert "segadv: error: " in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_data_train_evaluate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("data generate-streets streets --train 4 --val 2 --size 64x96 --seed 3") == 0
+    Path("run.yaml").write_text("arm: basic\nsteps: 2\nbatch_size: 2\ncrop: 32x48\n")
+    assert run("train --config run.yaml --data streets --out run --arm fgsm --device cpu") == 0
+    saved = torch.load("run/last.pt", weights_only=True)
+    assert (saved["config"]["arm"], saved["config"]["batch_size"], saved["steps_done"]) == ("fgsm", 2, 2)
+    assert tuple(saved["config"]["crop"]) == (32, 48)
+
+    command = "evaluate run/last.pt --data streets --out results --attacks fgsm --eps 0,0.02"
+    assert run(command) == 0
+    rows = read(Path("results/curves.csv"))
+    assert [(row["arm"], row["attack"], row["eps"]) for row in rows] == [
+        ("fgsm", "fgsm", "0.0"),
+        ("fgsm", "fgsm", "0.02"),
+    ]
+    assert json.loads(Path("results/results.json").read_text())["rows"][1]["miou"] == float(rows[1]["miou"])
+    assert drawn(Path("results/robustness.png"))
+    capsys.readouterr()
+    assert "eps must be numbers with commas" in failure(f"{command} --eps 0;1", capsys)
+    assert "out of fgsm, bim-10" in failure(f"{command} --attacks pgd", capsys)
+    Path("broken.pt").write_bytes(b"PK no checkpoint")
+    assert "broken.pt" in failure("evaluate broken.pt --data streets --out results", capsys)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def drawn(path: Path) -> bool:
+    """Whether it opens as a picture that is not blank."""
+    with Image.open(path) as image:
+        return image.width >= 700 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_quick_demo_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    assert run(f"demo --quick --out {out}") == 0
+    printed = capsys.readouterr().out
+    assert "paper, Cityscapes" in printed
+    assert "11.98 %" in printed
+    assert "BIM-10, eps 0.03: " in printed
+
+    curves = read(out / "curves.csv")
+    assert list(curves[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
+    assert [(row["arm"], row["attack"], float(row["eps"])) for row in curves] == [
+        (arm, attack, eps)
+        for arm in ARMS
+        for attack in ("fgsm", "bim-10")
+        for eps in (0, 0.01, 0.02, 0.03, 0.04)
+    ]
+    assert all(0 < float(row["miou"]) < 1 and 0 < float(row["pixel_accuracy"]) < 1 for row in curves)
+    assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(ARMS), (
+        "two arms are the same"
+    )
+
+    overhead = read(out / "overhead.csv")
+    assert list(overhead[0]) == ["arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent"]
+    assert [row["arm"] for row in overhead] == list(ARMS)
+    p50 = {row["arm"]: float(row["step_ms_p50"]) for row in overhead}
+    for row in overhead:
+        assert 0 < float(row["step_ms_p20"]) <= float(row["step_ms_p50"]) <= float(row["step_ms_p80"])
+        percent = (p50[row["arm"]] / p50["basic"] - 1) * 100
+        assert float(row["overhead_percent"]) == pytest.approx(percent, abs=0.1)
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] is True
+    assert results["arguments"]["seed"] == 0
+    assert results["arguments"]["steps"] == demo.QUICK.steps
+    assert {"machine", "build_info", "seconds", "train", "curves", "overhead"} <= results.keys()
+    assert all(drawn(out / name) for name in FIGURES)
+
+    # a second call finds everything done
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(demo, "evaluate", None)
+    assert run(f"demo --quick --out {out}") == 0
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {"results.json", *FIGURES}
+
+    assert "seed 0 there and 1 here" in failure(f"demo --quick --seed 1 --out {out}", capsys)
+    assert "steps 20 there and 300 here" in failure(f"demo --out {out}", capsys)
+
+
+def test_interrupted_demo_continues_to_the_same_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_demo(tmp_path / "whole", sizes=TINY, seed=2, progress=False)
+    steps = []
+    genuine = Trainer.step
+
+    def step(self: Trainer, *args: object, **kwargs: object) -> object:
+        if len(steps) == 2 * TINY.steps + 2:  # inside the third arm
+            raise KeyboardInterrupt
+        steps.append(self.config.arm)
+        return genuine(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
+    assert steps[-1] == list(ARMS)[2]
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["finished"] is False
+    assert not (tmp_path / "parts" / "curves.csv").exists()
+
+    trained = []
+
+    def counted(self: Trainer, *args: object, **kwargs: object) -> object:
+        trained.append(self.config.arm)
+        return genuine(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    results = run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
+    overhead_steps = 2 + TINY.overhead_steps
+    counts = [trained.count(arm) - overhead_steps for arm in ARMS]
+    assert counts == [0, 0, TINY.steps - 2, TINY.steps, TINY.steps]
+    for name in ("curves.csv", *(f"{arm}/evaluation.json" for arm in ARMS)):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert results["finished"] is True
+
+
+def test_initial_model_depends_on_the_seed_alone() -> None:
+    state = torch.get_rng_state()
+    first = initial_model(3)
+    torch.rand(1)
+    assert all(map(torch.equal, first.parameters(), initial_model(3).parameters()))
+    assert not all(map(torch.equal, first.parameters(), initial_model(4).parameters()))
+    torch.set_rng_state(state)
+    initial_model(3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        run_demo(tmp_path, sizes=TINY)
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="no record of a demo"):
+        run_demo(tmp_path, sizes=TINY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "thesis.tex"]

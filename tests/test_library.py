@@ -1,0 +1,285 @@
+"""Registration, backends, errors: what holds for the operations as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+from segadv.ops import backends, library
+
+SIZES = {"full": (6, 8), "up": (3, 4)}
+
+
+def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool) -> dict[str, tuple[Any, ...]]:
+    """Arguments for every registered operation."""
+    z = torch.randn(2, 5, *own).to(dtype)
+    if channels_last:
+        z = z.contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 5, (2, 6, 8))
+    y[0, 0] = 255
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    images, grad = torch.rand(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    if channels_last:
+        images, grad = (t.contiguous(memory_format=torch.channels_last) for t in (images, grad))
+    runner_up = torch.zeros(2, 6, 8, dtype=torch.uint8)
+    per_pixel, weight = torch.rand(2, 6, 8, dtype=wide), torch.rand(5, dtype=wide)
+    return {
+        "pixel_margin": (z, y, 255, False),
+        "averaged_gain": (z, y, 255, True),
+        "gain_and_grad": (z, y, 255, False),
+        "margin_backward": (per_pixel, y, runner_up, list(z.shape), channels_last, dtype, 255, False),
+        "cross_entropy": (z, y, weight, 255, False, True),
+        "segpgd_loss": (z, y, 0.25, False, 255, False),
+        "cospgd_loss": (z, y, True, 255, False),
+        "cross_entropy_backward": (per_pixel, z, y, per_pixel, weight, per_pixel, 255, False),
+        "loss_and_grad": (z, y, "segpgd", 0.25, False, 255, True),
+        "l1_norm": (grad,),
+        "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),
+        "sign_step": (images, grad, 0.1, None, images.clone(), 0.1, None, 0.0, 1.0),
+        "confusion_matrix": (z, y, 255, False, True),
+        "argmax_labels": (z, [6, 8], False),
+    }
+
+
+OPERATIONS = tuple(sample_inputs((3, 4), torch.float32, False))
+
+
+def test_every_registered_operation_is_tested_and_has_every_backend() -> None:
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("segadv::")}
+    assert registered == set(OPERATIONS)
+    for name, module in backends.BACKENDS.items():
+        missing = [operation for operation in OPERATIONS if not hasattr(module, operation)]
+        assert not missing, f"{name} lacks {missing}"
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_opcheck(backend: str, operation: str, own: tuple[int, int], channels_last: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        arguments = sample_inputs(own, dtype, channels_last)[operation]
+        torch.library.opcheck(getattr(library, operation), arguments)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pixel_margin": lambda z, y: F.pixel_margin(z, y).sum(),
+    "averaged_gain": lambda z, y: F.averaged_gain(z, y).sum(),
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y),
+    "segpgd_loss": lambda z, y: F.segpgd_loss(z, y, 1, 4).sum(),
+    "cospgd_loss": lambda z, y: F.cospgd_loss(z, y).sum(),
+}
+
+
+@pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)
+def test_compile_fullgraph(backend: str, own: tuple[int, int]) -> None:
+    def everything(z: Tensor, y: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        value = torch.stack([function(z * 1.5, y) for function in FUNCTIONS.values()]).sum()
+        gain_sum, n_valid, grad = F.gain_and_grad(z, y)
+        loss_sum, _, _ = F.loss_and_grad(z, y)
+        adversarial, eps = F.newton_step(images, images - 0.5, gain_sum)
+        stepped = F.sign_step(adversarial, images - 0.5, 0.1, origin=images, eps=0.05)
+        matrix = F.confusion_matrix(z, y)
+        return value, n_valid, grad, loss_sum, eps, stepped, F.l1_norm(images), matrix, F.argmax_labels(z, (6, 8))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    z, y, images = torch.randn(2, 5, *own), torch.randint(0, 5, (2, 6, 8)), torch.rand(2, 3, 6, 8)
+    grads = []
+    results = []
+    for function in (everything, compiled):
+        leaf = z.clone().requires_grad_()
+        result = function(leaf, y, images)
+        grads.append(torch.autograd.grad(result[0], leaf)[0])
+        results.append(result)
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)
+    torch.testing.assert_close(*grads)
+
+
+def test_inductor_fullgraph() -> None:
+    torch._dynamo.reset()
+    z, y = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randint(0, 5, (2, 6, 8))
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.relu() * 2, y) + F.averaged_gain(z, y).sum()
+
+    expected, got = loss(z, y), torch.compile(loss, fullgraph=True)(z, y)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(expected, z))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives_raise(backend: str, name: str) -> None:
+    z, y = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randint(0, 5, (2, 6, 8))
+    value = FUNCTIONS[name](z, y)
+    with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+        torch.autograd.grad(value, z, create_graph=True)
+
+
+# --- backends ---------------------------------------------------------------------------------------------------
+
+
+def test_native_is_what_runs_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    original = backends.BACKENDS["native"].l1_norm
+    monkeypatch.setattr(backends.BACKENDS["native"], "l1_norm", lambda g: called.append(1) or original(g))
+    monkeypatch.delenv("SEGADV_BACKEND", raising=False)
+    F.l1_norm(torch.rand(2, 3))
+    assert called == [1]
+    assert segadv.build_info()["native"]
+
+
+def test_backend_is_per_thread_and_restored() -> None:
+    seen = []
+    with segadv.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+        with pytest.raises(ZeroDivisionError), segadv.backend("native"):
+            raise ZeroDivisionError
+        assert backends.requested() == "reference"
+    assert seen == [None]
+    assert backends.requested() is None
+
+
+def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backends.BACKENDS["native"], "margin_backward", lambda *_: pytest.fail("the native backward ran")
+    )
+    z, y = torch.randn(1, 3, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, dtype=torch.long)
+    with segadv.backend("reference"):
+        gain = F.averaged_gain(z, y)
+    gain.sum().backward()
+    assert z.grad is not None
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, reference"), segadv.backend("fast"):
+        pass
+
+
+def test_explicit_request_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.BACKENDS["native"], "unavailable", lambda _: "it is switched off")
+    with segadv.backend("native"), pytest.raises(RuntimeError, match="cannot run: it is switched off"):
+        F.l1_norm(torch.rand(1, 2))
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="reference backend for cpu tensors .native: it is switched off"):
+        F.l1_norm(torch.rand(1, 2))
+    monkeypatch.setenv("SEGADV_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="was requested"):
+        F.l1_norm(torch.rand(1, 2))
+    monkeypatch.setenv("SEGADV_BACKEND", "none-such")
+    with pytest.raises(ValueError, match="SEGADV_BACKEND: unknown backend 'none-such'"):
+        F.l1_norm(torch.rand(1, 2))
+    assert "none-such" in backends.report()
+
+
+def test_import_needs_no_extras() -> None:
+    """The drop-in call works where pillow, matplotlib and tqdm are not installed."""
+    code = (
+        "import sys\n"
+        "for name in ('PIL', 'matplotlib', 'tqdm', 'torchvision', 'timm', 'transformers'): sys.modules[name] = None\n"
+        "import torch, segadv, segadv.attacks, segadv.models\n"
+        "print(segadv.build_info()['native'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "True"
+
+
+# --- no full-resolution logits ------------------------------------------------------------------------------------
+
+
+def test_peak_memory_of_fused_upsampling() -> None:
+    """Beyond the returned tensors: less than a hundredth of one full-resolution buffer of logits."""
+    code = """
+import resource, torch
+from segadv import functional as F
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+z, y = torch.randn(1, 150, 96, 96, requires_grad=True), torch.zeros(1, 768, 768, dtype=torch.uint8)
+small, tiny = torch.randn(1, 150, 8, 8, requires_grad=True), y[:, :64, :64].clone()
+def work(z, y):
+    F.gain_and_grad(z, y); F.loss_and_grad(z, y); F.confusion_matrix(z, y); F.argmax_labels(z, y.shape[-2:])
+    torch.autograd.grad(F.averaged_gain(z, y).sum() + F.cross_entropy(z, y), z)
+work(small, tiny)  # loads code, starts threads
+before = peak()
+work(z, y)
+print(peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    full, returned = 150 * 768 * 768 * 4, 4 * 150 * 96 * 96 * 4 + 3 * 768 * 768 * 4
+    assert int(result.stdout) < returned + full / 20
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+Z, Y = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long)
+IMAGES = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.pixel_margin(Z.int(), Y), "logits: dtype torch.int32 is not one of float32"),
+        (lambda: F.pixel_margin(Z[0], Y), r"logits: float32 \[3, 4, 4\] on cpu came; \[N, C, h, w\]"),
+        (lambda: F.cross_entropy(Z[:, :1], Y), "at least 2 are needed. Make two channels of a sigmoid output"),
+        (lambda: F.cross_entropy(Z, Y.float()), "labels: dtype torch.float32 is not one of int64"),
+        (lambda: F.cross_entropy(Z, Y[0]), r"labels: .* came with logits .*; \[N, H, W\] with the same N"),
+        (lambda: F.cross_entropy(Z, Y[:1]), r"\[N, H, W\] with the same N is needed"),
+        (lambda: F.cross_entropy(Z[:, :, 0, 0], Y), r"\[N\] with the same N is needed"),
+        (lambda: F.cross_entropy(Z, Y.to("meta")), "labels: they are on meta, the logits on cpu"),
+        (lambda: F.cross_entropy(Z, Y, reduction="avg"), "reduction: 'avg' is not one of 'mean', 'image'"),
+        (lambda: F.cross_entropy(Z, Y, weight=torch.ones(4)), r"weight: .*\[4\].* came; a floating point \[3\]"),
+        (lambda: F.segpgd_loss(Z, Y, 4, 4), "step, steps: 4, 4 do not satisfy 0 <= step < steps"),
+        (lambda: F.loss_and_grad(Z, Y, loss="segpgd"), "step, steps: loss='segpgd' needs both"),
+        (lambda: F.loss_and_grad(Z, Y, loss="dice"), "loss: 'dice' is not one of"),
+        (lambda: F.argmax_labels(Z, (0, 4)), r"size: \(0, 4\) is not"),
+        (lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]), "keep images in float32 and use autocast"),
+        (lambda: F.newton_step(IMAGES, IMAGES[:1], Z[:, 0, 0, 0]), r"grad: .* came; like the images"),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(3)), r"gain: .*\[3\].* came; a floating point \[2\]"),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(1, 0)), r"bounds: \(1, 0\) is not"),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=-1), "max_eps: -1 is not >= 0"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, eps=0.1), "origin, eps: .* give both or neither"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.zeros(3)), r"alpha: .*\[3\].* came"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=-0.1), "eps: -0.1 is not >= 0"),
+        (lambda: F.sign_step(IMAGES.int(), IMAGES.int(), 0.1), "images: int32 .* float32 or float64"),
+        (lambda: F.l1_norm(Y), "grad: dtype torch.int64"),
+    ],
+)
+def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("own", [(40, 60), (5, 8)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_bad_labels_are_named_with_their_place(backend: str, dtype: torch.dtype, own: tuple[int, int]) -> None:
+    z, y = torch.randn(2, 3, *own), torch.zeros(2, 40, 60, dtype=dtype)
+    y[1, 7, 11] = 77
+    y[1, 30, 2] = 78
+    message = r"labels: value 77 at \[n, y, x\] = \[1, 7, 11\] is neither a class index in \[0, 3\).*ignore_index = 255"
+    calls = (F.pixel_margin, F.averaged_gain, F.gain_and_grad, F.cross_entropy, F.loss_and_grad, F.confusion_matrix)
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(z, y)
+    if dtype is not torch.uint8:
+        y[0, 39, 59] = -1
+        with pytest.raises(ValueError, match=r"value -1 at \[n, y, x\] = \[0, 39, 59\]"):
+            F.averaged_gain(z, y)
+        assert F.averaged_gain(z, torch.full_like(y, -1), ignore_index=-1).tolist() == [0, 0]
+
+
+def test_huge_label_values_do_not_wrap() -> None:
+    z, y = torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)
+    y[0, 0, 1] = 2**32 + 1
+    with pytest.raises(ValueError, match=str(2**32 + 1)):
+        F.averaged_gain(z, y)

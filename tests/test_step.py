@@ -1,0 +1,149 @@
+"""l1_norm, newton_step and sign_step against closed forms and plain PyTorch, on every backend."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
+
+
+def images_and_grad(layout: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    images = oracle.in_layout(torch.rand(3, 3, 17, 23, dtype=dtype), layout)
+    grad = torch.randn(3, 3, 17, 23, dtype=dtype)
+    grad[:, :, 0] = 0
+    return images, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 17, 23), (2, 100003), (4,), (0, 3, 2, 2), (2, 0), (1, 2, 3, 4, 5)])
+def test_l1_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    grad = torch.randn(shape).to(dtype)
+    norm = F.l1_norm(grad)
+    assert norm.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    truth = grad.double().abs().reshape(shape[0], -1).sum(1) if grad.numel() else torch.zeros(shape[0])
+    torch.testing.assert_close(norm.double(), truth.double(), rtol=1e-6 if dtype != torch.float64 else 1e-13, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_newton_step(backend: str, dtype: torch.dtype, layout: str) -> None:
+    images, grad = images_and_grad(layout, dtype)
+    before = images.clone()
+    gain = torch.tensor([3.0, -2.0, 0.0], dtype=dtype)
+    adversarial, eps = F.newton_step(images, grad, gain)
+    norm = grad.double().abs().sum((1, 2, 3))
+    torch.testing.assert_close(eps.double(), gain.double() / norm, rtol=1e-6, atol=0)
+    expected = (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-7)
+    assert torch.equal(images, before)
+    assert torch.equal(adversarial[:, :, 0], images[:, :, 0])  # sign(0) = 0
+    assert torch.equal(adversarial[2], images[2])
+    if layout == "channels_last":
+        assert adversarial.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_newton_step_options(backend: str) -> None:
+    images, grad = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
+    gain = torch.tensor([-0.4, 0.04, 4.0])
+    adversarial, eps = F.newton_step(images, grad, gain)
+    torch.testing.assert_close(eps, torch.tensor([-0.1, 0.01, 1.0]))
+    torch.testing.assert_close(adversarial[:, 0, 0, 0], torch.tensor([0.6, 0.49, 0.0]))
+    eps = F.newton_step(images, grad, gain, clamp_negative=True)[1]
+    torch.testing.assert_close(eps, torch.tensor([0.0, 0.01, 1.0]))
+    eps = F.newton_step(images, grad, gain, max_eps=0.05)[1]
+    torch.testing.assert_close(eps, torch.tensor([-0.05, 0.01, 0.05]))
+    adversarial, _ = F.newton_step(images, grad, gain, bounds=(0.45, 0.55))
+    torch.testing.assert_close(adversarial[:, 0, 0, 0], torch.tensor([0.55, 0.49, 0.45]))
+
+
+@pytest.mark.parametrize("max_eps", [None, 0.1])
+@pytest.mark.parametrize("bad", ["gain nan", "gain inf", "grad nan", "grad inf", "grad zero"])
+def test_newton_step_without_meaning_leaves_the_image(backend: str, bad: str, max_eps: float | None) -> None:
+    images, grad, gain = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([1.0, 1.0])
+    if bad.startswith("gain"):
+        gain[0] = torch.nan if bad.endswith("nan") else -torch.inf
+    else:
+        grad[0] = {"nan": torch.nan, "inf": torch.inf, "zero": 0.0}[bad.split()[1]]
+    adversarial, eps = F.newton_step(images, grad, gain, max_eps=max_eps)
+    assert eps[0] == 0
+    assert torch.equal(adversarial[0], images[0])
+    assert eps[1] != 0
+    assert not torch.equal(adversarial[1], images[1])
+
+
+def test_scale_freedom(backend: str) -> None:
+    """The same bits when gain and gradient are multiplied by a power of two."""
+    images, grad = images_and_grad("contiguous")
+    gain = torch.randn(3)
+    one = F.newton_step(images, grad, gain)
+    scaled = F.newton_step(images, grad * 2.0**-9, gain * 2.0**-9)
+    assert torch.equal(one[0], scaled[0])
+    assert torch.equal(one[1], scaled[1])
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("ball", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sign_step(backend: str, layout: str, ball: bool, per_image: bool) -> None:
+    images, grad = images_and_grad(layout)
+    origin = (images + 0.02 * torch.randn_like(images)).clamp(0, 1) if ball else None
+    alpha: float | Tensor = torch.tensor([0.01, -0.02, 0.03]) if per_image else 0.02
+    eps: float | Tensor | None = None
+    if ball:
+        eps = torch.tensor([0.03, 0.01, 0.02]) if per_image else 0.025
+    result = F.sign_step(images, grad, alpha, origin=origin, eps=eps)
+    wide = alpha.view(-1, 1, 1, 1) if isinstance(alpha, Tensor) else alpha
+    expected = images + wide * grad.sign()
+    if origin is not None:
+        radius = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else eps
+        expected = torch.maximum(torch.minimum(expected, origin + radius), origin - radius)
+    torch.testing.assert_close(result, expected.clamp(0, 1), rtol=0, atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    eps=st.floats(0.0, 1.0),
+    alpha=st.floats(-2.0, 2.0),
+    low=st.floats(-1.0, 0.4),
+    high=st.floats(0.6, 2.0),
+)
+def test_sign_step_stays_in_ball_and_box(seed: int, eps: float, alpha: float, low: float, high: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    origin = torch.rand(2, 3, 5, 5, generator=g) * (high - low) + low
+    images = (origin + (torch.rand(2, 3, 5, 5, generator=g) - 0.5)).clamp(low, high)
+    grad = torch.randn(2, 3, 5, 5, generator=g)
+    results = []
+    for name in ("native", "reference"):
+        with segadv.backend(name):
+            results.append(F.sign_step(images, grad, alpha, origin=origin, eps=eps, bounds=(low, high)))
+    for result in results:
+        assert result.min() >= torch.tensor(low) - 1e-6
+        assert result.max() <= torch.tensor(high) + 1e-6
+        assert (result - origin).abs().max() <= eps + 1e-6
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+def test_many_elements_in_one_image(backend: str) -> None:
+    """More than one item per image: borders of the items, and a norm that float32 alone would blur."""
+    images, grad = torch.rand(2, 3, 300, 301), torch.full((2, 3, 300, 301), 1e-3)
+    adversarial, eps = F.newton_step(images, grad, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(eps, torch.tensor([1.0, 2.0]) / 270.9, rtol=1e-6, atol=0)
+    expected = (images - eps.view(-1, 1, 1, 1)).clamp(0, 1)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-7)
+
+
+def test_empty_batch(backend: str) -> None:
+    images = torch.rand(0, 3, 4, 4)
+    adversarial, eps = F.newton_step(images, images, torch.zeros(0))
+    assert adversarial.shape == images.shape
+    assert eps.shape == (0,)
+    assert F.sign_step(images, images, 0.1).shape == images.shape

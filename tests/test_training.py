@@ -1,0 +1,572 @@
+"""segadv.training: arms, coins, one step, resuming to the same bits, checkpoints that survive, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from segadv import models, training
+from segadv.attacks import BIM, FGSM, AttackInfo, FastNewton, RandomFGSM
+from segadv.data import Augmented, EpochSampler
+from segadv.training import TrainConfig, Trainer
+
+CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
+
+
+class Squares(Dataset[tuple[Tensor, Tensor]]):
+    """Noisy images whose colour tells the label, some pixels ignored; `on_read` gets every index read."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, on_read: Callable[[int], None] | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+        coarse = torch.randint(0, CLASSES, (SAMPLES, 5, 7), generator=generator)
+        labels = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        palette = torch.rand(CLASSES, 3, generator=generator)
+        images = palette[labels].movedim(3, 1)
+        self.images = (images + 0.1 * torch.randn(images.shape, generator=generator)).clamp(0, 1).to(dtype)
+        labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+        self.labels = labels.to(torch.uint8)
+        self.on_read = on_read
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.on_read is not None:
+            self.on_read(index)
+        return self.images[index], self.labels[index]
+
+
+def tiny_model(dropout: float = 0.3) -> nn.Module:
+    torch.manual_seed(11)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(8, CLASSES, 1),
+    )
+
+
+def config(**changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "arm": "basic",
+        "steps": 14,
+        "batch_size": 4,
+        "crop": (16, 24),
+        "learning_rate": 0.1,
+        "seed": 7,
+        "device": "cpu",
+        "log_every": 3,
+        "checkpoint_every": 4,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def run(out_dir: Path, model: nn.Module | None = None, **changes: Any) -> Trainer:
+    trainer = Trainer(config(**changes), tiny_model() if model is None else model, Squares())
+    trainer.run(out_dir, progress=False)
+    return trainer
+
+
+def metrics_of(out_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "steps_per_s"} for line in lines]
+
+
+def assert_same_state(first: Trainer, second: Trainer) -> None:
+    assert first.steps_done == second.steps_done
+    states = [
+        {**trainer.model.state_dict(), **flat(trainer.optimizer.state_dict())} for trainer in (first, second)
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name])), name
+
+
+def flat(optimizer: dict[str, Any]) -> dict[str, Any]:
+    momenta = {f"momentum {key}": value["momentum_buffer"] for key, value in optimizer["state"].items()}
+    return {**momenta, "lr": optimizer["param_groups"][0]["lr"]}
+
+
+# --- the arms and the coins ---------------------------------------------------------------------------------
+
+
+def test_arms_are_the_papers() -> None:
+    model, generator = tiny_model(), torch.Generator()
+    arms = {name: make(model, generator) for name, make in training.ARMS.items()}
+    assert list(arms) == ["basic", "fgsm", "random-fgsm", "bim-3", "fast-newton"]
+    assert arms["basic"] is None
+    assert type(arms["fgsm"]) is FGSM
+    assert arms["fgsm"].eps == 0.03
+    assert type(arms["random-fgsm"]) is RandomFGSM
+    assert arms["random-fgsm"].eps == 0.03
+    assert arms["random-fgsm"].generator is generator
+    assert type(arms["bim-3"]) is BIM
+    assert (arms["bim-3"].eps, arms["bim-3"].alpha, arms["bim-3"].steps) == (0.03, 0.01, 3)
+    assert type(arms["fast-newton"]) is FastNewton
+    assert (arms["fast-newton"].clamp_negative, arms["fast-newton"].max_eps) == (False, None)
+    assert all(attack.bn == "eval" for attack in arms.values() if attack is not None)
+
+
+def test_coins_are_fair_independent_and_the_samples_own() -> None:
+    coins = np.stack([training.adversarial_coins(3, epoch, 1000, 0.5) for epoch in range(40)])
+    assert abs(coins.mean() - 0.5) < 4 * 0.5 / np.sqrt(coins.size)
+    assert abs(coins.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(40)
+    signs = 2.0 * coins - 1
+    bound = 5 / np.sqrt(39 * 999)
+    assert abs((signs[1:] * signs[:-1]).mean()) < bound  # a sample's epochs
+    assert abs((signs[:, 1:] * signs[:, :-1]).mean()) < bound  # neighbours
+    other_seed = np.stack([training.adversarial_coins(4, epoch, 1000, 0.5) for epoch in range(40)])
+    assert abs((signs * (2.0 * other_seed - 1)).mean()) < bound
+    assert np.array_equal(training.adversarial_coins(3, 5, 100, 0.5), coins[5, :100])
+    quarter = training.adversarial_coins(3, 0, 10000, 0.25)
+    assert abs(quarter.mean() - 0.25) < 0.02
+    assert not training.adversarial_coins(3, 0, 1000, 0.0).any()
+    assert training.adversarial_coins(3, 0, 1000, 1.0).all()
+
+
+class Recorder:
+    """Stands for an attack: records what it was given, and inverts the images."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, images: Tensor, labels: Tensor, *, return_info: bool) -> tuple[Tensor, AttackInfo]:
+        assert return_info
+        self.calls.append((images, labels))
+        eps = torch.full((len(images),), 0.5)
+        return 1 - images, AttackInfo(eps=eps, gain=eps - 1)
+
+
+def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    for arm in training.ARMS:
+        trainer = Trainer(config(arm=arm), tiny_model(), Squares())
+        chosen: list[list[int]] = []
+        real_step = trainer.step
+
+        def step(images: Tensor, labels: Tensor, positions: list[int], real: Any = real_step) -> Any:
+            chosen.append(positions)  # noqa: B023
+            return real(images, labels, positions)
+
+        monkeypatch.setattr(trainer, "step", step)
+        trainer.run(tmp_path / arm, progress=False)
+        seen[arm] = chosen
+    assert all(chosen == seen["basic"] for chosen in seen.values())
+    sampler = EpochSampler(SAMPLES, batch_size=4, seed=7, steps=14)
+    expected = [
+        [i for i, (e, index) in enumerate(keys) if training.adversarial_coins(7, e, SAMPLES, 0.5)[index]]
+        for keys in sampler
+    ]
+    assert seen["basic"] == expected
+    line = metrics_of(tmp_path / "fgsm")[0]
+    assert line["share_adversarial"] == sum(len(positions) for positions in expected[:3]) / 12
+    assert metrics_of(tmp_path / "basic")[0]["share_adversarial"] == 0
+
+
+def test_attack_gets_the_chosen_samples_and_the_model_their_adversarial_versions() -> None:
+    batches: list[Tensor] = []
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda module, inputs: batches.append(inputs[0].clone()))
+    trainer = Trainer(config(), model, Squares())
+    attack = Recorder()
+    trainer.attack = attack  # type: ignore[assignment]
+    images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
+    before = images.clone(), labels.clone()
+    result = trainer.step(images, labels, [1, 3])
+    assert len(attack.calls) == 1
+    assert torch.equal(attack.calls[0][0], images[[1, 3]])
+    assert torch.equal(attack.calls[0][1], labels[[1, 3]])
+    assert torch.equal(batches[-1], torch.stack([images[0], 1 - images[1], images[2], 1 - images[3]]))
+    assert torch.equal(images, before[0])
+    assert torch.equal(labels, before[1])
+    assert result.eps.tolist() == [0.5, 0.5]
+    assert result.gain.tolist() == [-0.5, -0.5]
+    assert result.skipped.tolist() == [False, False]
+    assert not trainer.step(images, labels, []).eps.numel()
+    assert len(attack.calls) == 1
+    assert trainer.steps_done == 2
+
+
+# --- one step -----------------------------------------------------------------------------------------------
+
+
+def test_basic_arm_is_the_plain_training_loop(tmp_path: Path) -> None:
+    settings = config(steps=10, weight_decay=0.01)
+    plain, ours = tiny_model(dropout=0).double(), tiny_model(dropout=0).double()
+    trainer = Trainer(settings, ours, Squares(torch.float64))
+    trainer.run(tmp_path, progress=False)
+    data = Augmented(Squares(torch.float64), crop=(16, 24), seed=7)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    losses = []
+    for step, keys in enumerate(EpochSampler(SAMPLES, batch_size=4, seed=7, steps=10)):
+        images = torch.stack([data[key][0] for key in keys])
+        labels = torch.stack([data[key][1] for key in keys]).long()
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 10) ** 0.9
+        logits = F.interpolate(plain(images), size=(16, 24), mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(logits, labels, ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-10, atol=1e-10)
+    means = [np.mean(losses[start : start + 3]) for start in (0, 3, 6, 9)]
+    assert [line["loss"] for line in metrics_of(tmp_path)] == pytest.approx(means, abs=1e-10)
+
+
+def test_poly_learning_rate(tmp_path: Path) -> None:
+    schedule = [
+        training.poly_learning_rate(step, steps=4, learning_rate=0.01, power=0.9) for step in range(6)
+    ]
+    # 0.01 * (0.75, 0.5, 0.25) ** 0.9 by hand
+    assert schedule == pytest.approx([0.01, 0.0077189, 0.0053589, 0.0028717, 0, 0], abs=1e-7)
+    run(tmp_path, power=2.0)
+    lines = metrics_of(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 14]
+    for line in lines:
+        assert line["learning_rate"] == pytest.approx(0.1 * (1 - (line["step"] - 1) / 14) ** 2)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    run(tmp_path, tiny_model(dropout=0), arm="fast-newton", steps=60, learning_rate=0.3)
+    lines = metrics_of(tmp_path)
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+
+
+def test_bf16_trains_on_the_cpu_with_images_in_full_precision(tmp_path: Path) -> None:
+    model = tiny_model()
+    kinds = set()
+    model[4].register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    model.register_forward_pre_hook(lambda module, inputs: kinds.add(inputs[0].dtype))
+    run(tmp_path, model, precision="bf16", arm="fast-newton")
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert all(np.isfinite(line["loss"]) for line in metrics_of(tmp_path))
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ["random-fgsm", "fast-newton"])
+@pytest.mark.parametrize("crash_after", [3, 4, 6, 13])
+def test_resumed_run_after_a_crash_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, crash_after: int
+) -> None:
+    whole = run(tmp_path / "whole", arm=arm)
+    crashing = Trainer(config(arm=arm), tiny_model(), Squares())
+    real_step = crashing.step
+
+    def step(*arguments: Any) -> Any:
+        if crashing.steps_done == crash_after:
+            raise RuntimeError("the power is gone")
+        return real_step(*arguments)
+
+    monkeypatch.setattr(crashing, "step", step)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        crashing.run(tmp_path / "parts", progress=False)
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2')  # cut short
+    torch.manual_seed(99)
+    torch.rand(3)
+    resumed = run(tmp_path / "parts", arm=arm)
+    assert_same_state(whole, resumed)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+    # once more: there is nothing left to do, and nothing changes
+    assert_same_state(whole, run(tmp_path / "parts", arm=arm))
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["loading", "step"])
+def test_interrupt_writes_a_checkpoint_from_between_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = run(tmp_path / "whole", arm="random-fgsm")
+    reads = 0
+
+    def press(index: int) -> None:
+        nonlocal reads
+        reads += 1
+        if where == "loading" and reads == 4 * 6 + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    model = tiny_model()
+    trainer = Trainer(config(arm="random-fgsm"), model, Squares(on_read=press))
+
+    def press_in_forward(module: nn.Module, inputs: Any) -> None:
+        if where == "step" and trainer.steps_done == 6 and module.training:
+            signal.raise_signal(signal.SIGINT)
+
+    model.register_forward_pre_hook(press_in_forward)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(tmp_path / "parts", progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    steps_done = {"loading": 6, "step": 7}[where]
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["steps_done"] == steps_done
+    resumed = run(tmp_path / "parts", arm="random-fgsm")
+    assert_same_state(whole, resumed)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_workers_and_frequencies_change_nothing(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", arm="random-fgsm")
+    part = config(arm="random-fgsm", checkpoint_every=1)
+    trainer = Trainer(part, tiny_model(), Squares())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", stop_after(trainer, 5))
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.run(tmp_path / "parts", progress=False)
+    resumed = run(tmp_path / "parts", arm="random-fgsm", workers=2, log_every=5, checkpoint_every=3)
+    assert_same_state(whole, resumed)
+
+
+def stop_after(trainer: Trainer, steps: int) -> Callable[[Any], None]:
+    real_save = trainer.save
+
+    def save(path: Any) -> None:
+        real_save(path)
+        if trainer.steps_done == steps:
+            raise RuntimeError("stop")
+
+    return save
+
+
+def test_step_depends_on_nothing_but_its_number_and_the_state(tmp_path: Path) -> None:
+    """Neither on the global generator nor on what was drawn before."""
+    images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
+    results = []
+    for draws in (0, 5):
+        trainer = Trainer(config(arm="random-fgsm"), tiny_model(), Squares())
+        torch.rand(draws)
+        results.append([trainer.step(images, labels, [0, 2]) for _ in range(2)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first.loss, second.loss)
+        assert torch.equal(first.eps, second.eps)
+    first, second = results[0]
+    assert not torch.equal(first.eps, second.eps)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_loads_as_plain_weights_and_into_a_model(tmp_path: Path) -> None:
+    trainer = run(tmp_path, arm="fast-newton")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["steps_done"] == 14
+    assert state["config"]["arm"] == "fast-newton"
+    model = training.load_model(tmp_path / "last.pt", nn.Sequential(*tiny_model().children()))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace", "os.fsync"])
+def test_failed_save_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    trainer = run(tmp_path, steps=4)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(*arguments: Any, **keywords: Any) -> None:
+        if failing == "torch.save":
+            arguments[1].write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    module, _, name = failing.partition(".")
+    monkeypatch.setattr({"torch": torch, "os": os}[module], name, full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save(tmp_path / "last.pt")
+    monkeypatch.undo()
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    trainer.load(tmp_path / "last.pt")
+
+
+def test_really_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the writer fails in the middle of the file."""
+    run(tmp_path, steps=4)
+    before = (tmp_path / "last.pt").read_bytes()
+    script = f"""
+import resource, signal, sys
+sys.path[:0] = {[str(Path(models.__file__).parents[1]), str(Path(__file__).parent)]}
+from test_training import Squares, Trainer, config, tiny_model
+trainer = Trainer(config(steps=4), tiny_model(), Squares())
+trainer.load({str(tmp_path / "last.pt")!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, -1))
+try:
+    trainer.save({str(tmp_path / "last.pt")!r})
+except (OSError, RuntimeError) as error:
+    print("failed:", error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("failed:")
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    with pytest.raises(
+        ValueError, match=r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\)"
+    ):
+        run(tmp_path, steps=4, arm="fgsm", seed=8)
+    larger = Trainer(config(steps=4), nn.Sequential(*tiny_model()[:4], nn.Conv2d(8, 6, 1)), Squares())
+    before = {name: value.clone() for name, value in larger.model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"another architecture.*4.weight has shape \[5, 8, 1, 1\] there and \[6, 8"
+    ):
+        larger.run(tmp_path, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in larger.model.state_dict().items())
+    with pytest.raises(ValueError, match=r"2.weight has shape none there"):
+        training.load_model(tmp_path / "last.pt", nn.Sequential(*tiny_model()[:2], nn.BatchNorm2d(8)))
+
+
+def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    path = tmp_path / "last.pt"
+    whole = path.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
+            training.load_model(path, tiny_model())
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds something else"):
+        training.load_model(path, tiny_model())
+    with pytest.raises(FileNotFoundError):
+        training.load_model(tmp_path / "other.pt", tiny_model())
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> None:
+    trainer = Trainer(config(adversarial_share=1.0), tiny_model(), Squares())
+    results = []
+
+    def attack(images: Tensor, labels: Tensor, *, return_info: bool) -> tuple[Tensor, AttackInfo]:
+        eps = torch.arange(4.0) + len(results)
+        results.append(eps)
+        adversarial = torch.cat([images[:1], 1 - images[1:]])
+        return adversarial, AttackInfo(eps=eps, gain=torch.tensor([float("nan"), -1, -1, 2]))
+
+    trainer.attack = attack  # type: ignore[assignment]
+    with pytest.warns(RuntimeWarning, match=r"left 25\.0% of its images as they were in the steps up to 3"):
+        trainer.run(tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 14]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]  # 13 samples, 3 batches of 4 in each
+    for line, first, last in zip(lines, (0, 3, 6, 9, 12), (3, 6, 9, 12, 14), strict=True):
+        eps = np.concatenate(results[first:last])
+        assert line["eps_median"] == pytest.approx(np.median(eps))
+        assert line["eps_p10"] == pytest.approx(np.quantile(eps, 0.1))
+        assert line["eps_p90"] == pytest.approx(np.quantile(eps, 0.9))
+        assert line["share_adversarial"] == 1
+        assert line["share_negative_gain"] == 0.5
+        assert line["share_skipped"] == 0.25
+        assert line["steps_per_s"] > 0
+
+
+def test_metrics_of_the_arms(tmp_path: Path) -> None:
+    for arm in training.ARMS:
+        run(tmp_path / arm, arm=arm, steps=3)
+    lines = {arm: metrics_of(tmp_path / arm)[0] for arm in training.ARMS}
+    assert lines["basic"]["eps_median"] is None
+    assert lines["basic"]["share_skipped"] is None
+    for arm in ("fgsm", "bim-3"):
+        assert lines[arm]["eps_p10"] == pytest.approx(0.03)
+        assert lines[arm]["share_negative_gain"] is None
+        assert lines[arm]["share_skipped"] == 0
+    assert 0 < lines["random-fgsm"]["eps_p10"] < lines["random-fgsm"]["eps_p90"] < 0.03
+    assert 0 <= lines["fast-newton"]["share_negative_gain"] <= 1
+    assert len({line["loss"] for line in lines.values()}) == 5
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config(), tiny_model(), Squares())
+    real_step = trainer.step
+
+    def step(*arguments: Any) -> Any:
+        result = real_step(*arguments)
+        return dataclasses.replace(result, loss=result.loss * (torch.nan if trainer.steps_done == 8 else 1))
+
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7 \(counted from 0\)"):
+        trainer.run(tmp_path, progress=False)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] == 4
+    assert [line["step"] for line in metrics_of(tmp_path)] == [3, 6]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": "fast-newtonn"}, "did you mean 'fast-newton'"),
+        ({"arm": "FGSM"}, "arm must be one of basic, fgsm, random-fgsm, bim-3, fast-newton; got 'FGSM'"),
+        ({"adversarial_share": 1.5}, r"adversarial_share must be a finite number in \[0.0, 1.0\], got 1.5"),
+        ({"adversarial_share": float("nan")}, "adversarial_share"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
+        ({"crop": (128, 4)}, "crop width must be a whole number of at least 8, got 4"),
+        ({"crop": (128,)}, r"crop must be \(height, width\)"),
+        ({"learning_rate": -0.1}, "learning_rate"),
+        ({"momentum": 1.1}, "momentum"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"power": -1}, "power"),
+        ({"seed": -1}, "seed"),
+        ({"workers": -1}, "workers"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
+        ({"log_every": 0}, "log_every"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_trainer_names_what_is_wrong() -> None:
+    for changes, message in (
+        ({"device": "abacus"}, 'device must be "auto" or a name'),
+        ({"precision": "fp16"}, 'precision "fp16" needs a CUDA device'),
+        ({"batch_size": 14}, "dataset must hold at least one batch of 14, got 13"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(config(**changes), tiny_model(), Squares())
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda' does not exist: this machine has 0"):
+            Trainer(config(device="cuda"), tiny_model(), Squares())
+        assert Trainer(config(device="auto"), tiny_model(), Squares()).device.type == "cpu"
+
+
+def test_small_pspnet_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trainer = run(
+        tmp_path, models.small_pspnet(num_classes=CLASSES), arm="fast-newton", steps=3, crop=(20, 28)
+    )
+    assert trainer.steps_done == 3
