@@ -27,7 +27,7 @@ from . import __version__, build_info, functional
 from .attacks import BIM
 from .attacks.base import frozen
 from .data import Cityscapes, generate_streets
-from .evaluation import EPS, EvaluationResult, atomic_write, evaluate, to_csv
+from .evaluation import EPS, EvaluationResult, atomic_write, csv_text, evaluate
 from .models import small_pspnet
 from .training import ARMS, TrainConfig, Trainer
 
@@ -131,6 +131,7 @@ def run_demo(
     out = Path(out)
     sizes = sizes or (QUICK if quick else FULL)
     record = _Record(out, {"segadv": __version__, "seed": seed, **dataclasses.asdict(sizes)})
+    print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(sizes).items()), flush=True)
 
     with record.stage("data"):
         print(f"data: {sizes.train_images} + {sizes.val_images} street scenes in {out / 'data'}", flush=True)
@@ -173,7 +174,7 @@ def run_demo(
             print("overhead: steps of all arms in turn", flush=True)
             rows = _measure_overhead(configs, train, sizes.overhead_steps)
             with atomic_write(out / "overhead.csv") as temporary:
-                temporary.write_text(to_csv(rows), encoding="utf-8")
+                temporary.write_text(csv_text(rows), encoding="utf-8")
     overhead = _read_overhead(out / "overhead.csv")
 
     with record.stage("figures"):
@@ -185,6 +186,7 @@ def run_demo(
         plots.plot_qualitative(examples, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
+        evaluation={"attacks": _ATTACKS, "eps": EPS},
         curves=curves.rows,
         overhead=overhead,
         overhead_references=PAPER_OVERHEAD,

@@ -71,7 +71,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with equal keys as CSV text with a header; floats with the digits that give them back exactly."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -104,7 +104,7 @@ class EvaluationResult:
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows under the header ``attack,eps,miou,pixel_accuracy`` (``arm,...`` after `merge`)."""
         with atomic_write(path) as temporary:
-            temporary.write_text(to_csv(self.rows), encoding="utf-8")
+            temporary.write_text(csv_text(self.rows), encoding="utf-8")
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes rows and confusion matrices; `from_json` gives the same result back."""

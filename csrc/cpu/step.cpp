@@ -14,8 +14,8 @@
 namespace segadv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 4096;         // elements whose absolute values are added in the compute type
-constexpr int64_t kItem = 16 * kBlock;   // elements of an item
+constexpr int64_t kBlock = 1024;         // elements whose absolute values are added in the compute type
+constexpr int64_t kItem = 64 * kBlock;   // elements of an item
 
 template <class S>
 SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
