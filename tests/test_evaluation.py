@@ -177,11 +177,11 @@ def test_rows_are_in_the_given_order_and_repeatable(
 
 def test_model_is_left_as_it_was(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     model.train()
-    model.norm.eval()
+    model.dropout.eval()
     model.conv.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate(model, loader, eps=[0.0, 0.01])
-    assert (model.training, model.dropout.training, model.norm.training) == (True, True, False)
+    assert (model.training, model.dropout.training, model.norm.training) == (True, False, True)
     assert [parameter.requires_grad for parameter in model.conv.parameters()] == [False, True]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -276,6 +276,12 @@ def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_half()
     assert path.read_text() == "previous"
+
+    with path.open() as reader:
+        with evaluation.atomic_write(path) as temporary:
+            temporary.write_text("whole")
+        assert reader.read() == "previous", "written in place"
+    assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -18,10 +18,10 @@
 namespace segadv {
 
 struct Half {
-  uint16_t bits;
+  uint16_t bits = 0;
 };
 struct BFloat16 {
-  uint16_t bits;
+  uint16_t bits = 0;
 };
 
 template <class To, class From>

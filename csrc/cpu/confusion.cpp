@@ -1,7 +1,6 @@
 // Predictions and the confusion matrix, without full-resolution logits or a full-resolution prediction in between.
 //
 // Fuses upsampling, argmax and the histogram. Fewest bytes: the logits and the labels read once.
-#include "common/margin.h"
 #include "cpu/tiles.h"
 
 namespace segadv::cpu {
@@ -17,20 +16,7 @@ SEGADV_CLONES void confusion_item(const ConfusionParams& params, Tiles& tiles, i
   A best[kMaxTile];
   int64_t first_bad = kNoBadLabel;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
-    for (int p = 0; p < tile.count; ++p) {
-      best[p] = tile.z(0, p);
-      best_class[p] = 0;
-    }
-    for (int64_t c = 1; c < classes; ++c) {
-      const int32_t k = static_cast<int32_t>(c);
-      SEGADV_SIMD
-      for (int p = 0; p < tile.count; ++p) {
-        const A z = tile.z(c, p);
-        const bool takes = beats(z, best[p]);
-        best[p] = takes ? z : best[p];
-        best_class[p] = takes ? k : best_class[p];
-      }
-    }
+    find_best(tile, classes, best, best_class);
     if (params.prediction) store_classes(params.prediction, tile, best_class);
     if (params.matrix) {
       load_labels(problem, tile, y, &first_bad);

@@ -3,7 +3,6 @@
 // Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and the gradient. The
 // classes of a tile are read twice (maximum, then exponentials), from the cache the second time. Fewest bytes: the
 // logits read once, the gradient written once, labels read once; bound by the exponentials, one per class and pixel.
-#include "common/margin.h"
 #include "common/softmax.h"
 #include "cpu/tiles.h"
 
@@ -15,37 +14,6 @@ struct Partial {
   int64_t n_valid = 0;
   int64_t bad = kNoBadLabel;
 };
-
-// The largest logit of each pixel, and its class by the tie rule.
-template <class T, class A>
-SEGADV_INLINE void find_best(const T& tile, int64_t classes, A* best, int32_t* best_class) {
-  for (int p = 0; p < tile.count; ++p) {
-    best[p] = tile.z(0, p);
-    best_class[p] = 0;
-  }
-  for (int64_t c = 1; c < classes; ++c) {
-    const int32_t k = static_cast<int32_t>(c);
-    SEGADV_SIMD
-    for (int p = 0; p < tile.count; ++p) {
-      const A z = tile.z(c, p);
-      const bool takes = beats(z, best[p]);
-      best[p] = takes ? z : best[p];
-      best_class[p] = takes ? k : best_class[p];
-    }
-  }
-}
-
-template <class T, class A>
-SEGADV_INLINE void find_best(const T& tile, int64_t classes, A* best) {
-  for (int p = 0; p < tile.count; ++p) best[p] = tile.z(0, p);
-  for (int64_t c = 1; c < classes; ++c) {
-    SEGADV_SIMD
-    for (int p = 0; p < tile.count; ++p) {
-      const A z = tile.z(c, p);
-      best[p] = beats(z, best[p]) ? z : best[p];
-    }
-  }
-}
 
 template <class Tiles>
 SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& tiles, int64_t item, Partial& result) {

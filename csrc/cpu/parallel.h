@@ -17,22 +17,31 @@
 
 namespace segadv::cpu {
 
-// Calls f(item) for every item, in any order, on torch's OpenMP threads. An exception is carried out of the region.
+// Calls f(item) for every item on torch's OpenMP threads. An exception is carried out of the region.
 template <class F>
 void parallel_for(int64_t items, F&& f) {
   std::exception_ptr error;
   std::atomic<bool> failed{false};
-#pragma omp parallel for schedule(dynamic, 1) if (items > 1)
-  for (int64_t item = 0; item < items; ++item) {
-    if (failed.load(std::memory_order_relaxed)) continue;
+  const auto guarded = [&](int64_t item) {
+    if (failed.load(std::memory_order_relaxed)) return;
     try {
       f(item);
     } catch (...) {
 #pragma omp critical(segadv_error)
       if (!failed.exchange(true)) error = std::current_exception();
     }
-  }
+  };
+#pragma omp parallel for schedule(dynamic, 1) if (items > 1)
+  for (int64_t item = 0; item < items; ++item) guarded(item);
   if (error) std::rethrow_exception(error);
+}
+
+// The same for a function that cannot fail and writes fresh memory in the order of its items: each thread gets
+// neighbours. Where two threads meet in a fresh huge page, both clear it.
+template <class F>
+void parallel_for_in_order(int64_t items, F&& f) {
+#pragma omp parallel for schedule(static) if (items > 1)
+  for (int64_t item = 0; item < items; ++item) f(item);
 }
 
 // Asks for huge pages under a large output that has not been touched: filling fresh 4 KiB pages costs more than the

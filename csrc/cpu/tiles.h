@@ -18,6 +18,7 @@
 
 #include "common/bilinear.h"
 #include "common/dtype.h"
+#include "common/margin.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -46,6 +47,16 @@ struct Tile {
       return z0[c * z_stride + p];
     }
   }
+  // Fetches what is read three classes later, in the next tile after the last class. At full resolution the classes
+  // lie megabytes apart, and the hardware's own prefetching has to start anew for each.
+  SEGADV_INLINE void prefetch_after(int64_t c, int64_t classes) const {
+    if constexpr (!kUp) {
+      const int64_t ahead = c + 3;
+      const A* next = ahead < classes ? z0 + ahead * z_stride : z0 + (ahead - classes) * z_stride + count;
+      const char* line = reinterpret_cast<const char*>(next);
+      for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(line + i);
+    }
+  }
   // Gradient of class c: every class of every pixel exactly once.
   SEGADV_INLINE void put(int64_t c, int p, A g) const {
     if constexpr (kUp) {
@@ -56,6 +67,37 @@ struct Tile {
     }
   }
 };
+
+// The largest logit of each pixel, and its class by the tie rule where `best_class` is given.
+template <class T, class A>
+SEGADV_INLINE void find_best(const T& tile, int64_t classes, A* best, int32_t* best_class) {
+  for (int p = 0; p < tile.count; ++p) best[p] = tile.z(0, p);
+  for (int p = 0; p < tile.count; ++p) best_class[p] = 0;
+  for (int64_t c = 1; c < classes; ++c) {
+    const int32_t k = static_cast<int32_t>(c);
+    tile.prefetch_after(c, classes);
+    SEGADV_SIMD
+    for (int p = 0; p < tile.count; ++p) {
+      const A z = tile.z(c, p), old = best[p];
+      const int32_t old_class = best_class[p];
+      const bool takes = beats(z, old);
+      best[p] = takes ? z : old;
+      best_class[p] = select(takes, k, old_class);
+    }
+  }
+}
+template <class T, class A>
+SEGADV_INLINE void find_best(const T& tile, int64_t classes, A* best) {
+  for (int p = 0; p < tile.count; ++p) best[p] = tile.z(0, p);
+  for (int64_t c = 1; c < classes; ++c) {
+    tile.prefetch_after(c, classes);
+    SEGADV_SIMD
+    for (int p = 0; p < tile.count; ++p) {
+      const A z = tile.z(c, p), old = best[p];
+      best[p] = beats(z, old) ? z : old;
+    }
+  }
+}
 
 template <class T>
 SEGADV_INLINE T* at(const TensorView& view, int64_t i0, int64_t i1, int64_t i2, int64_t i3 = 0) {

@@ -1,0 +1,209 @@
+"""Operations against eager PyTorch and torch.compile: `python -m benchmarks.ops [--cases ...] [--write]`.
+
+Every provider of an operation is checked against eager before it is timed, and all are timed in the same rounds.
+`floor` moves the fewest bytes the operation must move, in memory allocated as the native core allocates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+
+from .cases import CASES, Case
+from .measure import Row, Timing, advise_huge_pages, interleaved, row, write_rows
+
+Providers = dict[str, Callable[[], object]]
+
+
+def usual_averaged_gain(logits: Tensor, labels: Tensor) -> Tensor:
+    """The averaged gain as one writes it in eager PyTorch: upsample, gather, scatter -inf, amax, mean."""
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
+    valid = labels != 255
+    y = labels.where(valid, 0).unsqueeze(1)
+    margin = (logits.gather(1, y) - logits.scatter(1, y, float("-inf")).amax(1, keepdim=True)).squeeze(1)
+    return (margin * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+
+def usual_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
+    return TF.cross_entropy(logits, labels, ignore_index=255)
+
+
+def usual_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    classes = logits.shape[1]
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
+    valid = labels != 255
+    cells = labels[valid] * classes + logits.argmax(1)[valid]
+    return torch.bincount(cells, minlength=classes**2).view(classes, classes)
+
+
+def usual_newton_step(images: Tensor, grad: Tensor, gain: Tensor) -> Tensor:
+    eps = gain / grad.abs().flatten(1).sum(1)
+    return (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1)
+
+
+def usual_sign_step(images: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
+    x = images + 0.01 * grad.sign()
+    return torch.minimum(torch.maximum(x, origin - 0.03), origin + 0.03).clamp(0, 1)
+
+
+def value_and_gradient(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    value = function(logits, labels).sum()
+    (grad,) = torch.autograd.grad(value, logits)
+    return value.detach(), grad
+
+
+def providers_of(operation: str, case: Case, *, full_resolution: bool, compiled: bool) -> Providers:
+    """Provider name -> call. The calls of one operation return the same numbers."""
+    compile_ = (lambda f: torch.compile(f, dynamic=False)) if compiled else None
+    if operation in ("newton_step", "sign_step"):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(case.images, 3, case.size, case.size, generator=generator)
+        grad = torch.randn(images.shape, generator=generator)
+        gain = torch.ones(case.images)
+        if operation == "newton_step":
+            providers: Providers = {
+                "segadv": lambda: F.newton_step(images, grad, gain)[0],
+                "eager": lambda: usual_newton_step(images, grad, gain),
+            }
+            if compile_:
+                step = compile_(usual_newton_step)
+                providers["compile"] = lambda: step(images, grad, gain)
+        else:
+            origin = images.clone()
+            providers = {
+                "segadv": lambda: F.sign_step(images, grad, 0.01, origin=origin, eps=0.03),
+                "eager": lambda: usual_sign_step(images, grad, origin),
+            }
+            if compile_:
+                step = compile_(usual_sign_step)
+                providers["compile"] = lambda: step(images, grad, origin)
+        # Reads two, writes one; the second reading of the gradient is the cache's.
+        providers["floor"] = lambda: torch.add(images, grad, out=advise_huge_pages(torch.empty_like(images)))
+        return providers
+
+    logits, labels = case.tensors(full_resolution=full_resolution)
+    if operation == "confusion_matrix":
+        providers = {
+            "segadv": lambda: F.confusion_matrix(logits, labels),
+            "eager": lambda: usual_confusion_matrix(logits, labels),
+        }
+        if compile_:
+            matrix = compile_(usual_confusion_matrix)
+            providers["compile"] = lambda: matrix(logits, labels)
+        return providers
+
+    leaf = logits.clone().requires_grad_()
+    ours, usual = {
+        "averaged_gain": (F.averaged_gain, usual_averaged_gain),
+        "cross_entropy": (F.cross_entropy, usual_cross_entropy),
+    }[operation]
+    one_pass = {"averaged_gain": F.gain_and_grad, "cross_entropy": F.loss_and_grad}[operation]
+    providers = {
+        "segadv": lambda: value_and_gradient(ours, leaf, labels),
+        "segadv one pass": lambda: one_pass(logits, labels),
+        "eager": lambda: value_and_gradient(usual, leaf, labels),
+    }
+    if compile_:
+        function = compile_(usual)
+        providers["compile"] = lambda: value_and_gradient(function, leaf, labels)
+    if full_resolution:
+        providers["floor"] = lambda: advise_huge_pages(torch.empty_like(logits)).copy_(logits)
+    return providers
+
+
+def check(providers: Providers) -> None:
+    """Every provider that claims eager's numbers has them, up to rounding."""
+    expected = providers["eager"]()
+    for name in ("segadv", "compile"):
+        if name in providers:
+            # Where two classes nearly tie, rounding moves a gradient: compared as vectors, not element by element.
+            for ours, theirs in zip(_tensors(providers[name]()), _tensors(expected), strict=True):
+                a, b = ours.double(), theirs.double()
+                assert (a - b).norm() <= 2e-3 * b.norm() + 1e-6, f"{name} differs from eager"
+
+
+def _tensors(result: object) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
+
+
+MODES = {
+    "averaged_gain": "forward + backward",
+    "cross_entropy": "forward + backward",
+    "confusion_matrix": "forward",
+    "newton_step": "forward",
+    "sign_step": "forward",
+}
+
+
+def print_table(title: str, timings: dict[str, Timing]) -> None:
+    ours = timings["segadv"]
+    best = min(timing.p50 for name, timing in timings.items() if name in ("eager", "compile"))
+    print(f"\n{title}")
+    for name, timing in timings.items():
+        print(
+            f"  {name:16s} {timing.p50:9.2f} ms  [{timing.p20:.2f}, {timing.p80:.2f}]   "
+            f"peak {timing.peak_bytes / 1e6:8.1f} MB   {timing.p50 / ours.p50:6.1f} x segadv"
+        )
+    fastest = min(ours.p50, timings.get("segadv one pass", ours).p50)
+    line = f"  segadv is {best / ours.p50:.1f} times faster than the better of eager and compile"
+    if "segadv one pass" in timings:
+        line += f" ({best / fastest:.1f} in one pass)"
+    if "floor" in timings:
+        line += f"; {ours.p50 / timings['floor'].p50:.2f} x the floor ({fastest / timings['floor'].p50:.2f} at best)"
+    print(line, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["cityscapes19"])
+    parser.add_argument("--operations", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--resolution", nargs="+", choices=["upsampled", "full"], default=["upsampled", "full"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--write", metavar="CSV", nargs="?", const="benchmarks/results/cpu.csv")
+    options = parser.parse_args(arguments)
+    if not segadv.build_info()["native"]:
+        sys.exit("benchmarks.ops needs the compiled core: pip install . (see segadv doctor)")
+    thp = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, THP_MEM_ALLOC_ENABLE={thp}")
+    rows: list[Row] = []
+    for case_name in options.cases:
+        case = CASES[case_name]
+        for operation in options.operations:
+            pixel_space = operation in ("newton_step", "sign_step")
+            for resolution in ["full"] if pixel_space else options.resolution:
+                full = resolution == "full"
+                providers = providers_of(
+                    operation, case, full_resolution=full, compiled=not options.no_compile
+                )
+                check(providers)
+                timings = interleaved(providers, rounds=options.rounds)
+                own = case.size if full else case.own
+                size = f"{case.images} x {3 if pixel_space else case.classes} x {own} x {own}"
+                name = operation if full else f"upsample + {operation}"
+                print_table(f"{case.name}: {name}, {MODES[operation]}, {size} -> {case.size}", timings)
+                rows += [
+                    row(name, provider, MODES[operation], case.name, torch.float32, timing)
+                    for provider, timing in timings.items()
+                ]
+                if options.write:
+                    write_rows(Path(options.write), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
