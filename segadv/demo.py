@@ -58,6 +58,7 @@ class DemoSizes:
         crop: (height, width) of the training crops.
         batch_size: samples per training step.
         steps: training steps of each arm.
+        learning_rate: of the first step; ten times the paper's, because there are so few steps.
         overhead_steps: timed steps of each arm.
     """
 
@@ -67,6 +68,7 @@ class DemoSizes:
     crop: tuple[int, int]
     batch_size: int
     steps: int
+    learning_rate: float
     overhead_steps: int
 
 
@@ -76,8 +78,9 @@ FULL = DemoSizes(
     image_size=(160, 320),
     crop=(128, 256),
     batch_size=16,
-    steps=300,
-    overhead_steps=15,
+    steps=400,
+    learning_rate=0.1,
+    overhead_steps=25,
 )
 QUICK = DemoSizes(
     train_images=24,
@@ -86,6 +89,7 @@ QUICK = DemoSizes(
     crop=(64, 128),
     batch_size=8,
     steps=20,
+    learning_rate=0.1,
     overhead_steps=5,
 )
 
@@ -146,6 +150,7 @@ def run_demo(
             steps=sizes.steps,
             batch_size=sizes.batch_size,
             crop=sizes.crop,
+            learning_rate=sizes.learning_rate,
             seed=seed,
             checkpoint_every=25,
         )

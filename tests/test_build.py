@@ -1,0 +1,105 @@
+"""Installing: from the source distribution, without a compiler, without the core, with a core of another version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fresh_environment(path: Path) -> Path:
+    """A virtual environment that sees this one's packages (torch, build tools) behind its own. Returns its python."""
+    venv.create(path, with_pip=False)
+    python = path / "bin" / "python"
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(purelib, "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, what: Path, **environment: str) -> None:
+    result = run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--ignore-installed",
+        "--no-build-isolation", what, cwd=python.parent, **environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+REPORT = """
+import _segadv_native, segadv
+from segadv.ops import backends
+print(segadv.__file__)
+print(_segadv_native.__file__)
+print(backends.default("cpu"))
+"""
+
+
+def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: Path) -> None:
+    result = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (sdist,) = tmp_path.glob("segadv-*.tar.gz")
+    python = fresh_environment(tmp_path / "environment")
+    install(python, sdist)
+    # In the clone the uncompiled folder hides the installed package, but never the extension.
+    package, extension, backend = run(python, "-c", REPORT).stdout.split()
+    assert Path(package).parent.parent == ROOT
+    assert tmp_path / "environment" in Path(extension).parents
+    assert backend == "native"
+    package, extension, backend = run(python, "-c", REPORT, cwd=tmp_path).stdout.split()
+    assert tmp_path / "environment" in Path(package).parents
+    assert (Path(package).parent / "py.typed").exists()
+    assert backend == "native"
+
+
+def test_pure_python_install_falls_back_and_says_so(tmp_path: Path) -> None:
+    python = fresh_environment(tmp_path / "environment")
+    install(python, ROOT, SEGADV_NATIVE="OFF")
+    code = (
+        "import sys; sys.modules['_segadv_native'] = None\n"  # hides the one of the outer environment
+        "import torch, warnings, segadv, segadv.functional as F\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); F.l1_norm(torch.ones(1, 2)); F.l1_norm(torch.ones(1, 2))\n"
+        "print(len(caught), segadv.build_info()['native'], segadv.__file__)\n"
+        "try:\n"
+        "    with segadv.backend('native'): F.l1_norm(torch.ones(1, 2))\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    result = run(python, "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith(f"1 False {tmp_path}")
+    assert "backend 'native' was requested for cpu tensors but cannot run" in second
+
+
+def test_core_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "_segadv_native.py").write_text("interface_version = 99\n")
+    result = run(sys.executable, "-c", "import segadv", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert result.returncode != 0
+    assert "has interface 99, this package" in result.stderr
+    assert "install segadv again" in result.stderr
+
+
+def test_missing_compiler_is_named(tmp_path: Path) -> None:
+    cmake = pytest.importorskip("cmake", reason="the cmake package is not installed")
+    result = run(Path(cmake.CMAKE_BIN_DIR) / "cmake", ROOT, cwd=tmp_path, CXX="/no/such/compiler")
+    assert result.returncode != 0
+    assert "no working C++ compiler was found" in result.stderr
+    assert "SEGADV_NATIVE=OFF pip install" in " ".join(result.stderr.split())
