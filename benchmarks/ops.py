@@ -60,7 +60,9 @@ def usual_sign_step(images: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, origin - 0.03), origin + 0.03).clamp(0, 1)
 
 
-def value_and_gradient(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     value = function(logits, labels).sum()
     (grad,) = torch.autograd.grad(value, logits)
     return value.detach(), grad
@@ -187,9 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             pixel_space = operation in ("newton_step", "sign_step")
             for resolution in ["full"] if pixel_space else options.resolution:
                 full = resolution == "full"
-                providers = providers_of(
-                    operation, case, full_resolution=full, compiled=not options.no_compile
-                )
+                providers = providers_of(operation, case, full_resolution=full, compiled=not options.no_compile)
                 check(providers)
                 timings = interleaved(providers, rounds=options.rounds)
                 own = case.size if full else case.own

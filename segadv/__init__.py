@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
 from .attacks import fast_newton_step
+from .losses import CrossEntropyLoss
 from .ops.backends import backend
 from .ops.native import build_info
 
@@ -14,4 +15,11 @@ try:
 except PackageNotFoundError:  # a clone that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "backend", "build_info", "fast_newton_step", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "__version__",
+    "backend",
+    "build_info",
+    "fast_newton_step",
+    "functional",
+]

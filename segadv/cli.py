@@ -70,9 +70,7 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
 
-    demo = _subparser(
-        "Generates data, trains the five arms, attacks and compares them, measures their overhead."
-    )
+    demo = _subparser("Generates data, trains the five arms, attacks and compares them, measures their overhead.")
     demo.add_argument("--out", required=True, help="folder for everything; a demo stopped there is continued")
     demo.add_argument("--quick", action="store_true", help="the same work on less data: at most two minutes")
     demo.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
@@ -97,9 +95,7 @@ def _parser() -> ArgumentParser:
         )
     commands.add_subcommand("train", train, help="train one arm")
 
-    evaluate = _subparser(
-        "Draws the robustness curves of a checkpoint: curves.csv, results.json, robustness.png."
-    )
+    evaluate = _subparser("Draws the robustness curves of a checkpoint: curves.csv, results.json, robustness.png.")
     evaluate.add_argument("checkpoint", help="last.pt of a training run")
     evaluate.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
     evaluate.add_argument("--out", required=True, help="folder for the results")
@@ -122,9 +118,7 @@ def _parser() -> ArgumentParser:
     streets.add_argument("--seed", type=int, default=0, help="decides every pixel")
     kinds.add_subcommand("generate-streets", streets, help="write the scenes")
 
-    doctor = _subparser(
-        "Tells what is compiled in, which backend runs on which device, and why another does not."
-    )
+    doctor = _subparser("Tells what is compiled in, which backend runs on which device, and why another does not.")
     commands.add_subcommand("doctor", doctor, help="what runs here, and why")
     return parser
 

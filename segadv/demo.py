@@ -278,9 +278,7 @@ class _InMemory(Dataset[tuple[Tensor, Tensor]]):
         return self.samples[index]
 
 
-def _measure_overhead(
-    configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int
-) -> list[dict[str, Any]]:
+def _measure_overhead(configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int) -> list[dict[str, Any]]:
     """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own."""
     trainers = {arm: Trainer(config, initial_model(config.seed), dataset) for arm, config in configs.items()}
     basic = trainers["basic"]
@@ -368,9 +366,7 @@ def _report(
     for row in overhead:
         percents = [source.get(row["arm"], 0.0) for source in PAPER_OVERHEAD.values()]
         cells = "".join(f"{percent:>18.2f} %" for percent in percents)
-        lines.append(
-            f"{row['arm']:<14}{row['step_ms_p50']:>10.1f} ms{row['overhead_percent']:>7.2f} %{cells}"
-        )
+        lines.append(f"{row['arm']:<14}{row['step_ms_p50']:>10.1f} ms{row['overhead_percent']:>7.2f} %{cells}")
 
     robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)

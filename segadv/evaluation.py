@@ -176,9 +176,7 @@ class _Counter:
         if not self.matrices:
             raise ValueError("loader gave no batch")
         if invalid := int(torch.stack(self.invalid).sum()):
-            raise ValueError(
-                f"labels must be classes of the model or {self.ignored}; {invalid} pixels are neither"
-            )
+            raise ValueError(f"labels must be classes of the model or {self.ignored}; {invalid} pixels are neither")
         matrix = torch.stack(self.matrices).sum(0).cpu()
         if not matrix.any():
             raise ValueError(f"loader gave no pixel whose label is other than {self.ignored}")
@@ -268,8 +266,6 @@ def evaluate(
     for name in sweeps:
         for value in values:
             matrix = counters[name if value > 0 else "clean", value].total()
-            rows.append(
-                {"attack": name, "eps": value, "miou": miou(matrix), "pixel_accuracy": pixel_accuracy(matrix)}
-            )
+            rows.append({"attack": name, "eps": value, "miou": miou(matrix), "pixel_accuracy": pixel_accuracy(matrix)})
             confusion.append(matrix)
     return EvaluationResult(rows, confusion)

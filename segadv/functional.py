@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .ops import library
-from .ops.autograd import AveragedGain, CrossEntropy, PixelMargin, WeightedLoss
+from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
 __all__ = [
@@ -57,9 +56,7 @@ Loss = Literal["cross_entropy", "segpgd", "cospgd"]
 # --- margins ----------------------------------------------------------------------------------------------------
 
 
-def pixel_margin(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False
-) -> Tensor:
+def pixel_margin(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
     """Logit margin of every pixel: g_j = z_{j,y} - max_{i != y} z_{j,i}; 0 at ignored pixels.
 
     Positive where the pixel is classified correctly. Differentiable: +1 at the label, -1 at the runner-up.
@@ -81,12 +78,10 @@ def pixel_margin(
     Source: Wiens & Hammer 2022, eq. 14 (doi 10.5220/0010788400003122).
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
-    return _as_given(PixelMargin.apply(logits4, labels3, ignore_index, align_corners), labels)
+    return _as_given(autograd.PixelMargin.apply(logits4, labels3, ignore_index, align_corners), labels)
 
 
-def averaged_gain(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False
-) -> Tensor:
+def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
     """Mean logit margin of an image over its valid pixels: gbar = (1 / n_v) sum_j g_j.
 
     Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel.
@@ -106,7 +101,7 @@ def averaged_gain(
     Source: Wiens & Hammer 2022, eq. 17.
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
-    gain_sum, n_valid = AveragedGain.apply(logits4, labels3, ignore_index, align_corners)
+    gain_sum, n_valid = autograd.averaged_gain(logits4, labels3, ignore_index, align_corners)
     return _quotient(gain_sum, n_valid)
 
 
@@ -172,7 +167,7 @@ def cross_entropy(
     if weight is not None:
         _check_class_weight(weight, logits)
         weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
-    loss, weight_sum = CrossEntropy.apply(
+    loss, weight_sum = autograd.cross_entropy(
         logits4, labels3, weight, ignore_index, align_corners, reduction == "none"
     )
     if reduction == "none":
@@ -216,7 +211,7 @@ def segpgd_loss(
     lam = _segpgd_lambda(step, steps)
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     return _quotient(
-        *WeightedLoss.apply(logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
+        *autograd.WeightedLoss.apply(logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
     )
 
 
@@ -249,7 +244,7 @@ def cospgd_loss(
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     return _quotient(
-        *WeightedLoss.apply(logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
+        *autograd.WeightedLoss.apply(logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
     )
 
 
@@ -289,8 +284,8 @@ def loss_and_grad(
             raise ValueError("step, steps: loss='segpgd' needs both")
         lam = _segpgd_lambda(step, steps)
     logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
-    loss_sum, n_valid, grad = library.loss_and_grad(
-        logits4, labels3, loss, lam, targeted, ignore_index, align_corners
+    loss_sum, n_valid, _, grad = library.loss_and_grad(
+        logits4, labels3, None, loss, lam, targeted, ignore_index, align_corners
     )
     return loss_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
 
@@ -351,9 +346,7 @@ def newton_step(
 
     Source: Wiens & Hammer 2022, eqs. 18 and 19.
     """
-    return _newton_step(
-        images, grad, gain, bounds=bounds, clamp_negative=clamp_negative, max_eps=max_eps
-    )[:2]
+    return _newton_step(images, grad, gain, bounds=bounds, clamp_negative=clamp_negative, max_eps=max_eps)[:2]
 
 
 def _newton_step(

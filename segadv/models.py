@@ -83,9 +83,7 @@ class PSPNet(nn.Module):
         pyramid = [features]
         for size, level in zip(self.bins, self.levels, strict=True):
             pooled = level(F.adaptive_avg_pool2d(features, size))
-            pyramid.append(
-                F.interpolate(pooled, size=features.shape[-2:], mode="bilinear", align_corners=False)
-            )
+            pyramid.append(F.interpolate(pooled, size=features.shape[-2:], mode="bilinear", align_corners=False))
         logits: Tensor = self.classifier(self.dropout(self.bottleneck(torch.cat(pyramid, 1))))
         return logits
 

@@ -82,9 +82,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
                 line = sorted(
-                    (row["eps"], row["miou"])
-                    for row in rows
-                    if row["attack"] == attack and row.get("arm", "") == arm
+                    (row["eps"], row["miou"]) for row in rows if row["attack"] == attack and row.get("arm", "") == arm
                 )
                 eps, miou = zip(*line, strict=True)
                 panel.plot(eps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)

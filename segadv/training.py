@@ -106,9 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
             near = difflib.get_close_matches(self.arm, ARMS, n=1, cutoff=0.0)
-            raise ValueError(
-                f"arm must be one of {', '.join(ARMS)}; got {self.arm!r}, did you mean {near[0]!r}?"
-            )
+            raise ValueError(f"arm must be one of {', '.join(ARMS)}; got {self.arm!r}, did you mean {near[0]!r}?")
         if self.precision not in _AUTOCAST:
             raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}; got {self.precision!r}")
         if len(self.crop) != 2:
@@ -187,21 +185,15 @@ class Trainer:
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch.
     """
 
-    def __init__(
-        self, config: TrainConfig, model: nn.Module, dataset: Dataset[tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, config: TrainConfig, model: nn.Module, dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
         self.config = config
         self.device = _resolve_device(config.device)
         cuda = self.device.type == "cuda"
         if config.precision == "fp16" and not cuda:
-            raise ValueError(
-                f'precision "fp16" needs a CUDA device, got {str(self.device)!r}; use "fp32" or "bf16"'
-            )
+            raise ValueError(f'precision "fp16" needs a CUDA device, got {str(self.device)!r}; use "fp32" or "bf16"')
         self.dataset_length = len(dataset)  # type: ignore[arg-type]
         if self.dataset_length < config.batch_size:
-            raise ValueError(
-                f"dataset must hold at least one batch of {config.batch_size}, got {self.dataset_length}"
-            )
+            raise ValueError(f"dataset must hold at least one batch of {config.batch_size}, got {self.dataset_length}")
         self.model = model.to(self.device)
         self.dataset = Augmented(dataset, crop=config.crop, seed=config.seed)
         self.optimizer = torch.optim.SGD(
@@ -240,9 +232,7 @@ class Trainer:
         eps = gain = images.new_empty(0)
         skipped = eps.bool()
         self.model.train()
-        with torch.autocast(
-            self.device.type, dtype=_AUTOCAST[config.precision], enabled=config.precision != "fp32"
-        ):
+        with torch.autocast(self.device.type, dtype=_AUTOCAST[config.precision], enabled=config.precision != "fp32"):
             if self.attack is not None and len(chosen) > 0:
                 pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
                 index = pinned.to(self.device, non_blocking=True)
@@ -310,9 +300,7 @@ class Trainer:
                 for images, labels, indices in loader:
                     with _interrupts_held():
                         epoch = self.steps_done // sampler.batches_per_epoch
-                        coins = adversarial_coins(
-                            config.seed, epoch, self.dataset_length, config.adversarial_share
-                        )
+                        coins = adversarial_coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
                         chosen = np.flatnonzero(coins[indices.numpy()]).tolist()
                         self._window.append(self.step(images, labels, chosen))
                         last = self.steps_done == config.steps
@@ -377,8 +365,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
         self._window = [
-            StepResult(**{name: value.to(self.device) for name, value in result.items()})
-            for result in state["window"]
+            StepResult(**{name: value.to(self.device) for name, value in result.items()}) for result in state["window"]
         ]
 
     def _identity(self) -> dict[str, Any]:
@@ -386,9 +373,7 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
-        return poly_learning_rate(
-            step, steps=config.steps, learning_rate=config.learning_rate, power=config.power
-        )
+        return poly_learning_rate(step, steps=config.steps, learning_rate=config.learning_rate, power=config.power)
 
     def _check_finite(self) -> Tensor:
         """The losses of the window, on the CPU; FloatingPointError where one is not finite."""
@@ -492,9 +477,7 @@ def _resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f'device must be "auto" or a name that torch.device takes, got {name!r}') from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

@@ -71,7 +71,11 @@ def segpgd_map(
 
 
 def cospgd_map(
-    logits: Tensor, labels: Tensor, targeted: bool = False, ignore_index: int = 255, align_corners: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    targeted: bool = False,
+    ignore_index: int = 255,
+    align_corners: bool = False,
 ) -> Tensor:
     z = upsample(logits, labels.shape[-2:], align_corners)
     y, _ = split(labels, ignore_index)
@@ -146,8 +150,10 @@ def random_case(seed: int, dtype: torch.dtype, *, full_resolution: bool | None =
 
     n, c = integer(1, 3), (2, 3, 5, 19, 21, 151)[integer(0, 5)]
     size = (integer(1, 40), integer(1, 40))
-    own = size if (full_resolution if full_resolution is not None else integer(0, 2) == 0) else (
-        integer(1, 40), integer(1, 40)
+    own = (
+        size
+        if (full_resolution if full_resolution is not None else integer(0, 2) == 0)
+        else (integer(1, 40), integer(1, 40))
     )
     logits = (torch.randn(n, c, *own, generator=g, dtype=torch.float64) * integer(1, 6)).to(dtype)
     label_dtype = LABEL_DTYPES[integer(0, 3)]

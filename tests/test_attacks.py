@@ -368,8 +368,7 @@ def test_classification_and_label_types() -> None:
     images, labels = torch.rand(6, 3, 4, 4, dtype=torch.float64), torch.randint(0, 5, (6,))
     for name in ATTACKS:
         results = [
-            run(name, model, images, labels.to(dtype))
-            for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+            run(name, model, images, labels.to(dtype)) for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
         ]
         assert all(torch.equal(result, results[0]) for result in results)
         assert not torch.equal(results[0], images)
@@ -451,9 +450,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     """Everything that has to be the same afterwards; objects by identity, values as copies."""
     return {
         "training": {name: module.training for name, module in model.named_modules()},
-        "track": {
-            name: getattr(module, "track_running_stats", None) for name, module in model.named_modules()
-        },
+        "track": {name: getattr(module, "track_running_stats", None) for name, module in model.named_modules()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "objects": {name: id(t) for name, t in (*model.named_buffers(), *model.named_parameters())},
         "grad": {name: id(p.grad) for name, p in model.named_parameters() if p.grad is not None},
@@ -496,12 +493,8 @@ def test_the_models_state_is_restored_when_it_raises(name: str, bn: str) -> None
 @pytest.mark.parametrize("bn", ["eval", "train"])
 def test_norm_layers_see_the_statistics_asked_for_and_dropout_is_off(bn: str) -> None:
     model, (images, labels) = Net(), sample()
-    labels = labels.where(
-        labels != IGNORE, 0
-    )  # all images weigh the same in the statistics' share of the gradient
-    model.late_bn = nn.BatchNorm2d(
-        CLASSES, dtype=torch.float64
-    ).eval()  # frozen by the caller: never the batch's
+    labels = labels.where(labels != IGNORE, 0)  # all images weigh the same in the statistics' share of the gradient
+    model.late_bn = nn.BatchNorm2d(CLASSES, dtype=torch.float64).eval()  # frozen by the caller: never the batch's
     model.register_forward_hook(lambda module, _, logits: module.late_bn(logits))
     plain = copy.deepcopy(model)
     plain.dropout.eval()
@@ -617,9 +610,7 @@ def test_an_attack_does_not_disturb_training_in_the_same_autocast_block(name: st
     for gradient, other in zip(gradients, expected, strict=True):
         assert torch.equal(gradient, other)
     if first == "forward":  # a graph from before the attack is still good
-        for gradient, other in zip(
-            torch.autograd.grad(clean_loss, model.parameters()), expected, strict=True
-        ):
+        for gradient, other in zip(torch.autograd.grad(clean_loss, model.parameters()), expected, strict=True):
             assert torch.equal(gradient, other)
 
 
@@ -635,9 +626,7 @@ def test_half_precision_neither_underflows_nor_overflows(dtype: torch.dtype) -> 
         model.bias.copy_(torch.tensor([4.0, 0.0, -4.0]))
     images, labels = torch.rand(1, 3, 512, 512), torch.zeros(1, 512, 512, dtype=torch.uint8)
     labels[0, 100:200] = 1
-    _, expected = FastNewton(model, output=lambda z: z + z.mean((2, 3), keepdim=True))(
-        images, labels, return_info=True
-    )
+    _, expected = FastNewton(model, output=lambda z: z + z.mean((2, 3), keepdim=True))(images, labels, return_info=True)
     _, info = FastNewton(model, output=halved)(images, labels, return_info=True)
     assert info.eps.abs() > 0
     for name in ("eps", "gain", "grad_norm"):
@@ -881,9 +870,7 @@ IMAGES, LABELS = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
         ({"output": lambda z: z[:, :1]}, IMAGES, LABELS, ValueError, "1 class.*sigmoid"),
     ],
 )  # fmt: skip
-def test_bad_calls(
-    options: dict[str, Any], images: Any, labels: Any, error: type[Exception], message: str
-) -> None:
+def test_bad_calls(options: dict[str, Any], images: Any, labels: Any, error: type[Exception], message: str) -> None:
     model = nn.Conv2d(3, 3, 1)
     with pytest.raises(error, match=message):
         FGSM(model, **options)(images, labels)
@@ -905,9 +892,7 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan")])
-def test_the_range_of_images_is_checked_on_request_only(
-    value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_range_of_images_is_checked_on_request_only(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     images = IMAGES.clone()
     images[1, 1, 1, 1] = value
     attack = FGSM(nn.Conv2d(3, 3, 1))

@@ -28,6 +28,7 @@ TINY = DemoSizes(
     crop=(32, 32),
     batch_size=4,
     steps=4,
+    learning_rate=0.05,
     overhead_steps=1,
 )
 FIGURES = ("robustness.png", "overhead.png", "qualitative.png")
@@ -198,15 +199,10 @@ def test_quick_demo_from_end_to_end(
     curves = read(out / "curves.csv")
     assert list(curves[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
     assert [(row["arm"], row["attack"], float(row["eps"])) for row in curves] == [
-        (arm, attack, eps)
-        for arm in ARMS
-        for attack in ("fgsm", "bim-10")
-        for eps in (0, 0.01, 0.02, 0.03, 0.04)
+        (arm, attack, eps) for arm in ARMS for attack in ("fgsm", "bim-10") for eps in (0, 0.01, 0.02, 0.03, 0.04)
     ]
     assert all(0 < float(row["miou"]) < 1 and 0 < float(row["pixel_accuracy"]) < 1 for row in curves)
-    assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(ARMS), (
-        "two arms are the same"
-    )
+    assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(ARMS), "two arms are the same"
 
     overhead = read(out / "overhead.csv")
     assert list(overhead[0]) == ["arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent"]
@@ -233,12 +229,10 @@ def test_quick_demo_from_end_to_end(
     assert changed <= {"results.json", *FIGURES}
 
     assert "seed 0 there and 1 here" in failure(f"demo --quick --seed 1 --out {out}", capsys)
-    assert "steps 20 there and 300 here" in failure(f"demo --out {out}", capsys)
+    assert "steps 20 there and 400 here" in failure(f"demo --out {out}", capsys)
 
 
-def test_interrupted_demo_continues_to_the_same_curves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_demo(tmp_path / "whole", sizes=TINY, seed=2, progress=False)
     steps = []
     genuine = Trainer.step

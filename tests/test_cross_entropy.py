@@ -134,7 +134,8 @@ def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> N
     weight = torch.rand(4, dtype=torch.float64)
     for reduction in ("mean", "image", "sum", "none"):
         assert torch.autograd.gradcheck(
-            lambda z, r=reduction: F.cross_entropy(z, y, weight=weight, reduction=r, align_corners=align_corners), z
+            lambda z, r=reduction: F.cross_entropy(z, y, weight=weight, reduction=r, align_corners=align_corners),
+            z,
         )
 
 

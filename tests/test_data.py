@@ -81,9 +81,7 @@ def test_layout_and_names(streets: Path) -> None:
     assert not cities["train"] & cities["val"]
     for name in files:
         if name.startswith("leftImg8bit"):
-            assert (
-                name.replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit", "_gtFine_labelIds") in files
-            )
+            assert name.replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit", "_gtFine_labelIds") in files
     manifest = json.loads((streets / "streets.json").read_text())
     assert manifest | {"train": TRAIN, "val": VAL, "size": list(SIZE), "seed": 3} == manifest
 
@@ -116,9 +114,7 @@ def test_same_bytes_for_any_number_of_images(streets: Path, tmp_path: Path) -> N
 
 def test_seed_split_and_index_change_the_scene(streets: Path, tmp_path: Path) -> None:
     other = generate_streets(tmp_path, train=1, val=1, size=SIZE, seed=4)
-    images = [
-        Image.open(path).tobytes() for root in (streets, other) for path in root.glob("leftImg8bit/*/*/*.png")
-    ]
+    images = [Image.open(path).tobytes() for root in (streets, other) for path in root.glob("leftImg8bit/*/*/*.png")]
     assert len(set(images)) == len(images) == TRAIN + VAL + 2
 
 
@@ -247,9 +243,7 @@ def test_dataset_survives_pickling(streets: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(dataset[1], copied[1], strict=True))
 
 
-def test_missing_pillow_says_how_to_get_it(
-    streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_pillow_says_how_to_get_it(streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'pip install "segadv\[demo\]"'):
         Cityscapes(streets, "train")
@@ -424,9 +418,7 @@ def test_augmented_arguments() -> None:
     steps=st.integers(0, 30),
     data=st.data(),
 )
-def test_resumed_sampler_gives_the_tail(
-    length: int, batch: int, seed: int, steps: int, data: st.DataObject
-) -> None:
+def test_resumed_sampler_gives_the_tail(length: int, batch: int, seed: int, steps: int, data: st.DataObject) -> None:
     batch = min(batch, length)
     start = data.draw(st.integers(0, steps))
     whole = list(EpochSampler(length, batch_size=batch, seed=seed, steps=steps))

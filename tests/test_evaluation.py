@@ -83,9 +83,7 @@ def test_counts_beyond_float32_are_exact() -> None:
     assert class_iou(torch.tensor([[large, 1], [0, 1]]))[0].item() == large / (large + 1)
 
 
-def test_agrees_with_torchmetrics_over_the_pooled_set(
-    model: Counting, loader: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_agrees_with_torchmetrics_over_the_pooled_set(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     result = evaluate(model, loader, ["fgsm"], [0.0, 0.02])
     model.eval()
     attack = FGSM(model, eps=0.02)
@@ -100,9 +98,7 @@ def test_agrees_with_torchmetrics_over_the_pooled_set(
                 prediction = model(perturb(images, labels)).argmax(1)
                 jaccard.update(prediction, labels.long())
                 accuracy.update(prediction, labels.long())
-                single.append(
-                    MulticlassJaccardIndex(CLASSES, ignore_index=255)(prediction, labels.long()).item()
-                )
+                single.append(MulticlassJaccardIndex(CLASSES, ignore_index=255)(prediction, labels.long()).item())
         expected = jaccard.compute()
         present = ~class_iou(confusion).isnan()
         torch.testing.assert_close(class_iou(confusion)[present].float(), expected[present])
@@ -164,9 +160,7 @@ def test_bim_10_is_the_papers(model: Counting, loader: list[tuple[Tensor, Tensor
         assert row["eps"] == value
 
 
-def test_rows_are_in_the_given_order_and_repeatable(
-    model: Counting, loader: list[tuple[Tensor, Tensor]]
-) -> None:
+def test_rows_are_in_the_given_order_and_repeatable(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     result = evaluate(model, loader, ["bim-10", "fgsm"], [0.02, 0.0, 0.01])
     assert [(row["attack"], row["eps"]) for row in result.rows] == [
         (attack, eps) for attack in ("bim-10", "fgsm") for eps in (0.02, 0.0, 0.01)
@@ -221,9 +215,7 @@ def test_factories_get_the_model_and_eps(model: Counting, loader: list[tuple[Ten
         ),
     ],
 )
-def test_bad_arguments(
-    model: Counting, loader: list[tuple[Tensor, Tensor]], arguments: dict, message: str
-) -> None:
+def test_bad_arguments(model: Counting, loader: list[tuple[Tensor, Tensor]], arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, **{"loader": loader, **arguments})
 

@@ -41,7 +41,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "segpgd_loss": (z, y, 0.25, False, 255, False),
         "cospgd_loss": (z, y, True, 255, False),
         "cross_entropy_backward": (per_pixel, z, y, per_pixel, weight, per_pixel, 255, False),
-        "loss_and_grad": (z, y, "segpgd", 0.25, False, 255, True),
+        "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
         "l1_norm": (grad,),
         "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),
         "sign_step": (images, grad, 0.1, None, images.clone(), 0.1, None, 0.0, 1.0),
@@ -88,7 +88,17 @@ def test_compile_fullgraph(backend: str, own: tuple[int, int]) -> None:
         adversarial, eps = F.newton_step(images, images - 0.5, gain_sum)
         stepped = F.sign_step(adversarial, images - 0.5, 0.1, origin=images, eps=0.05)
         matrix = F.confusion_matrix(z, y)
-        return value, n_valid, grad, loss_sum, eps, stepped, F.l1_norm(images), matrix, F.argmax_labels(z, (6, 8))
+        return (
+            value,
+            n_valid,
+            grad,
+            loss_sum,
+            eps,
+            stepped,
+            F.l1_norm(images),
+            matrix,
+            F.argmax_labels(z, (6, 8)),
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
@@ -163,7 +173,10 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, reference"), segadv.backend("fast"):
+    with (
+        pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, reference"),
+        segadv.backend("fast"),
+    ):
         pass
 
 
@@ -231,21 +244,33 @@ IMAGES = torch.zeros(2, 3, 4, 4)
     [
         (lambda: F.pixel_margin(Z.int(), Y), "logits: dtype torch.int32 is not one of float32"),
         (lambda: F.pixel_margin(Z[0], Y), r"logits: float32 \[3, 4, 4\] on cpu came; \[N, C, h, w\]"),
-        (lambda: F.cross_entropy(Z[:, :1], Y), "at least 2 are needed. Make two channels of a sigmoid output"),
+        (
+            lambda: F.cross_entropy(Z[:, :1], Y),
+            "at least 2 are needed. Make two channels of a sigmoid output",
+        ),
         (lambda: F.cross_entropy(Z, Y.float()), "labels: dtype torch.float32 is not one of int64"),
         (lambda: F.cross_entropy(Z, Y[0]), r"labels: .* came with logits .*; \[N, H, W\] with the same N"),
         (lambda: F.cross_entropy(Z, Y[:1]), r"\[N, H, W\] with the same N is needed"),
         (lambda: F.cross_entropy(Z[:, :, 0, 0], Y), r"\[N\] with the same N is needed"),
         (lambda: F.cross_entropy(Z, Y.to("meta")), "labels: they are on meta, the logits on cpu"),
         (lambda: F.cross_entropy(Z, Y, reduction="avg"), "reduction: 'avg' is not one of 'mean', 'image'"),
-        (lambda: F.cross_entropy(Z, Y, weight=torch.ones(4)), r"weight: .*\[4\].* came; a floating point \[3\]"),
+        (
+            lambda: F.cross_entropy(Z, Y, weight=torch.ones(4)),
+            r"weight: .*\[4\].* came; a floating point \[3\]",
+        ),
         (lambda: F.segpgd_loss(Z, Y, 4, 4), "step, steps: 4, 4 do not satisfy 0 <= step < steps"),
         (lambda: F.loss_and_grad(Z, Y, loss="segpgd"), "step, steps: loss='segpgd' needs both"),
         (lambda: F.loss_and_grad(Z, Y, loss="dice"), "loss: 'dice' is not one of"),
         (lambda: F.argmax_labels(Z, (0, 4)), r"size: \(0, 4\) is not"),
-        (lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]), "keep images in float32 and use autocast"),
+        (
+            lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]),
+            "keep images in float32 and use autocast",
+        ),
         (lambda: F.newton_step(IMAGES, IMAGES[:1], Z[:, 0, 0, 0]), r"grad: .* came; like the images"),
-        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(3)), r"gain: .*\[3\].* came; a floating point \[2\]"),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(3)),
+            r"gain: .*\[3\].* came; a floating point \[2\]",
+        ),
         (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(1, 0)), r"bounds: \(1, 0\) is not"),
         (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=-1), "max_eps: -1 is not >= 0"),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, eps=0.1), "origin, eps: .* give both or neither"),
@@ -267,7 +292,14 @@ def test_bad_labels_are_named_with_their_place(backend: str, dtype: torch.dtype,
     y[1, 7, 11] = 77
     y[1, 30, 2] = 78
     message = r"labels: value 77 at \[n, y, x\] = \[1, 7, 11\] is neither a class index in \[0, 3\).*ignore_index = 255"
-    calls = (F.pixel_margin, F.averaged_gain, F.gain_and_grad, F.cross_entropy, F.loss_and_grad, F.confusion_matrix)
+    calls = (
+        F.pixel_margin,
+        F.averaged_gain,
+        F.gain_and_grad,
+        F.cross_entropy,
+        F.loss_and_grad,
+        F.confusion_matrix,
+    )
     for call in calls:
         with pytest.raises(ValueError, match=message):
             call(z, y)

@@ -53,9 +53,7 @@ def test_random_cases(backend: str, seed: int, dtype: torch.dtype) -> None:
     assert not gain_sum.requires_grad
     assert not grad.requires_grad
     assert torch.equal(n_valid, (case.labels.long() != case.ignore_index).sum((1, 2)))
-    eager, sum64 = (
-        oracle.pixel_margin(x, case.labels, **case.options).sum((1, 2)) for x in (z_eager, z64)
-    )
+    eager, sum64 = (oracle.pixel_margin(x, case.labels, **case.options).sum((1, 2)) for x in (z_eager, z64))
     oracle.assert_accurate(gain_sum, eager, sum64, "gain_sum", addends=truth.abs().sum((1, 2)))
     (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
     (grad64,) = torch.autograd.grad(sum64.sum(), z64)

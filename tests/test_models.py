@@ -26,9 +26,7 @@ def test_small_pspnet_has_the_promised_size_and_stride() -> None:
     assert dilations == [1, 1, 2, 4]
 
 
-@pytest.mark.parametrize(
-    "size", [(8, 8), (9, 8), (16, 24), (33, 17), (47, 65), (64, 128), (101, 77), (8, 100)]
-)
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (16, 24), (33, 17), (47, 65), (64, 128), (101, 77), (8, 100)])
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_are_an_eighth_of_any_image_size(size: tuple[int, int], training: bool) -> None:
     torch.manual_seed(0)
@@ -164,9 +162,7 @@ def test_wrap_names_what_is_wrong() -> None:
     model = nn.Identity()
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
         models.wrap(lambda images: images)
-    with pytest.raises(
-        ValueError, match=r"one entry per channel each, got mean=\[0.5, 0.5\] and std=\[1.0\]"
-    ):
+    with pytest.raises(ValueError, match=r"one entry per channel each, got mean=\[0.5, 0.5\] and std=\[1.0\]"):
         models.wrap(model, mean=[0.5, 0.5], std=[1.0])
     with pytest.raises(ValueError, match="one entry per channel"):
         models.wrap(model, mean=[])

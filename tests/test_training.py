@@ -30,9 +30,7 @@ CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
 class Squares(Dataset[tuple[Tensor, Tensor]]):
     """Noisy images whose colour tells the label, some pixels ignored; `on_read` gets every index read."""
 
-    def __init__(
-        self, dtype: torch.dtype = torch.float32, on_read: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, on_read: Callable[[int], None] | None = None) -> None:
         generator = torch.Generator().manual_seed(5)
         coarse = torch.randint(0, CLASSES, (SAMPLES, 5, 7), generator=generator)
         labels = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -91,9 +89,7 @@ def metrics_of(out_dir: Path) -> list[dict[str, Any]]:
 
 def assert_same_state(first: Trainer, second: Trainer) -> None:
     assert first.steps_done == second.steps_done
-    states = [
-        {**trainer.model.state_dict(), **flat(trainer.optimizer.state_dict())} for trainer in (first, second)
-    ]
+    states = [{**trainer.model.state_dict(), **flat(trainer.optimizer.state_dict())} for trainer in (first, second)]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name])), name
@@ -234,9 +230,7 @@ def test_basic_arm_is_the_plain_training_loop(tmp_path: Path) -> None:
 
 
 def test_poly_learning_rate(tmp_path: Path) -> None:
-    schedule = [
-        training.poly_learning_rate(step, steps=4, learning_rate=0.01, power=0.9) for step in range(6)
-    ]
+    schedule = [training.poly_learning_rate(step, steps=4, learning_rate=0.01, power=0.9) for step in range(6)]
     # 0.01 * (0.75, 0.5, 0.25) ** 0.9 by hand
     assert schedule == pytest.approx([0.01, 0.0077189, 0.0053589, 0.0028717, 0, 0], abs=1e-7)
     run(tmp_path, power=2.0)
@@ -427,15 +421,11 @@ except (OSError, RuntimeError) as error:
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path, steps=4)
-    with pytest.raises(
-        ValueError, match=r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\)"
-    ):
+    with pytest.raises(ValueError, match=r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\)"):
         run(tmp_path, steps=4, arm="fgsm", seed=8)
     larger = Trainer(config(steps=4), nn.Sequential(*tiny_model()[:4], nn.Conv2d(8, 6, 1)), Squares())
     before = {name: value.clone() for name, value in larger.model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"another architecture.*4.weight has shape \[5, 8, 1, 1\] there and \[6, 8"
-    ):
+    with pytest.raises(ValueError, match=r"another architecture.*4.weight has shape \[5, 8, 1, 1\] there and \[6, 8"):
         larger.run(tmp_path, progress=False)
     assert all(torch.equal(before[name], value) for name, value in larger.model.state_dict().items())
     with pytest.raises(ValueError, match=r"2.weight has shape none there"):
@@ -566,7 +556,5 @@ def test_trainer_names_what_is_wrong() -> None:
 
 def test_small_pspnet_trains(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    trainer = run(
-        tmp_path, models.small_pspnet(num_classes=CLASSES), arm="fast-newton", steps=3, crop=(20, 28)
-    )
+    trainer = run(tmp_path, models.small_pspnet(num_classes=CLASSES), arm="fast-newton", steps=3, crop=(20, 28))
     assert trainer.steps_done == 3

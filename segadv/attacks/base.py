@@ -114,9 +114,7 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
     if isinstance(logits, Tensor):
         return logits
     if extract is not None:
-        raise TypeError(
-            f"output: the callable returned {_kind(logits)}; it has to return a tensor, the logits"
-        )
+        raise TypeError(f"output: the callable returned {_kind(logits)}; it has to return a tensor, the logits")
     raise TypeError(
         f"model: it returned {_kind(output)}; understood are a tensor, a dict with 'out' or 'logits', an "
         "object with .logits and a tuple whose first entry is the logits. Give output=, a callable from what "
@@ -153,9 +151,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     module_names = {module: name for name, module in network.named_modules()}
     for module, name in module_names.items():
         if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead"
-            )
+            raise ValueError(f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead")
     parameters = list(network.named_parameters())
     for name, tensor in chain(parameters, network.named_buffers()):
         if tensor.is_inference():
@@ -267,9 +263,7 @@ class Attack(ABC):
     @overload
     def __call__(self, images: Tensor, labels: Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
     @overload
-    def __call__(
-        self, images: Tensor, labels: Tensor, *, return_info: Literal[True]
-    ) -> tuple[Tensor, AttackInfo]: ...
+    def __call__(self, images: Tensor, labels: Tensor, *, return_info: Literal[True]) -> tuple[Tensor, AttackInfo]: ...
     def __call__(
         self, images: Tensor, labels: Tensor, *, return_info: bool = False
     ) -> Tensor | tuple[Tensor, AttackInfo]:
@@ -358,9 +352,7 @@ class Attack(ABC):
             )
         return logits
 
-    def _differentiate(
-        self, images: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
-    ) -> InputGradient:
+    def _differentiate(self, images: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1) -> InputGradient:
         """One forward, one pass over the logits for value and gradient, one backward to the images."""
         leaf = images.detach().requires_grad_()
         with torch.enable_grad():

@@ -202,9 +202,7 @@ class PGD(BIM):
         super().__post_init__()
         _check_count("restarts", self.restarts)
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(
-                f"restarts: {self.restarts} came with random_start=False, where all runs are the same"
-            )
+            raise ValueError(f"restarts: {self.restarts} came with random_start=False, where all runs are the same")
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)

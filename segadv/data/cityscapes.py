@@ -118,9 +118,7 @@ class Cityscapes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         image_folder, label_folder = root / "leftImg8bit" / split, root / "gtFine" / split
         self.image_paths = sorted(str(path) for path in image_folder.glob("*/*_leftImg8bit.png"))
         if not self.image_paths:
-            found = [
-                _found(folder) for folder in (root, root / "leftImg8bit", image_folder) if folder.is_dir()
-            ]
+            found = [_found(folder) for folder in (root, root / "leftImg8bit", image_folder) if folder.is_dir()]
             raise FileNotFoundError(
                 f"no Cityscapes images for split {split!r} under root {str(root)!r}\n"
                 f"  expected: {image_folder}/<city>/<id>_leftImg8bit.png\n"

@@ -183,9 +183,7 @@ class _Scene:
 
     def side(self, x: float, y: Span, z: Span, color: Color, label: int, light: float = 1.0) -> None:
         """A rectangle along the street."""
-        self.polygon(
-            ((x, y[0], z[0]), (x, y[1], z[0]), (x, y[1], z[1]), (x, y[0], z[1])), color, label, light
-        )
+        self.polygon(((x, y[0], z[0]), (x, y[1], z[0]), (x, y[1], z[1]), (x, y[0], z[1])), color, label, light)
 
     def front(self, x: Span, y: Span, z: float, color: Color, label: int, light: float = 1.0) -> None:
         """A rectangle that faces the camera."""
@@ -612,9 +610,7 @@ class _Scene:
         white = _array(_mix(self.haze, (0.95, 0.95, 0.95), 0.6))
         return _image(sky + (white - sky) * (density * np.float32(0.35 if self.overcast else 0.8)))
 
-    def building_shadow(
-        self, x: npt.NDArray[np.float32], z: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
+    def building_shadow(self, x: npt.NDArray[np.float32], z: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Brightness of the ground beside the houses that stand between it and the sun."""
         height = np.zeros_like(z)
         for z0, z1, lot in self.skyline[self.sun_side]:
@@ -864,9 +860,7 @@ def generate_streets(
     paths = {scene: (_image_path(root, *scene), _label_path(root, *scene)) for scene in scenes}
     foreign = _foreign_file(root, {path for pair in paths.values() for path in pair})
     if foreign is not None:
-        raise FileExistsError(
-            f"root {str(root)!r} holds files that do not belong to these scenes, such as {foreign}"
-        )
+        raise FileExistsError(f"root {str(root)!r} holds files that do not belong to these scenes, such as {foreign}")
 
     missing = []
     for scene, pair in paths.items():

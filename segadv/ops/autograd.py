@@ -30,6 +30,26 @@ def _remember_backend(ctx: FunctionCtx) -> None:
     ctx.backend = None if torch.compiler.is_compiling() else backends.requested()  # type: ignore[attr-defined]
 
 
+def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
+    """Whether the forward computes the gradient too, of each image's sum, which the backward then only scales.
+
+    It saves the backward's pass over the upsampled logits, at the price of scaling a gradient of their own size:
+    worth it from a quarter of the pixels on. Not in float16, which holds no sum over many pixels.
+    """
+    return (
+        torch.is_grad_enabled()
+        and logits.requires_grad
+        and logits.dtype is not torch.float16
+        and 4 * logits.shape[2] * logits.shape[3] <= labels.shape[1] * labels.shape[2]
+    )
+
+
+def _scale(grad: Tensor, grad_sum: Tensor) -> Tensor:
+    """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
+    scaled: Tensor = (grad * grad_sum.view(-1, 1, 1, 1)).to(grad.dtype)
+    return scaled
+
+
 class PixelMargin(torch.autograd.Function):
     """(logits, labels) -> margin [N, H, W]."""
 
@@ -82,6 +102,29 @@ def _margin_backward(ctx: Any, grad_margin: Tensor) -> Tensor:
     return grad
 
 
+class AveragedGainInOnePass(torch.autograd.Function):
+    """`AveragedGain` whose forward computes the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        gain_sum, n_valid, grad = library.gain_and_grad(logits, labels, ignore_index, align_corners)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(n_valid)
+        return gain_sum, n_valid
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative("averaged_gain")
+        return _scale(ctx.saved_tensors[0], grad_sum), None, None, None
+
+
+def averaged_gain(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    function = AveragedGainInOnePass if _takes_one_pass(logits, labels) else AveragedGain
+    return function.apply(logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
+
+
 class CrossEntropy(torch.autograd.Function):
     """(logits, labels, weight) -> (loss [N, H, W] or its sum per image [N], sum of class weights [N])."""
 
@@ -108,6 +151,44 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivative("cross_entropy")
         return _cross_entropy_backward(ctx, grad_loss), None, None, None, None, None
+
+
+class CrossEntropyInOnePass(torch.autograd.Function):
+    """`CrossEntropy` summed per image, whose forward computes the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> tuple[Tensor, Tensor]:
+        loss_sum, _, weight_sum, grad = library.loss_and_grad(
+            logits, labels, weight, "cross_entropy", 0.0, False, ignore_index, align_corners
+        )
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(weight_sum)
+        return loss_sum, weight_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative("cross_entropy")
+        return _scale(ctx.saved_tensors[0], grad_sum), None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor]:
+    if not per_pixel and _takes_one_pass(logits, labels):
+        return CrossEntropyInOnePass.apply(logits, labels, weight, ignore_index, align_corners)  # type: ignore[no-any-return]
+    return CrossEntropy.apply(logits, labels, weight, ignore_index, align_corners, per_pixel)  # type: ignore[no-any-return]
 
 
 class WeightedLoss(torch.autograd.Function):

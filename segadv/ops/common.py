@@ -24,12 +24,8 @@ def prediction_dtype(num_classes: int) -> torch.dtype:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether what belongs to `tensor` (gradient, adversarial images) is laid out channels_last; contiguous otherwise."""
-    return (
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    """Whether what belongs to `tensor` (gradient, adversarial images) is laid out channels_last, or contiguous."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def empty_images(images: Tensor) -> Tensor:
@@ -38,13 +34,9 @@ def empty_images(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=memory_format)
 
 
-def empty_gradient(
-    size: list[int], channels_last: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def empty_gradient(size: list[int], channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
-
-
 
 
 def synchronous_checks() -> bool:

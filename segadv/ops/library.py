@@ -30,7 +30,7 @@ _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 
 
 def _define(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Defines the operation; the decorated function, of the same name, is its fake kernel. Returns the bound operation."""
+    """Defines an operation, whose fake kernel is the decorated function of its name; gives the operation itself."""
 
     def register(fake: Callable[..., Any]) -> Any:
         name = fake.__name__
@@ -135,11 +135,13 @@ def cross_entropy_backward(  # type: ignore[no-untyped-def]
 
 
 @_define(
-    "(Tensor logits, Tensor labels, str loss, float lam, bool targeted, int ignore_index, bool align_corners)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor grad)"
+    "(Tensor logits, Tensor labels, Tensor? weight, str loss, float lam, bool targeted, int ignore_index,"
+    " bool align_corners) -> (Tensor loss_sum, Tensor n_valid, Tensor weight_sum, Tensor grad)"
 )
-def loss_and_grad(logits, labels, loss, lam, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
+def loss_and_grad(  # type: ignore[no-untyped-def]
+    logits, labels, weight, loss, lam, targeted, ignore_index, align_corners
+):
+    return _vector(logits), _vector(logits, torch.int64), _vector(logits), _gradient(logits)
 
 
 # Steps in pixel space: csrc/cpu/step.cpp

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch  # noqa: I001  (torch first: its OpenMP runtime is then the only one in the process)
+import torch
 from torch import Tensor
 
 from .common import (
@@ -66,7 +66,11 @@ def unavailable(device_type: str) -> str | None:
 
 def build_info() -> dict[str, Any]:
     """What is installed and compiled in: versions, compiler, instruction set, OpenMP, and where the extension lies."""
-    info: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "native": core is not None}
+    info: dict[str, Any] = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "native": core is not None,
+    }
     if core is None:
         return info | {"native_missing": _import_error}
     return info | {
@@ -121,9 +125,7 @@ def _margin(
     _check(bad, labels, logits.shape[1], ignore_index)
 
 
-def pixel_margin(
-    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor]:
+def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     margin = _map(labels, compute_dtype(logits.dtype))
     runner_up = _map(labels, runner_up_dtype(logits.shape[1]))
     _margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
@@ -136,9 +138,7 @@ def averaged_gain(
     gain_sum = _vector(logits, compute_dtype(logits.dtype))
     n_valid = _vector(logits, torch.int64)
     runner_up = _map(labels, runner_up_dtype(logits.shape[1]))
-    _margin(
-        logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid
-    )
+    _margin(logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid)
     return gain_sum, n_valid, runner_up
 
 
@@ -225,7 +225,13 @@ def cross_entropy(
 
 
 def _weighted_loss(
-    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor,
+    labels: Tensor,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     loss_sum, n_valid = _vector(logits, dtype), _vector(logits, torch.int64)
@@ -259,9 +265,21 @@ def cospgd_loss(
 
 
 def loss_and_grad(
-    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss_sum, n_valid = _vector(logits, compute_dtype(logits.dtype)), _vector(logits, torch.int64)
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    loss_sum, n_valid, weight_sum = (
+        _vector(logits, dtype),
+        _vector(logits, torch.int64),
+        _vector(logits, dtype),
+    )
     grad = _gradient(logits)
     _cross_entropy(
         logits,
@@ -272,10 +290,12 @@ def loss_and_grad(
         lam=lam,
         targeted=targeted,
         grad=grad,
+        class_weight=weight,
         loss_sum=loss_sum,
+        weight_sum=weight_sum,
         n_valid=n_valid,
     )
-    return loss_sum, n_valid, grad
+    return loss_sum, n_valid, weight_sum, grad
 
 
 def cross_entropy_backward(
@@ -303,7 +323,7 @@ def _row(tensor: Tensor) -> _View:
 
 
 def _ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
-    """The tensor itself where its elements lie in the output's order, as they nearly always do, else a copy that does."""
+    """The tensor itself where its elements lie in the output's order, as they nearly always do, else a copy."""
     if tensor.stride() == output.stride():
         return tensor
     return torch.empty_like(output).copy_(tensor)
@@ -366,9 +386,7 @@ def confusion_matrix(
     num_images, num_classes = logits.shape[:2]
     shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
     matrix = torch.empty(shape, dtype=torch.int64)
-    bad = core.confusion(
-        _view(logits), _view(labels), ignore_index, align_corners, None, _view(matrix), per_image
-    )
+    bad = core.confusion(_view(logits), _view(labels), ignore_index, align_corners, None, _view(matrix), per_image)
     _check(bad, labels, num_classes, ignore_index)
     return matrix, torch.zeros((), dtype=torch.int64)
 

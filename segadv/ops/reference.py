@@ -6,6 +6,8 @@ logits; the other backends do not. Shapes: logits [N, C, h, w], labels [N, H, W]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def _upsample(logits: Tensor, size: tuple[int, int] | list[int], align_corners: bool) -> Tensor:
+def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     z = logits.to(compute_dtype(logits.dtype))
     if tuple(z.shape[-2:]) == tuple(size) or z.numel() == 0:
         return z if z.numel() else z.new_zeros(*z.shape[:2], *size)
@@ -37,7 +39,8 @@ def _upsample_backward(grad: Tensor, like: list[int], align_corners: bool) -> Te
     """Gradient at the labels' size -> gradient at the logits' own size `like` = [N, C, h, w]."""
     if list(grad.shape) == list(like) or grad.numel() == 0:
         return grad if list(grad.shape) == list(like) else grad.new_zeros(like)
-    return torch.ops.aten.upsample_bilinear2d_backward(grad, list(grad.shape[-2:]), list(like), align_corners)
+    result: Tensor = torch.ops.aten.upsample_bilinear2d_backward(grad, list(grad.shape[-2:]), list(like), align_corners)
+    return result
 
 
 def _as_gradient(grad: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
@@ -46,7 +49,7 @@ def _as_gradient(grad: Tensor, channels_last: bool, dtype: torch.dtype) -> Tenso
 
 
 class _Labels:
-    """y [N, 1, H, W] int64 with 0 where not valid, valid [N, H, W], n_valid [N], and NaN for images with a bad label."""
+    """y [N, 1, H, W] int64 with 0 where not valid; valid [N, H, W]; n_valid [N]; NaN for images with a bad label."""
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> None:
         if labels.device.type == "cpu" or synchronous_checks():
@@ -75,9 +78,7 @@ def _margin(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (z.gather(1, y) - best).squeeze(1), runner_up.squeeze(1)
 
 
-def pixel_margin(
-    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor]:
+def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     margin, runner_up = _margin(z, target.y)
@@ -129,17 +130,15 @@ def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: float, targeted: bool) -> Tensor:
-    """The weight of each pixel [N, H, W]: 1, SegPGD's 1 - lambda / lambda, or CosPGD's cosine."""
+    """The weight of each pixel [N, H, W]: SegPGD's 1 - lambda or lambda, or CosPGD's cosine."""
     if loss == "segpgd":
         correct = z.argmax(dim=1) == y.squeeze(1)
         # full_like: two Python numbers in a where would be rounded to float32
         high, low = torch.full_like(log_softmax[:, 0], 1.0 - lam), torch.full_like(log_softmax[:, 0], lam)
         return torch.where(correct != targeted, high, low)
-    if loss == "cospgd":
-        probability = log_softmax.exp()
-        cosine = (probability.gather(1, y) / probability.norm(dim=1, keepdim=True)).squeeze(1)
-        return 1.0 - cosine if targeted else cosine
-    return torch.ones_like(log_softmax[:, 0])
+    probability = log_softmax.exp()
+    cosine: Tensor = (probability.gather(1, y) / probability.norm(dim=1, keepdim=True)).squeeze(1)
+    return 1.0 - cosine if targeted else cosine
 
 
 def cross_entropy(
@@ -160,7 +159,13 @@ def cross_entropy(
 
 
 def _weighted_loss(
-    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor,
+    labels: Tensor,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
@@ -213,16 +218,29 @@ def cross_entropy_backward(
 
 
 def loss_and_grad(
-    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss_sum, n_valid, log_normalizer, pixel_weight = _weighted_loss(
-        logits, labels, loss, lam, targeted, ignore_index, align_corners
-    )
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_valid = _Labels(labels, logits.shape[1], ignore_index, compute_dtype(logits.dtype)).n_valid
+    pixel_weight = None
+    if loss == "cross_entropy":
+        loss_sum, weight_sum, log_normalizer = cross_entropy(logits, labels, weight, ignore_index, align_corners, False)
+    else:
+        loss_sum, _, log_normalizer, pixel_weight = _weighted_loss(
+            logits, labels, loss, lam, targeted, ignore_index, align_corners
+        )
+        weight_sum = pixel_weight.sum(dim=(1, 2))
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)
     grad = cross_entropy_backward(
-        one, logits, labels, log_normalizer, None, pixel_weight, ignore_index, align_corners
+        one, logits, labels, log_normalizer, weight, pixel_weight, ignore_index, align_corners
     )
-    return loss_sum, n_valid, grad
+    return loss_sum, n_valid, weight_sum, grad
 
 
 def _per_image(value: Tensor, like: Tensor) -> Tensor:
@@ -272,6 +290,7 @@ def sign_step(
     step = alpha if alpha_per_image is None else _per_image(alpha_per_image, images)
     x = images + step * grad.nan_to_num(0.0).sign()
     if origin is not None:
+        assert eps is not None
         radius = eps if eps_per_image is None else _per_image(eps_per_image, images)
         x = x.minimum(origin + radius).maximum(origin - radius)
     return empty_images(images).copy_(x.clamp(low, high))

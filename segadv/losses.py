@@ -1,0 +1,56 @@
+"""The fused cross-entropy as a criterion for anyone's training loop."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import functional
+
+__all__ = ["CrossEntropyLoss"]
+
+
+class CrossEntropyLoss(nn.Module):
+    """`torch.nn.CrossEntropyLoss` for logits of any size: bilinear upsampling is part of the loss.
+
+    The mean over the valid pixels of the batch, divided by the sum of their weights. Full-resolution logits are
+    never built, and the gradient lands on the logits that came. Without a valid pixel the loss is 0.
+
+    Args:
+        weight: [C] class weights.
+        ignore_index: label of the pixels that do not count.
+        align_corners: of the resampling.
+
+    Shapes: logits [N, C, h, w] float32, bfloat16, float16 or float64; labels [N, H, W] int64, int32, int16 or
+    uint8; the loss is a scalar, float32 (float64 for float64 logits).
+
+    Equivalent to::
+
+        z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+        nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index)(z, labels.long())
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, *, weight: Tensor | None = None, ignore_index: int = 255, align_corners: bool = False) -> None:
+        super().__init__()
+        if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
+            raise ValueError(
+                f"weight: {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} came; "
+                "a floating point [C] is needed"
+            )
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            logits,
+            labels,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+        )
+
+    def extra_repr(self) -> str:
+        weight = "" if self.weight is None else f"weight={list(self.weight.shape)}, "
+        return f"{weight}ignore_index={self.ignore_index}, align_corners={self.align_corners}"
