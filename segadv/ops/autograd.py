@@ -55,7 +55,8 @@ class PixelMargin(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> Tensor:
-        margin, runner_up = library.pixel_margin(logits, labels, ignore_index, align_corners)
+        result: tuple[Tensor, Tensor] = library.pixel_margin(logits, labels, ignore_index, align_corners)
+        margin, runner_up = result
         _save_margin(ctx, logits, labels, runner_up, ignore_index, align_corners)
         return margin
 
