@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -60,70 +62,62 @@ def usual_sign_step(images: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(x, origin - 0.03), origin + 0.03).clamp(0, 1)
 
 
-def value_and_gradient(
-    function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
+def segadv_sign_step(images: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
+    return F.sign_step(images, grad, 0.01, origin=origin, eps=0.03)
+
+
+def segadv_newton_step(images: Tensor, grad: Tensor, gain: Tensor) -> Tensor:
+    return F.newton_step(images, grad, gain)[0]
+
+
+# operation -> (ours, the usual code, modes)
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[str, ...]]] = {
+    "averaged_gain": (F.averaged_gain, usual_averaged_gain, ("forward + backward", "forward")),
+    "cross_entropy": (F.cross_entropy, usual_cross_entropy, ("forward + backward", "forward")),
+    "confusion_matrix": (F.confusion_matrix, usual_confusion_matrix, ("forward",)),
+    "newton_step": (segadv_newton_step, usual_newton_step, ("forward",)),
+    "sign_step": (segadv_sign_step, usual_sign_step, ("forward",)),
+}
+PIXEL_SPACE = ("newton_step", "sign_step")
+ONE_PASS = {"averaged_gain": F.gain_and_grad, "cross_entropy": F.loss_and_grad}
+
+
+def value_and_gradient(function: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     value = function(logits, labels).sum()
     (grad,) = torch.autograd.grad(value, logits)
     return value.detach(), grad
 
 
-def providers_of(operation: str, case: Case, *, full_resolution: bool, compiled: bool) -> Providers:
-    """Provider name -> call. The calls of one operation return the same numbers."""
-    compile_ = (lambda f: torch.compile(f, dynamic=False)) if compiled else None
-    if operation in ("newton_step", "sign_step"):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(case.images, 3, case.size, case.size, generator=generator)
-        grad = torch.randn(images.shape, generator=generator)
-        gain = torch.ones(case.images)
-        if operation == "newton_step":
-            providers: Providers = {
-                "segadv": lambda: F.newton_step(images, grad, gain)[0],
-                "eager": lambda: usual_newton_step(images, grad, gain),
-            }
-            if compile_:
-                step = compile_(usual_newton_step)
-                providers["compile"] = lambda: step(images, grad, gain)
-        else:
-            origin = images.clone()
-            providers = {
-                "segadv": lambda: F.sign_step(images, grad, 0.01, origin=origin, eps=0.03),
-                "eager": lambda: usual_sign_step(images, grad, origin),
-            }
-            if compile_:
-                step = compile_(usual_sign_step)
-                providers["compile"] = lambda: step(images, grad, origin)
-        # Reads two, writes one; the second reading of the gradient is the cache's.
-        providers["floor"] = lambda: torch.add(images, grad, out=advise_huge_pages(torch.empty_like(images)))
-        return providers
+def arguments_of(operation: str, case: Case, *, full_resolution: bool) -> tuple[Tensor, ...]:
+    if operation not in PIXEL_SPACE:
+        return case.tensors(full_resolution=full_resolution)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(case.images, 3, case.size, case.size, generator=generator)
+    grad = torch.randn(images.shape, generator=generator)
+    return images, grad, torch.ones(case.images) if operation == "newton_step" else images.clone()
 
-    logits, labels = case.tensors(full_resolution=full_resolution)
-    if operation == "confusion_matrix":
+
+def providers_of(operation: str, mode: str, case: Case, *, full_resolution: bool, compiled: bool) -> Providers:
+    """Provider name -> call. All but the floor return the same numbers."""
+    ours, usual, _ = OPERATIONS[operation]
+    arguments = arguments_of(operation, case, full_resolution=full_resolution)
+    functions: dict[str, Callable[..., Tensor]] = {"segadv": ours, "eager": usual}
+    if compiled:
+        functions["compile"] = torch.compile(usual, dynamic=False)
+    first = arguments[0]
+    if mode == "forward":
+        providers: Providers = {name: partial(function, *arguments) for name, function in functions.items()}
+    else:
+        leaf = first.clone().requires_grad_()
         providers = {
-            "segadv": lambda: F.confusion_matrix(logits, labels),
-            "eager": lambda: usual_confusion_matrix(logits, labels),
+            name: partial(value_and_gradient, function, leaf, *arguments[1:]) for name, function in functions.items()
         }
-        if compile_:
-            matrix = compile_(usual_confusion_matrix)
-            providers["compile"] = lambda: matrix(logits, labels)
-        return providers
-
-    leaf = logits.clone().requires_grad_()
-    ours, usual = {
-        "averaged_gain": (F.averaged_gain, usual_averaged_gain),
-        "cross_entropy": (F.cross_entropy, usual_cross_entropy),
-    }[operation]
-    one_pass = {"averaged_gain": F.gain_and_grad, "cross_entropy": F.loss_and_grad}[operation]
-    providers = {
-        "segadv": lambda: value_and_gradient(ours, leaf, labels),
-        "segadv one pass": lambda: one_pass(logits, labels),
-        "eager": lambda: value_and_gradient(usual, leaf, labels),
-    }
-    if compile_:
-        function = compile_(usual)
-        providers["compile"] = lambda: value_and_gradient(function, leaf, labels)
-    if full_resolution:
-        providers["floor"] = lambda: advise_huge_pages(torch.empty_like(logits)).copy_(logits)
+        providers["segadv one pass"] = partial(ONE_PASS[operation], *arguments)
+    if operation in PIXEL_SPACE:
+        # Reads two, writes one; the second reading of the gradient is the cache's.
+        providers["floor"] = lambda: torch.add(first, arguments[1], out=advise_huge_pages(torch.empty_like(first)))
+    elif full_resolution and mode != "forward":
+        providers["floor"] = lambda: advise_huge_pages(torch.empty_like(first)).copy_(first)
     return providers
 
 
@@ -140,15 +134,6 @@ def check(providers: Providers) -> None:
 
 def _tensors(result: object) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
-
-
-MODES = {
-    "averaged_gain": "forward + backward",
-    "cross_entropy": "forward + backward",
-    "confusion_matrix": "forward",
-    "newton_step": "forward",
-    "sign_step": "forward",
-}
 
 
 def print_table(title: str, timings: dict[str, Timing]) -> None:
@@ -172,7 +157,7 @@ def print_table(title: str, timings: dict[str, Timing]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["cityscapes19"])
-    parser.add_argument("--operations", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--resolution", nargs="+", choices=["upsampled", "full"], default=["upsampled", "full"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -186,19 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     for case_name in options.cases:
         case = CASES[case_name]
         for operation in options.operations:
-            pixel_space = operation in ("newton_step", "sign_step")
-            for resolution in ["full"] if pixel_space else options.resolution:
-                full = resolution == "full"
-                providers = providers_of(operation, case, full_resolution=full, compiled=not options.no_compile)
+            resolutions = ["full"] if operation in PIXEL_SPACE else options.resolution
+            for full, mode in product((r == "full" for r in resolutions), OPERATIONS[operation][2]):
+                providers = providers_of(operation, mode, case, full_resolution=full, compiled=not options.no_compile)
                 check(providers)
                 timings = interleaved(providers, rounds=options.rounds)
-                own = case.size if full else case.own
-                size = f"{case.images} x {3 if pixel_space else case.classes} x {own} x {own}"
+                own, channels = case.size if full else case.own, 3 if operation in PIXEL_SPACE else case.classes
                 name = operation if full else f"upsample + {operation}"
-                print_table(f"{case.name}: {name}, {MODES[operation]}, {size} -> {case.size}", timings)
+                shape = f"{case.images} x {channels} x {own} x {own} -> {case.size}"
+                print_table(f"{case.name}: {name}, {mode}, {shape}", timings)
                 rows += [
-                    row(name, provider, MODES[operation], case.name, torch.float32, timing)
-                    for provider, timing in timings.items()
+                    row(name, provider, mode, case.name, torch.float32, timing) for provider, timing in timings.items()
                 ]
                 if options.write:
                     write_rows(Path(options.write), rows)

@@ -194,3 +194,25 @@ def test_half_precision_is_more_exact_than_eager() -> None:
     with segadv.backend("native"):
         ours = F.averaged_gain(z, y)
     assert (ours - truth).abs().max() < 0.01 * (eager - truth).abs().max()
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 10))
+def test_two_hundred_resampled_cases(seed: int) -> None:
+    """Value and gradient in one pass, float32, any scale, native: ten cases in each test."""
+    for case in (oracle.random_case(1000 + seed + i, torch.float32, full_resolution=False) for i in range(10)):
+        with segadv.backend("native"):
+            gain_sum, _, grad = F.gain_and_grad(case.logits, case.labels, **case.options)
+            loss_sum, _, loss_grad = F.loss_and_grad(case.logits, case.labels, **case.options)
+            matrix = F.confusion_matrix(case.logits, case.labels, per_image=True, **case.options)
+        z, z64 = case.logits.clone().requires_grad_(), case.logits.double().requires_grad_()
+        for plain, value, gradient, what in (
+            (oracle.pixel_margin, gain_sum, grad, "gain_and_grad"),
+            (oracle.cross_entropy_map, loss_sum, loss_grad, "loss_and_grad"),
+        ):
+            eager, truth = (plain(x, case.labels, **case.options) for x in (z, z64))
+            oracle.assert_accurate(value, eager.sum((1, 2)), truth.sum((1, 2)), what, addends=truth.abs().sum((1, 2)))
+            (grad_eager,) = torch.autograd.grad(eager.sum(), z)
+            (grad64,) = torch.autograd.grad(truth.sum(), z64)
+            oracle.assert_accurate(gradient, grad_eager, grad64, f"gradient of {what}")
+            oracle.assert_same_direction(gradient, grad_eager, grad64, f"gradient of {what}")
+        assert torch.equal(matrix, oracle.confusion(case.logits, case.labels, **case.options))
