@@ -2,7 +2,8 @@
 //
 // Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and the gradient. The
 // classes of a tile are read twice (maximum, then exponentials), from the cache the second time. Fewest bytes: the
-// logits read once, the gradient written once, labels read once; bound by the exponentials, one per class and pixel.
+// logits read once, the gradient written once, labels read once. Bound by the exponentials, one per class and pixel: at
+// full resolution 2 to 3 times a copy of the logits into fresh memory (benchmarks/ops.py, floor).
 #include "common/softmax.h"
 #include "cpu/tiles.h"
 
