@@ -39,6 +39,7 @@ struct Problem {
 
 // --- margin (cpu/margin.cpp) ---
 
+// Serves pixel_margin, averaged_gain and gain_and_grad.
 struct MarginParams {
   Problem problem;       // grad: gradient of the sum of margins, +1 at the label, -1 at the runner-up
   TensorView margin;     // [N, H, W]
@@ -57,6 +58,7 @@ struct MarginBackwardParams {
 
 enum class Loss : int32_t { kCrossEntropy, kSegPGD, kCosPGD };
 
+// Serves cross_entropy, segpgd_loss, cospgd_loss and loss_and_grad.
 struct CrossEntropyParams {
   Problem problem;  // grad: gradient of the loss summed over pixels
   Loss loss = Loss::kCrossEntropy;
@@ -112,6 +114,7 @@ struct SignStepParams {
 
 // --- predictions (cpu/confusion.cpp) ---
 
+// Serves confusion_matrix and argmax_labels.
 struct ConfusionParams {
   Problem problem;
   TensorView prediction;  // [N, H, W] uint8 or int16: argmax over classes at the labels' size, or none

@@ -72,7 +72,9 @@ def _parser() -> ArgumentParser:
 
     demo = _subparser("Generates data, trains the five arms, attacks and compares them, measures their overhead.")
     demo.add_argument("--out", required=True, help="folder for everything; a demo stopped there is continued")
-    demo.add_argument("--quick", action="store_true", help="the same work on less data: at most two minutes")
+    demo.add_argument(
+        "--quick", action="store_true", help="a check that all works: the same code on so little that nothing is learnt"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
     commands.add_subcommand("demo", demo, help="the whole comparison in one command")
 
@@ -215,4 +217,4 @@ def _missing(*modules: str) -> list[str]:
 
 def _require(*modules: str) -> None:
     if missing := _missing(*modules):
-        raise ImportError(f'this command needs {", ".join(missing)}: pip install "segadv[demo]"')
+        raise ImportError(f"this command needs {', '.join(missing)}: pip install pillow matplotlib tqdm")

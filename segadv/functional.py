@@ -127,7 +127,8 @@ def gain_and_grad(
 
     Source: Wiens & Hammer 2022, eqs. 14 and 17.
     """
-    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4 = logits4.detach()
     gain_sum, n_valid, grad = library.gain_and_grad(logits4, labels3, ignore_index, align_corners)
     return gain_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
 
@@ -283,7 +284,8 @@ def loss_and_grad(
         if step is None or steps is None:
             raise ValueError("step, steps: loss='segpgd' needs both")
         lam = _segpgd_lambda(step, steps)
-    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4 = logits4.detach()
     loss_sum, n_valid, _, grad = library.loss_and_grad(
         logits4, labels3, None, loss, lam, targeted, ignore_index, align_corners
     )
@@ -457,7 +459,8 @@ def confusion_matrix(
         valid = labels != ignore_index
         torch.bincount(labels[valid] * C + prediction[valid], minlength=C * C).view(C, C)
     """
-    logits4, labels3 = _as_maps(logits.detach(), labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4 = logits4.detach()
     matrix, invalid = library.confusion_matrix(logits4, labels3, ignore_index, align_corners, per_image)
     if not torch.compiler.is_compiling():  # a traced tensor cannot carry attributes
         matrix.invalid = invalid
@@ -497,6 +500,11 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits: a {type(logits).__name__} came; a tensor is needed. Take the logits out of the model's output: "
+            'output["out"], output.logits, output[0]'
+        )
     if logits.dtype not in _FLOATS:
         raise ValueError(f"logits: dtype {logits.dtype} is not one of {_names(_FLOATS)}")
     if logits.dim() not in (2, 4):
@@ -513,6 +521,8 @@ def _check_logits(logits: Tensor) -> None:
 def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: a {type(labels).__name__} came; a tensor is needed")
     if labels.dtype not in _LABELS:
         raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:

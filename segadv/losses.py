@@ -33,6 +33,8 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self, *, weight: Tensor | None = None, ignore_index: int = 255, align_corners: bool = False) -> None:
         super().__init__()
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight: a {type(weight).__name__} came; a tensor [C] is needed")
         if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
             raise ValueError(
                 f"weight: {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} came; "

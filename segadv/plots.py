@@ -118,6 +118,10 @@ def plot_overhead(
     with rc_context(_RC):
         figure = _figure(8.5, 4.6)
         axes = figure.subplots()
+        # A disturbed machine's spread must not squash everything else.
+        top = 1.4 * max(
+            [row["overhead_percent"] for row in bars] + [v for p in references.values() for v in p.values()]
+        )
         for x, row in enumerate(bars):
             value = row["overhead_percent"]
             low, high = ((row[f"step_ms_{q}"] / basic - 1) * 100 for q in ("p20", "p80"))
@@ -125,7 +129,7 @@ def plot_overhead(
             axes.bar(x - 0.2, value, width=0.4, color=style[row["arm"]][1])
             axes.errorbar(x - 0.2, value, spread, color="#333333", capsize=6, lw=1.5)
             axes.annotate(
-                f"{value:.0f} %", (x - 0.2, max(value, high)), (0, 4), textcoords="offset points", ha="center"
+                f"{value:.0f} %", (x - 0.2, min(max(value, high), top)), (0, 4), textcoords="offset points", ha="center"
             )
         for i, (source, percent) in enumerate(references.items()):
             known = [(x, percent[row["arm"]]) for x, row in enumerate(bars) if row["arm"] in percent]
@@ -141,11 +145,14 @@ def plot_overhead(
                 zorder=3,
                 label=source,
             )
+        axes.set_ylim(top=1.08 * top)
         axes.axhline(0, color="#333333", lw=1)
         axes.grid(False, axis="x")
         axes.set_xticks(range(len(bars)), [style[row["arm"]][0] for row in bars])
         axes.set_ylabel("additional training time in %")
-        axes.set_title(f"a step of the basic arm takes {basic:.0f} ms; bars: measured here, p20 to p80")
+        axes.set_title(
+            f"a step of the basic arm takes {basic:.0f} ms; bars: medians measured here, whiskers p20 to p80"
+        )
         figure.legend(loc="outside lower center", ncols=len(references))
         _save(figure, path)
 

@@ -71,7 +71,7 @@ class TrainConfig:
         steps: number of optimiser steps of the whole run.
         batch_size: samples per step, at least 2 (batch normalisation).
         crop: height and width of the training crops, in pixels.
-        learning_rate: of the first step; see `poly_learning_rate`.
+        learning_rate: of the first step; it falls as (1 - step / steps) ** power.
         momentum: of SGD.
         weight_decay: L2, on all parameters.
         power: of the poly schedule.
@@ -441,16 +441,17 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def _read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    cause: Exception | None = None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
             return state
         problem = "it holds something else"
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file makes the unpickler raise
-        problem = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{path} cannot be read as a checkpoint of segadv: {problem}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist") from error
+    except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
+        problem, cause = "it is damaged or something else", error
+    raise ValueError(f"{path} cannot be read as a checkpoint of segadv (last.pt): {problem}") from cause
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -517,7 +518,7 @@ def _progress_bar(config: TrainConfig, steps_done: int, progress: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError('the progress bar needs tqdm: pip install "segadv[demo]"') from error
+        raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
     # None: shown on a terminal only, so that log files stay readable
     return tqdm(
         desc=config.arm,

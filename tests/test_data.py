@@ -466,3 +466,15 @@ def test_seeds_give_other_orders() -> None:
 def test_sampler_arguments(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EpochSampler(10, **({"batch_size": 2, "seed": 0, "steps": 5} | arguments))
+
+
+def test_a_scene_cut_short_is_named_with_the_remedy(tmp_path: Path) -> None:
+    generate_streets(tmp_path, train=2, val=0, size=(64, 64))
+    path = sorted(tmp_path.rglob("*_leftImg8bit.png"))[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileExistsError, match=rf"{path.name}.* is cut short; delete it"):
+        generate_streets(tmp_path, train=2, val=0, size=(64, 64))
+    path.unlink()
+    generate_streets(tmp_path, train=2, val=0, size=(64, 64))
+    assert path.read_bytes() == whole

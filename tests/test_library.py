@@ -201,7 +201,9 @@ def test_import_needs_no_extras() -> None:
     code = (
         "import sys\n"
         "for name in ('PIL', 'matplotlib', 'tqdm', 'torchvision', 'timm', 'transformers'): sys.modules[name] = None\n"
-        "import torch, segadv, segadv.attacks, segadv.models\n"
+        "import torch, segadv\n"
+        "assert 'segadv.training' not in sys.modules\n"
+        "segadv.models.wrap, segadv.training.Trainer, segadv.attacks.SegPGD\n"
         "print(segadv.build_info()['native'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -278,10 +280,12 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=-0.1), "eps: -0.1 is not >= 0"),
         (lambda: F.sign_step(IMAGES.int(), IMAGES.int(), 0.1), "images: int32 .* float32 or float64"),
         (lambda: F.l1_norm(Y), "grad: dtype torch.int64"),
+        (lambda: F.cross_entropy({"out": Z}, Y), "logits: a dict came; .* Take the logits out of the model's output"),
+        (lambda: F.gain_and_grad(Z, None), "labels: a NoneType came"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

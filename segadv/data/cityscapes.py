@@ -66,7 +66,7 @@ def require_pillow() -> None:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ImportError('reading and writing PNG files needs Pillow: pip install "segadv[demo]"') from error
+        raise ImportError("reading and writing PNG files needs Pillow: pip install pillow") from error
 
 
 def _read_png(path: str, mode: str) -> npt.NDArray[np.uint8]:

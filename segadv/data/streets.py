@@ -766,6 +766,11 @@ def _is_ours(path: Path, origin: str) -> bool:
         return False
 
 
+def _is_cut_short(path: Path) -> bool:
+    """Whether the end of a PNG file is missing."""
+    return not path.read_bytes()[-12:].endswith(b"IEND\xaeB`\x82")
+
+
 def _draw_scene(size: tuple[int, int], seed: int, split: str, index: int) -> tuple[Image.Image, Image.Image]:
     entropy = np.random.SeedSequence(seed, spawn_key=(list(_CITIES).index(split), index))
     return _Scene(np.random.default_rng(entropy), *size).render()
@@ -868,6 +873,8 @@ def generate_streets(
         for path in present:
             if not _is_ours(path, _origin(*scene, (height, width), seed)):
                 raise FileExistsError(f"{path} exists and is not the scene asked for; it is left as it is")
+            if _is_cut_short(path):
+                raise FileExistsError(f"{path} is cut short; delete it, and the same call draws it again")
         if len(present) < 2:
             missing.append(scene)
     for scene in _progress(missing):

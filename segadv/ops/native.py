@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     core = None
     _import_error = (
-        "the extension _segadv_native is not installed (pip install segadv builds it with a C++ compiler)"
+        "the extension _segadv_native is not installed; installing segadv builds it where there is a C++ compiler"
         if isinstance(error, ModuleNotFoundError)
         else f"the extension _segadv_native does not load: {error}"
     )
