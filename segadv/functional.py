@@ -16,7 +16,8 @@ Shapes and types, the same everywhere:
 A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would
 stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too).
 
-None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError.
+None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
+torch.compile it is PyTorch's own refusal, which comes with the second backward).
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def cross_entropy(
     Args:
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
-        weight: [C] floating point class weights.
+        weight: [C] floating point class weights; no gradient reaches them.
         reduction: "mean", over the valid pixels of the batch, divided by the sum of their weights; "image", the
             same for each image; "sum"; "none". Without a valid pixel "mean" and "image" are 0 (PyTorch: NaN).
 
@@ -514,6 +515,8 @@ def _check_logits(logits: Tensor) -> None:
             f"logits: {logits.shape[1]} class(es) came; at least 2 are needed. Make two channels of a sigmoid "
             "output z: torch.cat([torch.zeros_like(z), z], dim=1)"
         )
+    if 0 in logits.shape[2:]:
+        raise ValueError(f"logits: {_describe(logits)} came, which has no pixel")
     if logits.shape[1] > _MAX_CLASSES:
         raise ValueError(f"logits: {logits.shape[1]} classes came; at most {_MAX_CLASSES} are supported")
 
@@ -532,10 +535,10 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
         )
     if labels.device != logits.device:
         raise ValueError(f"labels: they are on {labels.device}, the logits on {logits.device}")
+    if not torch.compiler.is_compiling() and labels.is_inference() and not torch.is_inference_mode_enabled():
+        labels = labels.clone()  # autograd may not save a tensor made under inference_mode
     if logits.dim() == 2:
         logits, labels = logits[:, :, None, None], labels[:, None, None]
-    elif min(logits.shape[2:]) == 0 and labels.numel():
-        raise ValueError(f"logits: {_describe(logits)} has no pixel, the labels {_describe(labels)} have some")
     if synchronous_checks() and labels.device.type != "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
     return logits, labels
@@ -573,15 +576,15 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
         raise ValueError(f"images: {_describe(images)} came; float32 or float64 [N, ...] is needed")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
         raise ValueError(f"grad: {_describe(grad)} came; like the images, {_describe(images)}, is needed")
-    if not bounds[0] < bounds[1]:
+    if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ValueError(f"bounds: {tuple(bounds)} is not (low, high) with low < high")
 
 
 def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (0.0, tensor [N]) where the value is given per image."""
     if not isinstance(value, Tensor):
-        if math.isnan(value):
-            raise ValueError(f"{name}: NaN came")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: {value} is not finite")
         return float(value), None
     if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
         raise ValueError(

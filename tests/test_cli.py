@@ -194,7 +194,7 @@ def test_quick_demo_from_end_to_end(
     printed = capsys.readouterr().out
     assert "paper, Cityscapes" in printed
     assert "11.98 %" in printed
-    assert "BIM-10, eps 0.03: " in printed
+    assert "20 steps train nothing" in printed
 
     curves = read(out / "curves.csv")
     assert list(curves[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
@@ -286,3 +286,21 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no record of a demo"):
         run_demo(tmp_path, sizes=TINY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("fast_newton", "verdict"),
+    [(0.5, "so it is here."), (0.25, "here it is not above random-fgsm, fgsm."), (0.3, "it is not above random-fgsm.")],
+)
+def test_report_states_what_the_numbers_say(fast_newton: float, verdict: str) -> None:
+    miou = {"basic": 0.1, "fgsm": 0.28, "random-fgsm": 0.3, "bim-3": 0.4, "fast-newton": fast_newton}
+    curves = [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": miou[arm]}
+        for arm in ARMS
+        for attack in ("fgsm", "bim-10")
+        for eps in (0.0, 0.01, 0.03)
+    ]
+    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in ARMS]
+    text = demo._report(curves, overhead, {"train": 60.0}, 400)
+    assert verdict in text
+    assert f"BIM-10, eps 0.03: {max(miou, key=lambda arm: miou[arm])} " in text

@@ -252,3 +252,13 @@ def test_half_precision_is_more_exact_than_eager() -> None:
     with segadv.backend("native"):
         ours = F.cross_entropy(z, y)
     assert (ours - truth).abs() < 0.01 * (eager - truth).abs()
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("incoming", [torch.inf, torch.nan])
+def test_overflow_leaves_images_without_labels_alone(backend: str, incoming: float, size: int) -> None:
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = torch.full((2, size, size), 255)
+    for loss in (F.cross_entropy(z, y, reduction="image"), F.averaged_gain(z, y)):
+        (grad,) = torch.autograd.grad(loss, z, torch.full((2,), incoming))
+        assert (grad == 0).all()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +115,35 @@ def test_compile_fullgraph(backend: str, own: tuple[int, int]) -> None:
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compile_fullgraph_in_a_fresh_process(name: str) -> None:
+    """Nothing that an earlier eager call leaves behind (a thread-local, say) may be needed."""
+    code = (
+        "import torch\nfrom test_library import FUNCTIONS\n"
+        f"function = FUNCTIONS[{name!r}]\n"
+        "y = torch.randint(0, 5, (2, 6, 8))\n"
+        "for own in ((6, 8), (3, 4)):\n"
+        "    z = torch.randn(2, 5, *own, requires_grad=True)\n"
+        "    value = torch.compile(function, fullgraph=True, backend='aot_eager')(z, y)\n"
+        "    (grad,) = torch.autograd.grad(value, z)\n"
+        "    (expected,) = torch.autograd.grad(function(z, y), z)\n"
+        "    torch.testing.assert_close(grad, expected)\n"
+    )
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_labels_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        y = torch.randint(0, 5, (2, 6, 8))
+    for own in SIZES.values():
+        z = torch.randn(2, 5, *own, requires_grad=True)
+        for function in FUNCTIONS.values():
+            assert torch.autograd.grad(function(z, y), z)[0].isfinite().all()
 
 
 def test_inductor_fullgraph() -> None:
@@ -264,6 +295,10 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.loss_and_grad(Z, Y, loss="segpgd"), "step, steps: loss='segpgd' needs both"),
         (lambda: F.loss_and_grad(Z, Y, loss="dice"), "loss: 'dice' is not one of"),
         (lambda: F.argmax_labels(Z, (0, 4)), r"size: \(0, 4\) is not"),
+        (lambda: F.argmax_labels(Z[:, :, :0], (4, 4)), r"logits: float32 \[2, 3, 0, 4\] .* has no pixel"),
+        (lambda: F.cross_entropy(Z[..., :0], Y[..., :0]), "which has no pixel"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha: inf is not finite"),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(0, 1, 2)), r"bounds: \(0, 1, 2\) is not"),
         (
             lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]),
             "keep images in float32 and use autocast",

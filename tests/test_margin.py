@@ -216,3 +216,22 @@ def test_two_hundred_resampled_cases(seed: int) -> None:
             oracle.assert_accurate(gradient, grad_eager, grad64, f"gradient of {what}")
             oracle.assert_same_direction(gradient, grad_eager, grad64, f"gradient of {what}")
         assert torch.equal(matrix, oracle.confusion(case.logits, case.labels, **case.options))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_resampled_ties_are_ties(backend: str, seed: int) -> None:
+    """Two equal planes of logits have margin 0 everywhere, whatever the rounding of the resampling."""
+    torch.manual_seed(seed)
+    z = torch.randn(1, 3, 7, 9) * 30 + 200
+    z[:, 1], z[:, 2] = z[:, 0], -500
+    for label in (0, 1):
+        margin = F.pixel_margin(z, torch.full((1, 40, 50), label))
+        assert (margin == 0).all()
+
+
+def test_labels_without_pixels(backend: str) -> None:
+    z, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 0, 5, dtype=torch.long)
+    gain = F.averaged_gain(z, y)
+    assert gain.tolist() == [0, 0]
+    assert (torch.autograd.grad(gain.sum(), z)[0] == 0).all()
+    assert F.confusion_matrix(z, y).sum() == 0

@@ -147,3 +147,12 @@ def test_empty_batch(backend: str) -> None:
     assert adversarial.shape == images.shape
     assert eps.shape == (0,)
     assert F.sign_step(images, images, 0.1).shape == images.shape
+
+
+def test_radius_without_meaning(backend: str) -> None:
+    """Per image eps come unchecked, as looking would wait for a GPU: NaN shows, and all backends agree."""
+    images = torch.full((3, 1, 1, 2), 0.5)
+    eps = torch.tensor([torch.nan, -0.1, 0.1])
+    result = F.sign_step(images, torch.ones_like(images), 0.3, origin=images, eps=eps)
+    assert result[0].isnan().all()
+    torch.testing.assert_close(result[1:, 0, 0, 0], torch.tensor([0.6, 0.6]))

@@ -6,9 +6,11 @@
 namespace segadv::cpu {
 namespace {
 
+constexpr int64_t kMaxOwnCells = 4096;
+
 template <class Tiles>
 SEGADV_CLONES void confusion_item(const ConfusionParams& params, Tiles& tiles, int64_t item, int64_t* counts,
-                                  int64_t* bad) {
+                                  bool shared, int64_t* bad) {
   using A = typename Tiles::A;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
@@ -21,7 +23,14 @@ SEGADV_CLONES void confusion_item(const ConfusionParams& params, Tiles& tiles, i
     if (params.matrix) {
       load_labels(problem, tile, y, &first_bad);
       for (int p = 0; p < tile.count; ++p) {
-        if (y[p] >= 0) ++counts[y[p] * classes + best_class[p]];
+        if (y[p] < 0) continue;
+        int64_t& count = counts[y[p] * classes + best_class[p]];
+        if (shared) {
+#pragma omp atomic
+          ++count;
+        } else {
+          ++count;
+        }
       }
     }
   });
@@ -36,15 +45,17 @@ int64_t confusion(const ConfusionParams& params) {
   const int64_t matrices = params.per_image ? params.problem.logits.size[0] : 1;
   int64_t* matrix = static_cast<int64_t*>(params.matrix.data);
   if (matrix) std::fill(matrix, matrix + matrices * cells, int64_t{0});
+  // Many classes: a histogram of its own would cost an item more than its pixels, and threads rarely meet in a cell.
+  const bool shared = cells > kMaxOwnCells;
   dispatch_tiles(params.problem, {}, [&](auto& tiles) {
     parallel_for(tiles.items(), [&](int64_t item) {
-      std::vector<int64_t> counts(matrix ? cells : 0);
-      int64_t item_bad = kNoBadLabel;
-      confusion_item(params, tiles, item, counts.data(), &item_bad);
+      std::vector<int64_t> own(matrix && !shared ? cells : 0);
       int64_t* to = matrix + (params.per_image ? item / tiles.items_per_image() * cells : 0);
+      int64_t item_bad = kNoBadLabel;
+      confusion_item(params, tiles, item, shared ? to : own.data(), shared, &item_bad);
 #pragma omp critical(segadv_confusion)  // integers: the order of the items does not matter
       {
-        for (size_t i = 0; i < counts.size(); ++i) to[i] += counts[i];
+        for (size_t i = 0; i < own.size(); ++i) to[i] += own[i];
         bad = std::min(bad, item_bad);
       }
     });

@@ -23,7 +23,8 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
   A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_sum[kMaxTile], weight[kMaxTile], label_exp[kMaxTile];
-  std::vector<A> exponentials(problem.grad ? classes * kMaxTile : 0);
+  const int64_t tile_width = tiles.width();
+  std::vector<A> exponentials(problem.grad ? classes * tile_width : 0);
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   const bool cosine = params.loss == Loss::kCosPGD, segpgd = params.loss == Loss::kSegPGD;
   Partial partial;
@@ -36,7 +37,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     }
     for (int p = 0; p < tile.count; ++p) sum[p] = squares[p] = A(0);
     for (int64_t c = 0; c < classes; ++c) {
-      A* store = problem.grad ? exponentials.data() + c * kMaxTile : nullptr;
+      A* store = problem.grad ? exponentials.data() + c * tile_width : nullptr;
       if (cosine) {
         SEGADV_SIMD
         for (int p = 0; p < tile.count; ++p) {
@@ -59,7 +60,9 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     // Everything below is once per pixel.
     for (int p = 0; p < tile.count; ++p) {
       const bool valid = y[p] >= 0;
-      const A below_best = best[p] - tile.z(valid ? y[p] : 0, p);
+      // Not below 0, where resampling rounds the label's logit otherwise than in the search for the best.
+      const A difference = best[p] - tile.z(valid ? y[p] : 0, p);
+      const A below_best = difference < A(0) ? A(0) : difference;
       label_exp[p] = cosine ? exp_nonpositive(-below_best) : A(0);
       best[p] = below_best;
     }
@@ -97,7 +100,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     for (int p = 0; p < tile.count; ++p) sum[p] = weight[p] / sum[p];
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
-      const A* e = exponentials.data() + c * kMaxTile;
+      const A* e = exponentials.data() + c * tile_width;
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
         const A softmax = e[p] * sum[p];

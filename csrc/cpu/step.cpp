@@ -56,7 +56,11 @@ SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origi
                                   A eps, A low, A high) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) {
-    const A x = clip(images[i] + alpha * sign(grad[i]), origin[i] - eps, origin[i] + eps);
+    // A NaN radius makes the result NaN: the ball is never dropped silently.
+    const A upper = origin[i] + eps, lower = origin[i] - eps;
+    A x = images[i] + alpha * sign(grad[i]);
+    x = (x > upper) | (upper != upper) ? upper : x;
+    x = x < lower ? lower : x;
     out[i] = clip(x, low, high);
   }
 }

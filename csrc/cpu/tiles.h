@@ -190,6 +190,7 @@ class FullTiles {
   }
   int64_t items() const { return problem_.logits.size[0] * items_per_image_; }
   int64_t items_per_image() const { return items_per_image_; }
+  int width() const { return tile_; }  // most pixels of a tile
   void finish() const {}
 
   template <class Body>
@@ -269,6 +270,7 @@ class UpTiles {
   }
   int64_t items() const { return problem_.logits.size[0] * bands_; }
   int64_t items_per_image() const { return bands_; }
+  int width() const { return tile_; }
 
   template <class Body>
   SEGADV_INLINE void walk(int64_t item, Body&& body) {

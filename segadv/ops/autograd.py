@@ -7,6 +7,7 @@ wrong second derivatives through).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ def _refuse_second_derivative(operation: str) -> None:
 
 
 def _remember_backend(ctx: FunctionCtx) -> None:
-    # The backward may run in another thread, where the choice of this one would not be seen.
     ctx.backend = None if torch.compiler.is_compiling() else backends.requested()  # type: ignore[attr-defined]
+
+
+def _remembered_backend(ctx: Any) -> AbstractContextManager[None]:
+    """The forward's choice: the backward may run in another thread. A compiled graph chooses when it runs."""
+    return nullcontext() if torch.compiler.is_compiling() else backends.backend(ctx.backend)
 
 
 def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
@@ -47,7 +52,8 @@ def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
 def _scale(grad: Tensor, grad_sum: Tensor) -> Tensor:
     """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
     scaled: Tensor = (grad * grad_sum.view(-1, 1, 1, 1)).to(grad.dtype)
-    return scaled
+    # What has no gradient keeps none, also where an overflow sends in an infinity.
+    return torch.where(grad == 0, grad, scaled)
 
 
 class PixelMargin(torch.autograd.Function):
@@ -96,7 +102,7 @@ def _save_margin(
 
 def _margin_backward(ctx: Any, grad_margin: Tensor) -> Tensor:
     labels, runner_up = ctx.saved_tensors
-    with backends.backend(ctx.backend):
+    with _remembered_backend(ctx):
         grad: Tensor = library.margin_backward(
             grad_margin.expand(labels.shape), labels, runner_up, *ctx.layout, *ctx.options
         )
@@ -228,7 +234,7 @@ def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
     logits, labels, log_normalizer, weight, pixel_weight = ctx.saved_tensors
     if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
         grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
-    with backends.backend(ctx.backend):
+    with _remembered_backend(ctx):
         grad: Tensor = library.cross_entropy_backward(
             grad_loss, logits, labels, log_normalizer, weight, pixel_weight, *ctx.options
         )

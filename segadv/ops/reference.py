@@ -30,8 +30,10 @@ def unavailable(device_type: str) -> str | None:
 
 def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     z = logits.to(compute_dtype(logits.dtype))
-    if tuple(z.shape[-2:]) == tuple(size) or z.numel() == 0:
-        return z if z.numel() else z.new_zeros(*z.shape[:2], *size)
+    if tuple(z.shape[-2:]) == tuple(size):
+        return z
+    if z.numel() == 0 or min(size) == 0:
+        return z.new_zeros(*z.shape[:2], *size)
     return F.interpolate(z, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
