@@ -122,9 +122,7 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], runner_up[kMaxTile];
-  // The label's logit is taken from the same loop as the others: computed again, resampling could round it otherwise,
-  // and a tie would not give 0.
-  A best[kMaxTile], label_z[kMaxTile], value[kMaxTile];
+  A best[kMaxTile], value[kMaxTile];
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
@@ -132,16 +130,14 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
     for (int p = 0; p < tile.count; ++p) {
       best[p] = -std::numeric_limits<A>::infinity();
       runner_up[p] = lowest_other_class(y[p]);
-      label_z[p] = 0;
     }
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
       tile.prefetch_after(c, classes);
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
-        const A z = tile.z(c, p), old = best[p], old_label_z = label_z[p];
+        const A z = tile.z(c, p), old = best[p];
         const int32_t old_class = runner_up[p];
-        label_z[p] = y[p] == k ? z : old_label_z;
         const bool takes = beats(z, old) & (y[p] != k);
         best[p] = takes ? z : old;
         runner_up[p] = select(takes, k, old_class);
@@ -151,7 +147,8 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
 #pragma omp simd reduction(+ : sum)
     for (int p = 0; p < tile.count; ++p) {
       const bool valid = y[p] >= 0;
-      value[p] = valid ? label_z[p] - best[p] : A(0);
+      const A margin = tile.z(valid ? y[p] : 0, p) - best[p];
+      value[p] = valid ? margin : A(0);
       runner_up[p] = valid ? runner_up[p] : 0;
       sum += value[p];
     }
