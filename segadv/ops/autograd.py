@@ -53,7 +53,7 @@ def _scale(grad: Tensor, grad_sum: Tensor) -> Tensor:
     """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
     scaled: Tensor = (grad * grad_sum.view(-1, 1, 1, 1)).to(grad.dtype)
     # What has no gradient keeps none, also where an overflow sends in an infinity.
-    return torch.where(grad == 0, grad, scaled)
+    return scaled.masked_fill_(grad == 0, 0.0)
 
 
 class PixelMargin(torch.autograd.Function):
