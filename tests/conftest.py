@@ -13,18 +13,6 @@ from segadv.ops import backends
 BACKENDS = ("native", "reference")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="takes minutes: run with --slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     reason = backends.BACKENDS["native"].unavailable("cpu")
     if reason is not None:
