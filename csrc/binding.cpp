@@ -65,21 +65,22 @@ PYBIND11_MODULE(_segadv_native, m) {
   });
   m.def("cross_entropy",
         [](py::handle logits, py::handle labels, py::handle grad, int64_t ignore_index, bool align_corners, int loss,
-           double lambda, bool targeted, py::handle class_weight, py::handle pixel_loss, py::handle log_normalizer,
-           py::handle pixel_weight, py::handle loss_sum, py::handle weight_sum, py::handle n_valid) {
+           double lambda, bool targeted, py::handle class_weight, py::handle pixel_loss, py::handle largest,
+           py::handle log_normalizer, py::handle pixel_weight, py::handle loss_sum, py::handle weight_sum, py::handle n_valid) {
           return run(cpu::cross_entropy,
                      CrossEntropyParams{problem(logits, labels, grad, ignore_index, align_corners),
                                         static_cast<Loss>(loss), lambda, targeted, view(class_weight),
-                                        view(pixel_loss), view(log_normalizer), view(pixel_weight), view(loss_sum),
-                                        view(weight_sum), view(n_valid)});
+                                        view(pixel_loss), view(largest), view(log_normalizer), view(pixel_weight),
+                                        view(loss_sum), view(weight_sum), view(n_valid)});
         });
   m.def("cross_entropy_backward",
         [](py::handle logits, py::handle labels, py::handle grad, int64_t ignore_index, bool align_corners,
-           py::handle grad_loss, py::handle log_normalizer, py::handle class_weight, py::handle pixel_weight) {
+           py::handle grad_loss, py::handle largest, py::handle log_normalizer, py::handle class_weight,
+           py::handle pixel_weight) {
           return run(cpu::cross_entropy_backward,
                      CrossEntropyBackwardParams{problem(logits, labels, grad, ignore_index, align_corners),
-                                                view(grad_loss), view(log_normalizer), view(class_weight),
-                                                view(pixel_weight)});
+                                                view(grad_loss), view(largest), view(log_normalizer),
+                                                view(class_weight), view(pixel_weight)});
         });
   m.def("l1_norm", [](int64_t n, int64_t numel, py::handle grad, py::handle norm) {
     return run(cpu::l1_norm, L1NormParams{n, numel, view(grad), view(norm)});

@@ -16,7 +16,7 @@
 namespace segadv {
 
 // The Python side refuses an extension with another number.
-constexpr int kInterfaceVersion = 1;
+constexpr int kInterfaceVersion = 2;
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
 
@@ -66,7 +66,8 @@ struct CrossEntropyParams {
   bool targeted = false;      // SegPGD, CosPGD
   TensorView class_weight;    // [C] of the compute type, or none
   TensorView pixel_loss;      // [N, H, W]
-  TensorView log_normalizer;  // [N, H, W]: log sum exp(z - max z), what the backward needs
+  TensorView largest;         // [N, H, W]: max z, and ...
+  TensorView log_normalizer;  // [N, H, W]: ... log sum exp(z - max z), what the backward needs
   TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight
   TensorView loss_sum;        // [N]
   TensorView weight_sum;      // [N]: sum of class weights
@@ -76,7 +77,7 @@ struct CrossEntropyParams {
 struct CrossEntropyBackwardParams {
   Problem problem;            // grad wanted
   TensorView grad_loss;       // [N, H, W] of the compute type, any strides
-  TensorView log_normalizer;  // [N, H, W]
+  TensorView largest, log_normalizer;  // [N, H, W]
   TensorView class_weight;    // [C], or none
   TensorView pixel_weight;    // [N, H, W], or none
 };

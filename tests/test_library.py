@@ -42,7 +42,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "cross_entropy": (z, y, weight, 255, False, True),
         "segpgd_loss": (z, y, 0.25, False, 255, False),
         "cospgd_loss": (z, y, True, 255, False),
-        "cross_entropy_backward": (per_pixel, z, y, per_pixel, weight, per_pixel, 255, False),
+        "cross_entropy_backward": (per_pixel, z, y, per_pixel, per_pixel, weight, per_pixel, 255, False),
         "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
         "l1_norm": (grad,),
         "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),

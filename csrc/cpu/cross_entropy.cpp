@@ -23,6 +23,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
   A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_sum[kMaxTile], weight[kMaxTile], label_exp[kMaxTile];
+  A largest[kMaxTile];
   const int64_t tile_width = tiles.width();
   std::vector<A> exponentials(problem.grad ? classes * tile_width : 0);
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
@@ -61,6 +62,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     for (int p = 0; p < tile.count; ++p) {
       const bool valid = y[p] >= 0;
       // Not below 0, where resampling rounds the label's logit otherwise than in the search for the best.
+      largest[p] = valid ? best[p] : A(0);
       const A difference = best[p] - tile.z(valid ? y[p] : 0, p);
       const A below_best = difference < A(0) ? A(0) : difference;
       label_exp[p] = cosine ? exp_nonpositive(-below_best) : A(0);
@@ -94,6 +96,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     partial.loss_sum += loss_sum;
     partial.weight_sum += weight_sum;
     if (params.pixel_loss) std::copy_n(best, tile.count, at<A>(params.pixel_loss, tile.n, tile.y, tile.x));
+    if (params.largest) std::copy_n(largest, tile.count, at<A>(params.largest, tile.n, tile.y, tile.x));
     if (params.log_normalizer) std::copy_n(log_sum, tile.count, at<A>(params.log_normalizer, tile.n, tile.y, tile.x));
     if (params.pixel_weight) std::copy_n(weight, tile.count, at<A>(params.pixel_weight, tile.n, tile.y, tile.x));
     if (!problem.grad) return;
@@ -119,7 +122,7 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile];
-  A best[kMaxTile], log_sum[kMaxTile], weight[kMaxTile];
+  A weight[kMaxTile];
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
@@ -134,13 +137,13 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
       const A* pixel_weight = at<A>(params.pixel_weight, tile.n, tile.y, tile.x);
       for (int p = 0; p < tile.count; ++p) weight[p] *= pixel_weight[p];
     }
-    std::copy_n(at<A>(params.log_normalizer, tile.n, tile.y, tile.x), tile.count, log_sum);
-    find_best(tile, classes, best);
+    const A* largest = at<A>(params.largest, tile.n, tile.y, tile.x);
+    const A* log_normalizer = at<A>(params.log_normalizer, tile.n, tile.y, tile.x);
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
-        const A softmax = exp_nonpositive((tile.z(c, p) - best[p]) - log_sum[p]);
+        const A softmax = exp_nonpositive((tile.z(c, p) - largest[p]) - log_normalizer[p]);
         const A g = weight[p] * (y[p] == k ? softmax - A(1) : softmax);
         tile.put(c, p, y[p] >= 0 ? g : A(0));
       }

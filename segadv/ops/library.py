@@ -99,37 +99,38 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
 
 @_define(
     "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel)"
-    " -> (Tensor loss, Tensor weight_sum, Tensor log_normalizer)"
+    " -> (Tensor loss, Tensor weight_sum, Tensor largest, Tensor log_normalizer)"
 )
 def cross_entropy(logits, labels, weight, ignore_index, align_corners, per_pixel):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
-    return _map(labels, dtype) if per_pixel else _vector(logits), _vector(logits), _map(labels, dtype)
+    loss = _map(labels, dtype) if per_pixel else _vector(logits)
+    return loss, _vector(logits), _map(labels, dtype), _map(labels, dtype)
 
 
 @_define(
     "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor log_normalizer, Tensor pixel_weight)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
 )
 def segpgd_loss(logits, labels, lam, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), _map(labels, dtype), _map(labels, dtype)
+    return _vector(logits), _vector(logits, torch.int64), *(_map(labels, dtype) for _ in range(3))
 
 
 @_define(
     "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor log_normalizer, Tensor pixel_weight)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
 )
 def cospgd_loss(logits, labels, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), _map(labels, dtype), _map(labels, dtype)
+    return _vector(logits), _vector(logits, torch.int64), *(_map(labels, dtype) for _ in range(3))
 
 
 @_define(
-    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor log_normalizer, Tensor? weight, Tensor? pixel_weight,"
-    " int ignore_index, bool align_corners) -> Tensor"
+    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor largest, Tensor log_normalizer, Tensor? weight,"
+    " Tensor? pixel_weight, int ignore_index, bool align_corners) -> Tensor"
 )
 def cross_entropy_backward(  # type: ignore[no-untyped-def]
-    grad_loss, logits, labels, log_normalizer, weight, pixel_weight, ignore_index, align_corners
+    grad_loss, logits, labels, largest, log_normalizer, weight, pixel_weight, ignore_index, align_corners
 ):
     return _gradient(logits)
 

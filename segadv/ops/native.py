@@ -33,7 +33,7 @@ except ImportError as error:
     )
 
 # csrc/segadv.h, kInterfaceVersion
-_INTERFACE_VERSION = 1
+_INTERFACE_VERSION = 2
 if core is not None and core.interface_version != _INTERFACE_VERSION:
     raise ImportError(
         f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "
@@ -184,6 +184,7 @@ def _cross_entropy(
     grad: Tensor | None = None,
     class_weight: Tensor | None = None,
     pixel_loss: Tensor | None = None,
+    largest: Tensor | None = None,
     log_normalizer: Tensor | None = None,
     pixel_weight: Tensor | None = None,
     loss_sum: Tensor | None = None,
@@ -192,8 +193,8 @@ def _cross_entropy(
 ) -> None:
     bad = core.cross_entropy(
         _view(logits), _view(labels), _view(grad), ignore_index, align_corners, _LOSSES[loss], lam, targeted,
-        _view(class_weight), _view(pixel_loss), _view(log_normalizer), _view(pixel_weight), _view(loss_sum),
-        _view(weight_sum), _view(n_valid),
+        _view(class_weight), _view(pixel_loss), _view(largest), _view(log_normalizer), _view(pixel_weight),
+        _view(loss_sum), _view(weight_sum), _view(n_valid),
     )  # fmt: skip
     _check(bad, labels, logits.shape[1], ignore_index)
 
@@ -205,11 +206,11 @@ def cross_entropy(
     ignore_index: int,
     align_corners: bool,
     per_pixel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     loss = _map(labels, dtype) if per_pixel else _vector(logits, dtype)
     weight_sum = _vector(logits, dtype)
-    log_normalizer = _map(labels, dtype)
+    largest, log_normalizer = _map(labels, dtype), _map(labels, dtype)
     _cross_entropy(
         logits,
         labels,
@@ -219,9 +220,10 @@ def cross_entropy(
         pixel_loss=loss if per_pixel else None,
         loss_sum=None if per_pixel else loss,
         weight_sum=weight_sum,
+        largest=largest,
         log_normalizer=log_normalizer,
     )
-    return loss, weight_sum, log_normalizer
+    return loss, weight_sum, largest, log_normalizer
 
 
 def _weighted_loss(
@@ -232,10 +234,10 @@ def _weighted_loss(
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     loss_sum, n_valid = _vector(logits, dtype), _vector(logits, torch.int64)
-    log_normalizer, pixel_weight = _map(labels, dtype), _map(labels, dtype)
+    largest, log_normalizer, pixel_weight = (_map(labels, dtype) for _ in range(3))
     _cross_entropy(
         logits,
         labels,
@@ -246,21 +248,22 @@ def _weighted_loss(
         targeted=targeted,
         loss_sum=loss_sum,
         n_valid=n_valid,
+        largest=largest,
         log_normalizer=log_normalizer,
         pixel_weight=pixel_weight,
     )
-    return loss_sum, n_valid, log_normalizer, pixel_weight
+    return loss_sum, n_valid, largest, log_normalizer, pixel_weight
 
 
 def segpgd_loss(
     logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
 
 
 def cospgd_loss(
     logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
 
 
@@ -302,6 +305,7 @@ def cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,
     labels: Tensor,
+    largest: Tensor,
     log_normalizer: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
@@ -311,7 +315,7 @@ def cross_entropy_backward(
     grad = _gradient(logits)
     bad = core.cross_entropy_backward(
         _view(logits), _view(labels), _view(grad), ignore_index, align_corners,
-        _view(grad_loss), _view(log_normalizer), _view(weight), _view(pixel_weight),
+        _view(grad_loss), _view(largest), _view(log_normalizer), _view(weight), _view(pixel_weight),
     )  # fmt: skip
     _check(bad, labels, logits.shape[1], ignore_index)
     return grad

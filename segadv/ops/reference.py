@@ -124,11 +124,12 @@ def gain_and_grad(
     return gain_sum, n_valid, grad
 
 
-def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-softmax [N, C, H, W], log sum exp(z - max) [N, H, W])."""
-    shifted = z - z.amax(dim=1, keepdim=True)
+def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-softmax [N, C, H, W], max z [N, H, W], log sum exp(z - max z) [N, H, W])."""
+    largest = z.amax(dim=1, keepdim=True)
+    shifted = z - largest
     log_normalizer = shifted.exp().sum(dim=1, keepdim=True).log()
-    return shifted - log_normalizer, log_normalizer.squeeze(1)
+    return shifted - log_normalizer, largest.squeeze(1), log_normalizer.squeeze(1)
 
 
 def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: float, targeted: bool) -> Tensor:
@@ -150,14 +151,19 @@ def cross_entropy(
     ignore_index: int,
     align_corners: bool,
     per_pixel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
-    log_softmax, log_normalizer = _log_softmax_terms(z)
+    log_softmax, largest, log_normalizer = _log_softmax_terms(z)
     class_weight = torch.ones_like(log_normalizer) if weight is None else weight.to(z.dtype)[target.y.squeeze(1)]
     loss = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * class_weight)
     weight_sum = target.masked(class_weight).sum(dim=(1, 2))
-    return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, log_normalizer.where(target.valid, 0)
+    return (
+        loss if per_pixel else loss.sum(dim=(1, 2)),
+        weight_sum,
+        largest.where(target.valid, 0),
+        log_normalizer.where(target.valid, 0),
+    )
 
 
 def _weighted_loss(
@@ -168,15 +174,16 @@ def _weighted_loss(
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
-    log_softmax, log_normalizer = _log_softmax_terms(z)
+    log_softmax, largest, log_normalizer = _log_softmax_terms(z)
     pixel_weight = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * pixel_weight)
     return (
         value.sum(dim=(1, 2)),
         target.n_valid,
+        largest.where(target.valid, 0),
         log_normalizer.where(target.valid, 0),
         target.masked(pixel_weight),
     )
@@ -184,13 +191,13 @@ def _weighted_loss(
 
 def segpgd_loss(
     logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
 
 
 def cospgd_loss(
     logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
 
 
@@ -198,6 +205,7 @@ def cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,
     labels: Tensor,
+    largest: Tensor,
     log_normalizer: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
@@ -209,7 +217,7 @@ def cross_entropy_backward(
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
     if weight is not None:
         coefficient = coefficient * weight.to(z.dtype)[target.y.squeeze(1)]
-    softmax = (z - z.amax(dim=1, keepdim=True) - log_normalizer.unsqueeze(1)).exp()
+    softmax = (z - largest.unsqueeze(1) - log_normalizer.unsqueeze(1)).exp()
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
     grad = torch.where(target.valid.unsqueeze(1), (softmax - onehot) * coefficient.unsqueeze(1), 0.0)
@@ -232,15 +240,17 @@ def loss_and_grad(
     n_valid = _Labels(labels, logits.shape[1], ignore_index, compute_dtype(logits.dtype)).n_valid
     pixel_weight = None
     if loss == "cross_entropy":
-        loss_sum, weight_sum, log_normalizer = cross_entropy(logits, labels, weight, ignore_index, align_corners, False)
+        loss_sum, weight_sum, largest, log_normalizer = cross_entropy(
+            logits, labels, weight, ignore_index, align_corners, False
+        )
     else:
-        loss_sum, _, log_normalizer, pixel_weight = _weighted_loss(
+        loss_sum, _, largest, log_normalizer, pixel_weight = _weighted_loss(
             logits, labels, loss, lam, targeted, ignore_index, align_corners
         )
         weight_sum = pixel_weight.sum(dim=(1, 2))
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)
     grad = cross_entropy_backward(
-        one, logits, labels, log_normalizer, weight, pixel_weight, ignore_index, align_corners
+        one, logits, labels, largest, log_normalizer, weight, pixel_weight, ignore_index, align_corners
     )
     return loss_sum, n_valid, weight_sum, grad
 
