@@ -15,12 +15,15 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
 
-# The first that can run on the device is the default.
-_PREFERENCE = ("native", "reference")
+
+def _preference(device_type: str) -> tuple[str, ...]:
+    """The first that can run on the device is the default. Triton's interpreter, on the CPU, is for tests only."""
+    return ("native", "reference") if device_type == "cpu" else ("native", "triton", "reference")
+
 
 _local = threading.local()
 _warned: set[str] = set()
@@ -45,7 +48,7 @@ def backend(name: str | None) -> Iterator[None]:
     """Forces a backend inside the `with` block, in this thread; None leaves the choice automatic.
 
     Args:
-        name: "native", "reference", or None.
+        name: "native", "triton", "reference", or None.
 
     Raises:
         ValueError: for an unknown name. RuntimeError, from the operation, where the backend cannot run: an
@@ -71,7 +74,8 @@ def select(device_type: str) -> ModuleType:
     chosen = default(device_type)
     if chosen == "reference" and device_type not in _warned:
         _warned.add(device_type)
-        reasons = "; ".join(f"{other}: {BACKENDS[other].unavailable(device_type)}" for other in _PREFERENCE[:-1])
+        others = _preference(device_type)[:-1]
+        reasons = "; ".join(f"{other}: {BACKENDS[other].unavailable(device_type)}" for other in others)
         warnings.warn(
             f"segadv runs its slow reference backend for {device_type} tensors ({reasons}). "
             "`segadv doctor` tells more; SEGADV_BACKEND=reference accepts it silently.",
@@ -82,7 +86,7 @@ def select(device_type: str) -> ModuleType:
 
 
 def default(device_type: str) -> str:
-    return next(name for name in _PREFERENCE if BACKENDS[name].unavailable(device_type) is None)
+    return next(name for name in _preference(device_type) if BACKENDS[name].unavailable(device_type) is None)
 
 
 def report() -> str:

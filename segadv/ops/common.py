@@ -34,6 +34,13 @@ def empty_images(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=memory_format)
 
 
+def ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
+    """The tensor itself where its elements lie in the output's order, as they nearly always do, else a copy."""
+    if tensor.stride() == output.stride():
+        return tensor
+    return torch.empty_like(output).copy_(tensor)
+
+
 def empty_gradient(size: list[int], channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)

@@ -17,6 +17,7 @@ from .common import (
     empty_images,
     is_channels_last,
     numel_per_image,
+    ordered_like,
     prediction_dtype,
     raise_bad_label,
     runner_up_dtype,
@@ -326,13 +327,6 @@ def _row(tensor: Tensor) -> _View:
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
 
 
-def _ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
-    """The tensor itself where its elements lie in the output's order, as they nearly always do, else a copy."""
-    if tensor.stride() == output.stride():
-        return tensor
-    return torch.empty_like(output).copy_(tensor)
-
-
 def l1_norm(grad: Tensor) -> Tensor:
     norm = _vector(grad, compute_dtype(grad.dtype))
     if not is_channels_last(grad):
@@ -351,7 +345,7 @@ def newton_step(
     max_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     adversarial = empty_images(images)
-    images, grad = _ordered_like(images, adversarial), _ordered_like(grad, adversarial)
+    images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
     gain = gain.to(images.dtype).contiguous()
     eps, norm = torch.empty_like(gain), torch.empty_like(gain)
     core.newton_step(
@@ -373,8 +367,8 @@ def sign_step(
     high: float,
 ) -> Tensor:
     adversarial = empty_images(images)
-    images, grad = _ordered_like(images, adversarial), _ordered_like(grad, adversarial)
-    origin = None if origin is None else _ordered_like(origin, adversarial)
+    images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
+    origin = None if origin is None else ordered_like(origin, adversarial)
     core.sign_step(
         images.shape[0], numel_per_image(images), _row(images), _row(grad),
         None if origin is None else _row(origin), _row(adversarial), alpha, 0.0 if eps is None else eps,

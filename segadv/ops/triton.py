@@ -1,0 +1,60 @@
+"""The triton backend: kernels for a GPU without nvcc, other vendors' GPUs too, compiled at their first call.
+
+The kernels are in triton_kernels/; nothing is imported before it is needed, Triton itself included. On the CPU they
+run in Triton's interpreter, for tests (TRITON_INTERPRET=1, set before the first import).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+_FILE = {
+    "pixel_margin": "margin",
+    "averaged_gain": "margin",
+    "gain_and_grad": "margin",
+    "margin_backward": "margin",
+    "cross_entropy": "cross_entropy",
+    "segpgd_loss": "cross_entropy",
+    "cospgd_loss": "cross_entropy",
+    "loss_and_grad": "cross_entropy",
+    "cross_entropy_backward": "cross_entropy",
+    "l1_norm": "step",
+    "newton_step": "step",
+    "sign_step": "step",
+    "confusion_matrix": "confusion",
+    "argmax_labels": "confusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    operation = getattr(importlib.import_module(f".triton_kernels.{_FILE[name]}", __package__), name)
+    globals()[name] = operation
+    return operation
+
+
+@cache
+def unavailable(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "Triton compiles for GPUs; on the CPU its interpreter can run the kernels, slowly: TRITON_INTERPRET=1"
+    if device_type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 is set, with which Triton runs on CPU tensors only"
+    if device_type not in ("cpu", "cuda"):
+        return f"it has not been tried with {device_type} tensors"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
+        return "Triton needs a GPU of compute capability 7.5 or higher"
+    try:
+        importlib.import_module(".triton_kernels.margin", __package__)
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    return None

@@ -1,0 +1,1 @@
+"""The Triton kernels, one file per group of operations, as in csrc/cpu/."""

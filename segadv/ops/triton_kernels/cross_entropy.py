@@ -1,0 +1,246 @@
+"""Cross-entropy, SegPGD's and CosPGD's weighted forms of it, and their gradients.
+
+Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and, at full resolution,
+the gradient. Largest logit and sum of exponentials are found in one pass over the classes (online softmax, with one
+exponential per class). Fewest bytes: the logits read once, the gradient written once (its exponentials need a second
+reading of the logits, from the cache where the tiles at work fit), labels read once. At full resolution bound by
+memory. Resampled, by arithmetic: about 12 operations, one of them an exponential, per class and pixel.
+
+Fraction of the limit reached: not yet measured (python -m benchmarks.device).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import check_labels, compute_dtype, empty_gradient, is_channels_last
+from . import gradient
+from .scalars import bits, scalar
+from .tiles import finish, launch, load_labels, load_logit, taps, tile_of, tiles
+
+
+@triton.jit(do_not_specialize=["right_bits", "wrong_bits"])
+def cross_entropy_kernel(
+    logits, labels, grad, class_weight, pixel_loss, largest, log_normalizer, pixel_weight,
+    loss_sum, weight_sum, valid, bad,
+    stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
+    C, h, w, H, W, programs, tiles_x, chunks, ignore_index, right_bits, wrong_bits,
+    SEGPGD: tl.constexpr, COSPGD: tl.constexpr, TARGETED: tl.constexpr,
+    UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    at = n * label_n + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
+    label, is_bad = load_labels(labels, at, inside, C, ignore_index)
+    o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
+        program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
+    )
+    inside_taps = x < W if QUAD_ROWS else inside
+    # Not -inf: the difference to a class of logit -inf must not be NaN.
+    top = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
+    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    own = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    prediction = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
+    for c in tl.range(0, C, loop_unroll_factor=4):
+        plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
+        z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+        own = tl.where(label == c, z, own)
+        difference = z - top
+        higher = difference > 0  # of two equal ones the first stays; a NaN reaches the total below
+        e = tl.exp(-tl.abs(difference))
+        total = tl.where(higher, total * e + 1.0, total + e)
+        if COSPGD:
+            squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
+        if SEGPGD:
+            prediction = tl.where(higher, c, prediction)
+        top = tl.where(higher, z, top)
+    is_valid = label >= 0
+    below_top = top - own
+    log_sum = tl.log(total)
+    if SEGPGD:
+        weight = tl.where(prediction == label, scalar(right_bits, A), scalar(wrong_bits, A))
+    elif COSPGD:
+        cosine = tl.exp(-below_top) / tl.sqrt(squares)
+        weight = 1.0 - cosine if TARGETED else cosine
+    elif class_weight is not None:
+        weight = tl.load(class_weight + tl.maximum(label, 0))
+    else:
+        weight = tl.full([BLOCK_Y, BLOCK_X], 1.0, A)
+    weight = tl.where(is_valid, weight, 0.0)
+    loss = tl.where(is_valid, (log_sum + below_top) * weight, 0.0)
+    tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
+    tl.store(valid + program, tl.sum(is_valid.to(tl.int32)))
+    tl.store(weight_sum + program, tl.sum(weight))
+    if loss_sum is not None:
+        tl.store(loss_sum + program, tl.sum(loss))
+    at = n * H * W + y.to(tl.int64) * W + x
+    if pixel_loss is not None:
+        tl.store(pixel_loss + at, loss, mask=inside)
+    if largest is not None:
+        tl.store(largest + at, tl.where(is_valid, top, 0.0), mask=inside)
+        tl.store(log_normalizer + at, tl.where(is_valid, log_sum, 0.0), mask=inside)
+    if pixel_weight is not None:
+        tl.store(pixel_weight + at, weight, mask=inside)
+    if grad is not None:
+        at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
+        for c in tl.range(0, C, loop_unroll_factor=4):
+            plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
+            z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+            g = gradient.cross_entropy_gradient(c, label, z, top, log_sum, weight)
+            tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    weight_sum: Tensor,
+    *,
+    loss: str = "cross_entropy",
+    lam: float = 0.0,
+    targeted: bool = False,
+    grad: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    pixel_loss: Tensor | None = None,
+    largest: Tensor | None = None,
+    log_normalizer: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    loss_sum: Tensor | None = None,
+    n_valid: Tensor | None = None,
+) -> None:
+    if labels.device.type == "cpu":
+        check_labels(labels, logits.shape[1], ignore_index)
+    device, dtype = logits.device, weight_sum.dtype
+    strides = [tensor.stride() for tensor in (logits, labels, grad) if tensor is not None]
+    t = tiles(logits.shape, labels.shape[-2:], align_corners, logits.dtype, device, strides)
+    up = t.options["UP"]
+    if up and grad is not None:  # what the gradient's own kernel reads
+        largest, log_normalizer = (torch.empty(labels.shape, dtype=dtype, device=device) for _ in range(2))
+        if loss != "cross_entropy":
+            pixel_weight = torch.empty_like(largest)
+    losses, weights = (t.partial(dtype, device) for _ in range(2))
+    valid, bad = (t.partial(torch.int32, device) for _ in range(2))
+    right, wrong = (lam, 1.0 - lam) if targeted else (1.0 - lam, lam)
+    launch(
+        cross_entropy_kernel, t.total, logits, logits, labels, None if up else grad, class_weight, pixel_loss,
+        largest, log_normalizer, pixel_weight, None if loss_sum is None else losses, weights, valid, bad,
+        *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()), *t.sizes, *t.walk,
+        ignore_index, bits(right), bits(wrong), SEGPGD=loss == "segpgd", COSPGD=loss == "cospgd", TARGETED=targeted,
+        **t.options,
+    )  # fmt: skip
+    if up and grad is not None:
+        gradient.launch_gradient(
+            grad, labels, ignore_index, align_corners, logits=logits, largest=largest,
+            log_normalizer=log_normalizer, class_weight=class_weight, pixel_weight=pixel_weight,
+        )  # fmt: skip
+    sums = [(weights, weight_sum)]
+    finish(
+        bad,
+        sums=sums if loss_sum is None else [*sums, (losses, loss_sum)],
+        valid=None if n_valid is None else (valid, n_valid),
+        poisoned=[x for x in (pixel_loss, grad) if x is not None],
+    )
+
+
+def _vector(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+
+
+def _maps(labels: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for _ in range(count)]
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    weight_sum = _vector(logits, dtype)
+    largest, log_normalizer = _maps(labels, dtype, 2)
+    loss = _maps(labels, dtype, 1)[0] if per_pixel else _vector(logits, dtype)
+    _cross_entropy(
+        logits, labels, ignore_index, align_corners, weight_sum, class_weight=weight,
+        pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
+        largest=largest, log_normalizer=log_normalizer,
+    )  # fmt: skip
+    return loss, weight_sum, largest, log_normalizer
+
+
+def _weighted_loss(
+    logits: Tensor,
+    labels: Tensor,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    loss_sum, weight_sum, n_valid = _vector(logits, dtype), _vector(logits, dtype), _vector(logits, torch.int64)
+    largest, log_normalizer, pixel_weight = _maps(labels, dtype, 3)
+    _cross_entropy(
+        logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted,
+        loss_sum=loss_sum, n_valid=n_valid, largest=largest, log_normalizer=log_normalizer,
+        pixel_weight=pixel_weight,
+    )  # fmt: skip
+    return loss_sum, n_valid, largest, log_normalizer, pixel_weight
+
+
+def segpgd_loss(
+    logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
+
+
+def cospgd_loss(
+    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
+
+
+def loss_and_grad(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    loss: str,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(logits.dtype)
+    loss_sum, weight_sum, n_valid = _vector(logits, dtype), _vector(logits, dtype), _vector(logits, torch.int64)
+    grad = empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+    _cross_entropy(
+        logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted, grad=grad,
+        class_weight=weight, loss_sum=loss_sum, n_valid=n_valid,
+    )  # fmt: skip
+    return loss_sum, n_valid, weight_sum, grad
+
+
+def cross_entropy_backward(
+    grad_loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    largest: Tensor,
+    log_normalizer: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+) -> Tensor:
+    grad = empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+    bad = gradient.launch_gradient(
+        grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, largest=largest,
+        log_normalizer=log_normalizer, class_weight=weight, pixel_weight=pixel_weight,
+    )  # fmt: skip
+    finish(bad, poisoned=[grad])
+    return grad

@@ -1,0 +1,211 @@
+"""The gradient of the losses with respect to the logits, from what the forward kept of every pixel.
+
+`gradient_kernel`, logits of the labels' size: every class of every pixel once. Fewest bytes: the gradient written
+once, and for cross-entropy the logits read once. Bound by memory.
+
+`gradient_up_kernel`, resampled logits: the transpose of the resampling without atomics. A lane owns a column of quads
+(the output pixels between four neighbouring taps, see bilinear.py) for a few classes, and walks down: over the pixels
+of a quad it adds up four corner sums; two of them complete the row of logits above, two are carried to the row below.
+Along x the sums of neighbouring lanes meet once per quad. Nothing of C classes is ever larger than the gradient
+itself. Rows at the upper edge of a program, and one column of quads, are computed twice. Bound by arithmetic: 6
+(margin) or 9 (cross-entropy, with one exponential) operations per class and pixel.
+
+Fraction of the limit reached: not yet measured (python -m benchmarks.device).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import compute_dtype
+from .bilinear import first_output, largest_quad, weights
+from .configs import config
+from .tiles import check_sizes, launch, load_labels, power_of_two, tile_of, tiles, triton_dtype
+
+
+@triton.jit
+def margin_gradient(c, label, runner_up, value):
+    """+value at the label, -value at the runner-up, 0 elsewhere; label and runner-up are -1 where not valid."""
+    return tl.where(label == c, value, tl.where(runner_up == c, -value, 0.0))
+
+
+@triton.jit
+def cross_entropy_gradient(c, label, z, largest, log_normalizer, value):
+    """value * (softmax - onehot), 0 where not valid (also where z is NaN)."""
+    softmax = tl.exp((z - largest) - log_normalizer)
+    return tl.where(label >= 0, value * tl.where(label == c, softmax - 1.0, softmax), 0.0)
+
+
+@triton.jit
+def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside, A: tl.constexpr):
+    """What a pixel's gradient is multiplied with: incoming gradient, weight of its class, weight of the pixel."""
+    value = tl.full(inside.shape, 1.0, A)
+    if grad_loss is not None:
+        value *= tl.load(grad_loss + at_loss, mask=inside, other=0)
+    if class_weight is not None:
+        value *= tl.load(class_weight + tl.maximum(label, 0))
+    if pixel_weight is not None:
+        value *= tl.load(pixel_weight + at, mask=inside, other=0)
+    return value
+
+
+@triton.jit
+def gradient_kernel(
+    grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
+    grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
+    loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, ignore_index,
+    UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    y, x = y.to(tl.int64), x.to(tl.int64)
+    label, is_bad = load_labels(labels, n * label_n + y * label_y + x * label_x, inside, C, ignore_index)
+    tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
+    at = n * H * W + y * W + x
+    value = load_value(
+        grad_loss, n * loss_n + y * loss_y + x * loss_x, class_weight, pixel_weight, at, label, inside, A
+    )
+    if runner_up is not None:
+        runner = tl.where(label >= 0, tl.load(runner_up + at, mask=inside, other=0).to(tl.int32), -1)
+    else:
+        top = tl.load(largest + at, mask=inside, other=0)
+        log_sum = tl.load(log_normalizer + at, mask=inside, other=0)
+    at_grad = n * grad_n + y * grad_y + x * grad_x
+    at_logits = n * stride_n + y * stride_y + x * stride_x
+    for c in tl.range(0, C, loop_unroll_factor=4):
+        if runner_up is not None:
+            g = margin_gradient(c, label, runner, value)
+        else:
+            z = tl.load(logits + at_logits + tl.cast(c, tl.int64) * stride_c, mask=inside, other=0).to(A)
+            g = cross_entropy_gradient(c, label, z, top, log_sum, value)
+        tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
+
+
+@triton.jit
+def gradient_up_kernel(
+    grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
+    grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
+    loss_n, loss_y, loss_x, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, ignore_index,
+    ALIGN: tl.constexpr, A: tl.constexpr, CLASSES: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    c = program % tiles_c * CLASSES + tl.arange(0, CLASSES)[:, None]  # [CLASSES, 1]
+    lane = tl.arange(0, QUADS)[None, :]
+    # The last lane's quad only completes the column of the lane before it.
+    quad_x = program // tiles_c % tiles_x * (QUADS - 1) + lane  # [1, QUADS]
+    row = program // tiles_c // tiles_x % tiles_y * ROWS
+    last_row = tl.minimum(row + ROWS, h)
+    n = (program // tiles_c // tiles_x // tiles_y).to(tl.int64)
+
+    begin_x = first_output(quad_x, w, W, ALIGN)
+    end_x = tl.where(quad_x <= w, first_output(quad_x + 1, w, W, ALIGN), begin_x)
+    left = tl.minimum(tl.maximum(quad_x - 1, 0), w - 1).to(tl.int64) * stride_x
+    right = tl.minimum(quad_x, w - 1).to(tl.int64) * stride_x
+    to_the_right = tl.broadcast_to(tl.minimum(lane + 1, QUADS - 1), [CLASSES, QUADS])
+    planes = n * stride_n + c.to(tl.int64) * stride_c  # [CLASSES, 1]
+    is_class = c < C
+    bad_labels = tl.zeros([1, QUADS], tl.int32)
+
+    # Corner sums [CLASSES, QUADS] for the row of logits that the next quad row completes.
+    lower_left = tl.zeros([CLASSES, QUADS], A)
+    lower_right = tl.zeros([CLASSES, QUADS], A)
+    for quad_y in range(row, last_row + 1):
+        upper_left, upper_right = lower_left, lower_right
+        lower_left = tl.zeros([CLASSES, QUADS], A)
+        lower_right = tl.zeros([CLASSES, QUADS], A)
+        if runner_up is None:
+            upper = planes + tl.maximum(quad_y - 1, 0).to(tl.int64) * stride_y
+            lower = planes + tl.minimum(quad_y, h - 1).to(tl.int64) * stride_y
+            z00 = tl.load(logits + upper + left, mask=is_class, other=0).to(A)
+            z01 = tl.load(logits + upper + right, mask=is_class, other=0).to(A)
+            z10 = tl.load(logits + lower + left, mask=is_class, other=0).to(A)
+            z11 = tl.load(logits + lower + right, mask=is_class, other=0).to(A)
+        for y in range(first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)):
+            wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
+            if runner_up is None:
+                z0, z1 = wy0 * z00 + wy1 * z10, wy0 * z01 + wy1 * z11
+            sum_left = tl.zeros([CLASSES, QUADS], A)
+            sum_right = tl.zeros([CLASSES, QUADS], A)
+            for i in range(0, widest):
+                x = begin_x + i
+                inside = x < end_x
+                wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
+                y64, x64 = tl.cast(y, tl.int64), x.to(tl.int64)
+                at = n * label_n + y64 * label_y + x64 * label_x
+                label, is_bad = load_labels(labels, at, inside, C, ignore_index)
+                bad_labels += is_bad.to(tl.int32)
+                at, at_loss = n * H * W + y64 * W + x64, n * loss_n + y64 * loss_y + x64 * loss_x
+                value = load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside, A)
+                if runner_up is not None:
+                    runner = tl.load(runner_up + at, mask=inside, other=0).to(tl.int32)
+                    g = margin_gradient(c, label, tl.where(label >= 0, runner, -1), value)
+                else:
+                    top = tl.load(largest + at, mask=inside, other=0)
+                    log_sum = tl.load(log_normalizer + at, mask=inside, other=0)
+                    g = cross_entropy_gradient(c, label, wx0 * z0 + wx1 * z1, top, log_sum, value)
+                sum_left += wx0 * g
+                sum_right += wx1 * g
+            upper_left += wy0 * sum_left
+            upper_right += wy0 * sum_right
+            lower_left += wy1 * sum_left
+            lower_right += wy1 * sum_right
+        if quad_y > row:
+            # Column i: the right corner of quad i and the left one of quad i + 1.
+            g = upper_right + tl.gather(upper_left, to_the_right, axis=1)
+            at_grad = n * grad_n + tl.cast(quad_y - 1, tl.int64) * grad_y + c.to(tl.int64) * grad_c
+            at_grad += quad_x.to(tl.int64) * grad_x
+            tl.store(grad + at_grad, g, mask=is_class & (lane < QUADS - 1) & (quad_x < w))
+    tl.store(bad + program, tl.sum(bad_labels))
+
+
+def launch_gradient(
+    grad: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    *,
+    logits: Tensor | None = None,
+    runner_up: Tensor | None = None,
+    grad_loss: Tensor | None = None,
+    largest: Tensor | None = None,
+    log_normalizer: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    """Fills grad [N, C, h, w]; gives the number of bad labels seen by each program, [N, programs].
+
+    Args:
+        runner_up: [N, H, W], for margins; None for cross-entropy, which needs
+        logits, and largest and log_normalizer [N, H, W].
+        grad_loss: [N, H, W] of any strides; None means 1.
+    """
+    n, num_classes, h, w = grad.shape
+    H, W = labels.shape[-2:]
+    logit_stride = (0, 0, 0, 0) if logits is None else logits.stride()
+    loss_stride = (0, 0, 0) if grad_loss is None else grad_loss.stride()
+    pixels = (logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight)
+    if (h, w) == (H, W):
+        strides = [tensor.stride() for tensor in (grad, labels, logits, grad_loss) if tensor is not None]
+        t = tiles(grad.shape, labels.shape[-2:], align_corners, grad.dtype, labels.device, strides)
+        bad = t.partial(torch.int32, labels.device)
+        launch(
+            gradient_kernel, t.total, labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
+            *labels.stride(), *loss_stride, *t.sizes, *t.walk, ignore_index, **t.options,
+        )  # fmt: skip
+        return bad
+    check_sizes(h, w, H, W)
+    shape = config("gradient_up", labels.device)
+    quads = max(2, min(power_of_two(w + 1), shape.block))
+    classes = min(power_of_two(num_classes), shape.classes)
+    rows = min(power_of_two(h), shape.rows)
+    walk = (triton.cdiv(num_classes, classes), triton.cdiv(w, quads - 1), triton.cdiv(h, rows))
+    bad = torch.empty(n, walk[0] * walk[1] * walk[2], dtype=torch.int32, device=labels.device)
+    launch(
+        gradient_up_kernel, bad.numel(), labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
+        *labels.stride(), *loss_stride, num_classes, h, w, H, W, *walk, largest_quad(w, W, align_corners),
+        ignore_index, ALIGN=align_corners, A=triton_dtype(compute_dtype(grad.dtype)), CLASSES=classes, QUADS=quads,
+        ROWS=rows, num_warps=shape.num_warps,
+    )  # fmt: skip
+    return bad

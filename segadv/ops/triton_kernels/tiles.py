@@ -1,0 +1,250 @@
+"""How a kernel walks over the pixels, and what all kernels share: labels, logits, sums per image.
+
+The twin of csrc/cpu/tiles.h. A program works on a tile of pixels [BLOCK_Y, BLOCK_X] of one image at the labels' size
+and goes through the classes one after the other. Logits of the labels' size are read as they are. Logits of another
+size are resampled on the fly. Where they become four times as large or more, the rows of a tile lie in one quad row
+(`QUAD_ROWS`): two rows of logits then serve them all, each is resampled along x once per class and column, and a pixel
+is two multiplications more.
+
+Sums per image go through one number per program (`sums`, `counts`), which `finish` adds in a fixed order.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import compute_dtype
+from .bilinear import MAX_PRODUCT, first_output, largest_quad, quad_of, weights
+from .configs import config
+
+# --- device -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr,
+            BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):  # fmt: skip
+    """(image, output rows [BLOCK_Y, 1], output columns [1, BLOCK_X], inside [BLOCK_Y, BLOCK_X])."""
+    n, k = program // programs, program % programs
+    x = k % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+    if QUAD_ROWS:
+        quad = k // tiles_x // chunks
+        begin = first_output(quad, h, H, ALIGN) + k // tiles_x % chunks * BLOCK_Y
+        end = first_output(quad + 1, h, H, ALIGN)
+    else:
+        begin = k // tiles_x * BLOCK_Y
+        end = H
+    y = begin + tl.arange(0, BLOCK_Y)[:, None]
+    return n.to(tl.int64), y, x, (y < end) & (x < W)
+
+
+@triton.jit
+def load_labels(labels, offsets, inside, num_classes, ignore_index):
+    """(class as int32, -1 where not valid; whether the label is neither a class nor ignored)."""
+    label = tl.load(labels + offsets, mask=inside, other=0).to(tl.int64)
+    is_class = (label >= 0) & (label < num_classes)
+    kept = inside & (label != ignore_index)
+    return tl.where(kept & is_class, label, -1).to(tl.int32), kept & ~is_class
+
+
+@triton.jit
+def taps(program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP: tl.constexpr,
+         QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr):  # fmt: skip
+    """Offsets of the four taps (upper and lower row, left and right) and weights along y and x of a tile's pixels."""
+    if UP:
+        quad_x, quad_y = quad_of(x, w, W, ALIGN), quad_of(y, h, H, ALIGN)
+        wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
+        wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
+        left = tl.maximum(quad_x - 1, 0).to(tl.int64) * stride_x
+        right = tl.minimum(quad_x, w - 1).to(tl.int64) * stride_x
+        if QUAD_ROWS:
+            row = program % programs // tiles_x // chunks
+        else:
+            row = quad_y
+        upper = tl.maximum(row - 1, 0).to(tl.int64) * stride_y
+        lower = tl.minimum(row, h - 1).to(tl.int64) * stride_y
+        o00, o01, o10, o11 = upper + left, upper + right, lower + left, lower + right
+    else:
+        o00 = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+        o01, o10, o11, wy0, wy1, wx0, wx1 = o00, o00, o00, 0.0, 0.0, 0.0, 0.0  # unused
+    return o00, o01, o10, o11, wy0, wy1, wx0, wx1
+
+
+@triton.jit
+def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr, A: tl.constexpr):
+    """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
+    z = tl.load(plane + o00, mask=inside, other=0).to(A)
+    if UP:
+        across0 = wx0 * z + wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
+        across1 = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
+        across1 += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
+        z = wy0 * across0 + wy1 * across1
+    return z
+
+
+@triton.jit
+def beats(value, best):
+    """Whether `value`, of a higher class index, takes best's place: ties go to the lowest class, NaN wins, once."""
+    return ~(value <= best) & (best == best)
+
+
+@triton.jit
+def total_of(partial, n, programs, BLOCK: tl.constexpr):
+    """Sum of an image's row of partial sums: lanes first, then across them, in float64 or int64."""
+    total = tl.zeros([BLOCK], tl.int64 if partial.dtype.element_ty.is_int() else tl.float64)
+    for begin in range(0, programs, BLOCK):
+        k = begin + tl.arange(0, BLOCK)
+        total += tl.load(partial + n * programs + k, mask=k < programs, other=0).to(total.dtype)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish_kernel(sum0, out0, sum1, out1, valid, n_valid, bad, poisoned0, numel0, poisoned1, numel1, programs,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Adds up what the programs of each image left. NaN wherever a floating result belongs to an image with a bad
+    label: every program looks, and writes only then."""
+    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_bad = total_of(bad, n, programs, BLOCK) > 0
+    if j == 0:
+        if out0 is not None:
+            tl.store(out0 + n, tl.where(is_bad, float("nan"), total_of(sum0, n, programs, BLOCK)))
+        if out1 is not None:
+            tl.store(out1 + n, tl.where(is_bad, float("nan"), total_of(sum1, n, programs, BLOCK)))
+        if n_valid is not None:
+            tl.store(n_valid + n, total_of(valid, n, programs, BLOCK))
+    if is_bad:
+        lanes = tl.arange(0, BLOCK)
+        if poisoned0 is not None:
+            for begin in range(j * BLOCK, numel0, tl.num_programs(1) * BLOCK):
+                tl.store(poisoned0 + n * numel0 + begin + lanes, float("nan"), mask=begin + lanes < numel0)
+        if poisoned1 is not None:
+            for begin in range(j * BLOCK, numel1, tl.num_programs(1) * BLOCK):
+                tl.store(poisoned1 + n * numel1 + begin + lanes, float("nan"), mask=begin + lanes < numel1)
+
+
+# --- host ---------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, programs: int | tuple[int, int], like: Tensor, *arguments: Any, **options: Any) -> None:
+    """Runs the kernel on the device and the current stream of the tensor `like`."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if 0 in grid:
+        return
+    elsewhere = like.device.type == "cuda" and like.device.index != torch.cuda.current_device()
+    with torch.cuda.device(like.device) if elsewhere else nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass
+class Tiles:
+    """How logits and labels are cut into tiles, as the kernels want it."""
+
+    sizes: tuple[int, int, int, int, int]  # C, h, w, H, W; 1, H*W, 1, H*W where an image is one long row
+    walk: tuple[int, int, int]  # tiles of an image, tiles of a row, tiles of a quad row (one above the other)
+    images: int
+    options: dict[str, Any]  # constants of the kernels
+
+    @property
+    def total(self) -> int:
+        return self.images * self.walk[0]
+
+    def partial(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One number per tile, [N, tiles of an image]."""
+        return torch.empty(self.images, self.walk[0], dtype=dtype, device=device)
+
+
+def tiles(
+    size: Sequence[int],
+    size_out: Sequence[int],
+    align_corners: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: Sequence[Sequence[int]],
+) -> Tiles:
+    """The tiles of logits [N, C, h, w] and labels [N, H, W].
+
+    Args:
+        strides: of all tensors that the kernel reads or writes at pixels and that are not contiguous [N, H, W].
+    """
+    n, c, h, w = size
+    H, W = size_out
+    up = (h, w) != (H, W)
+    shape = config("pixels_up" if up else "pixels", device)
+    chunks, quad_rows = 1, False
+    if up:
+        check_sizes(h, w, H, W)
+        rows = largest_quad(h, H, align_corners)
+        quad_rows = rows >= 4
+    if quad_rows:
+        block_y = min(power_of_two(rows), shape.rows)
+        chunks = triton.cdiv(rows, block_y)
+        tiles_y = (h + 1) * chunks
+    else:
+        if not up and all(stride[-2] == stride[-1] * W for stride in strides):  # rows follow each other without a gap
+            h, w, H, W = 1, H * W, 1, H * W
+        block_y = max(1, min(power_of_two(H), shape.block // power_of_two(W)))
+        tiles_y = triton.cdiv(H, block_y)
+    block_x = min(power_of_two(W), max(1, shape.block // block_y))
+    tiles_x = triton.cdiv(W, block_x)
+    return Tiles(
+        sizes=(c, h, w, H, W),
+        walk=(tiles_x * tiles_y, tiles_x, chunks),
+        images=n,
+        options={
+            "UP": up,
+            "QUAD_ROWS": quad_rows,
+            "ALIGN": align_corners,
+            "A": triton_dtype(compute_dtype(dtype)),
+            "BLOCK_Y": block_y,
+            "BLOCK_X": block_x,
+            "num_warps": shape.num_warps,
+        },
+    )
+
+
+def check_sizes(h: int, w: int, H: int, W: int) -> None:
+    if max(h * H, w * W) >= MAX_PRODUCT:
+        raise ValueError(
+            f"logits, labels: {h} x {w} to {H} x {W} is too large for the triton backend, whose resampling needs an "
+            f"own size times the labels' size below {MAX_PRODUCT}"
+        )
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+def finish(
+    bad: Tensor,
+    *,
+    sums: Sequence[tuple[Tensor, Tensor]] = (),
+    valid: tuple[Tensor, Tensor] | None = None,
+    poisoned: Sequence[Tensor] = (),
+) -> None:
+    """Adds the partial sums [N, programs] into the results [N]; NaN where an image has a bad label.
+
+    Args:
+        bad: the number of bad labels of every program.
+        sums: pairs of a partial sum and its result, at most two.
+        valid: the number of valid pixels of every program, and its result.
+        poisoned: further results of the images, dense, at most two.
+    """
+    n, programs = bad.shape
+    (sum0, out0), (sum1, out1) = (*sums, (None, None), (None, None))[:2]
+    filled = [(t, math.prod(t.shape[1:])) for t in poisoned]
+    (poisoned0, numel0), (poisoned1, numel1) = (*filled, (None, 0), (None, 0))[:2]
+    counts, n_valid = valid if valid is not None else (None, None)
+    launch(
+        finish_kernel, (n, 32 if filled else 1), bad, sum0, out0, sum1, out1, counts, n_valid, bad,
+        poisoned0, numel0, poisoned1, numel1, programs, BLOCK=1024, num_warps=4,
+    )  # fmt: skip

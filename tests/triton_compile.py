@@ -1,0 +1,137 @@
+"""Compiles every Triton kernel for GPUs that this machine need not have, and prints what the assembler says.
+
+The interpreter accepts much that the compiler does not. Run as a program: the tests' own process interprets.
+
+    python tests/triton_compile.py cuda:90 cuda:80 hip:gfx942
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from segadv.ops.triton_kernels import configs, confusion, cross_entropy, gradient, margin, step, tiles
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def record(calls: list[Call]) -> None:
+    """From now on a launch is only written down; block sizes are those of a GPU."""
+
+    def launch(kernel: Any, programs: Any, like: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        calls.append((kernel, arguments, options))
+
+    for module in (tiles, margin, cross_entropy, gradient, confusion, step):
+        module.launch = launch
+        if hasattr(module, "config"):
+            module.config = lambda kernel, device: configs._DEFAULT[kernel]
+
+
+def operations() -> Iterator[tuple[str, Any]]:
+    """Every kernel in every variant that differs in code, at the sizes of real use."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for own, channels_last in (((64, 64), False), ((8, 8), False), ((8, 8), True), ((48, 48), False)):
+            z = torch.randn(2, 19, *own).to(dtype)
+            if channels_last:
+                z = z.contiguous(memory_format=torch.channels_last)
+            y = torch.zeros(2, 64, 64, dtype=torch.uint8 if dtype is torch.float32 else torch.int64)
+            wide = torch.zeros(2, 64, 64, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            weight = torch.ones(19, dtype=wide.dtype)
+            one = wide[:, :1, :1].expand(y.shape)
+            name = f"{str(dtype)[6:]} {own[0]} -> 64{' channels_last' if channels_last else ''}"
+            yield f"pixel_margin {name}", lambda z=z, y=y: margin.pixel_margin(z, y, 255, False)
+            yield f"gain_and_grad {name}", lambda z=z, y=y: margin.gain_and_grad(z, y, 255, True)
+            yield f"loss_and_grad {name}", lambda z=z, y=y: cross_entropy.loss_and_grad(
+                z, y, None, "cross_entropy", 0.0, False, 255, False
+            )
+            yield f"confusion_matrix {name}", lambda z=z, y=y: confusion.confusion_matrix(z, y, 255, False, True)
+            if own == (48, 48):
+                continue
+            yield f"margin_backward {name}", lambda z=z, y=y, g=one, cl=channels_last: margin.margin_backward(
+                g, y, y.to(torch.uint8), list(z.shape), cl, z.dtype, 255, False
+            )
+            yield f"cross_entropy {name}", lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(
+                z, y, w, 255, False, True
+            )
+            yield f"segpgd_loss {name}", lambda z=z, y=y: cross_entropy.segpgd_loss(z, y, 0.25, False, 255, False)
+            yield f"cospgd_loss {name}", lambda z=z, y=y: cross_entropy.cospgd_loss(z, y, True, 255, False)
+            yield f"cross_entropy_backward {name}", lambda z=z, y=y, m=wide, w=weight: (
+                cross_entropy.cross_entropy_backward(m, z, y, m, m, w, m, 255, False)
+            )
+            yield f"argmax_labels {name}", lambda z=z: confusion.argmax_labels(z, [64, 64], False)
+        x = torch.rand(2, 3, 64, 64).to(dtype)
+        yield f"l1_norm {str(dtype)[6:]}", lambda x=x: step.l1_norm(x)
+        if dtype in (torch.float32, torch.float64):
+            gain, name = torch.ones(2, dtype=dtype), str(dtype)[6:]
+            yield f"newton_step {name}", lambda x=x, g=gain: step.newton_step(x, x, g, 0.0, 1.0, True, 0.5)
+            yield f"sign_step {name}", lambda x=x: step.sign_step(x, x, 0.1, None, x, 0.1, None, 0.0, 1.0)
+            yield f"sign_step per image {name}", lambda x=x, g=gain: step.sign_step(x, x, 0, g, x, 0, g, 0.0, 1.0)
+
+
+def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile at this call, specialised as it does."""
+    by_name = dict(zip(kernel.arg_names, arguments, strict=False))
+    settings = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    by_name |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = by_name[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[(position,)] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), settings
+
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+}
+
+
+def target(name: str) -> GPUTarget:
+    backend, architecture = name.split(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(architecture), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def main() -> int:
+    calls: list[Call] = []
+    record(calls)
+    for name in sys.argv[1:]:
+        seen: set[str] = set()
+        for what, run in operations():
+            calls.clear()
+            run()
+            for kernel, arguments, options in calls:
+                compiled, settings = source(kernel, arguments, options)
+                if compiled.hash() in seen:
+                    continue
+                seen.add(compiled.hash())
+                result = triton.compile(compiled, target=target(name), options=settings)
+                print(f"{name} | {what} | {kernel.__name__} | shared {result.metadata.shared}", flush=True)
+                binary = result.asm.get("cubin") or result.asm["hsaco"]
+                assert len(binary) > 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
