@@ -7,7 +7,10 @@ The interpreter accepts much that the compiler does not. Run as a program: the t
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +28,7 @@ def record(calls: list[Call]) -> None:
     """From now on a launch is only written down; block sizes are those of a GPU."""
 
     def launch(kernel: Any, programs: Any, like: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        calls.append((kernel, arguments, options))
+        calls.append((kernel, arguments, options | {"enable_fp_fusion": True}))
 
     for module in (tiles, margin, cross_entropy, gradient, confusion, step):
         module.launch = launch
@@ -36,36 +39,44 @@ def record(calls: list[Call]) -> None:
 def operations() -> Iterator[tuple[str, Any]]:
     """Every kernel in every variant that differs in code, at the sizes of real use."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for own, channels_last in (((64, 64), False), ((8, 8), False), ((8, 8), True), ((48, 48), False)):
+        for own, channels_last in (((256, 256), False), ((32, 32), False), ((32, 32), True), ((96, 96), False)):
             z = torch.randn(2, 19, *own).to(dtype)
             if channels_last:
                 z = z.contiguous(memory_format=torch.channels_last)
-            y = torch.zeros(2, 64, 64, dtype=torch.uint8 if dtype is torch.float32 else torch.int64)
-            wide = torch.zeros(2, 64, 64, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+            y = torch.zeros(2, 256, 256, dtype=torch.uint8 if dtype is torch.float32 else torch.int64)
+            wide = torch.zeros(2, 256, 256, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
             weight = torch.ones(19, dtype=wide.dtype)
             one = wide[:, :1, :1].expand(y.shape)
-            name = f"{str(dtype)[6:]} {own[0]} -> 64{' channels_last' if channels_last else ''}"
+            name = f"{str(dtype)[6:]} {own[0]} -> 256{' channels_last' if channels_last else ''}"
             yield f"pixel_margin {name}", lambda z=z, y=y: margin.pixel_margin(z, y, 255, False)
             yield f"gain_and_grad {name}", lambda z=z, y=y: margin.gain_and_grad(z, y, 255, True)
-            yield f"loss_and_grad {name}", lambda z=z, y=y: cross_entropy.loss_and_grad(
-                z, y, None, "cross_entropy", 0.0, False, 255, False
+            yield (
+                f"loss_and_grad {name}",
+                lambda z=z, y=y: cross_entropy.loss_and_grad(z, y, None, "cross_entropy", 0.0, False, 255, False),
             )
             yield f"confusion_matrix {name}", lambda z=z, y=y: confusion.confusion_matrix(z, y, 255, False, True)
-            if own == (48, 48):
+            if own == (96, 96):
                 continue
-            yield f"margin_backward {name}", lambda z=z, y=y, g=one, cl=channels_last: margin.margin_backward(
-                g, y, y.to(torch.uint8), list(z.shape), cl, z.dtype, 255, False
+            yield (
+                f"margin_backward {name}",
+                lambda z=z, y=y, g=one, cl=channels_last: margin.margin_backward(
+                    g, y, y.to(torch.uint8), list(z.shape), cl, z.dtype, 255, False
+                ),
             )
-            yield f"cross_entropy {name}", lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(
-                z, y, w, 255, False, True
+            yield (
+                f"cross_entropy {name}",
+                lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(z, y, w, 255, False, True),
             )
             yield f"segpgd_loss {name}", lambda z=z, y=y: cross_entropy.segpgd_loss(z, y, 0.25, False, 255, False)
             yield f"cospgd_loss {name}", lambda z=z, y=y: cross_entropy.cospgd_loss(z, y, True, 255, False)
-            yield f"cross_entropy_backward {name}", lambda z=z, y=y, m=wide, w=weight: (
-                cross_entropy.cross_entropy_backward(m, z, y, m, m, w, m, 255, False)
+            yield (
+                f"cross_entropy_backward {name}",
+                lambda z=z, y=y, m=wide, w=weight: cross_entropy.cross_entropy_backward(
+                    m, z, y, m, m, w, m, 255, False
+                ),
             )
-            yield f"argmax_labels {name}", lambda z=z: confusion.argmax_labels(z, [64, 64], False)
-        x = torch.rand(2, 3, 64, 64).to(dtype)
+            yield f"argmax_labels {name}", lambda z=z: confusion.argmax_labels(z, [256, 256], False)
+        x = torch.rand(2, 3, 256, 256).to(dtype)
         yield f"l1_norm {str(dtype)[6:]}", lambda x=x: step.l1_norm(x)
         if dtype in (torch.float32, torch.float64):
             gain, name = torch.ones(2, dtype=dtype), str(dtype)[6:]
@@ -113,6 +124,17 @@ def target(name: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 64)
 
 
+def resources(cubin: bytes) -> str:
+    """Registers, and bytes of the stack, to which registers that do not fit are spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
+    return f"registers {registers} stack {stack}"
+
+
 def main() -> int:
     calls: list[Call] = []
     record(calls)
@@ -127,9 +149,8 @@ def main() -> int:
                     continue
                 seen.add(compiled.hash())
                 result = triton.compile(compiled, target=target(name), options=settings)
-                print(f"{name} | {what} | {kernel.__name__} | shared {result.metadata.shared}", flush=True)
-                binary = result.asm.get("cubin") or result.asm["hsaco"]
-                assert len(binary) > 0
+                usage = resources(result.asm["cubin"]) if "cubin" in result.asm else f"{len(result.asm['hsaco'])} bytes"
+                print(f"{name} | {what} | {kernel.__name__} | {usage}", flush=True)
     return 0
 
 

@@ -15,8 +15,8 @@ from functools import cache
 import triton
 import triton.language as tl
 
-# Twice the product of an input and an output size is computed in int32.
-MAX_PRODUCT = 2**30
+# Computed in int32: twice the product of an input and an output size, and offsets within a class of an image.
+MAX_SIZE = 2**30
 
 
 @triton.jit
@@ -41,12 +41,12 @@ def quad_of(o, size_in, size_out, ALIGN: tl.constexpr):
 def weights(o, quad, size_in, size_out, ALIGN: tl.constexpr, A: tl.constexpr):
     """(w0 of input quad - 1, w1 of input quad) for an output in this quad."""
     numerator, denominator = position_of(o, size_in, size_out, ALIGN)
-    rest = numerator - quad * denominator
-    inverse = 1.0 / denominator.to(A)  # the same for all outputs: leaves the loops
-    first, last = quad == 0, quad == size_in
-    w0 = tl.where(first, 0.0, tl.where(last, 1.0, (denominator - rest).to(A) * inverse))
-    w1 = tl.where(first, 1.0, tl.where(last, 0.0, rest.to(A) * inverse))
-    return w0.to(A), w1.to(A)
+    # What depends on the quad alone leaves the loop over its outputs.
+    between = (quad > 0) & (quad < size_in)
+    slope = tl.where(between, 1.0 / denominator.to(A), 0.0).to(A)
+    start = tl.where(quad == 0, 1.0, 0.0).to(A)
+    w1 = (numerator - quad * denominator).to(A) * slope + start
+    return 1.0 - w1, w1
 
 
 @triton.jit

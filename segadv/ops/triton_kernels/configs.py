@@ -22,13 +22,14 @@ class Config:
     block: int  # pixels of a program; quads for `gradient_up`
     num_warps: int
     rows: int = 1  # `pixels_up`: most rows of pixels of a program. `gradient_up`: its rows of logits
+    unroll: int = 1  # `pixels`, `pixels_up`: classes whose logits are loaded at once
     classes: int = 1  # `gradient_up`: classes of a program
 
 
 _DEFAULT = {
-    "pixels": Config(block=1024, num_warps=4),  # a walk over pixels of logits of the labels' size
-    "pixels_up": Config(block=1024, num_warps=4, rows=8),  # the same where the logits are resampled
-    "gradient_up": Config(block=32, num_warps=2, rows=8, classes=8),
+    "pixels": Config(block=1024, num_warps=4, unroll=4),  # a walk over pixels of logits of the labels' size
+    "pixels_up": Config(block=1024, num_warps=4, rows=8, unroll=2),  # the same where the logits are resampled
+    "gradient_up": Config(block=32, num_warps=1, rows=8, classes=8),
     "step": Config(block=4096, num_warps=8),
 }
 

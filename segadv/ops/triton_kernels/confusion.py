@@ -17,23 +17,23 @@ from ..common import check_labels, prediction_dtype
 from .tiles import beats, launch, load_labels, load_logit, taps, tile_of, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def confusion_kernel(
     logits, labels, prediction, counts,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
-    C, h, w, H, W, programs, tiles_x, chunks, ignore_index, copies, PER_IMAGE: tl.constexpr,
+    C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, copies, PER_IMAGE: tl.constexpr,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
     o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
         program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
     )
     inside_taps = x < W if QUAD_ROWS else inside
     best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), A)
     best_class = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
-    for c in tl.range(0, C, loop_unroll_factor=4):
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
         plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
         z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
         takes = beats(z, best)

@@ -20,18 +20,18 @@ from .scalars import bits, scalar
 from .tiles import finish, launch, load_labels, load_logit, taps, tile_of, tiles
 
 
-@triton.jit(do_not_specialize=["right_bits", "wrong_bits"])
+@triton.jit(do_not_specialize=["one", "right_bits", "wrong_bits"])
 def cross_entropy_kernel(
     logits, labels, grad, class_weight, pixel_loss, largest, log_normalizer, pixel_weight,
     loss_sum, weight_sum, valid, bad,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
-    C, h, w, H, W, programs, tiles_x, chunks, ignore_index, right_bits, wrong_bits,
+    C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, right_bits, wrong_bits,
     SEGPGD: tl.constexpr, COSPGD: tl.constexpr, TARGETED: tl.constexpr,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
     at = n * label_n + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
     label, is_bad = load_labels(labels, at, inside, C, ignore_index)
     o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
@@ -44,7 +44,7 @@ def cross_entropy_kernel(
     squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
     own = tl.zeros([BLOCK_Y, BLOCK_X], A)
     prediction = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
-    for c in tl.range(0, C, loop_unroll_factor=4):
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
         plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
         z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
         own = tl.where(label == c, z, own)
@@ -85,11 +85,12 @@ def cross_entropy_kernel(
     if pixel_weight is not None:
         tl.store(pixel_weight + at, weight, mask=inside)
     if grad is not None:
+        scale = weight * tl.exp(-log_sum)
         at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
-        for c in tl.range(0, C, loop_unroll_factor=4):
+        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
             plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
             z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-            g = gradient.cross_entropy_gradient(c, label, z, top, log_sum, weight)
+            g = gradient.cross_entropy_gradient(c, label, z, top, scale, weight)
             tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 
 

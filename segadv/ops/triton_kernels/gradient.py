@@ -31,10 +31,10 @@ def margin_gradient(c, label, runner_up, value):
 
 
 @triton.jit
-def cross_entropy_gradient(c, label, z, largest, log_normalizer, value):
-    """value * (softmax - onehot), 0 where not valid (also where z is NaN)."""
-    softmax = tl.exp((z - largest) - log_normalizer)
-    return tl.where(label >= 0, value * tl.where(label == c, softmax - 1.0, softmax), 0.0)
+def cross_entropy_gradient(c, label, z, largest, scale, value):
+    """value * (softmax - onehot), 0 where not valid (also where z is NaN); scale = value * exp(-log_normalizer)."""
+    g = tl.exp(z - largest) * scale - tl.where(label == c, value, 0.0)
+    return tl.where(label >= 0, g, 0.0)
 
 
 @triton.jit
@@ -50,16 +50,16 @@ def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def gradient_kernel(
     grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
-    loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, ignore_index,
+    loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
     y, x = y.to(tl.int64), x.to(tl.int64)
     label, is_bad = load_labels(labels, n * label_n + y * label_y + x * label_x, inside, C, ignore_index)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
@@ -71,15 +71,15 @@ def gradient_kernel(
         runner = tl.where(label >= 0, tl.load(runner_up + at, mask=inside, other=0).to(tl.int32), -1)
     else:
         top = tl.load(largest + at, mask=inside, other=0)
-        log_sum = tl.load(log_normalizer + at, mask=inside, other=0)
+        scale = value * tl.exp(-tl.load(log_normalizer + at, mask=inside, other=0))
     at_grad = n * grad_n + y * grad_y + x * grad_x
     at_logits = n * stride_n + y * stride_y + x * stride_x
-    for c in tl.range(0, C, loop_unroll_factor=4):
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
         if runner_up is not None:
             g = margin_gradient(c, label, runner, value)
         else:
             z = tl.load(logits + at_logits + tl.cast(c, tl.int64) * stride_c, mask=inside, other=0).to(A)
-            g = cross_entropy_gradient(c, label, z, top, log_sum, value)
+            g = cross_entropy_gradient(c, label, z, top, scale, value)
         tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 
 
@@ -101,11 +101,12 @@ def gradient_up_kernel(
 
     begin_x = first_output(quad_x, w, W, ALIGN)
     end_x = tl.where(quad_x <= w, first_output(quad_x + 1, w, W, ALIGN), begin_x)
-    left = tl.minimum(tl.maximum(quad_x - 1, 0), w - 1).to(tl.int64) * stride_x
-    right = tl.minimum(quad_x, w - 1).to(tl.int64) * stride_x
+    left = tl.minimum(tl.maximum(quad_x - 1, 0), w - 1) * stride_x
+    right = tl.minimum(quad_x, w - 1) * stride_x
     to_the_right = tl.broadcast_to(tl.minimum(lane + 1, QUADS - 1), [CLASSES, QUADS])
-    planes = n * stride_n + c.to(tl.int64) * stride_c  # [CLASSES, 1]
     is_class = c < C
+    planes = n * stride_n + c.to(tl.int64) * stride_c  # [CLASSES, 1]
+    grad_planes = n * grad_n + c.to(tl.int64) * grad_c
     bad_labels = tl.zeros([1, QUADS], tl.int32)
 
     # Corner sums [CLASSES, QUADS] for the row of logits that the next quad row completes.
@@ -116,14 +117,18 @@ def gradient_up_kernel(
         lower_left = tl.zeros([CLASSES, QUADS], A)
         lower_right = tl.zeros([CLASSES, QUADS], A)
         if runner_up is None:
-            upper = planes + tl.maximum(quad_y - 1, 0).to(tl.int64) * stride_y
-            lower = planes + tl.minimum(quad_y, h - 1).to(tl.int64) * stride_y
-            z00 = tl.load(logits + upper + left, mask=is_class, other=0).to(A)
-            z01 = tl.load(logits + upper + right, mask=is_class, other=0).to(A)
-            z10 = tl.load(logits + lower + left, mask=is_class, other=0).to(A)
-            z11 = tl.load(logits + lower + right, mask=is_class, other=0).to(A)
+            upper = logits + planes + tl.maximum(quad_y - 1, 0) * stride_y
+            lower = logits + planes + tl.minimum(quad_y, h - 1) * stride_y
+            z00 = tl.load(upper + left, mask=is_class, other=0).to(A)
+            z01 = tl.load(upper + right, mask=is_class, other=0).to(A)
+            z10 = tl.load(lower + left, mask=is_class, other=0).to(A)
+            z11 = tl.load(lower + right, mask=is_class, other=0).to(A)
         for y in range(first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)):
             wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
+            y64 = tl.cast(y, tl.int64)
+            row_labels = labels + n * label_n + y64 * label_y
+            row_loss = n * loss_n + y64 * loss_y
+            row_map = n * H * W + y64 * W
             if runner_up is None:
                 z0, z1 = wy0 * z00 + wy1 * z10, wy0 * z01 + wy1 * z11
             sum_left = tl.zeros([CLASSES, QUADS], A)
@@ -132,19 +137,18 @@ def gradient_up_kernel(
                 x = begin_x + i
                 inside = x < end_x
                 wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
-                y64, x64 = tl.cast(y, tl.int64), x.to(tl.int64)
-                at = n * label_n + y64 * label_y + x64 * label_x
-                label, is_bad = load_labels(labels, at, inside, C, ignore_index)
+                label, is_bad = load_labels(row_labels, x * label_x, inside, C, ignore_index)
                 bad_labels += is_bad.to(tl.int32)
-                at, at_loss = n * H * W + y64 * W + x64, n * loss_n + y64 * loss_y + x64 * loss_x
-                value = load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside, A)
+                value = load_value(
+                    grad_loss, row_loss + x * loss_x, class_weight, pixel_weight, row_map + x, label, inside, A
+                )
                 if runner_up is not None:
-                    runner = tl.load(runner_up + at, mask=inside, other=0).to(tl.int32)
+                    runner = tl.load(runner_up + row_map + x, mask=inside, other=0).to(tl.int32)
                     g = margin_gradient(c, label, tl.where(label >= 0, runner, -1), value)
                 else:
-                    top = tl.load(largest + at, mask=inside, other=0)
-                    log_sum = tl.load(log_normalizer + at, mask=inside, other=0)
-                    g = cross_entropy_gradient(c, label, wx0 * z0 + wx1 * z1, top, log_sum, value)
+                    top = tl.load(largest + row_map + x, mask=inside, other=0)
+                    scale = value * tl.exp(-tl.load(log_normalizer + row_map + x, mask=inside, other=0))
+                    g = cross_entropy_gradient(c, label, wx0 * z0 + wx1 * z1, top, scale, value)
                 sum_left += wx0 * g
                 sum_right += wx1 * g
             upper_left += wy0 * sum_left
@@ -154,9 +158,8 @@ def gradient_up_kernel(
         if quad_y > row:
             # Column i: the right corner of quad i and the left one of quad i + 1.
             g = upper_right + tl.gather(upper_left, to_the_right, axis=1)
-            at_grad = n * grad_n + tl.cast(quad_y - 1, tl.int64) * grad_y + c.to(tl.int64) * grad_c
-            at_grad += quad_x.to(tl.int64) * grad_x
-            tl.store(grad + at_grad, g, mask=is_class & (lane < QUADS - 1) & (quad_x < w))
+            at = grad_planes + tl.cast(quad_y - 1, tl.int64) * grad_y + quad_x * grad_x
+            tl.store(grad + at, g, mask=is_class & (lane < QUADS - 1) & (quad_x < w))
     tl.store(bad + program, tl.sum(bad_labels))
 
 
@@ -195,7 +198,7 @@ def launch_gradient(
             *labels.stride(), *loss_stride, *t.sizes, *t.walk, ignore_index, **t.options,
         )  # fmt: skip
         return bad
-    check_sizes(h, w, H, W)
+    check_sizes(grad.shape, (H, W), grad.stride() if logits is None else logits.stride())
     shape = config("gradient_up", labels.device)
     quads = max(2, min(power_of_two(w + 1), shape.block))
     classes = min(power_of_two(num_classes), shape.classes)

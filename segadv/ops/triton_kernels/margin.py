@@ -17,16 +17,16 @@ from . import gradient
 from .tiles import beats, finish, launch, load_labels, load_logit, taps, tile_of, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def margin_kernel(
     logits, labels, grad, margin, runner_up, gain_sum, valid, bad,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
-    C, h, w, H, W, programs, tiles_x, chunks, ignore_index,
+    C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
+    n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
     at = n * label_n + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
     label, is_bad = load_labels(labels, at, inside, C, ignore_index)
     o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
@@ -36,12 +36,14 @@ def margin_kernel(
     best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), A)
     own = tl.zeros([BLOCK_Y, BLOCK_X], A)
     runner = tl.where(label == 0, 1, 0)
-    for c in tl.range(0, C, loop_unroll_factor=4):
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
         plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
         z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-        own = tl.where(label == c, z, own)
-        takes = beats(z, best) & (label != c)
-        best = tl.where(takes, z, best)
+        is_label = label == c
+        own = tl.where(is_label, z, own)
+        other = tl.where(is_label, float("-inf"), z)  # takes no place, not even that of a NaN
+        takes = beats(other, best)
+        best = tl.where(takes, other, best)
         runner = tl.where(takes, c, runner)
     value = tl.where(label >= 0, own - best, 0.0)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
@@ -56,7 +58,7 @@ def margin_kernel(
     if grad is not None:
         runner = tl.where(label >= 0, runner, -1)
         at = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
-        for c in tl.range(0, C, loop_unroll_factor=4):
+        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
             g = gradient.margin_gradient(c, label, runner, 1.0)
             tl.store(grad + at + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 

@@ -4,7 +4,9 @@ The twin of csrc/cpu/tiles.h. A program works on a tile of pixels [BLOCK_Y, BLOC
 and goes through the classes one after the other. Logits of the labels' size are read as they are. Logits of another
 size are resampled on the fly. Where they become four times as large or more, the rows of a tile lie in one quad row
 (`QUAD_ROWS`): two rows of logits then serve them all, each is resampled along x once per class and column, and a pixel
-is two multiplications more.
+is two multiplications more. A thread should then own whole columns. The compiler would rather give it four pixels of a
+row, for wide loads of labels, and let every row's threads load the same taps; so it is not told that columns are
+neighbours (`one`).
 
 Sums per image go through one number per program (`sums`, `counts`), which `finish` adds in a fixed order.
 """
@@ -21,18 +23,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import compute_dtype
-from .bilinear import MAX_PRODUCT, first_output, largest_quad, quad_of, weights
+from .bilinear import MAX_SIZE, first_output, largest_quad, quad_of, weights
 from .configs import config
 
 # --- device -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_of(program, programs, tiles_x, chunks, h, H, W, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr,
-            BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):  # fmt: skip
+def tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP: tl.constexpr, QUAD_ROWS: tl.constexpr,
+            ALIGN: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):  # fmt: skip
     """(image, output rows [BLOCK_Y, 1], output columns [1, BLOCK_X], inside [BLOCK_Y, BLOCK_X])."""
     n, k = program // programs, program % programs
     x = k % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
+    if UP:
+        x *= one
     if QUAD_ROWS:
         quad = k // tiles_x // chunks
         begin = first_output(quad, h, H, ALIGN) + k // tiles_x % chunks * BLOCK_Y
@@ -61,14 +65,14 @@ def taps(program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_
         quad_x, quad_y = quad_of(x, w, W, ALIGN), quad_of(y, h, H, ALIGN)
         wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
         wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
-        left = tl.maximum(quad_x - 1, 0).to(tl.int64) * stride_x
-        right = tl.minimum(quad_x, w - 1).to(tl.int64) * stride_x
+        left = tl.maximum(quad_x - 1, 0) * stride_x
+        right = tl.minimum(quad_x, w - 1) * stride_x
         if QUAD_ROWS:
             row = program % programs // tiles_x // chunks
         else:
             row = quad_y
-        upper = tl.maximum(row - 1, 0).to(tl.int64) * stride_y
-        lower = tl.minimum(row, h - 1).to(tl.int64) * stride_y
+        upper = tl.maximum(row - 1, 0) * stride_y
+        lower = tl.minimum(row, h - 1) * stride_y
         o00, o01, o10, o11 = upper + left, upper + right, lower + left, lower + right
     else:
         o00 = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
@@ -138,7 +142,7 @@ def launch(kernel: Any, programs: int | tuple[int, int], like: Tensor, *argument
         return
     elsewhere = like.device.type == "cuda" and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if elsewhere else nullcontext():
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)  # the default differs between versions
 
 
 def power_of_two(n: int) -> int:
@@ -150,7 +154,7 @@ class Tiles:
     """How logits and labels are cut into tiles, as the kernels want it."""
 
     sizes: tuple[int, int, int, int, int]  # C, h, w, H, W; 1, H*W, 1, H*W where an image is one long row
-    walk: tuple[int, int, int]  # tiles of an image, tiles of a row, tiles of a quad row (one above the other)
+    walk: tuple[int, int, int, int]  # tiles of an image, of a row, of a quad row (one above the other); 1
     images: int
     options: dict[str, Any]  # constants of the kernels
 
@@ -174,7 +178,8 @@ def tiles(
     """The tiles of logits [N, C, h, w] and labels [N, H, W].
 
     Args:
-        strides: of all tensors that the kernel reads or writes at pixels and that are not contiguous [N, H, W].
+        strides: of all tensors that the kernel reads or writes at pixels and that are not contiguous [N, H, W]; of
+            the logits, or their gradient, first.
     """
     n, c, h, w = size
     H, W = size_out
@@ -182,7 +187,7 @@ def tiles(
     shape = config("pixels_up" if up else "pixels", device)
     chunks, quad_rows = 1, False
     if up:
-        check_sizes(h, w, H, W)
+        check_sizes(size, size_out, strides[0])
         rows = largest_quad(h, H, align_corners)
         quad_rows = rows >= 4
     if quad_rows:
@@ -195,10 +200,12 @@ def tiles(
         block_y = max(1, min(power_of_two(H), shape.block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
     block_x = min(power_of_two(W), max(1, shape.block // block_y))
+    # Four taps per pixel, or float64, would not fit the registers of as few threads.
+    warps = shape.num_warps * (2 if up and not quad_rows else 1) * (2 if dtype is torch.float64 else 1)
     tiles_x = triton.cdiv(W, block_x)
     return Tiles(
         sizes=(c, h, w, H, W),
-        walk=(tiles_x * tiles_y, tiles_x, chunks),
+        walk=(tiles_x * tiles_y, tiles_x, chunks, 1),
         images=n,
         options={
             "UP": up,
@@ -207,16 +214,19 @@ def tiles(
             "A": triton_dtype(compute_dtype(dtype)),
             "BLOCK_Y": block_y,
             "BLOCK_X": block_x,
-            "num_warps": shape.num_warps,
+            "UNROLL": shape.unroll,
+            "num_warps": warps,
         },
     )
 
 
-def check_sizes(h: int, w: int, H: int, W: int) -> None:
-    if max(h * H, w * W) >= MAX_PRODUCT:
+def check_sizes(size: Sequence[int], size_out: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuses to resample logits of such size and stride where offsets in int32 would not do."""
+    (h, w), (H, W) = size[-2:], size_out
+    if max(h * H, w * W, h * abs(stride[-2]) + w * abs(stride[-1])) >= MAX_SIZE:
         raise ValueError(
-            f"logits, labels: {h} x {w} to {H} x {W} is too large for the triton backend, whose resampling needs an "
-            f"own size times the labels' size below {MAX_PRODUCT}"
+            f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the triton "
+            f"backend's resampling: products of sizes, and a class of an image in memory, must stay below {MAX_SIZE}"
         )
 
 
