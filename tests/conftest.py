@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import segadv
-from segadv.ops import backends
+GPU = torch.cuda.is_available()
+if not GPU:  # Triton reads it when it is imported: then its kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
-BACKENDS = ("native", "reference")
+import segadv  # noqa: E402
+from segadv.ops import backends  # noqa: E402
+
+# The first two run on the CPU; Triton on the GPU where there is one, otherwise in its interpreter.
+BACKENDS = ("native", "reference", "triton")
+
+# The interpreter takes about 20 us for every operation of a kernel: fewer and smaller random cases suffice it.
+INTERPRETED_SEEDS = 5
+INTERPRETED_SIZE = 12
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    reason = backends.BACKENDS["native"].unavailable("cpu")
-    if reason is not None:
-        raise pytest.UsageError(f"the tests need the compiled core, they never fall back: {reason}")
+    for name in BACKENDS:
+        reason = backends.BACKENDS[name].unavailable("cuda" if name == "triton" and GPU else "cpu")
+        if reason is not None:
+            raise pytest.UsageError(f"the tests need the backend {name!r}, they never fall back: {reason}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def too_many(item: pytest.Item) -> bool:
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or GPU or parameters.params.get("backend") != "triton":
+            return False
+        return int(parameters.params.get("seed", 0)) >= INTERPRETED_SEEDS
+
+    left_out = [item for item in items if too_many(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with segadv.backend(request.param):
-        yield request.param
+    """Runs the test on every backend; its tensors are made on the GPU where the backend runs there."""
+    on_gpu = request.param == "triton" and GPU
+    torch.set_default_device("cuda" if on_gpu else None)
+    try:
+        with segadv.backend(request.param):
+            yield request.param
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.fixture
+def largest(backend: str) -> int:
+    """The largest height and width of random cases."""
+    return INTERPRETED_SIZE if backend == "triton" and not GPU else 40
 
 
 @pytest.fixture(autouse=True)

@@ -141,30 +141,34 @@ def leave_out_ties(case: Case) -> Case:
     return case
 
 
-def random_case(seed: int, dtype: torch.dtype, *, full_resolution: bool | None = None) -> Case:
-    """Odd sizes, all label types, both align_corners, layouts, void borders; ties left out."""
+def random_case(seed: int, dtype: torch.dtype, *, largest: int = 40, full_resolution: bool | None = None) -> Case:
+    """Odd sizes up to `largest`, all label types, both align_corners, layouts, void borders; ties left out.
+
+    The numbers are those of the CPU's generator, on whatever device.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def integer(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=g))
+        return int(torch.randint(low, high + 1, (), generator=g, device="cpu"))
 
     n, c = integer(1, 3), (2, 3, 5, 19, 21, 151)[integer(0, 5)]
-    size = (integer(1, 40), integer(1, 40))
+    size = (integer(1, largest), integer(1, largest))
     own = (
         size
         if (full_resolution if full_resolution is not None else integer(0, 2) == 0)
-        else (integer(1, 40), integer(1, 40))
+        else (integer(1, largest), integer(1, largest))
     )
-    logits = (torch.randn(n, c, *own, generator=g, dtype=torch.float64) * integer(1, 6)).to(dtype)
+    logits = (torch.randn(n, c, *own, generator=g, dtype=torch.float64, device="cpu") * integer(1, 6)).to(dtype)
     label_dtype = LABEL_DTYPES[integer(0, 3)]
     ignore_index = (255, 0, 1, 255)[integer(0, 3)]
-    labels = torch.randint(0, c, (n, *size), generator=g)
+    labels = torch.randint(0, c, (n, *size), generator=g, device="cpu")
     border = integer(0, 3)
     if border:
         labels[:, :border] = ignore_index
         labels[:, :, -border:] = ignore_index
     layout = ("contiguous", "channels_last", "sliced", "transposed")[integer(0, 3)]
-    logits = in_layout(logits, layout)
+    device = torch.get_default_device()
+    logits, labels = in_layout(logits.to(device), layout), labels.to(device)
     return leave_out_ties(Case(logits, labels.to(label_dtype), ignore_index, bool(integer(0, 1)), 0))
 
 

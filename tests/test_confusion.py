@@ -11,8 +11,8 @@ from segadv import functional as F
 
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_random_cases(backend: str, seed: int, dtype: torch.dtype) -> None:
-    case = oracle.random_case(seed, dtype)
+def test_random_cases(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:
+    case = oracle.random_case(seed, dtype, largest=largest)
     expected = oracle.confusion(case.logits, case.labels, **case.options)
     matrix = F.confusion_matrix(case.logits, case.labels, **case.options)
     assert matrix.dtype is torch.int64

@@ -67,7 +67,9 @@ def test_every_registered_operation_is_tested_and_has_every_backend() -> None:
 @pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_opcheck(backend: str, operation: str, own: tuple[int, int], channels_last: bool) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    # What opcheck looks at does not depend on the dtype; the interpreter is slow.
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    for dtype in (torch.float32,) if interpreted else (torch.float32, torch.bfloat16, torch.float64):
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
 
@@ -205,7 +207,7 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatc
 
 def test_unknown_backend() -> None:
     with (
-        pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, reference"),
+        pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, triton, reference"),
         segadv.backend("fast"),
     ):
         pass
@@ -227,13 +229,39 @@ def test_explicit_request_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPat
     assert "none-such" in backends.report()
 
 
+def test_triton_is_refused_with_the_reason_and_never_the_default_on_the_cpu() -> None:
+    code = (
+        "import torch, segadv\n"
+        "from segadv.ops import backends\n"
+        "print(backends.default('cpu'))\n"
+        "try:\n"
+        "    with segadv.backend('triton'): segadv.functional.l1_norm(torch.rand(1, 2))\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+        "print(backends.report())\n"
+    )
+    for interpret in ("0", "1"):
+        environment = os.environ | {"TRITON_INTERPRET": interpret}
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        )
+        lines = result.stdout.splitlines()
+        assert lines[0] == "native"
+        reason = "Triton compiles for GPUs; on the CPU its interpreter can run the kernels, slowly: TRITON_INTERPRET=1"
+        if interpret == "1":
+            assert "  triton: can run" in lines
+        else:
+            assert lines[1] == f"backend 'triton' was requested for cpu tensors but cannot run: {reason}"
+            assert f"  triton: cannot run: {reason}" in lines
+
+
 def test_import_needs_no_extras() -> None:
     """The drop-in call works where pillow, matplotlib and tqdm are not installed."""
     code = (
         "import sys\n"
         "for name in ('PIL', 'matplotlib', 'tqdm', 'torchvision', 'timm', 'transformers'): sys.modules[name] = None\n"
         "import torch, segadv\n"
-        "assert 'segadv.training' not in sys.modules\n"
+        "assert not {'segadv.training', 'segadv.ops.triton_kernels'} & set(sys.modules)\n"
         "segadv.models.wrap, segadv.training.Trainer, segadv.attacks.SegPGD\n"
         "print(segadv.build_info()['native'])"
     )

@@ -122,7 +122,7 @@ def test_sign_step_stays_in_ball_and_box(seed: int, eps: float, alpha: float, lo
     images = (origin + (torch.rand(2, 3, 5, 5, generator=g) - 0.5)).clamp(low, high)
     grad = torch.randn(2, 3, 5, 5, generator=g)
     results = []
-    for name in ("native", "reference"):
+    for name in ("native", "reference", "triton"):
         with segadv.backend(name):
             results.append(F.sign_step(images, grad, alpha, origin=origin, eps=eps, bounds=(low, high)))
     for result in results:

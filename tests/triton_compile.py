@@ -2,7 +2,8 @@
 
 The interpreter accepts much that the compiler does not. Run as a program: the tests' own process interprets.
 
-    python tests/triton_compile.py cuda:90 cuda:80 hip:gfx942
+    python tests/triton_compile.py cuda:90 hip:gfx942            float32, bfloat16, float16, float64
+    python tests/triton_compile.py cuda:90 hip:gfx942 --float32
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ def record(calls: list[Call]) -> None:
             module.config = lambda kernel, device: configs._DEFAULT[kernel]
 
 
-def operations() -> Iterator[tuple[str, Any]]:
+def operations(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Any]]:
     """Every kernel in every variant that differs in code, at the sizes of real use."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in dtypes:
         for own, channels_last in (((256, 256), False), ((32, 32), False), ((32, 32), True), ((96, 96), False)):
             z = torch.randn(2, 19, *own).to(dtype)
             if channels_last:
@@ -138,9 +139,11 @@ def resources(cubin: bytes) -> str:
 def main() -> int:
     calls: list[Call] = []
     record(calls)
-    for name in sys.argv[1:]:
+    targets = [argument for argument in sys.argv[1:] if argument != "--float32"]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    for name in targets:
         seen: set[str] = set()
-        for what, run in operations():
+        for what, run in operations(dtypes[:1] if "--float32" in sys.argv else dtypes):
             calls.clear()
             run()
             for kernel, arguments, options in calls:

@@ -6,6 +6,8 @@ Outputs are allocated here; the core writes every element of them. What the argu
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
         "native": core is not None,
     }
     if core is None:

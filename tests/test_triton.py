@@ -1,0 +1,180 @@
+"""What is Triton's own: many programs and tiles, images with bad labels, scalars, and that the kernels compile."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin
+
+SMALL = {
+    "pixels": configs.Config(block=16, num_warps=1, unroll=2),
+    "pixels_up": configs.Config(block=32, num_warps=1, rows=2, unroll=2),
+    "gradient_up": configs.Config(block=4, num_warps=1, rows=2, classes=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "align_corners"),
+    [
+        ((6, 7), False),
+        ((4, 5), True),
+        ((3, 4), False),
+        ((1, 2), True),
+        ((1, 1), False),
+        ((9, 3), True),
+        ((8, 9), False),
+    ],
+    ids=str,
+)
+def test_tiles_do_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, own: tuple[int, int], align_corners: bool
+) -> None:
+    """Many tiles in every direction against the native backend, gradients and sums included."""
+    monkeypatch.setattr(configs, "_INTERPRETED", configs._INTERPRETED | SMALL)
+    z, y = torch.randn(2, 3, *own), torch.randint(0, 3, (2, 6, 7))
+    y[0, :2] = 255
+    results = []
+    for name in ("native", "triton"):
+        with segadv.backend(name):
+            results.append(
+                (
+                    *F.gain_and_grad(z, y, align_corners=align_corners),
+                    *F.loss_and_grad(z, y, loss="cospgd", align_corners=align_corners),
+                    F.confusion_matrix(z, y, per_image=True, align_corners=align_corners),
+                    F.argmax_labels(z, (6, 7), align_corners=align_corners),
+                )
+            )
+    for ours, native in zip(*results, strict=True):
+        torch.testing.assert_close(ours, native, rtol=2e-5, atol=2e-6)
+
+
+@triton.jit
+def axis_kernel(quads, w0, w1, firsts, size_in, size_out, align: tl.constexpr, block: tl.constexpr):
+    o = tl.arange(0, block)
+    quad = bilinear.quad_of(o, size_in, size_out, align)
+    weight0, weight1 = bilinear.weights(o, quad, size_in, size_out, align, tl.float64)
+    tl.store(quads + o, quad, mask=o < size_out)
+    tl.store(w0 + o, weight0, mask=o < size_out)
+    tl.store(w1 + o, weight1, mask=o < size_out)
+    tl.store(firsts + o, bilinear.first_output(o, size_in, size_out, align), mask=o < size_in + 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(size_in=st.integers(1, 100), size_out=st.integers(1, 100), align_corners=st.booleans())
+@example(size_in=89, size_out=712, align_corners=False)
+@example(size_in=90, size_out=713, align_corners=True)
+@example(size_in=1, size_out=1, align_corners=True)
+@example(size_in=7, size_out=1, align_corners=True)
+def test_taps(size_in: int, size_out: int, align_corners: bool) -> None:
+    """Quads and weights along one axis against F.interpolate of the unit vectors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quads = torch.full((size_out,), -1, dtype=torch.int32, device=device)
+    w0, w1 = (torch.full((size_out,), torch.nan, dtype=torch.float64, device=device) for _ in range(2))
+    firsts = torch.full((size_in + 2,), -1, dtype=torch.int32, device=device)
+    axis_kernel[(1,)](quads, w0, w1, firsts, size_in, size_out, align_corners, 1024)
+    quads, firsts = quads.long().cpu(), firsts.cpu()
+    assert (quads.diff() >= 0).all()
+    assert 0 <= quads.min() <= quads.max() <= size_in
+    for q in range(size_in + 2):
+        assert firsts[q] == (quads < q).sum()
+    assert bilinear.largest_quad(size_in, size_out, align_corners) == quads.bincount().max()
+    ours = torch.zeros(size_in + 2, size_out, dtype=torch.float64)
+    ours.scatter_add_(0, quads.unsqueeze(0), w0.cpu().unsqueeze(0))
+    ours.scatter_add_(0, quads.unsqueeze(0) + 1, w1.cpu().unsqueeze(0))
+    assert (ours[0] == 0).all()  # what does not exist has no weight
+    assert (ours[-1] == 0).all()
+    unit = torch.eye(size_in, dtype=torch.float64)[:, None, None]
+    theirs = torch.nn.functional.interpolate(unit, (1, size_out), mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(ours[1:-1], theirs[:, 0, 0], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("own", [(8, 10), (3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bad_labels_make_their_image_nan_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, own: tuple[int, int]
+) -> None:
+    """What happens on a GPU, where nothing waits for a check: tried here with the check of CPU labels taken out."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in (margin, cross_entropy, confusion):
+        monkeypatch.setattr(module, "check_labels", lambda *_: None)
+    z = torch.randn(3, 4, *own, device=device).to(dtype).requires_grad_()
+    good = torch.randint(0, 4, (3, 8, 10), device=device)
+    good[0, 0] = 255
+    bad = good.clone()
+    bad[1, 7, 9], bad[1, 3, 2] = 4, -7
+
+    def everything(labels: Tensor) -> dict[str, Tensor]:
+        results = {}
+        results["gain_sum"], results["n_valid"], results["gain gradient"] = F.gain_and_grad(z, labels)
+        results["loss_sum"], _, results["loss gradient"] = F.loss_and_grad(z, labels, loss="segpgd", step=1, steps=4)
+        results["margin"] = F.pixel_margin(z, labels)
+        results["loss"] = F.cross_entropy(z, labels, reduction="none")
+        results["averaged_gain"] = F.averaged_gain(z, labels)
+        for name in ("margin", "loss", "averaged_gain"):
+            (results[f"gradient of {name}"],) = torch.autograd.grad(results[name].sum(), z)
+        return {name: value.detach() for name, value in results.items()}
+
+    with segadv.backend("triton"):
+        expected, results = everything(good), everything(bad)
+        matrix = F.confusion_matrix(z, bad)
+    assert results.pop("n_valid").tolist() == [70, 78, 80]
+    expected.pop("n_valid")
+    for name, value in results.items():
+        assert value[1].isnan().all(), name
+        assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
+    assert matrix.invalid.item() == 2
+    assert matrix.sum().item() == 70 + 78 + 80
+
+
+def test_numbers_reach_the_kernels_in_float64() -> None:
+    """Triton alone would pass 0.1 as float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.full((2, 3), 0.5, dtype=torch.float64, device=device)
+    with segadv.backend("triton"):
+        stepped = F.sign_step(images, torch.ones_like(images), 0.1, origin=images, eps=0.07)
+        capped = F.newton_step(images, torch.ones_like(images), images.new_ones(2), max_eps=0.1)[1]
+        loss = F.segpgd_loss(images.new_tensor([[0.0, 0.0]]), torch.ones(1, dtype=torch.long, device=device), 1, 3)
+    assert (stepped == 0.5 + 0.07).all()
+    assert (capped == 0.1).all()
+    torch.testing.assert_close(loss, images.new_tensor([2.0]).log() / 6, rtol=1e-14, atol=0)
+
+
+def test_too_large_for_int32_is_refused() -> None:
+    z = torch.empty(1, 2, 1, 1, device="meta").expand(1, 2, 40000, 1)
+    with pytest.raises(ValueError, match=r"logits: 40000 x 1 .* to 40001 x 1 is too large for the triton backend"):
+        margin.tiles(z.shape, (40001, 1), False, z.dtype, torch.device("cpu"), [z.stride()])
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_kernels_compile(target: str, tmp_path: Path) -> None:
+    """The interpreter accepts much that the compiler does not. No register is spilled to speak of."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    program = Path(__file__).with_name("triton_compile.py")
+    result = subprocess.run(
+        [sys.executable, str(program), target, "--float32"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = {line.split(" | ")[2] for line in result.stdout.splitlines()}
+    source = "".join(path.read_text() for path in Path(margin.__file__).parent.glob("*.py"))
+    assert kernels == set(re.findall(r"def (\w+_kernel)\(", source))
+    for line in result.stdout.splitlines():
+        stack = re.search(r"stack (\d+)", line)
+        assert stack is None or int(stack[1]) <= 16, line
