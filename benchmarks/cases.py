@@ -23,12 +23,15 @@ class Case:
         """One float32 buffer of logits at the labels' size."""
         return 4 * self.images * self.classes * self.size**2
 
-    def tensors(self, *, full_resolution: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def tensors(
+        self, *, full_resolution: bool, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """Logits and uint8-range int64 labels with a void border of 2 %."""
         own = self.size if full_resolution else self.own
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(self.images, self.classes, own, own, generator=generator).to(dtype)
-        labels = torch.randint(0, self.classes, (self.images, self.size, self.size), generator=generator)
+        generator = torch.Generator(device).manual_seed(0)
+        options = {"generator": generator, "device": device}
+        logits = torch.randn(self.images, self.classes, own, own, **options).to(dtype)
+        labels = torch.randint(0, self.classes, (self.images, self.size, self.size), **options)
         labels[:, : max(1, self.size // 50)] = 255
         return logits, labels
 

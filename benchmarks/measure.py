@@ -1,4 +1,7 @@
-"""Measuring: interleaved rounds, percentiles, peak memory, and rows that say where they come from."""
+"""Measuring: interleaved rounds, percentiles, peak memory, and rows that say where they come from.
+
+On the CPU by the clock; on a GPU by events, every call from an L2 cache that holds nothing of it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +33,7 @@ class Timing:
     p50: float
     p80: float
     peak_bytes: float
+    extra_bytes: float = float("nan")  # the peak beyond the returned tensors, too; on a GPU only
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,16 @@ class Row:
     commit: str
     torch: str
     machine: str
+
+
+@dataclass(frozen=True)
+class DeviceRow(Row):
+    """A measurement on a GPU, a line of benchmarks/results/<gpu>.csv."""
+
+    gb_per_s: float  # the fewest bytes that the operation must move, by the median time
+    of_copy: float  # the same as a fraction of the copy bandwidth measured in the same run
+    extra_mb: float
+    note: str
 
 
 def interleaved(providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
@@ -113,15 +129,18 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {segadv.build_info().get('instruction_set', 'no native core')}"
 
 
+@cache
 def commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip() or "unknown"
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=10") or "unknown"
+
+
+def _output(*command: str) -> str:
+    """The first line that a program prints; empty where it fails or is not there."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return result.stdout.strip().partition("\n")[0] if result.returncode == 0 else ""
 
 
 def row(operation: str, provider: str, mode: str, case: str, dtype: torch.dtype, timing: Timing) -> Row:
@@ -147,21 +166,168 @@ def row(operation: str, provider: str, mode: str, case: str, dtype: torch.dtype,
 _KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV file; a row of the same key is replaced."""
-    names = [field.name for field in fields(Row)]
-    table: dict[tuple[str, ...], dict[str, str]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for old in csv.DictReader(file):
-                table[tuple(old[name] for name in _KEY)] = old
-    for new in rows:
-        values = {name: str(value) for name, value in asdict(new).items()}
-        table[tuple(values[name] for name in _KEY)] = values
+    """Adds rows, all of one class, to a CSV file; a row of the same key is replaced."""
+    new = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
+    if not new:
+        return
+    table = {tuple(row[name] for name in _KEY): row for row in read_rows(path) + new}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, new[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(table[key] for key in sorted(table))
     temporary.replace(path)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+def times_on_device(
+    providers: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 30,
+    seconds: float = 2.0,
+    head_start_ms: float = 2.0,
+) -> dict[str, list[float]]:
+    """Milliseconds of every provider in every round; all are warm, what they read is not in the GPU's L2 cache.
+
+    Args:
+        rounds: at most; after five of them `seconds` may end it earlier.
+        head_start_ms: how long the GPU is kept waiting before a call, so that the time it takes to enqueue the
+            call's kernels is not in the result. What the call itself waits for is.
+    """
+    milliseconds: dict[str, list[float]] = {name: [] for name in providers}
+    begin = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= 5 and time.perf_counter() - begin > seconds:
+                break
+            if device.type == "cpu":  # a dry run
+                for name, call in providers.items():
+                    start = time.perf_counter()
+                    call()
+                    milliseconds[name].append(1e3 * (time.perf_counter() - start))
+                continue
+            spans = {}
+            for name, call in providers.items():
+                # Read, not written: lines to be written back would cost the call bandwidth.
+                _larger_than_l2(device).sum()
+                torch.cuda._sleep(int(2e6 * head_start_ms))  # in cycles, of about 2 GHz
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
+                result = call()
+                last.record()
+                del result
+                spans[name] = first, last
+            torch.cuda.synchronize(device)
+            for name, (first, last) in spans.items():
+                milliseconds[name].append(first.elapsed_time(last))
+    finally:
+        gc.enable()
+    return milliseconds
+
+
+@cache
+def _larger_than_l2(device: torch.device) -> Tensor:
+    size = max(256 << 20, 5 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return torch.zeros(size // 4, device=device)
+
+
+def timing_on_device(milliseconds: list[float], call: Callable[[], object], device: torch.device) -> Timing:
+    """Percentiles, and the peak of the device's memory in one more call."""
+    p20, p50, p80 = (float(x) for x in np.percentile(milliseconds, [20, 50, 80]))
+    if device.type == "cpu":
+        return Timing(p20, p50, p80, float("nan"))
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak, kept = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    del result
+    return Timing(p20, p50, p80, peak, peak - kept)
+
+
+def host_milliseconds(call: Callable[[], object], device: torch.device, *, batches: int = 30) -> list[float]:
+    """Time of the CPU to enqueue one call, the mean of each batch of ten: so few that no queue is full."""
+    milliseconds = []
+    for _ in range(batches):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(10):
+            call()
+        milliseconds.append(1e2 * (time.perf_counter() - begin))
+    return milliseconds
+
+
+def copy_timing(device: torch.device, size: int) -> Timing:
+    """Copying a buffer of so many bytes, which moves twice as many."""
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    call = lambda: target.copy_(source)  # noqa: E731
+    call()
+    return timing_on_device(times_on_device({"copy": call}, device)["copy"], call, device)
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+@cache
+def driver_version() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+
+
+def device_row(
+    operation: str,
+    provider: str,
+    mode: str,
+    case: str,
+    dtype: torch.dtype,
+    timing: Timing,
+    device: torch.device,
+    *,
+    fewest_bytes: float = float("nan"),
+    copy: float = float("nan"),
+    note: str = "",
+) -> DeviceRow:
+    """A row of a GPU; `copy` is the copy bandwidth in GB/s, `fewest_bytes` what the operation must move."""
+    gb_per_s = fewest_bytes / timing.p50 / 1e6
+    values = asdict(row(operation, provider, mode, case, dtype, timing)) | {
+        "device": device.type,
+        "threads": 0,
+        "thp": 0,
+        "ms_p20": round(timing.p20, 4),
+        "ms_p50": round(timing.p50, 4),
+        "ms_p80": round(timing.p80, 4),
+        "machine": f"{device_name(device)}, driver {driver_version()}, CUDA {torch.version.cuda}, "
+        f"triton {package_version('triton')}",
+    }
+    return DeviceRow(
+        **values,
+        gb_per_s=round(gb_per_s, 1),
+        of_copy=round(gb_per_s / copy, 3),
+        extra_mb=round(timing.extra_bytes / 1e6, 2),
+        note=note,
+    )

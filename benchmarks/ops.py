@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,38 +27,35 @@ from .measure import Row, Timing, advise_huge_pages, interleaved, row, write_row
 Providers = dict[str, Callable[[], object]]
 
 
-def usual_averaged_gain(logits: Tensor, labels: Tensor) -> Tensor:
-    """The averaged gain as one writes it in eager PyTorch: upsample, gather, scatter -inf, amax, mean."""
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
-    valid = labels != 255
-    y = labels.where(valid, 0).unsqueeze(1)
-    margin = (logits.gather(1, y) - logits.scatter(1, y, float("-inf")).amax(1, keepdim=True)).squeeze(1)
-    return (margin * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return logits if logits.shape[-2:] == size else TF.interpolate(logits, tuple(size), mode="bilinear")
 
 
-def averaged_gain_by_max(logits: Tensor, labels: Tensor) -> Tensor:
-    """With max instead of amax, whose backward, which divides the gradient among ties, is slower."""
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
+def usual_gain_sum(logits: Tensor, labels: Tensor, *, by_max: bool = False) -> Tensor:
+    """Sum of margins [N] as one writes it in eager PyTorch: upsample, gather, scatter -inf, amax.
+
+    by_max: max instead of amax, whose backward, which divides the gradient among ties, is slower.
+    """
+    logits = upsampled(logits, labels.shape[-2:])
     valid = labels != 255
     y = labels.where(valid, 0).unsqueeze(1)
-    margin = (logits.gather(1, y) - logits.scatter(1, y, float("-inf")).max(1, keepdim=True).values).squeeze(1)
-    return (margin * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    others = logits.scatter(1, y, float("-inf"))
+    best = others.max(1, keepdim=True).values if by_max else others.amax(1, keepdim=True)
+    return ((logits.gather(1, y) - best).squeeze(1) * valid).sum((1, 2))
+
+
+def usual_averaged_gain(logits: Tensor, labels: Tensor, *, by_max: bool = False) -> Tensor:
+    return usual_gain_sum(logits, labels, by_max=by_max) / (labels != 255).sum((1, 2)).clamp(min=1)
 
 
 def usual_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
-    return TF.cross_entropy(logits, labels, ignore_index=255)
+    return TF.cross_entropy(upsampled(logits, labels.shape[-2:]), labels, ignore_index=255)
 
 
 def usual_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     classes = logits.shape[1]
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = TF.interpolate(logits, labels.shape[-2:], mode="bilinear")
     valid = labels != 255
-    cells = labels[valid] * classes + logits.argmax(1)[valid]
+    cells = labels[valid] * classes + upsampled(logits, labels.shape[-2:]).argmax(1)[valid]
     return torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
 
@@ -115,7 +112,7 @@ def providers_of(operation: str, mode: str, case: Case, *, full_resolution: bool
     if compiled:
         functions["compile"] = torch.compile(usual, dynamic=False)
     if operation == "averaged_gain":
-        functions["eager, max"] = averaged_gain_by_max
+        functions["eager, max"] = partial(usual_averaged_gain, by_max=True)
     first = arguments[0]
     if mode == "forward":
         providers: Providers = {name: partial(function, *arguments) for name, function in functions.items()}

@@ -1,0 +1,745 @@
+"""One command that measures a GPU: `python -m benchmarks.device [--only PART ...]`.
+
+Every part runs in a process of its own, ends within eight minutes and loses nothing when another fails. Rows go to
+benchmarks/results/<gpu>.csv after every measurement, and with them a Markdown table beside it. Outputs are compared
+with eager PyTorch in float32 before anything is timed. `--dry-run` goes through everything at tiny sizes, on the CPU
+where there is no GPU; its figures mean nothing and are not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+import segadv
+from segadv import functional as F
+from segadv import models
+from segadv.ops import backends, library
+
+from .cases import CASES, Case
+from .measure import (
+    DeviceRow,
+    Timing,
+    copy_timing,
+    device_name,
+    device_row,
+    driver_version,
+    host_milliseconds,
+    package_version,
+    read_rows,
+    times_on_device,
+    timing_on_device,
+    write_rows,
+)
+from .ops import (
+    segadv_newton_step,
+    segadv_sign_step,
+    upsampled,
+    usual_averaged_gain,
+    usual_confusion_matrix,
+    usual_cross_entropy,
+    usual_gain_sum,
+    usual_newton_step,
+    usual_sign_step,
+    value_and_gradient,
+)
+
+ROOT = Path(__file__).parents[1]
+PART_SECONDS = 480  # when a part's process is ended
+BUDGET_SECONDS = 400  # when a part begins no further measurement
+
+Call = Callable[[], Any]
+
+
+# --- operations ---------------------------------------------------------------------------------------------------
+
+
+def usual_loss_sum(logits: Tensor, labels: Tensor, *, loss: str) -> Tensor:
+    """Sum [N] of a loss over the valid pixels; SegPGD with lambda = 1/4."""
+    z = upsampled(logits, labels.shape[-2:])
+    entropy = TF.cross_entropy(z, labels, ignore_index=255, reduction="none")
+    if loss == "segpgd":
+        entropy = entropy * torch.where(z.argmax(1) == labels, 0.75, 0.25)
+    elif loss == "cospgd":
+        p = z.detach().softmax(1)
+        y = labels.where(labels != 255, 0).unsqueeze(1)
+        entropy = entropy * (p.gather(1, y).squeeze(1) / p.norm(dim=1))
+    return entropy.sum((1, 2))
+
+
+def usual_argmax_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return upsampled(logits, size).argmax(1).byte()
+
+
+def usual_l1_norm(grad: Tensor) -> Tensor:
+    return grad.float().abs().flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Modes: "forward"; "forward + backward" and "backward", through autograd; "one pass", where ours gives value
+    and gradient, and the usual code is differentiated."""
+
+    ours: Callable[..., Any]
+    usual: Callable[..., Tensor]
+    modes: tuple[str, ...] = ("forward",)
+    has_max: bool = False  # `usual` takes by_max
+
+
+def _loss_and_grad(loss: str) -> Operation:
+    options = {"step": 2, "steps": 4} if loss == "segpgd" else {}
+    return Operation(partial(F.loss_and_grad, loss=loss, **options), partial(usual_loss_sum, loss=loss), ("one pass",))
+
+
+AUTOGRAD = ("forward", "forward + backward")
+OPERATIONS = {
+    "gain_and_grad": Operation(F.gain_and_grad, usual_gain_sum, ("one pass",), has_max=True),
+    "averaged_gain": Operation(F.averaged_gain, usual_averaged_gain, (*AUTOGRAD, "backward"), has_max=True),
+    "cross_entropy": Operation(F.cross_entropy, usual_cross_entropy, AUTOGRAD),
+    **{f"loss_and_grad, {loss}": _loss_and_grad(loss) for loss in ("cross_entropy", "segpgd", "cospgd")},
+    "confusion_matrix": Operation(F.confusion_matrix, usual_confusion_matrix),
+    "argmax_labels": Operation(F.argmax_labels, usual_argmax_labels),
+    "newton_step": Operation(segadv_newton_step, usual_newton_step),
+    "sign_step": Operation(segadv_sign_step, usual_sign_step),
+    "l1_norm": Operation(F.l1_norm, usual_l1_norm),
+}
+PIXEL_SPACE = ("newton_step", "sign_step", "l1_norm")
+
+
+def arguments_of(
+    operation: str, case: Case, dtype: torch.dtype, device: torch.device, *, full_resolution: bool
+) -> tuple[Any, ...]:
+    if operation not in PIXEL_SPACE:
+        logits, labels = case.tensors(full_resolution=full_resolution, dtype=dtype, device=device)
+        return logits, tuple(labels.shape[-2:]) if operation == "argmax_labels" else labels
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (case.images, 3, case.size, case.size)
+    images = torch.rand(shape, generator=generator, device=device)
+    grad = torch.randn(shape, generator=generator, device=device)
+    if operation == "l1_norm":
+        return (grad.to(dtype),)
+    if operation == "newton_step":  # eps near 0.01
+        return images, grad, 0.01 * grad.abs().sum((1, 2, 3))
+    return images, grad, (images + 0.02 * torch.rand_like(images) - 0.01).clamp_(0, 1)
+
+
+def fewest_bytes(operation: str, mode: str, arguments: tuple[Any, ...]) -> int:
+    """What the operation must read and write at least once, per-image results left out."""
+    first = arguments[0].nbytes
+    if operation in PIXEL_SPACE:
+        inputs = sum(t.nbytes for t in arguments if t.dim() == 4)
+        return inputs if operation == "l1_norm" else inputs + first
+    if operation == "argmax_labels":
+        return first + arguments[0].shape[0] * math.prod(arguments[1])  # one byte per prediction
+    labels: Tensor = arguments[1]
+    if mode == "forward":
+        return first + labels.nbytes
+    if mode == "backward":  # the gradient; of each pixel the label and the runner-up
+        return first + labels.nbytes + labels.numel()
+    return 2 * first + labels.nbytes
+
+
+def under(backend: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    with segadv.backend(backend):
+        return function(*arguments)
+
+
+def our_backends(device: torch.device) -> list[str]:
+    """Those that can run; the reference is eager PyTorch, which is measured as one writes it."""
+    return [
+        name
+        for name, module in backends.BACKENDS.items()
+        if name != "reference" and module.unavailable(device.type) is None
+    ]
+
+
+def bind(function: Callable[..., Any], mode: str, arguments: tuple[Any, ...], *, is_ours: bool) -> Call:
+    if mode == "forward" or (mode == "one pass" and is_ours):
+        return partial(function, *arguments)
+    leaf = arguments[0].detach().requires_grad_()
+    if mode == "backward":
+        value = function(leaf, *arguments[1:]).sum()
+        return partial(torch.autograd.grad, value, leaf, retain_graph=True)
+    return partial(value_and_gradient, function, leaf, *arguments[1:])
+
+
+def outcome(result: Any) -> list[Tensor]:
+    """Results of all providers in one form: values, or (sum of the values, gradient)."""
+    if isinstance(result, Tensor):
+        return [result]
+    if len(result) == 3:  # per-image sums, n_valid, gradient
+        return [result[0].sum(), result[2]]
+    return list(result)
+
+
+def check(result: Any, expected: list[Tensor], dtype: torch.dtype) -> None:
+    """As vectors: where two classes nearly tie, rounding moves a gradient from one to the other."""
+    allowed = 5e-3 if dtype is torch.float32 else 3e-2
+    for ours, truth in zip(outcome(result), expected, strict=True):
+        error = float((ours.float() - truth.float()).norm() / truth.float().norm())
+        assert error <= allowed, f"differs from eager in float32 by {error:.2e} > {allowed}"
+
+
+def providers_of(
+    run: Run, operation: str, mode: str, arguments: tuple[Any, ...], dtype: torch.dtype, *, compiled: bool
+) -> dict[str, Call]:
+    """Provider -> call, warm; one that fails, or does not fit into the memory, is left out and says why."""
+    entry = OPERATIONS[operation]
+    usual = {"eager": entry.usual}
+    if entry.has_max:
+        usual["eager, max"] = partial(entry.usual, by_max=True)
+    functions: dict[str, Callable[..., Any]] = {name: partial(under, name, entry.ours) for name in run.backends}
+    functions |= usual
+    if compiled:
+        torch._dynamo.reset()  # otherwise the limit of recompilations would silently make it eager
+        for name, function in usual.items():
+            functions[name.replace("eager", "compile")] = torch.compile(function, dynamic=False)
+    wide = tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
+    expected = outcome(bind(list(usual.values())[-1], mode, wide, is_ours=False)())
+    calls = {}
+    for name, function in functions.items():
+        try:
+            call = bind(function, mode, arguments, is_ours=name in run.backends)
+            result = call()
+            # Eager's own rounding in bfloat16 is not ours to judge.
+            if name in run.backends or dtype is torch.float32:
+                check(result, expected, dtype)
+            del result
+            call()
+            calls[name] = call
+        except torch.OutOfMemoryError as error:
+            print(f"  {name}: left out, it does not fit into the memory: {str(error).splitlines()[0]}")
+        except Exception:
+            run.failed.append(f"{operation}, {mode}: {name}")
+            traceback.print_exc()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return calls
+
+
+def measure_operation(
+    run: Run, operation: str, mode: str, case: Case, dtype: torch.dtype, *, full_resolution: bool, compiled: bool
+) -> None:
+    arguments = arguments_of(operation, case, dtype, run.device, full_resolution=full_resolution)
+    calls = providers_of(run, operation, mode, arguments, dtype, compiled=compiled)
+    milliseconds = times_on_device(calls, run.device, **run.effort)
+    name = operation if full_resolution or operation in PIXEL_SPACE else f"upsample + {operation}"
+    bytes_moved = fewest_bytes(operation, mode, arguments)
+    run.add(
+        device_row(
+            name, provider, mode, case.name, dtype, timing_on_device(milliseconds[provider], call, run.device),
+            run.device, fewest_bytes=bytes_moved, copy=run.copy,
+        )
+        for provider, call in calls.items()
+    )  # fmt: skip
+
+
+def measure_operations(
+    run: Run,
+    case: Case,
+    operations: Iterable[str],
+    *,
+    full_resolution: bool,
+    compiled: bool = False,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+) -> None:
+    for dtype, operation in product(dtypes, operations):
+        if operation in PIXEL_SPACE and (full_resolution or (operation != "l1_norm" and dtype is torch.bfloat16)):
+            continue  # without logits there is but one resolution; images are never in half precision
+        for mode in OPERATIONS[operation].modes:
+            if mode == "backward" and (compiled or not full_resolution):
+                continue  # upsampled, it only scales the gradient that the forward has found
+            what = "full resolution" if full_resolution else "upsampled"
+            run.attempt(
+                f"{case.name}, {what}: {operation}, {mode}, {str(dtype)[6:]}",
+                partial(
+                    measure_operation, run, operation, mode, case, dtype,
+                    full_resolution=full_resolution, compiled=compiled,
+                ),
+            )  # fmt: skip
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One part on its way: where it runs, until when, and what it has found."""
+
+    device: torch.device
+    path: Path
+    dry: bool = False
+    until: float = field(default_factory=lambda: time.monotonic() + BUDGET_SECONDS)
+    copy: float = float("nan")  # GB/s
+    rows: list[DeviceRow] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def backends(self) -> list[str]:
+        return our_backends(self.device)
+
+    @property
+    def effort(self) -> dict[str, Any]:
+        return {"rounds": 2} if self.dry else {}
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """All with the batch size of training."""
+        if self.dry:
+            return {name: replace(case, images=2, own=8, size=32) for name, case in CASES.items()}
+        return {name: replace(case, images=16) for name, case in CASES.items()}
+
+    @property
+    def seconds_left(self) -> float:
+        return self.until - time.monotonic()
+
+    def measure_copy(self) -> None:
+        size = 1 << (20 if self.dry else 30)
+        timing = copy_timing(self.device, size)
+        self.copy = 2 * size / timing.p50 / 1e6
+        self.add([self._copy_row(size, timing)])
+
+    def _copy_row(self, size: int, timing: Timing) -> DeviceRow:
+        return device_row(
+            "copy", "torch", "forward", f"{size >> 20} MiB", torch.float32, timing, self.device,
+            fewest_bytes=2 * size, copy=self.copy,
+        )  # fmt: skip
+
+    def attempt(self, what: str, measurement: Call) -> None:
+        """One measurement; its failure is written down and does not touch the others."""
+        if self.seconds_left < 0:
+            self.left_out.append(what)
+            return
+        print(f"\n{what}", flush=True)
+        try:
+            measurement()
+        except Exception:
+            self.failed.append(what)
+            traceback.print_exc()
+            sys.stderr.flush()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def add(self, rows: Iterable[DeviceRow]) -> None:
+        for row in rows:
+            self.rows.append(row)
+            write_rows(self.path, [row])
+            of_copy = f"{row.gb_per_s:8.1f} GB/s ({row.of_copy:.0%} of copy)" if row.gb_per_s == row.gb_per_s else ""
+            print(
+                f"  {row.provider:13s} {row.ms_p50:10.4f} ms [{row.ms_p20:.4f}, {row.ms_p80:.4f}]"
+                f"   beyond the results {row.extra_mb:10.2f} MB {of_copy} {row.note}",
+                flush=True,
+            )
+
+
+def part_machine(run: Run) -> None:
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}, triton {package_version('triton')}")
+    print(f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}, cuDNN {torch.backends.cudnn.version()}")
+    if run.device.type == "cuda":
+        p = torch.cuda.get_device_properties(run.device)
+        print(f"{device_name(run.device)}, driver {driver_version()}, compute capability {p.major}.{p.minor}")
+        print(
+            f"{p.multi_processor_count} multiprocessors, L2 {p.L2_cache_size / 2**20:.0f} MiB, "
+            f"memory {p.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} visible"
+        )
+    print(f"{os.cpu_count()} CPU cores\n{segadv.build_info()}\n{backends.report()}")
+    for size in (1 << 20,) if run.dry else (1 << 26, 1 << 28):
+        run.add([run._copy_row(size, copy_timing(run.device, size))])
+
+
+def part_tests(run: Run) -> None:
+    """The GPU tests, then the operations' contract tests on the backends that run there."""
+    pytest = [
+        sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "--continue-on-collection-errors",
+        "-o", "addopts=--strict-markers",
+    ]  # fmt: skip
+    contract = [f"tests/test_{name}.py" for name in ("margin", "cross_entropy", "step", "confusion", "library")]
+    if run.dry:
+        contract += ["--collect-only", "-qq"]
+    for arguments in (["tests/test_gpu.py"], [*contract, "-k", " or ".join(run.backends)]):
+        print(f"\npytest {' '.join(arguments)}", flush=True)
+        process = subprocess.Popen([*pytest, *arguments], cwd=ROOT)
+        try:
+            if process.wait(max(run.seconds_left, 1)):
+                run.failed.append(f"pytest {' '.join(arguments)}: exit status {process.returncode}")
+        except subprocess.TimeoutExpired:
+            run.left_out.append(f"pytest {' '.join(arguments)}: stopped, the time is up")
+            process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def part_launch(run: Run) -> None:
+    """The CPU's time to enqueue one call on tensors so small that the GPU keeps up."""
+    case = Case("small", images=2, classes=5, own=8, size=16)
+    for operation, entry in OPERATIONS.items():
+        for mode in entry.modes:
+            run.attempt(f"enqueueing {operation}, {mode}", partial(_measure_launch, run, operation, mode, case))
+
+
+def _measure_launch(run: Run, operation: str, mode: str, case: Case) -> None:
+    arguments = arguments_of(operation, case, torch.float32, run.device, full_resolution=False)
+    calls = providers_of(run, operation, mode, arguments, torch.float32, compiled=False)
+    batches = 2 if run.dry else 30
+    for provider, call in calls.items():
+        milliseconds = host_milliseconds(call, run.device, batches=batches)
+        timing = Timing(*(float(x) for x in np.percentile(milliseconds, [20, 50, 80])), float("nan"))
+        name = f"enqueueing {operation}"
+        run.add([device_row(name, provider, mode, case.name, torch.float32, timing, run.device)])
+
+
+def part_full_resolution(run: Run) -> None:
+    for name in ("cityscapes19", "voc21", "ade150"):
+        measure_operations(run, run.cases[name], OPERATIONS, full_resolution=True)
+
+
+def part_compile(run: Run) -> None:
+    """torch.compile beside the others, on one case; compiling takes most of the time, so what matters most is first."""
+    first = ("gain_and_grad", "cross_entropy", "averaged_gain", "newton_step", "sign_step")
+    rest = [operation for operation in OPERATIONS if operation not in first]
+    for operations, dtype, full in product((first, rest), (torch.float32, torch.bfloat16), (False, True)):
+        measure_operations(
+            run, run.cases["cityscapes19"], operations, full_resolution=full, compiled=True, dtypes=(dtype,)
+        )
+
+
+# --- glue: what an attack costs beyond its forward and backward pass ----------------------------------------------
+
+
+class _Features(nn.Module):
+    """timm's feature maps, the final norm and ReLU included."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network.forward_features(images)
+        return features
+
+
+def pspnet50() -> tuple[str, nn.Module]:
+    """The paper's network, without weights to load; the package's small one where timm does not import."""
+    try:
+        import timm
+
+        backbone = timm.create_model("resnetv2_50", pretrained=False, num_classes=0, output_stride=8)
+        return "pspnet50", models.PSPNet(_Features(backbone), feature_channels=2048, num_classes=19)
+    except Exception as error:
+        print(f"  timm's resnetv2_50 is not to be had, the small network takes its place: {error!r}")
+        return "small_pspnet", models.small_pspnet(19)
+
+
+def segformer_b0() -> tuple[str, nn.Module]:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    return "segformer-b0", SegformerForSemanticSegmentation(SegformerConfig(num_labels=19))
+
+
+def part_glue(run: Run) -> None:
+    torch.backends.cudnn.benchmark = True
+    for network in (pspnet50, segformer_b0):
+        run.attempt(f"fast_newton_step, {network.__name__}", partial(_measure_glue, run, network))
+
+
+def _measure_glue(run: Run, network: Callable[[], tuple[str, nn.Module]]) -> None:
+    name, model = network()
+    model = model.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    for count in (2,) if run.dry else (16, 8, 4):
+        try:
+            return _measure_glue_of(run, name, model, count)
+        except torch.OutOfMemoryError as error:
+            print(f"  {count} images do not fit into the memory: {str(error).splitlines()[0]}")
+        torch.cuda.empty_cache()
+
+
+def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
+    side = 64 if run.dry else 712
+    images = torch.rand(count, 3, side, side, device=run.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 19, (count, side, side), device=run.device)
+    labels[:, : side // 50] = 255
+    autocast = partial(torch.autocast, run.device.type, dtype=torch.bfloat16)
+
+    def logits_of(leaf: Tensor) -> Tensor:
+        with autocast():
+            return segadv.attacks.base.model_logits(model(leaf))
+
+    outgoing = torch.randn_like(logits_of(images))
+
+    def bare() -> Tensor:
+        leaf = images.detach().requires_grad_()
+        return torch.autograd.grad(logits_of(leaf), leaf, outgoing)[0]
+
+    def total(backend: str) -> Tensor:
+        with segadv.backend(backend), autocast():
+            adversarial: Tensor = segadv.fast_newton_step(model, images, labels)
+        return adversarial
+
+    calls: dict[str, Call] = {"bare": bare, **{backend: partial(total, backend) for backend in run.backends}}
+    for call in (*calls.values(), *calls.values()):
+        call()
+    effort = run.effort or {"rounds": 25, "seconds": max(5.0, run.seconds_left / 3), "head_start_ms": 60.0}
+    milliseconds = times_on_device(calls, run.device, **effort)
+    case = f"{name}, {count} x 3 x {side} x {side}, logits {list(outgoing.shape[1:])}"
+    for provider, call in calls.items():
+        percent = 100 * (np.array(milliseconds[provider]) / np.array(milliseconds["bare"]) - 1)
+        p20, p50, p80 = np.percentile(percent, [20, 50, 80])
+        note = "" if provider == "bare" else f"{p50:+.2f} % [{p20:+.2f}, {p80:+.2f}] over bare"
+        timing = timing_on_device(milliseconds[provider], call, run.device)
+        row = device_row(
+            "fast_newton_step", provider, "bfloat16 autocast", case, torch.bfloat16, timing, run.device, note=note
+        )
+        run.add([row])
+
+
+# --- tune: the lines of triton_kernels/configs.py -----------------------------------------------------------------
+
+# kernel -> the fields of its Config that it reads
+TUNED_FIELDS = {
+    "pixels": ("block", "num_warps", "unroll"),
+    "pixels_up": ("num_warps", "block", "rows", "unroll"),
+    "gradient_up": ("block", "num_warps", "rows", "classes"),
+    "step": ("block", "num_warps"),
+}
+
+
+def part_tune(run: Run) -> None:
+    from segadv.ops.triton_kernels import configs
+
+    if configs.INTERPRETED:
+        key: Any = "interpreted"
+    elif torch.version.hip is not None:
+        key = torch.cuda.get_device_properties(run.device).gcnArchName.split(":")[0]
+    else:
+        key = torch.cuda.get_device_capability(run.device)
+    kernels = list(configs._DEFAULT)
+    found = {}
+    for done, kernel in enumerate(kernels):
+        until = time.monotonic() + max(run.seconds_left, 0) / (len(kernels) - done)
+        run.attempt(
+            f"tuning {kernel}",
+            lambda kernel=kernel, until=until: found.update({kernel: _tuned(run, kernel, key, until)}),
+        )
+    print(f"\nfor _TUNED in segadv/ops/triton_kernels/configs.py:\n    {key}: {{")
+    for kernel, config in found.items():
+        if config != configs._DEFAULT[kernel]:
+            values = {f.name: getattr(config, f.name) for f in fields(config)}
+            wanted = {n: v for n, v in values.items() if v != 1 or n in ("block", "num_warps")}
+            print(f'        "{kernel}": Config({", ".join(f"{n}={v}" for n, v in wanted.items())}),')
+    print("    },", flush=True)
+
+
+def _tuned(run: Run, kernel: str, key: Any, until: float) -> Any:
+    """The fastest Config within reach: one field after the other is doubled or halved as long as that is faster."""
+    from segadv.ops.triton_kernels import configs
+
+    table: dict[Any, Any] = configs._INTERPRETED if configs.INTERPRETED else configs._TUNED.setdefault(key, {})
+    start = configs.config(kernel, run.device)
+    calls = _tuning_calls(run, kernel)
+    with segadv.backend("triton"):
+        expected = [outcome(call()) for call in calls]
+        best, best_time = start, math.inf
+
+        def time_of(config: Any) -> float:
+            """Geometric mean of the calls' medians; infinite where a kernel does not compile or errs."""
+            table[kernel] = config
+            configs._of_device.cache_clear()
+            medians = []
+            try:
+                for call, truth in zip(calls, expected, strict=True):
+                    check(call(), truth, torch.float32)
+                    effort = run.effort or {"rounds": 10, "seconds": 0.5}
+                    medians.append(float(np.median(times_on_device({"": call}, run.device, **effort)[""])))
+            except Exception as error:
+                print(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                return math.inf
+            print(f"  {config}: {'  '.join(f'{ms:.4f}' for ms in medians)} ms", flush=True)
+            return math.exp(float(np.mean(np.log(medians))))
+
+        try:
+            best_time = time_of(start)
+            for name, factor in product(TUNED_FIELDS.get(kernel, ("block", "num_warps")), (2.0, 0.5)):
+                while time.monotonic() < until:
+                    value = int(getattr(best, name) * factor)
+                    if value < 1 or (name == "num_warps" and value > 16):
+                        break
+                    candidate = replace(best, **{name: value})
+                    seconds = time_of(candidate)
+                    if seconds > 0.99 * best_time:
+                        break
+                    best, best_time = candidate, seconds
+        finally:
+            table[kernel] = start
+            configs._of_device.cache_clear()
+    print(f"  best: {best}")
+    return best
+
+
+def _tuning_calls(run: Run, kernel: str) -> list[Call]:
+    """What a kernel mostly does: few and many classes, with and without exponentials."""
+    device, calls = run.device, []
+    if kernel == "step":
+        case = run.cases["cityscapes19"]
+        for operation in ("newton_step", "sign_step"):
+            arguments = arguments_of(operation, case, torch.float32, device, full_resolution=True)
+            calls.append(partial(OPERATIONS[operation].ours, *arguments))
+        return calls
+    full = kernel == "pixels"
+    for name, dtype in (("cityscapes19", torch.float32), ("cityscapes19", torch.bfloat16), ("ade150", torch.float32)):
+        case = run.cases[name]
+        if full and name == "ade150":
+            case = replace(case, images=max(1, case.images // 4))
+        z, y = case.tensors(full_resolution=full, dtype=dtype, device=device)
+        if full:
+            calls += [partial(F.gain_and_grad, z, y), partial(F.loss_and_grad, z, y)]
+        elif kernel == "pixels_up":
+            calls += [partial(F.averaged_gain, z, y), partial(F.cross_entropy, z, y, reduction="image")]
+        else:  # gradient_up: the backward operations alone
+            with segadv.backend("triton"):
+                runner_up = library.averaged_gain(z, y, 255, False)[2]
+                _, _, largest, log_normalizer = library.cross_entropy(z, y, None, 255, False, False)
+            one = torch.ones((), device=device).expand(y.shape)
+            layout = (list(z.shape), False, dtype)
+            calls.append(partial(library.margin_backward, one, y, runner_up, *layout, 255, False))
+            saved = (largest, log_normalizer, None, None)
+            calls.append(partial(library.cross_entropy_backward, one, z, y, *saved, 255, False))
+    return calls
+
+
+# --- tables and processes -----------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Rows as in the CSV file, those to be compared under one another."""
+    lines = [
+        "| operation | mode | case | dtype | provider | ms p50 [p20, p80] | GB/s | of copy | MB extra | x ours | |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+
+    def cell(value: str) -> str:
+        return "" if value in ("", "nan") else value
+
+    keys = ("case", "dtype", "operation", "mode")
+
+    def key(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in keys)
+
+    for (case, dtype, operation, mode), group in groupby(sorted(rows, key=key), key):
+        members = sorted(group, key=lambda row: float(row["ms_p50"]))
+        ours = [float(row["ms_p50"]) for row in members if row["provider"] in backends.BACKENDS]
+        for row in members:
+            ratio = f"{float(row['ms_p50']) / min(ours):.2f}" if ours and min(ours) > 0 else ""
+            lines.append(
+                f"| {operation} | {mode} | {case} | {dtype} | {row['provider']} "
+                f"| {row['ms_p50']} [{row['ms_p20']}, {row['ms_p80']}] | {cell(row['gb_per_s'])} "
+                f"| {cell(row['of_copy'])} | {cell(row['extra_mb'])} | {ratio} | {row['note']} |"
+            )
+    return "\n".join(lines)
+
+
+def _operations_of(name: str, run: Run) -> None:
+    measure_operations(run, run.cases[name], OPERATIONS, full_resolution=False)
+
+
+PARTS: Mapping[str, Callable[[Run], None]] = {
+    "machine": part_machine,
+    "tests": part_tests,
+    "launch": part_launch,
+    "operations-cityscapes19": partial(_operations_of, "cityscapes19"),
+    "operations-voc21": partial(_operations_of, "voc21"),
+    "operations-ade150": partial(_operations_of, "ade150"),
+    "full-resolution": part_full_resolution,
+    "compile": part_compile,
+    "glue": part_glue,
+    "tune": part_tune,
+}
+
+
+def run_here(part: str, directory: Path, *, dry: bool) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    run = Run(device, directory / f"{file}.csv", dry)
+    print(f"\n=== {part}: {device_name(device)}; segadv backends: {', '.join(run.backends) or 'none'}", flush=True)
+    begin = time.monotonic()
+    if part != "tests":
+        run.attempt("copy bandwidth", run.measure_copy)
+    run.attempt(part, partial(PARTS[part], run))
+    if run.rows:
+        print("\n" + markdown([{name: str(value) for name, value in asdict(row).items()} for row in run.rows]))
+        run.path.with_suffix(".md").write_text(markdown(read_rows(run.path)) + "\n")
+    for title, names in (("failed", run.failed), ("left out, the time was up", run.left_out)):
+        if names:
+            print(f"\n{title}:\n  " + "\n  ".join(names))
+    print(f"=== {part}: {time.monotonic() - begin:.0f} s, {len(run.failed)} failed", flush=True)
+    return 1 if run.failed else 0
+
+
+def run_apart(part: str, directory: Path, *, dry: bool) -> str | None:
+    """The part in a process of its own; None, or what went wrong."""
+    command = [sys.executable, "-m", "benchmarks.device", "--here", "--only", part, "--results", str(directory)]
+    try:
+        result = subprocess.run(
+            [*command, *(["--dry-run"] if dry else [])], cwd=ROOT, timeout=PART_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"ended after {PART_SECONDS} s"
+    return f"exit status {result.returncode}" if result.returncode else None
+
+
+def install_native_core() -> None:
+    """What the tests need, built without a network; nothing where it is there already."""
+    if importlib.util.find_spec("_segadv_native") is not None:
+        return
+    print("the compiled core is missing: pip install", flush=True)
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "."]
+    if subprocess.run(install, cwd=ROOT, check=False, timeout=PART_SECONDS).returncode:
+        print("the installation failed; what does not need the compiled core goes on")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIRECTORY")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes; figures mean nothing and are not kept")
+    parser.add_argument("--here", action="store_true", help="in this process, one part after the other")
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() or options.dry_run):
+        sys.exit("benchmarks.device measures a GPU and torch sees none; --dry-run shows that it would run")
+    if options.here:
+        return max(run_here(part, options.results, dry=options.dry_run) for part in options.only)
+    install_native_core()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) if options.dry_run else options.results.resolve()
+        outcomes = {part: run_apart(part, directory, dry=options.dry_run) for part in options.only}
+        for file in sorted(directory.glob("*.md")):
+            if not options.dry_run:
+                print(f"\n{file}\n\n{file.read_text()}")
+    print("\n".join(f"{part}: {problem or 'ok'}" for part, problem in outcomes.items()))
+    return 1 if any(outcomes.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
