@@ -467,7 +467,7 @@ def part_glue(run: Run) -> None:
 
 def _measure_glue(run: Run, network: Callable[[], tuple[str, nn.Module]]) -> None:
     name, model = network()
-    model = model.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False).to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for count in (2,) if run.dry else (16, 8, 4):
         try:
             return _measure_glue_of(run, name, model, count)
@@ -529,21 +529,23 @@ TUNED_FIELDS = {
 def part_tune(run: Run) -> None:
     from segadv.ops.triton_kernels import configs
 
-    if configs.INTERPRETED:
-        key: Any = "interpreted"
-    elif torch.version.hip is not None:
+    if "triton" not in run.backends:
+        print(f"nothing to tune: {backends.BACKENDS['triton'].unavailable(run.device.type)}")
+        return
+    key: Any = "interpreted"
+    if torch.version.hip is not None:
         key = torch.cuda.get_device_properties(run.device).gcnArchName.split(":")[0]
-    else:
+    elif run.device.type == "cuda":
         key = torch.cuda.get_device_capability(run.device)
+    found: dict[str, Any] = {}
+
+    def tune(kernel: str, seconds: float) -> None:
+        found[kernel] = _tuned(run, kernel, key, time.monotonic() + seconds)
+
     kernels = list(configs._DEFAULT)
-    found = {}
     for done, kernel in enumerate(kernels):
-        until = time.monotonic() + max(run.seconds_left, 0) / (len(kernels) - done)
-        run.attempt(
-            f"tuning {kernel}",
-            lambda kernel=kernel, until=until: found.update({kernel: _tuned(run, kernel, key, until)}),
-        )
-    print(f"\nfor _TUNED in segadv/ops/triton_kernels/configs.py:\n    {key}: {{")
+        run.attempt(f"tuning {kernel}", partial(tune, kernel, run.seconds_left / (len(kernels) - done)))
+    print(f"\nfor _TUNED in segadv/ops/triton_kernels/configs.py:\n    {key!r}: {{")
     for kernel, config in found.items():
         if config != configs._DEFAULT[kernel]:
             values = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -600,7 +602,8 @@ def _tuned(run: Run, kernel: str, key: Any, until: float) -> Any:
 
 def _tuning_calls(run: Run, kernel: str) -> list[Call]:
     """What a kernel mostly does: few and many classes, with and without exponentials."""
-    device, calls = run.device, []
+    device = run.device
+    calls: list[Call] = []
     if kernel == "step":
         case = run.cases["cityscapes19"]
         for operation in ("newton_step", "sign_step"):
@@ -678,10 +681,8 @@ PARTS: Mapping[str, Callable[[Run], None]] = {
 }
 
 
-def run_here(part: str, directory: Path, *, dry: bool) -> int:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    file = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    run = Run(device, directory / f"{file}.csv", dry)
+def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
+    run = Run(device, path, dry)
     print(f"\n=== {part}: {device_name(device)}; segadv backends: {', '.join(run.backends) or 'none'}", flush=True)
     begin = time.monotonic()
     if part != "tests":
@@ -689,7 +690,6 @@ def run_here(part: str, directory: Path, *, dry: bool) -> int:
     run.attempt(part, partial(PARTS[part], run))
     if run.rows:
         print("\n" + markdown([{name: str(value) for name, value in asdict(row).items()} for row in run.rows]))
-        run.path.with_suffix(".md").write_text(markdown(read_rows(run.path)) + "\n")
     for title, names in (("failed", run.failed), ("left out, the time was up", run.left_out)):
         if names:
             print(f"\n{title}:\n  " + "\n  ".join(names))
@@ -728,15 +728,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or options.dry_run):
         sys.exit("benchmarks.device measures a GPU and torch sees none; --dry-run shows that it would run")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv"
     if options.here:
-        return max(run_here(part, options.results, dry=options.dry_run) for part in options.only)
+        return max(run_here(part, device, options.results / file, dry=options.dry_run) for part in options.only)
     install_native_core()
+    outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) if options.dry_run else options.results.resolve()
-        outcomes = {part: run_apart(part, directory, dry=options.dry_run) for part in options.only}
-        for file in sorted(directory.glob("*.md")):
-            if not options.dry_run:
-                print(f"\n{file}\n\n{file.read_text()}")
+        for part in options.only:
+            outcomes[part] = run_apart(part, directory, dry=options.dry_run)
+            # Here, so that it is also written after a part that was ended.
+            if rows := read_rows(directory / file):
+                (directory / file).with_suffix(".md").write_text(markdown(rows) + "\n")
+        if not options.dry_run:
+            print(f"\n{directory / file}\n\n{markdown(rows)}\n")
     print("\n".join(f"{part}: {problem or 'ok'}" for part, problem in outcomes.items()))
     return 1 if any(outcomes.values()) else 0
 
