@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -369,27 +370,41 @@ def part_machine(run: Run) -> None:
 
 
 def part_tests(run: Run) -> None:
-    """The GPU tests, then the operations' contract tests on the backends that run there."""
+    """The GPU tests, and the operations' contract tests on the backends that run there.
+
+    Side by side, because the kernels' compilation, on the CPU, takes most of the time.
+    """
     pytest = [
         sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "--continue-on-collection-errors",
-        "-o", "addopts=--strict-markers",
+        "-o", "addopts=--strict-markers", *(["--collect-only", "-qq"] if run.dry else []),
     ]  # fmt: skip
     contract = [f"tests/test_{name}.py" for name in ("margin", "cross_entropy", "step", "confusion", "library")]
-    if run.dry:
-        contract += ["--collect-only", "-qq"]
-    for arguments in (["tests/test_gpu.py"], [*contract, "-k", " or ".join(run.backends)]):
-        print(f"\npytest {' '.join(arguments)}", flush=True)
-        process = subprocess.Popen([*pytest, *arguments], cwd=ROOT)
-        try:
-            if process.wait(max(run.seconds_left, 1)):
-                run.failed.append(f"pytest {' '.join(arguments)}: exit status {process.returncode}")
-        except subprocess.TimeoutExpired:
-            run.left_out.append(f"pytest {' '.join(arguments)}: stopped, the time is up")
-            process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
+    ours = " or ".join(run.backends)
+    shards = [["tests/test_gpu.py"]] + [
+        [*contract, "-k", f"({ours}) and {dtype}"]
+        for dtype in ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64", "not torch.")
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        started = []
+        for i, shard in enumerate(shards):
+            log = Path(directory) / f"{i}.log"
+            with log.open("w") as file:
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                command = [*pytest, *shard]
+                process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            started.append((f"pytest {shlex.join(shard)}", process, log))
+        for what, process, log in started:
             try:
-                process.wait(30)
+                if process.wait(max(run.seconds_left, 1)):
+                    run.failed.append(f"{what}: exit status {process.returncode}")
             except subprocess.TimeoutExpired:
-                process.kill()
+                run.left_out.append(f"{what}: stopped")
+                process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            print(f"\n{what}\n{log.read_text()}", flush=True)
 
 
 def part_launch(run: Run) -> None:
