@@ -195,7 +195,7 @@ def outcome(result: Any) -> list[Tensor]:
 
 def check(result: Any, expected: list[Tensor], dtype: torch.dtype) -> None:
     """As vectors: where two classes nearly tie, rounding moves a gradient from one to the other."""
-    allowed = 5e-3 if dtype is torch.float32 else 3e-2
+    allowed = 5e-3 if dtype is torch.float32 else 5e-2
     for ours, truth in zip(outcome(result), expected, strict=True):
         error = float((ours.float() - truth.float()).norm() / truth.float().norm())
         assert error <= allowed, f"differs from eager in float32 by {error:.2e} > {allowed}"
@@ -382,7 +382,13 @@ def part_tests(run: Run) -> None:
     ours = " or ".join(run.backends)
     shards = [["tests/test_gpu.py"]] + [
         [*contract, "-k", f"({ours}) and {dtype}"]
-        for dtype in ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64", "not torch.")
+        for dtype in (
+            "torch.float32",
+            "torch.bfloat16",
+            "torch.float16",
+            "torch.float64",
+            "not torch.float and not torch.bfloat16",
+        )
     ]
     with tempfile.TemporaryDirectory() as directory:
         started = []
