@@ -18,8 +18,10 @@ from torch import Tensor
 
 import segadv
 from segadv import functional as F
+from segadv.ops import reference
 from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "pixels": configs.Config(block=16, num_warps=1, unroll=2),
     "pixels_up": configs.Config(block=32, num_warps=1, rows=2, unroll=2),
@@ -45,10 +47,12 @@ def test_tiles_do_not_change_the_result(
 ) -> None:
     """Many tiles in every direction against the native backend, gradients and sums included."""
     monkeypatch.setattr(configs, "_INTERPRETED", configs._INTERPRETED | SMALL)
+    monkeypatch.setattr(configs, "_of_device", lambda _: configs._DEFAULT | SMALL)
     z, y = torch.randn(2, 3, *own), torch.randint(0, 3, (2, 6, 7))
     y[0, :2] = 255
     results = []
-    for name in ("native", "triton"):
+    for name, device in (("native", "cpu"), ("triton", DEVICE)):
+        z, y = z.to(device), y.to(device)
         with segadv.backend(name):
             results.append(
                 (
@@ -58,8 +62,8 @@ def test_tiles_do_not_change_the_result(
                     F.argmax_labels(z, (6, 7), align_corners=align_corners),
                 )
             )
-    for ours, native in zip(*results, strict=True):
-        torch.testing.assert_close(ours, native, rtol=2e-5, atol=2e-6)
+    for native, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours.cpu(), native, rtol=2e-5, atol=2e-6)
 
 
 @triton.jit
@@ -81,10 +85,9 @@ def axis_kernel(quads, w0, w1, firsts, size_in, size_out, align: tl.constexpr, b
 @example(size_in=7, size_out=1, align_corners=True)
 def test_taps(size_in: int, size_out: int, align_corners: bool) -> None:
     """Quads and weights along one axis against F.interpolate of the unit vectors."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    quads = torch.full((size_out,), -1, dtype=torch.int32, device=device)
-    w0, w1 = (torch.full((size_out,), torch.nan, dtype=torch.float64, device=device) for _ in range(2))
-    firsts = torch.full((size_in + 2,), -1, dtype=torch.int32, device=device)
+    quads = torch.full((size_out,), -1, dtype=torch.int32, device=DEVICE)
+    w0, w1 = (torch.full((size_out,), torch.nan, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    firsts = torch.full((size_in + 2,), -1, dtype=torch.int32, device=DEVICE)
     axis_kernel[(1,)](quads, w0, w1, firsts, size_in, size_out, align_corners, 1024)
     quads, firsts = quads.long().cpu(), firsts.cpu()
     assert (quads.diff() >= 0).all()
@@ -103,16 +106,17 @@ def test_taps(size_in: int, size_out: int, align_corners: bool) -> None:
 
 
 @pytest.mark.parametrize("own", [(8, 10), (3, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("triton", torch.float32), ("triton", torch.bfloat16), ("reference", torch.float32)]
+)
 def test_bad_labels_make_their_image_nan_and_no_other(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, own: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, own: tuple[int, int]
 ) -> None:
     """What happens on a GPU, where nothing waits for a check: tried here with the check of CPU labels taken out."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for module in (margin, cross_entropy, confusion):
+    for module in (margin, cross_entropy, confusion, reference):
         monkeypatch.setattr(module, "check_labels", lambda *_: None)
-    z = torch.randn(3, 4, *own, device=device).to(dtype).requires_grad_()
-    good = torch.randint(0, 4, (3, 8, 10), device=device)
+    z = torch.randn(3, 4, *own, device=DEVICE).to(dtype).requires_grad_()
+    good = torch.randint(0, 4, (3, 8, 10), device=DEVICE)
     good[0, 0] = 255
     bad = good.clone()
     bad[1, 7, 9], bad[1, 3, 2] = 4, -7
@@ -128,26 +132,25 @@ def test_bad_labels_make_their_image_nan_and_no_other(
             (results[f"gradient of {name}"],) = torch.autograd.grad(results[name].sum(), z)
         return {name: value.detach() for name, value in results.items()}
 
-    with segadv.backend("triton"):
+    with segadv.backend(name):
         expected, results = everything(good), everything(bad)
         matrix = F.confusion_matrix(z, bad)
     assert results.pop("n_valid").tolist() == [70, 78, 80]
     expected.pop("n_valid")
-    for name, value in results.items():
-        assert value[1].isnan().all(), name
-        assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
+    for what, value in results.items():
+        assert value[1].isnan().all(), what
+        assert torch.equal(value[[0, 2]], expected[what][[0, 2]]), what
     assert matrix.invalid.item() == 2
     assert matrix.sum().item() == 70 + 78 + 80
 
 
 def test_numbers_reach_the_kernels_in_float64() -> None:
     """Triton alone would pass 0.1 as float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = torch.full((2, 3), 0.5, dtype=torch.float64, device=device)
+    images = torch.full((2, 3), 0.5, dtype=torch.float64, device=DEVICE)
     with segadv.backend("triton"):
         stepped = F.sign_step(images, torch.ones_like(images), 0.1, origin=images, eps=0.07)
         capped = F.newton_step(images, torch.ones_like(images), images.new_ones(2), max_eps=0.1)[1]
-        loss = F.segpgd_loss(images.new_tensor([[0.0, 0.0]]), torch.ones(1, dtype=torch.long, device=device), 1, 3)
+        loss = F.segpgd_loss(images.new_tensor([[0.0, 0.0]]), torch.ones(1, dtype=torch.long, device=DEVICE), 1, 3)
     assert (stepped == 0.5 + 0.07).all()
     assert (capped == 0.1).all()
     torch.testing.assert_close(loss, images.new_tensor([2.0]).log() / 6, rtol=1e-14, atol=0)

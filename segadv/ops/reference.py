@@ -109,6 +109,7 @@ def margin_backward(
     g = target.masked(grad_margin).unsqueeze(1)
     grad = g.new_zeros(size[0], size[1], *labels.shape[-2:])
     grad.scatter_(1, target.y, g).scatter_add_(1, runner_up.long().unsqueeze(1), -g)
+    grad = grad + target.poison.view(-1, 1, 1, 1)
     return _as_gradient(_upsample_backward(grad, size, align_corners), channels_last, dtype)
 
 
