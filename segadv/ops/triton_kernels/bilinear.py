@@ -15,8 +15,8 @@ from functools import cache
 import triton
 import triton.language as tl
 
-# Computed in int32: twice the product of an input and an output size, and offsets within a class of an image.
-MAX_SIZE = 2**30
+# Positions, 2 * input size * output size + output size, are computed in int32.
+MAX_PRODUCT = 2**29
 
 
 @triton.jit

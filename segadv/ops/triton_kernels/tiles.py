@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import compute_dtype
-from .bilinear import MAX_SIZE, first_output, largest_quad, quad_of, weights
+from .bilinear import MAX_PRODUCT, first_output, largest_quad, quad_of, weights
 from .configs import config
 
 # --- device -------------------------------------------------------------------------------------------------------
@@ -223,10 +223,10 @@ def tiles(
 def check_sizes(size: Sequence[int], size_out: Sequence[int], stride: Sequence[int]) -> None:
     """Refuses to resample logits of such size and stride where offsets in int32 would not do."""
     (h, w), (H, W) = size[-2:], size_out
-    if max(h * H, w * W, h * abs(stride[-2]) + w * abs(stride[-1])) >= MAX_SIZE:
+    if max(h * H, w * W) >= MAX_PRODUCT or h * stride[-2] + w * stride[-1] >= 2**31:
         raise ValueError(
             f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the triton "
-            f"backend's resampling: products of sizes, and a class of an image in memory, must stay below {MAX_SIZE}"
+            f"backend's resampling: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image in memory below 2^31"
         )
 
 
