@@ -225,8 +225,8 @@ def check_sizes(size: Sequence[int], size_out: Sequence[int], stride: Sequence[i
     (h, w), (H, W) = size[-2:], size_out
     if max(h * H, w * W) >= MAX_PRODUCT or h * stride[-2] + w * stride[-1] >= 2**31:
         raise ValueError(
-            f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the triton "
-            f"backend's resampling: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image in memory below 2^31"
+            f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the resampling of "
+            f"the triton backend: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image in memory below 2^31"
         )
 
 
