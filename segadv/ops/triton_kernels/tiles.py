@@ -226,7 +226,7 @@ def check_sizes(size: Sequence[int], size_out: Sequence[int], stride: Sequence[i
     if max(h * H, w * W) >= MAX_PRODUCT or h * stride[-2] + w * stride[-1] >= 2**31:
         raise ValueError(
             f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the resampling of "
-            f"the triton backend: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image in memory below 2^31"
+            f"the triton backend: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image within 2^31"
         )
 
 
