@@ -41,6 +41,7 @@ __all__ = [
     "adversarial_coins",
     "load_model",
     "poly_learning_rate",
+    "read_config",
 ]
 
 ARMS: Mapping[str, Callable[[nn.Module, torch.Generator], Attack | None]] = {
@@ -438,6 +439,12 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     _load_weights(model, _read_checkpoint(path)["model"], path)
     return model
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config a checkpoint was trained with, and the length of its data set. Raises as `load_model`."""
+    config: dict[str, Any] = _read_checkpoint(path)["config"]
+    return config
 
 
 def _read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
