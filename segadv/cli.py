@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -83,7 +84,9 @@ def _parser() -> ArgumentParser:
     train = _subparser("Trains small_pspnet on the split 'train' of a folder in the layout of Cityscapes.")
     train.add_argument("--config", action="config", help="YAML file with any of the options below")
     train.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
-    train.add_argument("--out", required=True, help="folder for last.pt and metrics.jsonl; continues last.pt")
+    train.add_argument(
+        "--out", required=True, help="folder for last.pt, metrics.jsonl, training.png; continues last.pt"
+    )
     types = typing.get_type_hints(TrainConfig)
     explained = _explained(TrainConfig) | {
         "arm": f"training method: {', '.join(ARMS)}",
@@ -170,16 +173,20 @@ def _demo(arguments: Namespace) -> None:
 
 
 def _train(arguments: Namespace) -> None:
-    _require("PIL", "tqdm")
+    _require("PIL", "matplotlib", "tqdm")
     from .data import Cityscapes
     from .demo import initial_model
+    from .plots import plot_training
     from .training import Trainer
 
     values = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{**values, "crop": _size("crop", arguments.crop)})
     trainer = Trainer(config, initial_model(config.seed), Cityscapes(arguments.data, "train"))
-    trainer.run(arguments.out)
-    print(f"{Path(arguments.out) / 'last.pt'}: {config.arm}, {trainer.steps_done} steps")
+    out = Path(arguments.out)
+    trainer.run(out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_training(lines, out / "training.png", title=f"trained with {config.arm}")
+    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {out / 'training.png'}")
 
 
 def _evaluate(arguments: Namespace) -> None:

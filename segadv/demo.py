@@ -30,9 +30,12 @@ from .data import Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import small_pspnet
 from .results import atomic_write, csv_text
-from .training import ARMS, TrainConfig, Trainer
+from .training import TrainConfig, Trainer
 
-__all__ = ["FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "initial_model", "run_demo"]
+__all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "initial_model", "run_demo"]
+
+ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
+"""The arms of the paper."""
 
 PAPER_OVERHEAD: dict[str, dict[str, float]] = {
     "paper, Cityscapes": {"fgsm": 12.52, "random-fgsm": 12.34, "bim-3": 45.92, "fast-newton": 11.98},

@@ -16,7 +16,7 @@ from .results import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_overhead", "plot_per_class", "plot_qualitative", "plot_robustness", "plot_steps"]
+__all__ = ["plot_overhead", "plot_per_class", "plot_qualitative", "plot_robustness", "plot_steps", "plot_training"]
 
 # label, colour (Okabe & Ito's palette, which colour-blind readers tell apart), marker
 _ARMS: dict[str, tuple[str, str, str]] = {
@@ -204,6 +204,55 @@ def plot_per_class(tables: Mapping[str, Mapping[str, Sequence[float | None]]], p
             panel.tick_params(length=0)
             panel.spines[:].set_visible(False)
         axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=45, ha="right")
+        _save(figure, path)
+
+
+def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """How a training went: loss, accuracy of the probes, agreement of gradients, Fast Newton's eps.
+
+    Args:
+        lines: those of metrics.jsonl, with step and loss; those of a probe with what `segadv.monitor.probe` finds.
+        path: the PNG file to write.
+        title: above all.
+    """
+    from matplotlib import rc_context
+
+    probes = [line for line in lines if "pgd_accuracy" in line]
+    at = [line["step"] for line in probes]
+
+    def values(name: str) -> list[float]:
+        return [line[name] for line in probes]
+
+    with rc_context(_RC):
+        figure = _figure(11, 7)
+        loss, accuracy, cosine, newton = figure.subplots(2, 2, sharex=True).flatten()
+        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#000000", lw=1.8)
+        loss.set_title("training loss")
+        loss.set_ylim(bottom=0)
+        accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
+        accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
+        accuracy.set_title("pixel accuracy on 8 training images, eps 0.03")
+        accuracy.set_ylim(0, 1)
+        cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)
+        cosine.set_title("cosine of gradients at an image and beside it")
+        cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1)
+        newton.fill_between(
+            at, values("newton_eps_p10"), values("newton_eps_p90"), color="#D55E00", alpha=0.25, lw=0, label="10-90 %"
+        )
+        newton.plot(at, values("newton_eps_median"), color="#D55E00", marker="v", lw=2.2, label="median")
+        newton.axhline(0, color="#333333", lw=1)
+        newton.set_title("eps of a Fast Newton step")
+        share = newton.twinx()
+        share.plot(at, values("newton_share_negative_gain"), color="#999999", marker=".", lw=1.5, ls=":")
+        share.set_ylim(0, 1)
+        share.set_ylabel("share with negative gain (dotted)")
+        share.grid(False)
+        for panel in (cosine, newton):
+            panel.set_xlabel("step")
+        if probes:
+            accuracy.legend(loc="best")
+            newton.legend(loc="best")
+        figure.suptitle(title)
         _save(figure, path)
 
 

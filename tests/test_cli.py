@@ -18,8 +18,8 @@ import torch
 import segadv
 from segadv import cli, demo, evaluation, training
 from segadv.cli import main
-from segadv.demo import DemoSizes, initial_model, run_demo
-from segadv.training import ARMS, Trainer
+from segadv.demo import ARMS, DemoSizes, initial_model, run_demo
+from segadv.training import Trainer
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -110,7 +110,7 @@ def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str])
     assert explained.keys() == {field.name for field in dataclasses.fields(training.TrainConfig)}
     assert explained["checkpoint_every"] == "steps between checkpoints"
     assert explained["checkpoint_every"] in text
-    assert all(arm in text for arm in ARMS)
+    assert all(arm in text for arm in training.ARMS)
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +160,7 @@ def test_data_train_evaluate(
     saved = torch.load("run/last.pt", weights_only=True)
     assert (saved["config"]["arm"], saved["config"]["batch_size"], saved["steps_done"]) == ("fgsm", 2, 2)
     assert tuple(saved["config"]["crop"]) == (32, 48)
+    assert drawn(Path("run/training.png"))
 
     command = "evaluate run/last.pt --data streets --out results --attacks fgsm --eps 0,0.02"
     assert run(command) == 0
