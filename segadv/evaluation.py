@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import frozen, model_logits, unwrapped
+from .attacks.base import check_sizes, frozen, model_logits, unwrapped
 from .records import Records, content_hash, model_hash, versions
 from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
 
@@ -249,14 +249,6 @@ def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> di
     return counts
 
 
-def _check_sizes(images: Tensor, labels: Tensor) -> None:
-    if images.dim() == 4 and (len(images), *images.shape[2:]) != labels.shape:
-        raise ValueError(
-            f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N, H and W are needed. "
-            "Resize the labels (nearest neighbour) or the images"
-        )
-
-
 def _plan(
     judge: _Judge,
     model: nn.Module,
@@ -376,7 +368,7 @@ def evaluate(
     data, images_seen = hashlib.sha256(), 0
     with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
         for index, (images, labels, *_) in enumerate(loader):
-            _check_sizes(images, labels)
+            check_sizes(images, labels)
             content = content_hash(images, labels)
             data.update(content.encode())
             images_seen += len(images)
