@@ -990,6 +990,20 @@ def test_bad_calls(options: dict[str, Any], images: Any, labels: Any, error: typ
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_batch_statistics_of_one_image_warn(recwarn: pytest.WarningsRecorder) -> None:
+    images, labels = sample(1)
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).double()
+    with pytest.warns(UserWarning, match=r'bn: "train" came with a batch of one image.*use bn="eval"'):
+        FGSM(Net(), bn="train")(images, labels)
+    with pytest.warns(UserWarning, match='use bn="eval"'), pytest.raises(ValueError, match="more than 1 value"):
+        FGSM(pooled, bn="train")(images, labels)
+    recwarn.clear()
+    FGSM(pooled)(images, labels)
+    FGSM(Net().eval(), bn="train")(images, labels)
+    FGSM(Net(), bn="train")(*sample(2))
+    assert not recwarn.list
+
+
 class Checkpointing(nn.Module):
     def __init__(self, *, reentrant: bool) -> None:
         super().__init__()

@@ -543,6 +543,22 @@ def test_records_serve_only_what_they_belong_to(
     assert changed()
 
 
+def test_autocast_is_the_callers_and_part_of_the_records(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    kinds = set()
+    model.norm.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    plain = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    assert kinds == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert (plain.run["autocast"], half.run["autocast"]) == (None, "torch.bfloat16")
+    assert half.rows != plain.rows
+    for first, second in zip(half.rows, plain.rows, strict=True):
+        assert first["pixel_accuracy"] == pytest.approx(second["pixel_accuracy"], abs=0.05)
+
+
 def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

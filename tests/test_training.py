@@ -265,12 +265,13 @@ def test_training_learns(tmp_path: Path) -> None:
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
 
 
-def test_bf16_trains_on_the_cpu_with_images_in_full_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arm", ["fast-newton", "segpgd-3", "n-fgsm", "kim"])
+def test_bf16_trains_on_the_cpu_with_images_in_full_precision(tmp_path: Path, arm: str) -> None:
     model = tiny_model()
     kinds = set()
     model[4].register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     model.register_forward_pre_hook(lambda module, inputs: kinds.add(inputs[0].dtype))
-    run(tmp_path, model, precision="bf16", arm="fast-newton")
+    run(tmp_path, model, precision="bf16", arm=arm, monitor_every=7)
     assert kinds == {torch.float32, torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(np.isfinite(line["loss"]) for line in metrics_of(tmp_path))

@@ -18,6 +18,7 @@ An attack
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     own_statistics = [
         (module, module.running_mean, module.running_var)
         for module in training
-        if bn == "train" and module.training and _tracks_statistics(module)
+        if bn == "train" and _uses_batch(module)
     ]
     # Norm layers are kept from writing to theirs; any other buffer may be written in eval mode too.
     buffers = [
@@ -207,6 +208,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
 def _tracks_statistics(module: nn.Module) -> bool:
     """Whether it is a norm layer with running statistics: batch and instance norm, SyncBatchNorm, timm's."""
     return bool(getattr(module, "track_running_stats", False))
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    return module.training and _tracks_statistics(module)
 
 
 def _set_statistics(module: nn.Module, *, track: bool, mean: Any, var: Any) -> None:
@@ -349,6 +354,12 @@ class Attack(ABC):
             )
         if labels.device != images.device:
             raise ValueError(f"labels: they are on {labels.device}, the images on {images.device}")
+        if self.bn == "train" and images.shape[0] == 1 and any(map(_uses_batch, unwrapped(self.model).modules())):
+            warnings.warn(
+                'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
+                'with one value per channel cannot even do that); use bn="eval", or more images',
+                stacklevel=2,
+            )
         if synchronous_checks() and images.numel():
             low, high = images.min().item(), images.max().item()
             if not self.bounds[0] <= low <= high <= self.bounds[1]:
