@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from . import functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, model_logits, unwrapped
+from .ops import backends
 from .records import Records, content_hash, model_hash, versions
 from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
 
@@ -50,7 +52,7 @@ def _strong(kind: type[BIM]) -> Callable[..., BIM]:
     return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=steps, best=True, **options)
 
 
-ATTACKS: Mapping[str, Callable[..., Attack]] = {
+ATTACKS: Mapping[str, Callable[..., Any]] = {
     "fgsm": lambda model, eps, steps, **options: FGSM(model, eps=eps, **options),
     "bim-10": lambda model, eps, steps, **options: BIM(model, eps=eps, alpha=0.004, steps=10, **options),
     "bim": _strong(BIM),
@@ -140,29 +142,22 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
 def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
     """All eps in one batch, as far as memory allows, judged on the way."""
     singles = [ATTACKS[name](model, value, steps, **judge.options) for value in eps]
-    judged = _judged_steps(singles[0].steps if isinstance(singles[0], BIM) else 1)
+    judged = _judged_steps(singles[0].steps)
 
     def stacked(values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        if images.device.type == "cpu" and len(values) * labels.numel() > _CPU_PIXELS and len(values) > 1:
-            return halved(values, images, labels, noise)
-        try:
-            count = len(values)
+        count = len(values)
+        if count == 1 or images.device.type != "cpu" or count * labels.numel() <= _CPU_PIXELS:
             sizes = images.new_tensor(values).repeat_interleave(len(images))
-            attack = ATTACKS[name](model, sizes, steps, **judge.options)
-            assert isinstance(attack, BIM)
+            attack: Any = ATTACKS[name](model, sizes, steps, **judge.options)
             start = _repeated(noise, count) if isinstance(attack, PGD) else None
-            matrices = attack.outcomes(_repeated(images, count), _repeated(labels, count), judged, noise=start)
-        except torch.OutOfMemoryError:
-            if len(values) == 1:
-                raise
-        else:
-            by_eps: Tensor = matrices.unflatten(1, (count, -1)).transpose(0, 1)
-            return by_eps
-        return halved(values, images, labels, noise)
-
-    def halved(values: tuple[float, ...], *tensors: Tensor) -> Tensor:
-        half = len(values) // 2
-        return torch.cat([stacked(values[:half], *tensors), stacked(values[half:], *tensors)])
+            try:
+                matrices = attack.outcomes(_repeated(images, count), _repeated(labels, count), judged, noise=start)
+                return matrices.unflatten(1, (count, -1)).transpose(0, 1)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+        halves = (values[: count // 2], values[count // 2 :])
+        return torch.cat([stacked(half, images, labels, noise) for half in halves])
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         # The noise belongs to the batch: the same for all eps and attacks, however they are stacked.
@@ -361,10 +356,11 @@ def evaluate(
         "model_sha256": model_hash(model),
         "seed": seed,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "backend": backends.requested() or backends.default(device.type),
         **judge.options,
         "versions": versions(),
     }
-    store, tally = Records(records, identity), _Tally()
+    store, tally = Records(records, identity, approve=judge.check), _Tally()
     data, images_seen = hashlib.sha256(), 0
     with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
         for index, (images, labels, *_) in enumerate(loader):
@@ -376,14 +372,8 @@ def evaluate(
             batch_seed = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1)[0])
             finals: dict[float, list[Tensor]] = {value: [] for value in positive}
             for work in works:
-
-                def compute(work: _Work = work, batch: Any = (images, labels, batch_seed)) -> Tensor:
-                    outcomes = work.outcomes(*batch)
-                    if records is not None:
-                        judge.check()  # before anything is written
-                    return outcomes
-
                 depends_on = [[arguments, work.steps, index, content] for arguments in work.arguments]
+                compute = partial(work.outcomes, images, labels, batch_seed)
                 outcomes = store.outcomes(work.attack, work.eps, depends_on, compute)
                 for value, by_steps in zip(work.eps, outcomes, strict=True):
                     if value == 0:

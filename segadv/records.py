@@ -45,7 +45,6 @@ def versions() -> dict[str, str]:
 
     return {
         "segadv": __version__,
-        "backend": os.environ.get("SEGADV_BACKEND", "default"),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -58,11 +57,15 @@ class Records:
     Args:
         folder: None keeps nothing.
         identity: what all outcomes depend on, fit for JSON: model, seed, versions.
+        approve: called before anything is written; what it raises keeps that from happening.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], approve: Callable[[], None]
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.identity = identity
+        self.approve = approve
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -83,6 +86,7 @@ class Records:
         if len(found) == len(paths):
             return torch.stack(found)
         outcomes = compute().cpu()
+        self.approve()
         for path, matrices in zip(paths, outcomes, strict=True):
             with atomic_write(path) as temporary:
                 np.savez_compressed(temporary, outcomes=matrices.numpy())

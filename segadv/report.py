@@ -156,7 +156,7 @@ def _lines(
     if command:
         lines += ["```bash", command, "```", ""]
     lines += [
-        f"Seed {run['seed']}; data SHA-256 `{run['data_sha256'][:16]}`; "
+        f"Seed {run['seed']}; data SHA-256 `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
         + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
         + ". All attack arguments are in results.json.",
         "",
