@@ -340,7 +340,7 @@ class Attack(ABC):
         for name, tensor in (("images", images), ("labels", labels)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: a {type(tensor).__name__} came; a tensor is needed")
-            if is_functorch_wrapped_tensor(tensor):
+            if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor):
                 raise ValueError(
                     f"{name}: a tensor inside of a torch.func transform (grad, vmap, jvp) came; an attack takes "
                     "gradients by itself and cannot be transformed. Call it outside of the transform"
