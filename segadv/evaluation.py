@@ -142,7 +142,8 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
 def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
     """All eps in one batch, as far as memory allows, judged on the way."""
     singles = [ATTACKS[name](model, value, steps, **judge.options) for value in eps]
-    judged = _judged_steps(singles[0].steps)
+    # "bim-10" gives its last iterate after the ten steps of its name, and is nothing else on its way
+    judged = _judged_steps(singles[0].steps) if singles[0].best else (singles[0].steps,)
 
     def stacked(values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         count = len(values)

@@ -162,6 +162,7 @@ def test_bim_10_is_the_papers(model: Counting, loader: list[tuple[Tensor, Tensor
             expected.index_put_((labels[valid].long(), prediction[valid]), torch.tensor(1), accumulate=True)
         assert torch.equal(confusion, expected)
         assert row["eps"] == value
+    assert [entry.steps for entry in result.measurements] == [10, 10]
 
 
 def test_rows_are_in_the_given_order_and_repeatable(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
