@@ -27,7 +27,7 @@ __all__ = [
     "functional",
 ]
 
-_ON_DEMAND = ("data", "evaluation", "models", "plots", "training")
+_ON_DEMAND = ("data", "evaluation", "masking", "models", "plots", "report", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
+import shlex
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +28,7 @@ from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
 
-_RESUMABLE = ("demo", "train", "data")
+_RESUMABLE = ("demo", "train", "evaluate", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +84,9 @@ def _parser() -> ArgumentParser:
     train = _subparser("Trains small_pspnet on the split 'train' of a folder in the layout of Cityscapes.")
     train.add_argument("--config", action="config", help="YAML file with any of the options below")
     train.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
-    train.add_argument("--out", required=True, help="folder for last.pt and metrics.jsonl; continues last.pt")
+    train.add_argument(
+        "--out", required=True, help="folder for last.pt, metrics.jsonl, training.png; continues last.pt"
+    )
     types = typing.get_type_hints(TrainConfig)
     explained = _explained(TrainConfig) | {
         "arm": f"training method: {', '.join(ARMS)}",
@@ -97,17 +102,28 @@ def _parser() -> ArgumentParser:
         )
     commands.add_subcommand("train", train, help="train one arm")
 
-    evaluate = _subparser("Draws the robustness curves of a checkpoint: curves.csv, results.json, robustness.png.")
-    evaluate.add_argument("checkpoint", help="last.pt of a training run")
+    evaluate = _subparser("Attacks trained models and writes a report: tables, pictures, gradient-masking checks.")
+    evaluate.add_argument("checkpoints", nargs="+", help="last.pt of training runs; several are compared")
     evaluate.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
-    evaluate.add_argument("--out", required=True, help="folder for the results")
+    evaluate.add_argument("--out", required=True, help="folder for report.md and all else; a stopped one is continued")
     evaluate.add_argument("--split", default="val", help="of the data")
-    evaluate.add_argument("--attacks", default=",".join(ATTACKS), help=f"out of {', '.join(ATTACKS)}")
+    evaluate.add_argument("--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"out of {', '.join(ATTACKS)}")
     eps = ",".join(f"{value:g}" for value in EPS)
     evaluate.add_argument("--eps", default=eps, help="numbers in [0, 1]; 0 is clean")
+    evaluate.add_argument(
+        "--steps",
+        type=str,
+        default="100",
+        help="of bim, pgd, segpgd, cospgd; 20,0.03:100 is 20 steps, but 100 at eps 0.03",
+    )
+    evaluate.add_argument("--images", type=int, default=0, help="the first so many of the split; 0: all")
+    evaluate.add_argument(
+        "--check-images", type=int, default=8, help="so many of them for the gradient-masking checks; 0: no checks"
+    )
     evaluate.add_argument("--batch-size", type=int, default=4, help="images at once")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the attacks' random starts")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    commands.add_subcommand("evaluate", evaluate, help="attack a checkpoint and measure")
+    commands.add_subcommand("evaluate", evaluate, help="attack checkpoints and report")
 
     data = _subparser("Makes data.")
     commands.add_subcommand("data", data, help="generate street scenes")
@@ -157,40 +173,94 @@ def _demo(arguments: Namespace) -> None:
 
 
 def _train(arguments: Namespace) -> None:
-    _require("PIL", "tqdm")
+    _require("PIL", "matplotlib", "tqdm")
     from .data import Cityscapes
     from .demo import initial_model
+    from .plots import plot_training
     from .training import Trainer
 
     values = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{**values, "crop": _size("crop", arguments.crop)})
     trainer = Trainer(config, initial_model(config.seed), Cityscapes(arguments.data, "train"))
-    trainer.run(arguments.out)
-    print(f"{Path(arguments.out) / 'last.pt'}: {config.arm}, {trainer.steps_done} steps")
+    out = Path(arguments.out)
+    trainer.run(out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_training(lines, out / "training.png", title=f"trained with {config.arm}")
+    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {out / 'training.png'}")
 
 
 def _evaluate(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    import torch
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Subset
 
     from .data import Cityscapes
     from .evaluation import EvaluationResult, evaluate
+    from .masking import masking_checks
     from .models import small_pspnet
+    from .report import write_report
     from .training import _resolve_device, load_model
 
-    model = load_model(arguments.checkpoint, small_pspnet()).to(_resolve_device(arguments.device))
-    arm = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)["config"]["arm"]
-    loader = DataLoader(Cityscapes(arguments.data, arguments.split), batch_size=arguments.batch_size)
-    out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    attacks = [name.strip() for name in arguments.attacks.split(",")]
+    start = time.perf_counter()
+    for name, least in (("images", 0), ("check_images", 0), ("batch_size", 1), ("seed", 0)):
+        if arguments[name] < least:
+            raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {arguments[name]}")
+    device = _resolve_device(arguments.device)
     eps = _numbers("eps", arguments.eps)
-    result = EvaluationResult.merge({arm: evaluate(model, loader, attacks, eps, progress=True)})
-    result.to_csv(out / "curves.csv")
-    result.to_json(out / "results.json")
-    result.plot(out / "robustness.png")
-    print((out / "curves.csv").read_text(encoding="utf-8"), end="")
+    steps = _steps(arguments.steps, eps)
+    attacks = [name.strip() for name in arguments.attacks.split(",")]
+    models = {name: load_model(path, small_pspnet()).to(device) for name, path in _arms(arguments.checkpoints).items()}
+    dataset = Cityscapes(arguments.data, arguments.split)
+    out = Path(arguments.out)
+
+    def loader(images: int) -> DataLoader[Any]:
+        return DataLoader(Subset(dataset, range(min(images, len(dataset)))), batch_size=arguments.batch_size)
+
+    images = arguments.images or len(dataset)
+    shared: dict[str, Any] = {"seed": arguments.seed, "records": out / "records"}
+    results, checks = {}, {}
+    for arm, model in models.items():
+        results[arm] = evaluate(model, loader(images), attacks, eps, steps=steps, progress=True, **shared)
+        if arguments.check_images:
+            others = {name: other for name, other in models.items() if name != arm}
+            checks[arm] = masking_checks(model, loader(min(images, arguments.check_images)), sources=others, **shared)
+        print(f"{arm}: attacked, after {(time.perf_counter() - start) / 60:.1f} minutes in all", flush=True)
+    command = shlex.join(["segadv", "evaluate", *_given(arguments)])
+    print(write_report(out, EvaluationResult.merge(results), checks, command=command))
+    print(f"{out / 'report.md'}; {(time.perf_counter() - start) / 60:.1f} minutes on {device}")
+
+
+def _arms(checkpoints: Sequence[str]) -> dict[str, str]:
+    """name -> path: the arm of each checkpoint; the folder's name beside it where that is not unique."""
+    from .training import read_config
+
+    arms = [read_config(path)["arm"] for path in checkpoints]
+    names = [
+        arm if arms.count(arm) == 1 else f"{arm} ({Path(path).parent.name})"
+        for arm, path in zip(arms, checkpoints, strict=True)
+    ]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"checkpoints must be of different arms or lie in folders of different names; got {repeated}")
+    return dict(zip(names, checkpoints, strict=True))
+
+
+def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
+    """ "20,0.03:100" -> eps: steps."""
+    steps: dict[float, int] = {}
+    for part in value.split(","):
+        at, _, count = part.strip().rpartition(":")
+        try:
+            steps |= dict.fromkeys([float(at)] if at else eps, int(count))
+        except ValueError:
+            raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
+    if unknown := [at for at in steps if at not in eps]:
+        raise ValueError(f"steps names eps that are not evaluated: {unknown}")
+    return steps
+
+
+def _given(arguments: Namespace) -> list[str]:
+    """The arguments of the command line that gives these."""
+    values = {name: value for name, value in vars(arguments).items() if name != "checkpoints"}
+    return [*arguments.checkpoints, *(text for n, v in values.items() for text in (f"--{n.replace('_', '-')}", str(v)))]
 
 
 def _data(arguments: Namespace) -> None:

@@ -1,186 +1,229 @@
-"""Robustness curves: mIoU and pixel accuracy against eps, from one confusion matrix over the whole set.
+"""Evaluation under attack: worst case per image, mIoU pooled and per image, curves over eps and over steps.
 
-The evaluation of Wiens & Hammer 2022 (doi 10.5220/0010788400003122): FGSM and BIM with 10 steps of 0.004,
-both on the cross-entropy, over eps 0, 0.01, 0.02, 0.03, 0.04.
+One call, `evaluate`, puts a model under several attacks. All that is measured comes from one thing: the confusion
+matrix of each image after each attack, at each eps, after some numbers of steps.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .attacks import BIM, FGSM
-from .attacks.base import frozen, model_logits, unwrapped
+from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
+from .attacks.base import check_sizes, frozen, model_logits, unwrapped
+from .ops import backends
+from .records import Records, content_hash, model_hash, versions
+from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
 
-__all__ = ["ATTACKS", "EPS", "EvaluationResult", "class_iou", "evaluate", "miou", "pixel_accuracy"]
+__all__ = [
+    "ATTACKS",
+    "EPS",
+    "STEP_COUNTS",
+    "EvaluationResult",
+    "Measurement",
+    "class_iou",
+    "evaluate",
+    "miou",
+    "pixel_accuracy",
+]
 
 EPS = (0.0, 0.01, 0.02, 0.03, 0.04)
+STEP_COUNTS = (3, 5, 10, 20, 40, 100)
+"""Numbers of steps at which iterative attacks are judged on their way."""
 
 AttackFactory = Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]
 """(model, eps) -> attack; attack(images [N, 3, H, W], labels [N, H, W]) -> adversarial images."""
 
-Sweep = Callable[[Tensor, Tensor], Iterator[Tensor]]
-"""(images, labels) -> the adversarial images of one eps after the other."""
+
+def _strong(kind: type[BIM]) -> Callable[..., BIM]:
+    """alpha in proportion to eps, the papers' 0.01 at eps 0.03; of each image the best iterate."""
+    return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=steps, best=True, **options)
 
 
-def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class: float64 [C], NaN for a class in neither labels nor predictions.
+ATTACKS: Mapping[str, Callable[..., Any]] = {
+    "fgsm": lambda model, eps, steps, **options: FGSM(model, eps=eps, **options),
+    "bim-10": lambda model, eps, steps, **options: BIM(model, eps=eps, alpha=0.004, steps=10, **options),
+    "bim": _strong(BIM),
+    "pgd": _strong(PGD),
+    "segpgd": _strong(SegPGD),
+    "cospgd": _strong(CosPGD),
+}
+"""The attacks that `evaluate` knows by name: (model, eps as a float or [N], steps, **options) -> attack."""
 
-    Args:
-        confusion: [C, C] counts, row = label, column = prediction.
-    """
-    counts = confusion.double()
-    intersection = counts.diagonal()
-    return intersection / (counts.sum(0) + counts.sum(1) - intersection)
-
-
-def miou(confusion: Tensor) -> float:
-    """Mean of `class_iou` over the classes in labels or predictions, in [0, 1]; 0 where there is none."""
-    iou = class_iou(confusion)
-    present = iou[~iou.isnan()]
-    return present.mean().item() if len(present) else 0.0
+# Stacked eps make larger batches, which a CPU works off faster up to about this many pixels (measured: half the
+# time per image at 16 images of 160 x 320 against 4) and slower beyond.
+_CPU_PIXELS = 1 << 20
 
 
-def pixel_accuracy(confusion: Tensor) -> float:
-    """Share of the counted pixels that are predicted correctly, in [0, 1]; 0 where there is none."""
-    total = confusion.sum().item()
-    return confusion.diagonal().sum().item() / total if total else 0.0
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with equal keys as CSV text with a header; floats with the digits that give them back exactly."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+# --- the work -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    """What `evaluate` measured.
+class _Work:
+    """An attack at one or several eps, as far as it is computed, and stored, in one go."""
 
-    Attributes:
-        rows: one dict per attack and eps: attack, eps, miou, pixel_accuracy; after `merge` with arm in front.
-        confusion: per row the int64 [C, C] matrix (row = label, column = prediction) behind its numbers;
-            ``class_iou(result.confusion[i])`` are those of the classes.
-    """
+    attack: str
+    eps: tuple[float, ...]
+    steps: tuple[int, ...]
+    outcomes: Callable[[Tensor, Tensor, int], Tensor]
+    """(images, labels, seed) -> per-image confusion matrices, int64 [eps, steps, N, C, C]."""
+    arguments: list[dict[str, Any]]
+    """Of the attack at each eps; empty where they are not known: such outcomes cannot be found again."""
 
-    rows: list[dict[str, Any]]
-    confusion: list[Tensor]
-
-    @staticmethod
-    def merge(results: Mapping[str, EvaluationResult]) -> EvaluationResult:
-        """One result of several models: arm name -> result."""
-        return EvaluationResult(
-            [{"arm": arm, **row} for arm, result in results.items() for row in result.rows],
-            [matrix for result in results.values() for matrix in result.confusion],
-        )
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the rows under the header ``attack,eps,miou,pixel_accuracy`` (``arm,...`` after `merge`)."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(csv_text(self.rows), encoding="utf-8")
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes rows and confusion matrices; `from_json` gives the same result back."""
-        content = {"rows": self.rows, "confusion": [matrix.tolist() for matrix in self.confusion]}
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-
-    @staticmethod
-    def from_json(path: str | os.PathLike[str]) -> EvaluationResult:
-        """The result that `to_json` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return EvaluationResult(content["rows"], [torch.tensor(matrix) for matrix in content["confusion"]])
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws mIoU against eps, one panel per attack, one line per arm. Needs matplotlib."""
-        from .plots import plot_robustness
-
-        plot_robustness(self.rows, path)
+    @property
+    def passes(self) -> int:
+        return len(self.eps) * max(self.steps[-1], 1)
 
 
-def _sweep(factory: AttackFactory, model: nn.Module, eps: Sequence[float]) -> Sweep:
-    attacks = [factory(model, value) for value in eps]
-
-    def sweep(images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        for attack in attacks:
-            yield attack(images, labels)
-
-    return sweep
-
-
-def _fgsm_sweep(model: nn.Module, eps: Sequence[float], **options: Any) -> Sweep:
-    """FGSM's gradient does not depend on eps: one serves all."""
-    attack = FGSM(model, **options)
-
-    def sweep(images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        gradient = attack.input_gradient(images, labels)
-        for value in eps:
-            yield functional.sign_step(images, gradient, value)
-
-    return sweep
-
-
-def _bim_10_sweep(model: nn.Module, eps: Sequence[float], **options: Any) -> Sweep:
-    return _sweep(lambda model, value: BIM(model, eps=value, alpha=0.004, steps=10, **options), model, eps)
-
-
-ATTACKS: dict[str, Callable[..., Sweep]] = {"fgsm": _fgsm_sweep, "bim-10": _bim_10_sweep}
-"""The attacks that `evaluate` knows by name."""
-
-
-class _Counter:
-    """Collects the confusion matrices of a model's predictions."""
+class _Judge:
+    """Predicts, and counts what came out."""
 
     def __init__(self, model: nn.Module, ignore_index: int, align_corners: bool) -> None:
         self.model = unwrapped(model)
         self.options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
         self.ignored = f"ignore_index={ignore_index}"
-        self.matrices: list[Tensor] = []
         self.invalid: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        matrix = functional.confusion_matrix(model_logits(self.model(images)), labels, **self.options)
-        self.matrices.append(matrix)
-        self.invalid.append(matrix.invalid)  # type: ignore[attr-defined]
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Confusion matrices, int64 [N, C, C]."""
+        return self.count(model_logits(self.model(images)), labels)
 
-    def total(self) -> Tensor:
-        """int64 [C, C] on the CPU. Bad labels are looked at only here: on a GPU that waits for all work."""
-        if not self.matrices:
-            raise ValueError("loader gave no batch")
-        if invalid := int(torch.stack(self.invalid).sum()):
+    def count(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.confusion_matrix(logits, labels, per_image=True, **self.options)
+
+    def clean(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The same, of the clean images; notes bad labels."""
+        matrices = self.count(logits, labels)
+        self.invalid.append(matrices.invalid)  # type: ignore[attr-defined]
+        return matrices
+
+    def check(self) -> None:
+        """Bad labels are looked at only here: on a GPU that waits for all work."""
+        if invalid := int(torch.stack(self.invalid).sum()) if self.invalid else 0:
             raise ValueError(f"labels must be classes of the model or {self.ignored}; {invalid} pixels are neither")
-        matrix = torch.stack(self.matrices).sum(0).cpu()
-        if not matrix.any():
-            raise ValueError(f"loader gave no pixel whose label is other than {self.ignored}")
-        return matrix
+
+
+def _clean(judge: _Judge) -> _Work:
+    @torch.no_grad()
+    def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return judge.clean(model_logits(judge.model(images)), labels)[None, None]
+
+    return _Work("clean", (0.0,), (0,), outcomes, [{}])
+
+
+def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
+    """One gradient serves all eps, and the logits on its way are the clean prediction: eps 0 costs nothing."""
+    attack = FGSM(model, **judge.options)
+
+    def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        with attack._isolated(images, labels) as (own_images, own_labels):
+            clean = attack._differentiate(own_images, own_labels)
+        matrices = [judge.clean(clean.logits, labels)]
+        for value in eps:
+            matrices.append(judge(functional.sign_step(images, clean.grad, value), labels))
+        return torch.stack(matrices)[:, None]
+
+    return _Work("fgsm", (0.0, *eps), (1,), outcomes, [{}, *(FGSM(model, eps=value).arguments for value in eps)])
+
+
+def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
+    """All eps in one batch, as far as memory allows, judged on the way."""
+    singles = [ATTACKS[name](model, value, steps, **judge.options) for value in eps]
+    # "bim-10" gives its last iterate after the ten steps of its name, and is nothing else on its way
+    judged = _judged_steps(singles[0].steps) if singles[0].best else (singles[0].steps,)
+
+    def stacked(values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        count = len(values)
+        if count == 1 or images.device.type != "cpu" or count * labels.numel() <= _CPU_PIXELS:
+            sizes = images.new_tensor(values).repeat_interleave(len(images))
+            attack: Any = ATTACKS[name](model, sizes, steps, **judge.options)
+            start = _repeated(noise, count) if isinstance(attack, PGD) else None
+            try:
+                matrices = attack.outcomes(_repeated(images, count), _repeated(labels, count), judged, noise=start)
+                return matrices.unflatten(1, (count, -1)).transpose(0, 1)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+        halves = (values[: count // 2], values[count // 2 :])
+        return torch.cat([stacked(half, images, labels, noise) for half in halves])
+
+    def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        # The noise belongs to the batch: the same for all eps and attacks, however they are stacked.
+        generator = torch.Generator(images.device).manual_seed(seed)
+        noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device) - 1
+        return stacked(eps, images, labels, noise)
+
+    return _Work(name, eps, judged, outcomes, [attack.arguments for attack in singles])
+
+
+def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps: float) -> _Work:
+    """An attack of the caller's: at one eps; judged on the way where it is one of the package's."""
+    attack = factory(model, eps)
+    iterative = attack if isinstance(attack, BIM) and attack.model is model else None
+    judged = _judged_steps(iterative.steps) if iterative else (getattr(attack, "steps", 1),)
+    arguments = []
+    if isinstance(attack, Attack) and getattr(attack, "generator", None) is None:
+        source = {} if attack.model is model else {"model_sha256": model_hash(attack.model)}
+        arguments = [attack.arguments | source]
+
+    def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            if iterative:
+                return iterative.outcomes(images, labels, judged)[None]
+            return judge(attack(images, labels), labels)[None, None]
+
+    return _Work(name, (eps,), judged, outcomes, arguments)
+
+
+def _judged_steps(steps: int) -> tuple[int, ...]:
+    return (*(count for count in STEP_COUNTS if count < steps), steps)
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    return tensor.repeat(count, *[1] * (tensor.dim() - 1))
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """Sums of outcomes over the batches."""
+
+    def __init__(self) -> None:
+        self.confusion: dict[tuple[str, float, int], Tensor] = {}
+        self.image_mious: dict[tuple[str, float, int], list[float]] = {}
+
+    def add(self, attack: str, eps: float, steps: int, matrices: Tensor) -> None:
+        """matrices: int64 [N, C, C]."""
+        key = (attack, eps, steps)
+        total = matrices.sum(0)
+        self.confusion[key] = self.confusion[key] + total if key in self.confusion else total
+        labelled = matrices[matrices.sum((1, 2)) > 0]
+        self.image_mious.setdefault(key, []).extend(class_iou(labelled).nanmean(1).tolist())
+
+    def measurement(self, attack: str, key: tuple[str, float, int]) -> Measurement:
+        return Measurement("", attack, *key[1:], float(np.mean(self.image_mious[key])), self.confusion[key])
+
+
+def _worst(finals: Sequence[Tensor]) -> Tensor:
+    """Of each image the matrix with the most wrong pixels, the first of equals: [N, C, C] each -> [N, C, C]."""
+    matrices = torch.stack(list(finals))
+    chosen = wrong_pixels(matrices).argmax(0)
+    return matrices[chosen, torch.arange(matrices.shape[1])]
 
 
 def _checked_eps(eps: Sequence[float]) -> list[float]:
@@ -192,80 +235,176 @@ def _checked_eps(eps: Sequence[float]) -> list[float]:
     return values
 
 
+def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> dict[float, int]:
+    """eps -> steps."""
+    if isinstance(steps, Mapping) and (missing := [value for value in eps if value not in steps]):
+        raise ValueError(f"steps must have an entry for every eps, there is none for {missing}")
+    counts = {value: steps[value] if isinstance(steps, Mapping) else steps for value in eps}
+    if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts.values()):
+        raise ValueError(f"steps must be whole numbers of at least 1, got {steps}")
+    return counts
+
+
+def _plan(
+    judge: _Judge,
+    model: nn.Module,
+    attacks: Sequence[str] | Mapping[str, AttackFactory],
+    eps: tuple[float, ...],
+    steps: Mapping[float, int],
+) -> tuple[list[str], list[_Work]]:
+    """The attacks' names and what is to be done for each batch."""
+    names = [attacks] if isinstance(attacks, str) else list(dict.fromkeys(attacks))
+    if not names:
+        raise ValueError("attacks must name at least one attack")
+    works = []
+    if isinstance(attacks, Mapping):
+        if reserved := [name for name in names if name in ("clean", "worst-case")]:
+            raise ValueError(f"attacks must have other names than {', '.join(reserved)}")
+        works = [_own(judge, model, name, factory, value) for name, factory in attacks.items() for value in eps]
+    elif unknown := [name for name in names if name not in ATTACKS]:
+        raise ValueError(f"attacks must be names out of {', '.join(ATTACKS)} or a mapping to factories, got {unknown}")
+    else:
+        for name in names if eps else ():
+            if name == "fgsm":
+                works.append(_fgsm(judge, model, eps))
+                continue
+            for count in dict.fromkeys(steps.values()):
+                group = tuple(value for value in eps if steps[value] == count)
+                works.append(_iterative(judge, model, name, group, count))
+    if not any(0.0 in work.eps for work in works):
+        works.insert(0, _clean(judge))
+    return names, works
+
+
+def _progress_bar(loader: Iterable[Any], passes: int, progress: bool) -> Any:
+    """Counts passes of a batch through the model, so that the time left is right in spite of unequal attacks."""
+    if not progress:
+        return _NoProgress()
+    from tqdm import tqdm
+
+    total = len(loader) * passes if isinstance(loader, Sized) else None
+    return tqdm(desc="evaluate", total=total, unit="pass", disable=None)  # None: on a terminal only
+
+
+class _NoProgress(contextlib.nullcontext[Any]):
+    def __enter__(self) -> Any:
+        return self
+
+    def update(self, passes: int) -> None:
+        pass
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[Sequence[Tensor]],
     attacks: Sequence[str] | Mapping[str, AttackFactory] = ("fgsm", "bim-10"),
     eps: Sequence[float] = EPS,
     *,
+    steps: int | Mapping[float, int] = 100,
+    worst_case: bool = True,
+    seed: int = 0,
     ignore_index: int = 255,
     align_corners: bool = False,
+    records: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> EvaluationResult:
-    """mIoU and pixel accuracy of a model under attacks, over a range of eps.
+    """mIoU, pixel accuracy and IoU of the classes under attacks, over ranges of eps and of steps.
 
-    Images are taken whole, as the loader gives them. All pixels of the set go into one confusion matrix per
-    attack and eps. eps = 0 is the clean prediction; it is counted once and serves all attacks.
+    Images are taken whole, as the loader gives them; all pixels of the set go into one confusion matrix per
+    attack, eps and number of steps (`miou`), and each image's mIoU is averaged beside it (`image_miou`).
+
+    * eps = 0 is the clean prediction; it is counted once and serves all attacks.
+    * "worst-case": of each image the outcome of the attack with the most wrong valid pixels.
+    * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
+      runs would give, but for "segpgd": its lambda rises to 1/2 over all its steps, so that what is reported
+      for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps.
+    * Work is shared: one gradient for FGSM at all eps; iterative attacks take several eps in one batch (on a GPU
+      all, or half as many whenever memory does not suffice).
 
     Args:
         model: takes images in [0, 1]; runs in eval mode where its parameters are, and is left as it was.
         loader: batches whose first two entries are images [N, 3, H, W] in [0, 1] and labels [N, H, W].
-        attacks: names out of "fgsm" (one gradient serves all eps) and "bim-10" (10 steps, alpha 0.004, no
-            random start), or a mapping from names to factories: ``factory(model, eps)`` gives the attack, and
-            ``attack(images, labels)`` the adversarial images.
+        attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
+            Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
+            iterate, random start but for "bim"). Or a mapping from names to factories: ``factory(model, eps)``
+            gives the attack, and ``attack(images, labels)`` the adversarial images.
         eps: the sizes of the perturbation, in the images' unit.
+        steps: of "bim", "pgd", "segpgd" and "cospgd": a number, or a mapping from each eps to one.
+        worst_case: adds "worst-case" where there are several attacks.
+        seed: of the random starts; with the batch's number it decides them. (It seeds PyTorch's global generator
+            for attacks from factories and restores it; a generator that a factory makes is its own.)
         ignore_index: label of the pixels that count nowhere.
         align_corners: how logits of another size than the labels are resampled.
-        progress: shows a progress bar over the batches where stderr is a terminal; needs tqdm.
-
-    Returns:
-        An `EvaluationResult` with one row per attack and eps, in the given order. mIoU is the mean over the
-        classes that occur in labels or predictions.
+        records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
+            on where it was stopped; records of another model, data or arguments are never taken. Attacks from
+            factories are recorded where they are a `segadv.attacks.Attack` without a generator.
+        progress: shows a progress bar with the time left where stderr is a terminal; needs tqdm.
 
     Raises:
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
-            pixel, labels that are neither a class nor `ignore_index`.
+            pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`.
     """
     values = _checked_eps(eps)
-    options = {"ignore_index": ignore_index, "align_corners": align_corners}
-    positive = [value for value in values if value > 0]
-    sweeps: dict[str, Sweep] = {}
-    if isinstance(attacks, Mapping):
-        sweeps = {name: _sweep(factory, model, positive) for name, factory in attacks.items()}
-    else:
-        names = [attacks] if isinstance(attacks, str) else attacks
-        if unknown := [name for name in names if name not in ATTACKS]:
-            raise ValueError(
-                f"attacks must be names out of {', '.join(ATTACKS)} or a mapping to factories, got {unknown}"
-            )
-        sweeps = {name: ATTACKS[name](model, positive, **options) for name in names}
-    if not sweeps:
-        raise ValueError("attacks must name at least one attack")
-
+    positive = tuple(value for value in values if value > 0)
+    judge = _Judge(model, ignore_index, align_corners)
+    names, works = _plan(judge, model, attacks, positive, _checked_steps(steps, positive))
+    judged = {(work.attack, value): work.steps for work in works for value in work.eps}
+    with_worst_case = worst_case and len(names) > 1
     parameter = next(model.parameters(), None)
-    counters = {
-        key: _Counter(model, ignore_index, align_corners)
-        for key in [("clean", 0.0), *((name, value) for name in sweeps for value in positive)]
+    device = torch.device("cpu") if parameter is None else parameter.device
+    identity = {
+        "model": type(unwrapped(model)).__name__,
+        "model_sha256": model_hash(model),
+        "seed": seed,
+        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "backend": backends.requested() or backends.default(device.type),
+        **judge.options,
+        "versions": versions(),
     }
-    batches: Iterable[Sequence[Tensor]] = loader
-    if progress:
-        from tqdm import tqdm
-
-        batches = tqdm(loader, desc="evaluate", unit="batch", disable=None)  # None: on a terminal only
-    with frozen(model):
-        for images, labels, *_ in batches:
-            if parameter is not None:
-                images, labels = images.to(parameter.device), labels.to(parameter.device)
-            if 0.0 in values:
-                counters["clean", 0.0].add(images, labels)
-            for name, sweep in sweeps.items() if positive else ():
-                for value, adversarial in zip(positive, sweep(images, labels), strict=True):
-                    counters[name, value].add(adversarial, labels)
-
-    rows, confusion = [], []
-    for name in sweeps:
-        for value in values:
-            matrix = counters[name if value > 0 else "clean", value].total()
-            rows.append({"attack": name, "eps": value, "miou": miou(matrix), "pixel_accuracy": pixel_accuracy(matrix)})
-            confusion.append(matrix)
-    return EvaluationResult(rows, confusion)
+    store, tally = Records(records, identity, approve=judge.check), _Tally()
+    data, images_seen = hashlib.sha256(), 0
+    with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
+        for index, (images, labels, *_) in enumerate(loader):
+            check_sizes(images, labels)
+            content = content_hash(images, labels)
+            data.update(content.encode())
+            images_seen += len(images)
+            images, labels = images.to(device), labels.to(device)
+            batch_seed = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1)[0])
+            finals: dict[float, list[Tensor]] = {value: [] for value in positive}
+            for work in works:
+                depends_on = [[arguments, work.steps, index, content] for arguments in work.arguments]
+                compute = partial(work.outcomes, images, labels, batch_seed)
+                outcomes = store.outcomes(work.attack, work.eps, depends_on, compute)
+                for value, by_steps in zip(work.eps, outcomes, strict=True):
+                    if value == 0:
+                        tally.add("clean", 0.0, 0, by_steps[0])
+                        continue
+                    for count, matrices in zip(work.steps, by_steps, strict=True):
+                        tally.add(work.attack, value, count, matrices)
+                    finals[value].append(by_steps[-1])
+                bar.update(work.passes)
+            for value in positive if with_worst_case else ():
+                most = max(judged[name, value][-1] for name in names)
+                tally.add("worst-case", value, most, _worst(finals[value]))
+                judged["worst-case", value] = (most,)
+    judge.check()
+    if not tally.confusion:
+        raise ValueError("loader gave no batch")
+    if not tally.confusion["clean", 0.0, 0].any():
+        raise ValueError(f"loader gave no pixel whose label is other than {judge.ignored}")
+    measurements = [
+        tally.measurement(name, ("clean", 0.0, 0) if value == 0 else (name, value, count))
+        for name in [*names, *["worst-case"] * with_worst_case]
+        for value in values
+        for count in ((0,) if value == 0 else judged[name, value])
+    ]
+    run = {
+        **identity,
+        "attacks": {name: [a for w in works if w.attack == name for a in w.arguments if a] for name in names},
+        "eps": values,
+        "images": images_seen,
+        "data_sha256": data.hexdigest(),
+        "device": str(device),
+    }
+    return EvaluationResult(measurements, json.loads(json.dumps(run)))

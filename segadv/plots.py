@@ -1,4 +1,4 @@
-"""The figures: robustness curves, overhead, what an attack does to a prediction. Needs matplotlib."""
+"""The figures: curves over eps, steps and training, IoU of classes, overhead, what an attack does. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .data import CLASSES, COLORS
-from .evaluation import atomic_write
+from .results import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_overhead", "plot_qualitative", "plot_robustness"]
+__all__ = ["plot_overhead", "plot_per_class", "plot_qualitative", "plot_robustness", "plot_steps", "plot_training"]
 
 # label, colour (Okabe & Ito's palette, which colour-blind readers tell apart), marker
 _ARMS: dict[str, tuple[str, str, str]] = {
@@ -25,8 +25,25 @@ _ARMS: dict[str, tuple[str, str, str]] = {
     "random-fgsm": ("random FGSM", "#56B4E9", "^"),
     "bim-3": ("BIM-3", "#009E73", "D"),
     "fast-newton": ("Fast Newton", "#D55E00", "v"),
+    "segpgd-3": ("SegPGD-3", "#0072B2", "p"),
+    "pgd-3": ("PGD-3", "#CC79A7", "X"),
+    "segpgd-7": ("SegPGD-7", "#0072B2", "*"),
+    "pgd-7": ("PGD-7", "#CC79A7", "P"),
+    "rs-fgsm": ("RS-FGSM", "#999999", "<"),
+    "n-fgsm": ("N-FGSM", "#999999", ">"),
+    "kim": ("Kim et al.", "#666666", "h"),
 }
-_FURTHER = (("#0072B2", "p"), ("#CC79A7", "X"), ("#999999", "*"))
+_FURTHER = (("#0072B2", "d"), ("#CC79A7", "H"), ("#999999", "8"))
+_ATTACKS = {
+    "fgsm": "FGSM",
+    "bim": "BIM",
+    "bim-10": "BIM-10",
+    "pgd": "PGD",
+    "segpgd": "SegPGD",
+    "cospgd": "CosPGD",
+    "worst-case": "the worst for each image",
+}
+_COLUMNS = 3
 _REFERENCE_MARKERS = (("o", False), ("D", False), ("s", True))
 _RC: dict[Any, Any] = {
     "font.size": 12,
@@ -61,8 +78,28 @@ def _style(arms: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     }
 
 
-def _attack_title(attack: str) -> str:
-    return {"fgsm": "FGSM", "bim-10": "BIM-10"}.get(attack, attack)
+def attack_title(attack: str) -> str:
+    """An attack's name for readers."""
+    return _ATTACKS.get(attack, attack)
+
+
+def _panels(figure: Figure, count: int, **options: Any) -> list[Any]:
+    """Axes in rows of three; those that are too many are taken away."""
+    columns = min(count, _COLUMNS)
+    axes: list[Any] = figure.subplots(-(-count // columns), columns, squeeze=False, **options).flatten().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    return axes[:count]
+
+
+def _panel_size(count: int) -> tuple[float, float]:
+    return 5.0 * min(count, _COLUMNS), 0.6 + 3.8 * -(-count // _COLUMNS)
+
+
+def _arms_legend(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if any(labels):
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -77,8 +114,8 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     style = _style(list(dict.fromkeys(row.get("arm", "") for row in rows)))
     with rc_context(_RC):
-        figure = _figure(5 * len(attacks), 4.4)
-        axes = figure.subplots(1, len(attacks), sharey=True, squeeze=False)[0]
+        figure = _figure(*_panel_size(len(attacks)))
+        axes = _panels(figure, len(attacks), sharey=True)
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
                 line = sorted(
@@ -86,14 +123,136 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
                 )
                 eps, miou = zip(*line, strict=True)
                 panel.plot(eps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
-            panel.set_title(f"attack: {_attack_title(attack)}")
+            panel.set_title(f"attack: {attack_title(attack)}")
             panel.set_xlabel("eps")
             panel.set_xticks(sorted({row["eps"] for row in rows}))
-        axes[0].set_ylim(bottom=0)
-        axes[0].set_ylabel("mIoU")
-        if any(style):
-            handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        for panel in axes[::_COLUMNS]:
+            panel.set_ylabel("mIoU")
+        axes[0].set_ylim(bottom=0)  # of all; only now, as it freezes the upper end
+        _arms_legend(figure, axes[0])
+        _save(figure, path)
+
+
+def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, eps: float) -> None:
+    """mIoU against the number of steps at one eps, one panel per attack, one line per arm.
+
+    Args:
+        rows: dicts with arm, attack, eps, steps, miou; attacks that were seen at one number of steps only are
+            left out.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: no attack has several numbers of steps at this eps.
+    """
+    from matplotlib import rc_context
+
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        if row["eps"] == eps:
+            lines.setdefault(row["attack"], {}).setdefault(row["arm"], []).append((row["steps"], row["miou"]))
+    lines = {attack: arms for attack, arms in lines.items() if max(map(len, arms.values())) > 1}
+    if not lines:
+        raise ValueError(f"eps: no attack was judged after several numbers of steps at {eps:g}")
+    style = _style(list(dict.fromkeys(arm for arms in lines.values() for arm in arms)))
+    ticks = sorted({steps for arms in lines.values() for line in arms.values() for steps, _ in line})
+    with rc_context(_RC):
+        figure = _figure(*_panel_size(len(lines)))
+        axes = _panels(figure, len(lines), sharey=True)
+        for panel, (attack, arms) in zip(axes, lines.items(), strict=True):
+            for arm, line in arms.items():
+                label, color, marker = style[arm]
+                steps, miou = zip(*sorted(line), strict=True)
+                panel.plot(steps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
+            panel.set_title(f"attack: {attack_title(attack)}, eps {eps:g}")
+            panel.set_xscale("log")
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
+            panel.set_xlabel("steps")
+        for panel in axes[::_COLUMNS]:
+            panel.set_ylabel("mIoU")
+        axes[0].set_ylim(bottom=0)  # of all; only now, as it freezes the upper end
+        _arms_legend(figure, axes[0])
+        _save(figure, path)
+
+
+def plot_per_class(tables: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | os.PathLike[str]) -> None:
+    """IoU of the classes: one table of coloured cells below the other, one row per arm, one column per class.
+
+    Args:
+        tables: title -> arm -> IoU of each class, None where it is absent. Classes absent from everything are
+            left out; 19 classes have Cityscapes' names, others their numbers.
+        path: the PNG file to write.
+    """
+    from matplotlib import rc_context
+
+    count = len(next(iter(next(iter(tables.values())).values())))
+    names = CLASSES if count == len(CLASSES) else [str(i) for i in range(count)]
+    shown = [i for i in range(count) if any(row[i] is not None for table in tables.values() for row in table.values())]
+    arms = len(next(iter(tables.values())))
+    with rc_context({**_RC, "axes.grid": False}):
+        figure = _figure(2.4 + 0.68 * len(shown), 1.0 + len(tables) * (0.9 + 0.42 * arms))
+        axes = figure.subplots(len(tables), 1, squeeze=False, sharex=True)[:, 0]
+        for panel, (title, table) in zip(axes, tables.items(), strict=True):
+            style = _style(list(table))
+            cells = np.array([[np.nan if row[i] is None else row[i] for i in shown] for row in table.values()], float)
+            panel.imshow(cells, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            for y, x in np.argwhere(~np.isnan(cells)):
+                value = cells[y, x]
+                panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=10, color="wk"[int(value > 0.6)])
+            panel.set_yticks(range(len(table)), [style[arm][0] for arm in table])
+            panel.set_title(title)
+            panel.tick_params(length=0)
+            panel.spines[:].set_visible(False)
+        axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=45, ha="right")
+        _save(figure, path)
+
+
+def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """How a training went: loss, accuracy of the probes, agreement of gradients, Fast Newton's eps.
+
+    Args:
+        lines: those of metrics.jsonl, with step and loss; those of a probe with what `segadv.monitor.probe` finds.
+        path: the PNG file to write.
+        title: above all.
+    """
+    from matplotlib import rc_context
+
+    probes = [line for line in lines if "pgd_accuracy" in line]
+    at = [line["step"] for line in probes]
+
+    def values(name: str) -> list[float]:
+        return [line[name] for line in probes]
+
+    with rc_context(_RC):
+        figure = _figure(11, 7)
+        loss, accuracy, cosine, newton = figure.subplots(2, 2, sharex=True).flatten()
+        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#000000", lw=1.8)
+        loss.set_title("training loss")
+        loss.set_ylim(bottom=0)
+        accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
+        accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
+        accuracy.set_title("pixel accuracy on 8 training images, eps 0.03")
+        accuracy.set_ylim(0, 1)
+        cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)
+        cosine.set_title("cosine of gradients at an image and beside it")
+        cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1)
+        newton.fill_between(
+            at, values("newton_eps_p10"), values("newton_eps_p90"), color="#D55E00", alpha=0.25, lw=0, label="10-90 %"
+        )
+        newton.plot(at, values("newton_eps_median"), color="#D55E00", marker="v", lw=2.2, label="median")
+        newton.axhline(0, color="#333333", lw=1)
+        newton.set_title("eps of a Fast Newton step")
+        share = newton.twinx()
+        share.plot(at, values("newton_share_negative_gain"), color="#999999", marker=".", lw=1.5, ls=":")
+        share.set_ylim(0, 1)
+        share.set_ylabel("share with negative gain (dotted)")
+        share.grid(False)
+        for panel in (cosine, newton):
+            panel.set_xlabel("step")
+        if probes:
+            accuracy.legend(loc="best")
+            newton.legend(loc="best")
+        figure.suptitle(title)
         _save(figure, path)
 
 
@@ -188,7 +347,7 @@ def plot_qualitative(
         "image",
         "label",
         "prediction",
-        f"{_attack_title(attack)}, eps {eps:g}",
+        f"{attack_title(attack)}, eps {eps:g}",
         "its prediction",
         "perturbation x10",
     )

@@ -2,7 +2,8 @@
 
 The training of Wiens & Hammer 2022 (doi 10.5220/0010788400003122), section 4.1: each sample of a batch is
 made adversarial with probability 0.5, the attack sees those samples only, and the network learns from clean
-and adversarial samples together.
+and adversarial samples together. SegPGD's training (Gu et al. 2022, arXiv 2207.12391, algorithm 2) is the same with
+exactly half of each batch; here the coins decide, as for all arms, so that all see the same samples.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import functional
-from .attacks import BIM, FGSM, FastNewton, RandomFGSM
+from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack, model_logits
 from .data import Augmented, EpochSampler
+from .monitor import catastrophic_overfitting, probe
 
 __all__ = [
     "ARMS",
@@ -41,6 +43,7 @@ __all__ = [
     "adversarial_coins",
     "load_model",
     "poly_learning_rate",
+    "read_config",
 ]
 
 ARMS: Mapping[str, Callable[[nn.Module, torch.Generator], Attack | None]] = {
@@ -49,13 +52,29 @@ ARMS: Mapping[str, Callable[[nn.Module, torch.Generator], Attack | None]] = {
     "random-fgsm": lambda model, generator: RandomFGSM(model, eps=0.03, generator=generator),
     "bim-3": lambda model, generator: BIM(model, eps=0.03, alpha=0.01, steps=3),
     "fast-newton": lambda model, generator: FastNewton(model),
+    "pgd-3": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
+    "pgd-7": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
+    "segpgd-3": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
+    "segpgd-7": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
+    # Wong et al. 2020 (arXiv 2001.03994): a random start and one step of 1.25 eps; with `_EARLY_STOP`
+    "rs-fgsm": lambda model, generator: PGD(model, eps=0.03, alpha=1.25 * 0.03, steps=1, generator=generator),
+    "n-fgsm": lambda model, generator: NFGSM(model, eps=0.03, generator=generator),
+    "kim": lambda model, generator: CheckpointFGSM(model, eps=0.03),
 }
 """name -> (model, generator of the random numbers) -> the attack this arm trains with, or None."""
+
+_EARLY_STOP: Mapping[str, float] = {"rs-fgsm": 0.2}
+"""arm -> drop of PGD accuracy from one probe to the next that ends the training with the weights of the former.
+
+Wong et al. look once per epoch, with PGD-5 on a batch of training images; here the monitor's probe is looked at.
+"""
+
+_PROBE_IMAGES = 8
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # a resumed run may differ in these: they change no number, or (device) are the user's to move
-_FREE_TO_CHANGE = {"workers", "device", "log_every", "checkpoint_every"}
+_FREE_TO_CHANGE = {"workers", "device", "log_every", "checkpoint_every", "monitor_every"}
 
 # first word of a SeedSequence's spawn key: one stream per purpose; 0 and 1 belong to segadv.data
 _COINS, _STEP = 2, 3
@@ -82,6 +101,7 @@ class TrainConfig:
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
+        monitor_every: steps between probes for catastrophic overfitting; 0 makes none.
 
     Raises:
         ValueError: a value outside its range.
@@ -102,6 +122,7 @@ class TrainConfig:
     device: str = "auto"
     log_every: int = 10
     checkpoint_every: int = 100
+    monitor_every: int = 100
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -120,6 +141,7 @@ class TrainConfig:
             ("workers", self.workers, 0),
             ("log_every", self.log_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
+            ("monitor_every", self.monitor_every, 1 if self.arm in _EARLY_STOP else 0),
         ):
             if not isinstance(value, int) or value < minimum:
                 raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
@@ -180,6 +202,8 @@ class Trainer:
 
     Attributes:
         steps_done: number of steps taken so far.
+        stopped_at: the step after which an early stop ended the training, or None. The weights are then those
+            of the probe before.
 
     Raises:
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch.
@@ -207,6 +231,10 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.attack = ARMS[config.arm](model, self.generator)
         self.steps_done = 0
+        self.stopped_at: int | None = None
+        self._probes: list[dict[str, float]] = []
+        self._probed_weights: dict[str, Tensor] = {}  # of the last probe, for an early stop
+        self._probe_batch: tuple[Tensor, Tensor] | None = None
         self._window: list[StepResult] = []  # the steps since the last line of metrics
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
@@ -260,7 +288,10 @@ class Trainer:
         one JSON object every config.log_every steps, about the steps since the line before: step (number of
         steps done), epoch, loss (mean), learning_rate (of the last step), share_adversarial (of all samples),
         and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
-        share_skipped (left as they were), each null where there is none; steps_per_s.
+        share_skipped (left as they were), each null where there is none; steps_per_s. Every
+        config.monitor_every steps it also has what `segadv.monitor.probe` finds on eight fixed training images;
+        a RuntimeWarning tells of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the
+        probe before, when PGD accuracy drops by more than 0.2 between two probes.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
         interrupted. Ctrl-C ends the step that is running, writes a checkpoint and raises KeyboardInterrupt.
@@ -279,7 +310,7 @@ class Trainer:
         if checkpoint.exists():
             self.load(checkpoint)
         _drop_lines_after(metrics_path, self.steps_done)
-        if self.steps_done >= config.steps:
+        if self.steps_done >= config.steps or self.stopped_at is not None:
             return
         sampler = EpochSampler(
             self.dataset_length,
@@ -304,14 +335,19 @@ class Trainer:
                         chosen = np.flatnonzero(coins[indices.numpy()]).tolist()
                         self._window.append(self.step(images, labels, chosen))
                         last = self.steps_done == config.steps
-                        if last or self.steps_done % config.log_every == 0:
+                        due = config.monitor_every > 0 and self.steps_done % config.monitor_every == 0
+                        if last or due or self.steps_done % config.log_every == 0:
                             metrics = self._take_metrics(epoch)
+                            if due:
+                                metrics |= self._take_probe()
                             metrics_file.write(json.dumps(metrics) + "\n")
                             metrics_file.flush()
                             bar.set_postfix_str(_summary(metrics), refresh=False)
-                        if last or self.steps_done % config.checkpoint_every == 0:
+                        if last or self.stopped_at or self.steps_done % config.checkpoint_every == 0:
                             self.save(checkpoint)
                     bar.update()
+                    if self.stopped_at:
+                        break
             except KeyboardInterrupt:
                 self.save(checkpoint)
                 raise
@@ -328,6 +364,9 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "probes": self._probes,
+            "probed_weights": self._probed_weights,
+            "stopped_at": self.stopped_at,
             "window": [dataclasses.asdict(result) for result in self._window],
         }
         path = Path(path)
@@ -350,10 +389,12 @@ class Trainer:
         """
         state = _read_checkpoint(path)
         saved, ours = state["config"], self._identity()
+        # where the probes decide when to stop, their number is part of the run
+        free = _FREE_TO_CHANGE - {"monitor_every"} if self.config.arm in _EARLY_STOP else _FREE_TO_CHANGE
         differing = [
             f"{key} ({saved.get(key)!r} there, {ours.get(key)!r} here)"
             for key in sorted(saved.keys() | ours.keys())
-            if key not in _FREE_TO_CHANGE and saved.get(key) != ours.get(key)
+            if key not in free and saved.get(key) != ours.get(key)
         ]
         if differing:
             raise ValueError(
@@ -364,6 +405,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
+        self._probes = state.get("probes", [])
+        self._probed_weights = state.get("probed_weights", {})
+        self.stopped_at = state.get("stopped_at")
         self._window = [
             StepResult(**{name: value.to(self.device) for name, value in result.items()}) for result in state["window"]
         ]
@@ -423,6 +467,43 @@ class Trainer:
             "steps_per_s": (self._clock[0] - last_read[0]) / (self._clock[1] - last_read[1]),
         }
 
+    def _take_probe(self) -> dict[str, float]:
+        """Looks for catastrophic overfitting; warns of it, or ends the training of an arm that stops early."""
+        config = self.config
+        if self._probe_batch is None:
+            count = min(_PROBE_IMAGES, self.dataset_length)
+            samples = [self.dataset[0, index] for index in range(count)]
+            images, labels = (torch.stack(tensors) for tensors in list(zip(*samples, strict=True))[:2])
+            self._probe_batch = images.to(self.device), labels.to(self.device)
+        with torch.autocast(self.device.type, dtype=_AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+            found = probe(self.model, *self._probe_batch)
+        before = self._probes[-1] if self._probes else found
+        warned = any(catastrophic_overfitting(self._probes[: i + 1]) for i in range(len(self._probes)))
+        self._probes.append(found)
+        drop = before["pgd_accuracy"] - found["pgd_accuracy"]
+        if drop > _EARLY_STOP.get(config.arm, math.inf):
+            self.stopped_at = self.steps_done
+            self.model.load_state_dict(self._probed_weights)
+            warnings.warn(
+                f"{config.arm} stops after {self.steps_done} of {config.steps} steps: the accuracy under PGD fell "
+                f"from {before['pgd_accuracy']:.3f} to {found['pgd_accuracy']:.3f}; the weights are those of before",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        elif catastrophic_overfitting(self._probes) and not warned:
+            warnings.warn(
+                f"catastrophic overfitting: after {self.steps_done} steps the accuracy on {_PROBE_IMAGES} training "
+                f"images is {found['pgd_accuracy']:.3f} under PGD and {found['fgsm_accuracy']:.3f} under FGSM: the "
+                "network has learnt to withstand a single step only. An arm with several steps (segpgd-3), n-fgsm "
+                "or an earlier checkpoint may help",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if config.arm in _EARLY_STOP:
+            self._probed_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._clock = (self.steps_done, time.perf_counter())  # the probe is no training
+        return found
+
 
 def _mean(values: Tensor) -> float | None:
     return values.double().mean().item() if len(values) else None
@@ -438,6 +519,12 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     _load_weights(model, _read_checkpoint(path)["model"], path)
     return model
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config a checkpoint was trained with, and the length of its data set. Raises as `load_model`."""
+    config: dict[str, Any] = _read_checkpoint(path)["config"]
+    return config
 
 
 def _read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,16 +19,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from segadv import functional
 from segadv.attacks import (
     BIM,
     FGSM,
+    NFGSM,
     PGD,
     Attack,
     AttackInfo,
+    CheckpointFGSM,
     CosPGD,
     FastNewton,
     RandomFGSM,
@@ -46,6 +51,8 @@ BUDGET = {"eps": EPS, "alpha": 0.012, "steps": 3}
 ATTACKS: dict[str, tuple[type[Attack], dict[str, Any], int, int]] = {
     "fgsm": (FGSM, {"eps": EPS}, 1, 1),
     "random-fgsm": (RandomFGSM, {"eps": EPS}, 1, 1),
+    "n-fgsm": (NFGSM, {"eps": EPS}, 1, 1),
+    "checkpoint-fgsm": (CheckpointFGSM, {"eps": EPS}, 3, 1),
     "bim": (BIM, BUDGET, 3, 3),
     "bim-best": (BIM, {**BUDGET, "best": True}, 4, 3),
     "bim-targeted": (BIM, {**BUDGET, "targeted": True}, 3, 3),
@@ -217,20 +224,20 @@ def test_restarts_keep_each_images_best_run(best: bool) -> None:
 
 
 def test_random_start_is_uniform_in_the_ball_and_clipped_to_the_box() -> None:
-    model, (images, _) = Net(), sample(4, (24, 24))
+    model, (images, labels) = Net(), sample(4, (24, 24))
     attack = PGD(model, eps=0.1, alpha=0.1, steps=1)
     torch.manual_seed(5)
-    start = attack._start(images)
+    start = attack._start(images, labels)
     torch.manual_seed(5)
-    assert torch.equal(start, attack._start(images))
-    assert not torch.equal(start, attack._start(images))
+    assert torch.equal(start, attack._start(images, labels))
+    assert not torch.equal(start, attack._start(images, labels))
     assert start.min() == 0
     assert start.max() == 1
     noise = (start - images)[(images > 0.1) & (images < 0.9)].sort().values
     uniform = torch.linspace(-0.1, 0.1, len(noise), dtype=noise.dtype)
     assert (noise - uniform).abs().max() < 0.01
     assert (start - images).abs().max() <= 0.1
-    assert PGD(model, random_start=False)._start(images) is images
+    assert PGD(model, random_start=False)._start(images, labels) is images
 
 
 def test_random_fgsm_draws_an_eps_for_each_image() -> None:
@@ -246,6 +253,102 @@ def test_random_fgsm_draws_an_eps_for_each_image() -> None:
     assert not torch.equal(adversarial, RandomFGSM(model, eps=0.2, generator=generator)(images, labels))
     torch.manual_seed(1)
     assert torch.equal(adversarial, RandomFGSM(model, eps=0.2)(images, labels))
+
+
+def test_n_fgsm_equals_the_plain_one() -> None:
+    model, (images, labels) = Net(), sample()
+    adversarial, info = NFGSM(model, eps=EPS, generator=torch.Generator().manual_seed(5))(
+        images, labels, return_info=True
+    )
+    noise = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(5), dtype=images.dtype) - 1
+    x = (images + 2 * EPS * noise).clamp(0, 1).requires_grad_()
+    loss = plain_loss(copy.deepcopy(model).eval()(x), labels, "cross_entropy", 0, 1, False)
+    expected = (x + EPS * torch.autograd.grad(loss.sum(), x)[0].sign()).clamp(0, 1).detach()
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
+    assert (adversarial - images).abs().max() > 2 * EPS  # not projected
+    torch.testing.assert_close(info.loss, loss.detach(), rtol=1e-9, atol=0)
+
+
+def test_checkpoint_fgsm_takes_the_smallest_part_of_the_step_that_fools() -> None:
+    model, (images, labels) = Net(), sample(60)
+    model.eval()
+    full = 0.06
+    with torch.no_grad():
+        prediction = F.interpolate(model(images), labels.shape[1:], mode="bilinear").argmax(1)
+    share = torch.linspace(0.2, 1.0, 60).view(-1, 1, 1)  # of labels that the model gets right
+    labels = torch.where((torch.rand(labels.shape) < share) & (labels != IGNORE), prediction, labels)
+    x = images.clone().requires_grad_()
+    loss = plain_loss(model(x), labels, "cross_entropy", 0, 1, False).sum()
+    direction = torch.autograd.grad(loss, x)[0].sign()
+    expected, chosen = [], []
+    for i in range(len(images)):
+        for k in (1, 2, 3, 4):
+            candidate = (images[i] + k / 4 * full * direction[i]).clamp(0, 1)
+            with torch.no_grad():
+                fooled = plain_gain(model(candidate[None]), labels[i : i + 1])[0] < 0
+            if fooled:
+                break
+        expected.append(candidate)
+        chosen.append(k / 4 * full)
+    assert len(set(chosen)) == 4, "not every part is the smallest for some image"
+    adversarial, info = CheckpointFGSM(model, eps=full, checkpoints=4)(images, labels, return_info=True)
+    torch.testing.assert_close(adversarial, torch.stack(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(info.eps, torch.tensor(chosen, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("kind", [BIM, PGD, SegPGD, CosPGD])
+def test_outcomes_of_one_run_are_those_of_shorter_ones(kind: type[BIM], best: bool) -> None:
+    model, (images, labels) = Net(), sample(6)
+    labels[labels != IGNORE] = 1  # which nothing but the attack takes away
+    budget: dict[str, Any] = {"eps": 0.2, "alpha": 0.07, "best": best}
+    judged = [3, 5, 6, 8]
+    outcomes = run_with_seed(kind(model, steps=8, **budget).outcomes, images, labels, judged)
+    assert outcomes.shape == (4, 6, CLASSES, CLASSES)
+    for steps, outcome in zip(judged, outcomes, strict=True):
+        if kind is SegPGD and steps < 8:
+            continue  # lambda belongs to the long run
+        adversarial = run_with_seed(kind(model, steps=steps, **budget), images, labels)
+        for i in range(6):
+            assert torch.equal(outcome[i], plain_confusion(model, adversarial[i : i + 1], labels[i : i + 1]))
+    assert not torch.equal(outcomes[0], outcomes[-1])
+
+
+def run_with_seed(function: Callable[..., Any], *arguments: Any) -> Any:
+    torch.manual_seed(7)
+    return function(*arguments)
+
+
+def plain_confusion(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = F.interpolate(copy.deepcopy(model).eval()(x), labels.shape[1:], mode="bilinear")
+    valid = labels != IGNORE
+    cells = labels[valid] * CLASSES + z.argmax(1)[valid]
+    return torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)
+
+
+def test_outcomes_with_restarts_judge_each_images_best_run() -> None:
+    model, (images, labels) = Net(), sample()
+    attack = PGD(model, eps=EPS, alpha=0.012, steps=3, restarts=3)
+    outcomes = run_with_seed(attack.outcomes, images, labels, [1, 3])
+    adversarial = run_with_seed(attack, images, labels)
+    assert all(
+        torch.equal(outcomes[1, i], plain_confusion(model, adversarial[i : i + 1], labels[i : i + 1])) for i in range(3)
+    )
+
+
+def test_noise_given_is_the_random_start() -> None:
+    model, (images, labels) = Net(), sample()
+    attack = PGD(model, eps=EPS, alpha=0.02, steps=2, generator=torch.Generator().manual_seed(3))
+    drawn = attack.outcomes(images, labels, [2])
+    noise = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(3), dtype=images.dtype) - 1
+    assert torch.equal(attack.outcomes(images, labels, [2], noise=noise), drawn)
+    for other in (BIM(model, steps=1, eps=0.0), PGD(model, restarts=2), PGD(model, random_start=False)):
+        with pytest.raises(ValueError, match="noise: "):
+            other.outcomes(images, labels, [1], noise=noise)
+    for steps in ([], [0], [3], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match=r"steps: .* increasing numbers out of 1 \.\.\. 2"):
+            attack.outcomes(images, labels, steps)
 
 
 def test_input_gradient_serves_many_eps() -> None:
@@ -360,7 +463,8 @@ def test_a_batch_equals_single_images(name: str) -> None:
 
 
 def _no_noise(name: str) -> dict[str, Any]:
-    return {"random_start": False} if issubclass(ATTACKS[name][0], PGD) else {}
+    kind = ATTACKS[name][0]
+    return {"random_start": False} if issubclass(kind, PGD) else {"noise": 0.0} if kind is NFGSM else {}
 
 
 def test_classification_and_label_types() -> None:
@@ -391,7 +495,8 @@ def test_result_is_like_the_images_inside_box_and_ball(name: str, memory_format:
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     if name != "fast-newton":
-        assert (adversarial - images).abs().max() <= EPS + 1e-6
+        radius = 3 * EPS if name == "n-fgsm" else EPS  # noise of 2 * EPS, and nothing is projected
+        assert (adversarial - images).abs().max() <= radius + 1e-6
     assert not torch.equal(adversarial, images)
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
@@ -585,7 +690,8 @@ def test_under_autocast(name: str) -> None:
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     if name != "fast-newton":
-        assert (adversarial - images).abs().max() <= EPS + 1e-6
+        radius = 3 * EPS if name == "n-fgsm" else EPS  # noise of 2 * EPS, and nothing is projected
+        assert (adversarial - images).abs().max() <= radius + 1e-6
         # The same attack but for the rounding of the network.
         agreement = (adversarial - run(name, model, images, labels)).abs() < 1e-3
         assert agreement.float().mean() > 0.6
@@ -643,9 +749,10 @@ def test_half_precision_neither_underflows_nor_overflows(dtype: torch.dtype) -> 
 def test_an_image_without_a_valid_pixel(name: str) -> None:
     model, (images, labels) = Net(), sample()
     labels[1] = IGNORE
-    adversarial = run(name, model, images, labels, **_no_noise(name)) if "restarts" not in name else images
+    adversarial = run(name, model, images, labels)
     assert torch.equal(adversarial[1], images[1])
-    assert run(name, model, images, labels).isfinite().all()
+    assert not torch.equal(adversarial[0], images[0])
+    assert adversarial.isfinite().all()
     labels[:] = IGNORE
     _, info = make(name, model)(images, labels, return_info=True)
     for value in (info.loss, info.gain, info.grad_norm):
@@ -815,6 +922,9 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
         (lambda m: BIM(m, steps=2.0), ValueError, "steps: 2.0 came"),
         (lambda m: PGD(m, restarts=0), ValueError, "restarts: 0 came"),
         (lambda m: PGD(m, restarts=2, random_start=False), ValueError, "restarts: 2 came with random_start"),
+        (lambda m: NFGSM(m, noise=-1), ValueError, "noise: -1 came"),
+        (lambda m: CheckpointFGSM(m, checkpoints=0), ValueError, "checkpoints: 0 came"),
+        (lambda m: CheckpointFGSM(m, targeted=True), ValueError, "targeted: True came"),
         (lambda m: FastNewton(m, max_eps=8), ValueError, "max_eps: 8 came"),
         (lambda m: FastNewton(m, max_eps=torch.ones(1)), TypeError, "max_eps: a Tensor came"),
         (lambda m: FGSM(m, bn="batch"), ValueError, "bn: 'batch' is not one of 'eval', 'train'"),
@@ -854,6 +964,8 @@ IMAGES, LABELS = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
         ({}, IMAGES.numpy(), LABELS, TypeError, "images: a ndarray came"),
         ({}, IMAGES, [[0]], TypeError, "labels: a list came"),
         ({}, IMAGES, LABELS[:1], ValueError, r"labels: \[1, 4, 4\] came with images \[2, 3, 4, 4\]"),
+        ({}, IMAGES, LABELS[:, ::2, ::2], ValueError, r"labels: \[2, 2, 2\] came.*the same N, H and W.*Resize"),
+        ({}, IMAGES, LABELS[:, 0, 0][:1], ValueError, r"labels: \[1\] came with images \[2, 3, 4, 4\]"),
         ({}, IMAGES, LABELS.float(), ValueError, "labels: dtype torch.float32"),
         ({}, IMAGES, LABELS.to("meta"), ValueError, "labels: they are on meta, the images on cpu"),
         ({}, IMAGES, LABELS + 9, ValueError, "labels: value 9 "),
@@ -878,6 +990,68 @@ def test_bad_calls(options: dict[str, Any], images: Any, labels: Any, error: typ
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_batch_statistics_of_one_image_warn(recwarn: pytest.WarningsRecorder) -> None:
+    images, labels = sample(1)
+    pooled = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).double()
+    with pytest.warns(UserWarning, match=r'bn: "train" came with a batch of one image.*use bn="eval"'):
+        FGSM(Net(), bn="train")(images, labels)
+    with pytest.warns(UserWarning, match='use bn="eval"'), pytest.raises(ValueError, match="more than 1 value"):
+        FGSM(pooled, bn="train")(images, labels)
+    recwarn.clear()
+    FGSM(pooled)(images, labels)
+    FGSM(Net().eval(), bn="train")(images, labels)
+    FGSM(Net(), bn="train")(*sample(2))
+    assert not recwarn.list
+
+
+class Checkpointing(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.net = Net(dtype=torch.float32, dropout=0)
+        self.reentrant = reentrant
+
+    def forward(self, images: Tensor) -> Tensor:
+        return checkpoint(self.net, images, use_reentrant=self.reentrant)
+
+
+@every_attack
+def test_checkpointing_is_supported_unless_it_is_reentrant(name: str) -> None:
+    images, labels = sample(dtype=torch.float32)
+    model = Checkpointing(reentrant=False)
+    assert torch.equal(run(name, model, images, labels), run(name, model.net, images, labels))
+    model = Checkpointing(reentrant=True)
+    with pytest.raises(ValueError, match=r"model: it uses reentrant checkpointing.*use_reentrant=False"):
+        run(name, model, images, labels)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_torch_func_inside_the_model_is_supported_and_around_the_attack_refused() -> None:
+    net, (images, labels) = Net(dropout=0).eval(), sample()
+
+    class Transformed(nn.Module):
+        def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.net = net
+            self.transformed = forward
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.transformed(images)
+
+    weights = {name: value.detach() for name, value in (*net.named_parameters(), *net.named_buffers())}
+    for forward in (
+        lambda x: torch.func.functional_call(net, weights, (x,)),
+        torch.func.vmap(lambda x: net(x[None])[0]),
+    ):
+        torch.testing.assert_close(FGSM(Transformed(forward))(images, labels), FGSM(net)(images, labels))
+    for transform in (
+        lambda: torch.func.grad(lambda x: FGSM(net)(x, labels).sum())(images),
+        lambda: torch.func.vmap(lambda x, y: FGSM(net)(x[None], y[None]))(images, labels),
+        lambda: torch.func.jvp(lambda x: FGSM(net)(x, labels), (images,), (images,)),
+    ):
+        with pytest.raises(ValueError, match=r"inside of a torch\.func transform .* Call it outside"):
+            transform()
+
+
 def test_alpha_and_generator_that_do_not_fit() -> None:
     model = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match=r"alpha: float32 \[1\]"):
@@ -886,7 +1060,7 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
     class Elsewhere:
         device = torch.device("cuda")
 
-    for kind in (RandomFGSM, PGD):
+    for kind in (RandomFGSM, NFGSM, PGD):
         with pytest.raises(ValueError, match="generator: it is on cuda, the images are on cpu"):
             kind(model, generator=Elsewhere())(IMAGES, LABELS)
 
@@ -932,7 +1106,8 @@ def _distributed(rank: int, store: str) -> None:
     torch.manual_seed(rank)
     images, labels = sample()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for attack in (FastNewton(model), BIM(model, eps=EPS, alpha=0.01, steps=3, best=True)):
+    budget = {"eps": EPS, "alpha": 0.01, "steps": 3}
+    for attack in (FastNewton(model), BIM(model, **budget, best=True), SegPGD(model, **budget, restarts=2)):
         # Only one process attacks: any collective in it would meet none on the other side.
         adversarial = attack(images, labels) if rank == 0 else images
         assert not buckets
@@ -952,6 +1127,19 @@ def _distributed(rank: int, store: str) -> None:
     with pytest.raises(ValueError, match="'0' is a DistributedDataParallel"), frozen(outer):
         pass
     assert unwrapped(torch.compile(model, backend="eager")) is net
+
+    # fully_shard gathers the weights in every pass: all processes attack
+    torch.manual_seed(0)
+    plain = Net(dtype=torch.float32, dropout=0)
+    sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (2,)))
+    torch.manual_seed(rank)
+    images, labels = sample(dtype=torch.float32)
+    adversarial, expected = (SegPGD(model, **budget, random_start=False)(images, labels) for model in (sharded, plain))
+    assert torch.equal(adversarial, expected)
+    functional.cross_entropy(sharded(adversarial), labels).backward()
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
+    with pytest.raises(ValueError, match="fully_shard"):
+        FGSM(FullyShardedDataParallel(Net(dtype=torch.float32), device_id=torch.device("cpu")))(images, labels)
     dist.destroy_process_group()
 
 

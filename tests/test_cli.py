@@ -6,18 +6,20 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import segadv
-from segadv import cli, demo, training
+from segadv import cli, demo, evaluation, training
 from segadv.cli import main
-from segadv.demo import DemoSizes, initial_model, run_demo
-from segadv.training import ARMS, Trainer
+from segadv.demo import ARMS, DemoSizes, initial_model, run_demo
+from segadv.training import Trainer
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -108,7 +110,7 @@ def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str])
     assert explained.keys() == {field.name for field in dataclasses.fields(training.TrainConfig)}
     assert explained["checkpoint_every"] == "steps between checkpoints"
     assert explained["checkpoint_every"] in text
-    assert all(arm in text for arm in ARMS)
+    assert all(arm in text.replace("- ", "-") for arm in training.ARMS)  # lines break at hyphens
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +160,7 @@ def test_data_train_evaluate(
     saved = torch.load("run/last.pt", weights_only=True)
     assert (saved["config"]["arm"], saved["config"]["batch_size"], saved["steps_done"]) == ("fgsm", 2, 2)
     assert tuple(saved["config"]["crop"]) == (32, 48)
+    assert drawn(Path("run/training.png"))
 
     command = "evaluate run/last.pt --data streets --out results --attacks fgsm --eps 0,0.02"
     assert run(command) == 0
@@ -170,9 +173,62 @@ def test_data_train_evaluate(
     assert drawn(Path("results/robustness.png"))
     capsys.readouterr()
     assert "eps must be numbers with commas" in failure(f"{command} --eps 0;1", capsys)
-    assert "out of fgsm, bim-10" in failure(f"{command} --attacks pgd", capsys)
+    assert "out of fgsm, bim-10, bim, pgd" in failure(f"{command} --attacks pdg", capsys)
+    for steps in ("many", "3:0.02", "0.02:", "2.5"):
+        assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps {steps}", capsys)
+    assert "steps names eps that are not evaluated: [0.5]" in failure(f"{command} --steps 3,0.5:4", capsys)
+    assert "images must be at least 0, got -1" in failure(f"{command} --images -1", capsys)
     Path("broken.pt").write_bytes(b"PK no checkpoint")
     assert "broken.pt" in failure("evaluate broken.pt --data streets --out results", capsys)
+    other = {"config": {"arm": "other"}, "steps_done": 0, "model": {"conv.weight": torch.zeros(3)}}
+    torch.save(other, "other.pt")
+    assert "other.pt belongs to another architecture" in failure("evaluate other.pt --data streets --out r", capsys)
+
+
+def test_evaluate_several_checkpoints_into_one_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("data generate-streets streets --train 2 --val 3 --size 64x96") == 0
+    for folder, arm, seed in (("a", "basic", 0), ("b", "fgsm", 0), ("c", "fgsm", 1)):
+        arguments = f"--steps 1 --batch-size 2 --crop 32x48 --device cpu --arm {arm} --seed {seed}"
+        assert run(f"train --data streets --out runs/{folder} {arguments}") == 0
+    checkpoints = "runs/a/last.pt runs/b/last.pt runs/c/last.pt"
+    options = "--data streets --attacks fgsm,segpgd --eps 0,0.02,0.03 --images 2 --check-images 1 --steps 3,0.03:5"
+    command = f"evaluate {checkpoints} --out report {options}"
+
+    genuine, calls = evaluation.evaluate, []
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return genuine(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "evaluate", stopping)
+        assert run(command) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in Path("report/records").iterdir()}
+    assert kept
+    assert run(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "records were made anew"
+    rows = read(Path("report/details.csv"))
+    assert list(dict.fromkeys(row["arm"] for row in rows)) == ["basic", "fgsm (b)", "fgsm (c)"]
+    seen = [(row["attack"], row["eps"], row["steps"]) for row in rows if row["arm"] == "basic"]
+    assert seen == [
+        ("fgsm", "0.0", "0"), ("fgsm", "0.02", "1"), ("fgsm", "0.03", "1"),
+        ("segpgd", "0.0", "0"), ("segpgd", "0.02", "3"), ("segpgd", "0.03", "3"), ("segpgd", "0.03", "5"),
+        ("worst-case", "0.0", "0"), ("worst-case", "0.02", "3"), ("worst-case", "0.03", "5"),
+    ]  # fmt: skip
+    text = Path("report/report.md").read_text()
+    assert "from fgsm (b)" in text
+    # the command in the report gives the same numbers
+    repeated = re.search(r"^segadv (evaluate .*)$", text, flags=re.MULTILINE)
+    assert repeated
+    assert run(repeated[1].replace("--out report", "--out again")) == 0
+    assert Path("again/details.csv").read_bytes() == Path("report/details.csv").read_bytes()
+    assert "folders of different names" in failure("evaluate runs/b/last.pt runs/b/last.pt --data x --out y", capsys)
 
 
 def read(path: Path) -> list[dict[str, str]]:

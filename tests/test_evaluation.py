@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from segadv import evaluation, functional
-from segadv.attacks import BIM, FGSM
+from segadv import evaluation, functional, records, results
+from segadv.attacks import BIM, FGSM, PGD, CosPGD, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet
 
@@ -127,12 +131,12 @@ def test_fgsm_takes_one_gradient_for_all_eps_and_clean_is_shared(
     batches = len(loader)
     evaluate(model, loader, ["fgsm"], [0, 0.01, 0.02, 0.03, 0.04])
     assert model.backwards == batches
-    assert model.forwards == batches * 6  # clean, gradient, four adversarial
+    assert model.forwards == batches * 5  # the gradient's, which is the clean prediction, and four adversarial
 
     model.forwards = model.backwards = 0
     result = evaluate(model, loader, ["fgsm", "bim-10"], [0, 0.01, 0.02, 0.03, 0.04])
-    assert model.backwards == batches * (1 + 4 * 10)
-    assert model.forwards == batches * (6 + 4 * 11)
+    assert model.backwards == batches * (1 + 10)  # the four eps in one batch
+    assert model.forwards == batches * (5 + 11)
     assert result.rows[0] == {**result.rows[5], "attack": "fgsm"}
 
 
@@ -158,12 +162,13 @@ def test_bim_10_is_the_papers(model: Counting, loader: list[tuple[Tensor, Tensor
             expected.index_put_((labels[valid].long(), prediction[valid]), torch.tensor(1), accumulate=True)
         assert torch.equal(confusion, expected)
         assert row["eps"] == value
+    assert [entry.steps for entry in result.measurements] == [10, 10]
 
 
 def test_rows_are_in_the_given_order_and_repeatable(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     result = evaluate(model, loader, ["bim-10", "fgsm"], [0.02, 0.0, 0.01])
     assert [(row["attack"], row["eps"]) for row in result.rows] == [
-        (attack, eps) for attack in ("bim-10", "fgsm") for eps in (0.02, 0.0, 0.01)
+        (attack, eps) for attack in ("bim-10", "fgsm", "worst-case") for eps in (0.02, 0.0, 0.01)
     ]
     assert list(result.rows[0]) == ["attack", "eps", "miou", "pixel_accuracy"]
     assert evaluate(model, loader, ["bim-10", "fgsm"], [0.02, 0.0, 0.01]).rows == result.rows
@@ -251,9 +256,9 @@ def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -
     with open(tmp_path / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
-    assert [row["arm"] for row in rows] == ["basic"] * 4 + ["fast-newton"] * 4
+    assert [row["arm"] for row in rows] == ["basic"] * 6 + ["fast-newton"] * 6
     assert [float(row["miou"]) for row in rows] == [row["miou"] for row in merged.rows]
-    assert len(merged.confusion) == 8
+    assert len(merged.confusion) == 12
 
 
 def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
@@ -261,7 +266,7 @@ def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
     path.write_text("previous")
 
     def write_half() -> None:
-        with evaluation.atomic_write(path) as temporary:
+        with results.atomic_write(path) as temporary:
             temporary.write_text("hal")
             raise OSError("disk full")
 
@@ -270,7 +275,7 @@ def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
     assert path.read_text() == "previous"
 
     with path.open() as reader:
-        with evaluation.atomic_write(path) as temporary:
+        with results.atomic_write(path) as temporary:
             temporary.write_text("whole")
         assert reader.read() == "previous", "written in place"
     assert path.read_text() == "whole"
@@ -285,3 +290,413 @@ def test_plots_are_drawn(tmp_path, model: Counting, loader: list[tuple[Tensor, T
         with image_module.open(tmp_path / f"{name}.png") as image:
             assert image.width >= 800
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+# --- worst case, steps, shared work -------------------------------------------------------------------------
+
+STRONG = {"bim": BIM, "pgd": PGD, "segpgd": SegPGD, "cospgd": CosPGD}
+
+
+def plain_confusion(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    with torch.no_grad():
+        prediction = model.eval()(image[None])[0].argmax(0)
+    valid = label != 255
+    return torch.bincount(label[valid].long() * CLASSES + prediction[valid], minlength=CLASSES**2).view(CLASSES, -1)
+
+
+def plain_miou(confusion: Tensor) -> float:
+    values = []
+    for c in range(len(confusion)):
+        union = confusion[c].sum() + confusion[:, c].sum() - confusion[c, c]
+        if union:
+            values.append((confusion[c, c].double() / union).item())
+    return sum(values) / len(values)
+
+
+def in_double(loader: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(images.double(), labels) for images, labels in loader]
+
+
+def test_worst_case_takes_each_image_from_its_worst_attack(
+    model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Two attacks, each of which leaves some images as they are."""
+
+    def on(parity: int):
+        def attack(images: Tensor, labels: Tensor) -> Tensor:
+            some = (images.mean((1, 2, 3)) * 1e4).long() % 2 == parity
+            return torch.where(some.view(-1, 1, 1, 1), 1 - images, images)
+
+        return lambda network, eps: attack
+
+    result = evaluate(model, loader, {"even": on(0), "odd": on(1)}, [0.5])
+    expected, mious = {"even": [], "odd": [], "worst-case": []}, {}
+    for images, labels in loader:
+        for image, label in zip(images, labels, strict=True):
+            outcomes = [
+                plain_confusion(model, on(parity)(model, 0.5)(image[None], label)[0], label) for parity in (0, 1)
+            ]
+            wrong = [(matrix.sum() - matrix.trace()).item() for matrix in outcomes]
+            for name, matrix in zip(expected, [*outcomes, outcomes[int(np.argmax(wrong))]], strict=True):
+                expected[name].append(matrix)
+    assert [entry.attack for entry in result.measurements] == list(expected)
+    for entry in result.measurements:
+        assert torch.equal(entry.confusion, torch.stack(expected[entry.attack]).sum(0))
+        mious[entry.attack] = sum(map(plain_miou, expected[entry.attack])) / len(expected[entry.attack])
+        assert entry.image_miou == pytest.approx(mious[entry.attack], rel=1e-12)
+    accuracy = {row["attack"]: row["pixel_accuracy"] for row in result.rows}
+    assert accuracy["worst-case"] < min(accuracy["even"], accuracy["odd"])
+    assert not any(e.attack == "worst-case" for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements)
+    two = evaluate(model, loader, ["fgsm", "bim-10"], [0.04], worst_case=False)
+    assert [row["attack"] for row in two.rows] == ["fgsm", "bim-10"]
+
+
+def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    images, labels = loader[0]
+    void = torch.full_like(labels[:1], 255)
+    with_void = [(torch.cat([images, images[:1]]), torch.cat([labels, void]))]
+    names = {"attacks": ["fgsm", "pgd"], "eps": [0.0, 0.02], "steps": 3}
+    plain, other = evaluate(model, loader[:1], **names), evaluate(model, with_void, **names)
+    assert [entry.image_miou for entry in plain.measurements][:2] == [e.image_miou for e in other.measurements][:2]
+    assert all(math.isfinite(entry.image_miou) for entry in other.measurements)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_steps_on_the_way_are_shorter_runs(name: str, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    """One run of 6 steps tells about 3, 5 and 6; SegPGD's lambda belongs to the 6."""
+    model, loader = model.double(), in_double(loader)
+    model.forwards = 0
+    long = evaluate(model, loader, [name], [0.02], steps=6)
+    assert [entry.steps for entry in long.measurements] == [3, 5, 6]
+    assert model.forwards == len(loader) * (1 + 7)  # clean, and the run
+    for entry in long.measurements:
+        short = evaluate(model, loader, [name], [0.02], steps=entry.steps).measurements[-1]
+        if name != "segpgd" or entry.steps == 6:
+            assert torch.equal(entry.confusion, short.confusion)
+        wrong = entry.confusion.sum() - entry.confusion.trace()
+        assert wrong <= long.measurements[-1].confusion.sum() - long.measurements[-1].confusion.trace()
+    assert [row["eps"] for row in long.rows] == [0.02]
+    assert torch.equal(long.confusion[0], long.measurements[-1].confusion)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_named_attacks_are_the_packages(name: str, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    """By hand: the noise of a batch from its seed, alpha = eps / 3, the best iterate."""
+    model, loader = model.double(), in_double(loader)
+    result = evaluate(model, loader, [name], [0.02], steps=4, seed=9)
+    expected = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
+    for index, (images, labels) in enumerate(loader):
+        seed = int(np.random.SeedSequence(9, spawn_key=(index,)).generate_state(1)[0])
+        attack = STRONG[name](model, eps=0.02, alpha=0.02 / 3, steps=4, best=True)
+        if name != "bim":
+            attack.generator = torch.Generator().manual_seed(seed)
+        adversarial = attack(images, labels)
+        expected += sum(plain_confusion(model, x, y) for x, y in zip(adversarial, labels, strict=True))
+    assert torch.equal(result.confusion[0], expected)
+    assert result.run["attacks"][name][0]["alpha"] == pytest.approx(0.02 / 3)
+    again = evaluate(model, loader, [name], [0.02], steps=4, seed=10)
+    assert torch.equal(again.confusion[0], expected) == (name == "bim")
+
+
+def test_stacked_eps_give_what_single_ones_give(
+    model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, loader = model.double(), in_double(loader)
+    arguments = {"attacks": ["pgd", "segpgd"], "eps": [0.01, 0.02, 0.05], "steps": {0.01: 4, 0.02: 3, 0.05: 4}}
+    model.forwards = 0
+    stacked = evaluate(model, loader, **arguments)
+    assert model.forwards == len(loader) * (1 + 2 * (5 + 4))
+    monkeypatch.setattr(evaluation, "_CPU_PIXELS", 1)
+    model.forwards = 0
+    single = evaluate(model, loader, **arguments)
+    assert model.forwards == len(loader) * (1 + 2 * (5 + 5 + 4))
+    assert single.rows == stacked.rows
+    assert [(entry.eps, entry.steps) for entry in stacked.measurements[:5]] == [
+        (0.01, 3), (0.01, 4), (0.02, 3), (0.05, 3), (0.05, 4)
+    ]  # fmt: skip
+
+
+def test_eps_are_stacked_as_far_as_memory_allows(
+    model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"attacks": ["pgd"], "eps": [0.01, 0.02, 0.03, 0.04, 0.05], "steps": 3}
+    expected = evaluate(model, loader, **arguments)
+    genuine, sizes = PGD.outcomes, []
+
+    def small_memory(self: PGD, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(PGD, "outcomes", small_memory)
+    room = 6
+    assert evaluate(model, loader, **arguments).rows == expected.rows
+    assert sizes[:6] == [15, 6, 9, 3, 6, 5]  # the batches have 3, 1 and 2 images
+    room = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, loader, **arguments)
+
+
+def test_attacks_of_the_caller_are_seeded_and_judged_on_their_way(
+    model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    def factory(network: nn.Module, eps: float) -> PGD:
+        return PGD(network, eps=eps, alpha=eps / 2, steps=4, restarts=2)
+
+    state = torch.get_rng_state()
+    first = evaluate(model, loader, {"mine": factory}, [0.03])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert evaluate(model, loader, {"mine": factory}, [0.03]).rows == first.rows
+    assert evaluate(model, loader, {"mine": factory}, [0.03], seed=1).rows != first.rows
+    assert [entry.steps for entry in first.measurements] == [3, 4]
+
+
+def test_labels_of_another_size_are_refused(model: Counting) -> None:
+    images = torch.rand(2, 3, 8, 12)
+    for shape in ((2, 4, 6), (1, 8, 12)):
+        with pytest.raises(ValueError, match=r"labels: .* the same N, H and W are needed. Resize"):
+            evaluate(model, [(images, torch.zeros(shape, dtype=torch.uint8))], eps=[0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attacks": ["pgd"], "steps": 0}, "steps must be whole numbers of at least 1, got 0"),
+        ({"attacks": ["pgd"], "steps": True}, "steps must be whole numbers"),
+        ({"attacks": ["pgd"], "eps": [0.0, 0.1, 0.2], "steps": {0.1: 3}}, r"entry for every eps.*\[0.2\]"),
+        ({"attacks": {"clean": None}}, "other names than clean"),
+    ],
+)
+def test_bad_steps_and_names(model: Counting, loader: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, loader, **arguments)
+
+
+# --- stopped and continued ----------------------------------------------------------------------------------
+
+
+def stopped_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judging fails after some calls."""
+    genuine, seen = functional.confusion_matrix, []
+
+    def confusion_matrix(*args: Any, **kwargs: Any) -> Tensor:
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "confusion_matrix", confusion_matrix)
+
+
+ARGUMENTS: dict[str, Any] = {"attacks": ["fgsm", "pgd", "segpgd"], "eps": [0.0, 0.01, 0.03], "steps": 4}
+
+
+@pytest.mark.parametrize("calls", [2, 5, 14, 25])
+def test_stopped_evaluation_goes_on_to_the_same_result(
+    calls: int, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    expected = evaluate(model, loader, **ARGUMENTS)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_after(calls, patch)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    done = sorted(path.name for path in tmp_path.iterdir())
+    assert not any(name.startswith(".") for name in done), "a temporary file is left"
+    model.forwards = 0
+    result = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    passes = {"fgsm": 3, "pgd": 5, "segpgd": 5}  # for each batch
+    saved = sum(passes[name] for name in passes for _ in range(sum(d.startswith(name + "-0.01") for d in done)))
+    assert model.forwards == len(loader) * sum(passes.values()) - saved
+    assert (result.rows, result.run) == (expected.rows, expected.run)
+    assert all(map(torch.equal, result.confusion, expected.confusion))
+
+    model.forwards = 0
+    assert evaluate(model, loader, **ARGUMENTS, records=tmp_path).rows == expected.rows
+    assert model.forwards == 0, "there was nothing left to do"
+
+
+def test_records_serve_only_what_they_belong_to(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    model.forwards = 0
+    evaluate(model, loader, ["pgd"], [0.01], steps=4, records=tmp_path)
+    assert model.forwards == len(loader), "only the clean prediction, which FGSM gave before, was to be made"
+
+    def changed(**changes: Any) -> bool:
+        model.forwards = 0
+        arguments = {**ARGUMENTS, "attacks": ["pgd"], "eps": [0.01], **changes}
+        data = arguments.pop("loader", loader)
+        fresh = evaluate(model, data, **arguments)
+        before, model.forwards = model.forwards, 0
+        assert evaluate(model, data, **arguments, records=tmp_path).rows == fresh.rows
+        return model.forwards >= before - len(data)  # the clean prediction may be found
+
+    assert changed(seed=1)
+    assert changed(steps=5)
+    assert changed(eps=[0.02])
+    assert changed(loader=[(images, labels.clamp(min=1)) for images, labels in loader])
+    assert changed(loader=loader[1:])  # the number of a batch decides its noise
+    with torch.no_grad():
+        model.conv.bias[0] += 1
+    assert changed()
+
+
+def test_autocast_is_the_callers_and_part_of_the_records(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    kinds = set()
+    model.norm.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    plain = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    assert kinds == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    assert kinds == {torch.float32, torch.bfloat16}
+    assert (plain.run["autocast"], half.run["autocast"]) == (None, "torch.bfloat16")
+    assert half.rows != plain.rows
+    for first, second in zip(half.rows, plain.rows, strict=True):
+        assert first["pixel_accuracy"] == pytest.approx(second["pixel_accuracy"], abs=0.05)
+
+
+def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for i, (path, content) in enumerate(whole.items()):
+        path.write_bytes([b"", content[: len(content) // 2], b"PK" + content[2:][::-1]][i % 3])
+    assert evaluate(model, loader, **ARGUMENTS, records=tmp_path).rows == expected.rows
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()}.keys() == whole.keys()
+    with np.load(next(iter(whole))) as content:
+        assert content["outcomes"].dtype == np.int64
+
+    def full(path: Any, **arrays: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluate(model, loader, **ARGUMENTS, seed=5, records=tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_bad_labels_are_never_recorded(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = functional.confusion_matrix
+
+    def as_on_a_gpu(*args: Any, **kwargs: Any) -> Tensor:
+        matrix = genuine(*args, **kwargs)
+        matrix.invalid = torch.tensor(2)
+        return matrix
+
+    monkeypatch.setattr(functional, "confusion_matrix", as_on_a_gpu)
+    batch = (torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="2 pixels are neither"):
+        evaluate(model, [batch, batch], ["fgsm"], records=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
+    first = records.model_hash(model)
+    assert records.model_hash(model.train()) == first
+    for tensor in (model.conv.weight, model.norm.running_var, model.norm.num_batches_tracked):
+        with torch.no_grad():
+            tensor.view(-1)[-1] += 1
+        assert records.model_hash(model) != first
+        with torch.no_grad():
+            tensor.view(-1)[-1] -= 1
+    assert records.content_hash(torch.zeros(2, 3)) != records.content_hash(torch.zeros(3, 2))
+    assert records.content_hash(torch.zeros(2)) != records.content_hash(torch.zeros(2, dtype=torch.int32))
+
+
+def test_everything_to_repeat_it_is_in_the_files(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    result = evaluate(model, loader, ["pgd", "segpgd"], [0.0, 0.02], steps=4, seed=3)
+    result.to_json(tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())
+    run = content["run"]
+    assert run["model_sha256"] == records.model_hash(model)
+    assert (run["seed"], run["images"], run["eps"], run["ignore_index"]) == (3, 6, [0.0, 0.02], 255)
+    assert run["versions"]["torch"] == torch.__version__
+    segpgd = run["attacks"]["segpgd"][0]
+    assert (segpgd["attack"], segpgd["eps"], segpgd["steps"], segpgd["best"]) == ("SegPGD", 0.02, 4, True)
+    last = content["measurements"][-1]
+    assert last["class_iou"] == [None if math.isnan(v) else v for v in class_iou(result.confusion[-1]).tolist()]
+    back = EvaluationResult.from_json(tmp_path / "result.json")
+    assert back.run == result.run
+    assert [entry.row for entry in back.measurements] == [entry.row for entry in result.measurements]
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"other\.json is no result of an evaluation"):
+        EvaluationResult.from_json(tmp_path / "other.json")
+
+    result.to_details_csv(tmp_path / "details.csv")
+    with open(tmp_path / "details.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:8] == [
+        "arm", "attack", "eps", "steps", "miou", "image_miou", "pixel_accuracy", "iou_0"
+    ]  # fmt: skip
+    assert [(row["attack"], row["eps"], row["steps"]) for row in rows] == [
+        (entry.attack, str(entry.eps), str(entry.steps)) for entry in result.measurements
+    ]
+    ious = class_iou(result.measurements[-1].confusion).tolist()
+    assert [rows[-1][f"iou_{i}"] for i in range(CLASSES)] == ["" if math.isnan(v) else str(v) for v in ious]
+
+
+def test_progress_bar_counts_passes(
+    model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            self.total, self.n = options["total"], 0
+            bars.append(self)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def update(self, passes: int) -> None:
+            self.n += passes
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    evaluate(model, loader, **ARGUMENTS, progress=True)
+    assert bars[0].total == bars[0].n == len(loader) * (3 + 2 * 4 + 2 * 4)
+    evaluate(model, iter(loader), **ARGUMENTS, progress=True)
+    assert bars[1].total is None
+
+
+def test_attacks_get_stronger_in_the_known_order() -> None:
+    """On a network that has learnt something: clean >= FGSM >= PGD-20 >= SegPGD-20, CosPGD-20, up to 1 %."""
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.randint(0, 5, (16, 4, 6), generator=generator)
+    labels = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = torch.rand(5, 3, generator=generator)[labels].movedim(3, 1)
+    images = (0.25 + 0.5 * images + 0.1 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 5, 1),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    result = evaluate(network, [(images, labels)], ["fgsm", "pgd", "segpgd", "cospgd"], [0.0, 0.03], steps=20)
+    accuracy = {(row["attack"], row["eps"]): row["pixel_accuracy"] for row in result.rows}
+    clean, fgsm, pgd, segpgd, cospgd, worst = (
+        accuracy[name, eps]
+        for name, eps in [("fgsm", 0.0)] + [(n, 0.03) for n in ("fgsm", "pgd", "segpgd", "cospgd", "worst-case")]
+    )
+    assert clean > 0.8
+    assert fgsm < clean - 0.05
+    assert pgd <= fgsm + 0.01
+    assert segpgd <= pgd + 0.01
+    assert cospgd <= pgd + 0.01
+    assert worst <= min(fgsm, pgd, segpgd, cospgd)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from segadv import models, training
-from segadv.attacks import BIM, FGSM, AttackInfo, FastNewton, RandomFGSM
+from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from segadv.data import Augmented, EpochSampler
 from segadv.training import TrainConfig, Trainer
 
@@ -106,7 +106,10 @@ def flat(optimizer: dict[str, Any]) -> dict[str, Any]:
 def test_arms_are_the_papers() -> None:
     model, generator = tiny_model(), torch.Generator()
     arms = {name: make(model, generator) for name, make in training.ARMS.items()}
-    assert list(arms) == ["basic", "fgsm", "random-fgsm", "bim-3", "fast-newton"]
+    assert list(arms) == [
+        "basic", "fgsm", "random-fgsm", "bim-3", "fast-newton",
+        "pgd-3", "pgd-7", "segpgd-3", "segpgd-7", "rs-fgsm", "n-fgsm", "kim",
+    ]  # fmt: skip
     assert arms["basic"] is None
     assert type(arms["fgsm"]) is FGSM
     assert arms["fgsm"].eps == 0.03
@@ -117,6 +120,22 @@ def test_arms_are_the_papers() -> None:
     assert (arms["bim-3"].eps, arms["bim-3"].alpha, arms["bim-3"].steps) == (0.03, 0.01, 3)
     assert type(arms["fast-newton"]) is FastNewton
     assert (arms["fast-newton"].clamp_negative, arms["fast-newton"].max_eps) == (False, None)
+    for name, kind, steps, alpha in (
+        ("pgd-3", PGD, 3, 0.01),
+        ("pgd-7", PGD, 7, 0.01),
+        ("segpgd-3", SegPGD, 3, 0.01),
+        ("segpgd-7", SegPGD, 7, 0.01),
+        ("rs-fgsm", PGD, 1, 0.0375),
+    ):
+        assert type(arms[name]) is kind
+        assert (arms[name].eps, arms[name].steps, arms[name].random_start) == (0.03, steps, True)
+        assert arms[name].alpha == pytest.approx(alpha)
+        assert arms[name].generator is generator
+        assert (arms[name].restarts, arms[name].best, arms[name].targeted) == (1, False, False)
+    assert type(arms["n-fgsm"]) is NFGSM
+    assert (arms["n-fgsm"].eps, arms["n-fgsm"].noise, arms["n-fgsm"].generator) == (0.03, 2, generator)
+    assert type(arms["kim"]) is CheckpointFGSM
+    assert (arms["kim"].eps, arms["kim"].checkpoints) == (0.03, 3)
     assert all(attack.bn == "eval" for attack in arms.values() if attack is not None)
 
 
@@ -246,12 +265,13 @@ def test_training_learns(tmp_path: Path) -> None:
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
 
 
-def test_bf16_trains_on_the_cpu_with_images_in_full_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arm", ["fast-newton", "segpgd-3", "n-fgsm", "kim"])
+def test_bf16_trains_on_the_cpu_with_images_in_full_precision(tmp_path: Path, arm: str) -> None:
     model = tiny_model()
     kinds = set()
     model[4].register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     model.register_forward_pre_hook(lambda module, inputs: kinds.add(inputs[0].dtype))
-    run(tmp_path, model, precision="bf16", arm="fast-newton")
+    run(tmp_path, model, precision="bf16", arm=arm, monitor_every=7)
     assert kinds == {torch.float32, torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(np.isfinite(line["loss"]) for line in metrics_of(tmp_path))
@@ -489,7 +509,7 @@ def test_metrics_of_the_arms(tmp_path: Path) -> None:
         assert lines[arm]["share_skipped"] == 0
     assert 0 < lines["random-fgsm"]["eps_p10"] < lines["random-fgsm"]["eps_p90"] < 0.03
     assert 0 <= lines["fast-newton"]["share_negative_gain"] <= 1
-    assert len({line["loss"] for line in lines.values()}) == 5
+    assert len({line["loss"] for line in lines.values()}) == len(training.ARMS)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
@@ -516,7 +536,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     ("changes", "message"),
     [
         ({"arm": "fast-newtonn"}, "did you mean 'fast-newton'"),
-        ({"arm": "FGSM"}, "arm must be one of basic, fgsm, random-fgsm, bim-3, fast-newton; got 'FGSM'"),
+        ({"arm": "FGSM"}, "arm must be one of basic, fgsm, random-fgsm, bim-3, fast-newton, pgd-3.*; got 'FGSM'"),
         ({"adversarial_share": 1.5}, r"adversarial_share must be a finite number in \[0.0, 1.0\], got 1.5"),
         ({"adversarial_share": float("nan")}, "adversarial_share"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),

@@ -18,6 +18,7 @@ An attack
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import functional
@@ -144,14 +146,20 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     its own process: nothing is communicated, so the processes may attack different numbers of images.
 
     Raises:
-        ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around;
-            parameters or buffers made under inference_mode, through which no gradient passes.
+        ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a
+            FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers made under
+            inference_mode, through which no gradient passes.
     """
     network = unwrapped(model)
     module_names = {module: name for name, module in network.named_modules()}
     for module, name in module_names.items():
         if isinstance(module, DistributedDataParallel):
             raise ValueError(f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead")
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
+                "torch.distributed.fsdp.fully_shard, where every process has to attack with equally many passes"
+            )
     parameters = list(network.named_parameters())
     for name, tensor in chain(parameters, network.named_buffers()):
         if tensor.is_inference():
@@ -164,7 +172,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     own_statistics = [
         (module, module.running_mean, module.running_var)
         for module in training
-        if bn == "train" and module.training and _tracks_statistics(module)
+        if bn == "train" and _uses_batch(module)
     ]
     # Norm layers are kept from writing to theirs; any other buffer may be written in eval mode too.
     buffers = [
@@ -202,6 +210,10 @@ def _tracks_statistics(module: nn.Module) -> bool:
     return bool(getattr(module, "track_running_stats", False))
 
 
+def _uses_batch(module: nn.Module) -> bool:
+    return module.training and _tracks_statistics(module)
+
+
 def _set_statistics(module: nn.Module, *, track: bool, mean: Any, var: Any) -> None:
     module.track_running_stats = track  # type: ignore[assignment]
     module.running_mean = mean
@@ -230,7 +242,9 @@ class Attack(ABC):
         TypeError: an argument of the wrong type; in the call, a model output that is not understood.
         ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
             precision images, tensors that do not fit together, bad labels (on the CPU), logits that let no
-            gradient pass; images outside `bounds` under SEGADV_CHECK=1, which waits for a GPU.
+            gradient pass; images outside `bounds` under SEGADV_CHECK=1, which waits for a GPU. Refused are also
+            reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
+            transforms around the attack (inside the model they are supported).
     """
 
     model: nn.Module = field(kw_only=False, repr=False)
@@ -326,7 +340,13 @@ class Attack(ABC):
         for name, tensor in (("images", images), ("labels", labels)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: a {type(tensor).__name__} came; a tensor is needed")
+            if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor):
+                raise ValueError(
+                    f"{name}: a tensor inside of a torch.func transform (grad, vmap, jvp) came; an attack takes "
+                    "gradients by itself and cannot be transformed. Call it outside of the transform"
+                )
         functional._check_step(images, images, self.bounds)
+        check_sizes(images, labels)
         if labels.dim() < 1 or labels.shape[0] != images.shape[0]:
             raise ValueError(
                 f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N is needed, "
@@ -334,6 +354,12 @@ class Attack(ABC):
             )
         if labels.device != images.device:
             raise ValueError(f"labels: they are on {labels.device}, the images on {images.device}")
+        if self.bn == "train" and images.shape[0] == 1 and any(map(_uses_batch, unwrapped(self.model).modules())):
+            warnings.warn(
+                'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
+                'with one value per channel cannot even do that); use bn="eval", or more images',
+                stacklevel=2,
+            )
         if synchronous_checks() and images.numel():
             low, high = images.min().item(), images.max().item()
             if not self.bounds[0] <= low <= high <= self.bounds[1]:
@@ -367,7 +393,12 @@ class Attack(ABC):
             # network, that of the sum. In the logits' dtype: total and gradient get the same factor.
             scale = torch.exp2(torch.round(-0.5 * torch.log2(pixels.to(total.dtype)))).to(logits.dtype)
             logits_grad.mul_(per_image(scale, logits_grad))
-            (grad,) = torch.autograd.grad(logits, leaf, logits_grad, allow_unused=True)
+            try:
+                (grad,) = torch.autograd.grad(logits, leaf, logits_grad, allow_unused=True)
+            except RuntimeError as error:
+                if "checkpoint" in str(error).lower():
+                    raise ValueError(_REENTRANT) from error
+                raise
         if grad is None:
             raise ValueError(_NO_GRADIENT)
         return InputGradient(total, pixels, scale.to(total.dtype), grad, logits.detach())
@@ -378,6 +409,22 @@ _NO_GRADIENT = (
     "torch.inference_mode, detach, or return predictions instead of logits? Remove that, or name the "
     "logits with output="
 )
+
+
+_REENTRANT = (
+    "model: it uses reentrant checkpointing, which allows no gradient of the images; give "
+    "torch.utils.checkpoint use_reentrant=False (in Hugging Face models "
+    'gradient_checkpointing_enable({"use_reentrant": False}))'
+)
+
+
+def check_sizes(images: Tensor, labels: Tensor) -> None:
+    """ValueError where images [N, ..., H, W] and labels [N, H, W] are of different sizes."""
+    if images.dim() == 4 and labels.dim() == 3 and labels.shape != (len(images), *images.shape[2:]):
+        raise ValueError(
+            f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N, H and W are needed. "
+            "Resize the labels (nearest neighbour) or the images"
+        )
 
 
 def per_image(value: Tensor, like: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""Attacks that step along the sign of a loss's gradient: FGSM, random FGSM, BIM, PGD, SegPGD, CosPGD."""
+"""Attacks that step along the sign of a loss's gradient: FGSM and its relatives, BIM, PGD, SegPGD, CosPGD."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from .. import functional
 from .base import Attack, AttackInfo, checked_size, per_image
 
-__all__ = ["BIM", "FGSM", "PGD", "CosPGD", "RandomFGSM", "SegPGD"]
+__all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,17 +98,95 @@ class RandomFGSM(FGSM):
         return _uniform(images.shape[:1], images, self.generator) * super()._eps_of(images)
 
 
+@dataclass(kw_only=True, eq=False)
+class NFGSM(FGSM):
+    """`FGSM` from a noisy image: x_0 = clip(x + noise * eps * U(-1, 1)); clip(x_0 + eps * sign(grad CE(x_0))).
+
+    Nothing is projected onto the ball: the result is up to (noise + 1) * eps away from the image.
+
+    Source: de Jorge et al. 2022 (arXiv 2202.01181), algorithm 1 with k = noise = 2 and alpha = eps.
+
+    Args, besides those of `FGSM`:
+        noise: size of the noise in units of eps.
+        generator: of the random numbers, on the images' device; None: the device's default one.
+    """
+
+    noise: float = 2.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise: {self.noise} came; a finite number of at least 0 is needed, in units of eps")
+
+    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
+        super()._check_inputs(images, labels)
+        _check_generator(self.generator, images)
+
+    def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
+        eps = self._eps_of(images)
+        size = self.noise * eps * _labelled(labels, self.ignore_index)
+        start = _noisy(images, _noise(images, self.generator), size, self.bounds)
+        loss = self._differentiate(start, labels)
+        adversarial = functional.sign_step(start, loss.grad, eps, bounds=self.bounds)
+        return adversarial, AttackInfo(eps=eps, loss=loss.mean)
+
+
+@dataclass(kw_only=True, eq=False)
+class CheckpointFGSM(FGSM):
+    """`FGSM` with the smallest of `checkpoints` equal parts of its step that already fools the model.
+
+    clip(x + (k / c) * eps * sign(grad CE)) with the smallest k = 1 ... c for which the image is misclassified,
+    and k = c where it never is. Source: Kim et al. 2021 (arXiv 2010.01799), with c = 3.
+
+    The paper classifies images. For segmentation, "misclassified" is taken to be what Wiens & Hammer 2022
+    (doi 10.5220/0010788400003122, eq. 17) take it to be: the averaged gain is negative. So this attack searches
+    for what FastNewton computes, the step to where the averaged gain is 0; with one pixel it is Kim's method.
+
+    Args, besides those of `FGSM`:
+        checkpoints: c, at the price of c - 1 forward passes: the last needs none.
+
+    `AttackInfo`: the chosen k / c * eps, and loss.
+    """
+
+    checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("checkpoints", self.checkpoints)
+        if self.targeted:
+            raise ValueError("targeted: True came; the search is for misclassification, only False is possible")
+
+    def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
+        loss = self._differentiate(images, labels)
+        full = self._eps_of(images)
+        eps = full
+        for k in range(self.checkpoints - 1, 0, -1):
+            part = full * (k / self.checkpoints)
+            logits = self._logits(functional.sign_step(images, loss.grad, part, bounds=self.bounds))
+            gain = functional.averaged_gain(
+                logits, labels, ignore_index=self.ignore_index, align_corners=self.align_corners
+            )
+            eps = torch.where(gain < 0, part, eps)
+        adversarial = functional.sign_step(images, loss.grad, eps, bounds=self.bounds)
+        return adversarial, AttackInfo(eps=eps, loss=loss.mean)
+
+
 class _Candidate(NamedTuple):
-    """Adversarial images [N, ...] and the number of pixels [N] that serve the attack."""
+    """Adversarial images [N, ...], and how the model sees them where that was looked at."""
 
     images: Tensor
     score: Tensor
+    """[N] number of pixels that serve the attack."""
+    confusion: Tensor
+    """int64 [N, C, C]."""
 
     def or_better(self, other: _Candidate) -> _Candidate:
         """Of each image the one with the higher score; this one where they are equal."""
         better = other.score > self.score
-        images = torch.where(per_image(better, self.images), other.images, self.images)
-        return _Candidate(images, torch.where(better, other.score, self.score))
+        return _Candidate(
+            *(torch.where(per_image(better, mine), theirs, mine) for mine, theirs in zip(self, other, strict=True))
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -150,40 +230,73 @@ class BIM(_SignAttack):
         super()._check_inputs(images, labels)
         functional._number_or_vector("alpha", self.alpha, images)
 
+    def outcomes(self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None) -> Tensor:
+        """What the model makes of the images after some of the attack's steps, from one run.
+
+        Entry i judges what the attack has after steps[i] steps: the best iterate so far of each image (`best`),
+        or the iterate itself. That is the result of the same attack with fewer steps; but for SegPGD, whose
+        lambda goes on being step / (2 * self.steps): there it is a long run seen on its way.
+
+        Args:
+            images, labels: as in the call, at least one image.
+            steps: increasing numbers out of 1 ... self.steps. Judging the last step costs a forward pass, the
+                others none.
+            noise: [N, ...] like the images, in [-1, 1]: the random start in units of eps, instead of one that
+                is drawn. Without random start and with restarts there is none to give.
+
+        Returns:
+            confusion matrices, int64 [len(steps), N, C, C], row = label, column = prediction.
+        """
+        if not steps or list(steps) != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
+            raise ValueError(f"steps: {list(steps)} came; increasing numbers out of 1 ... {self.steps} are needed")
+        with self._isolated(images, labels) as (own_images, own_labels):
+            _, _, judged = self._run(own_images, own_labels, judge=steps, noise=noise)
+        return torch.stack([candidate.confusion for candidate in judged])
+
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
-        candidate, loss = self._iterate(images, labels, images)
-        return candidate.images, AttackInfo(eps=self._eps_of(images), loss=loss)
+        adversarial, loss, _ = self._run(images, labels)
+        return adversarial, AttackInfo(eps=self._eps_of(images), loss=loss)
+
+    def _run(
+        self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
+        """Adversarial images, the last loss [N], and what there was after the steps in `judge`."""
+        if noise is not None:
+            raise ValueError("noise: the attack has no random start")
+        return self._iterate(images, labels, images, judge)
 
     def _iterate(
-        self, images: Tensor, labels: Tensor, start: Tensor, *, judge_last: bool = False
-    ) -> tuple[_Candidate, Tensor]:
-        """The outcome from `start`, scored if `best` or `judge_last`, and the last loss [N]."""
-        iterate, kept = start, None
+        self, images: Tensor, labels: Tensor, start: Tensor, judge: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
+        iterate, best, judged = start, None, []
         for step in range(self.steps):
             loss = self._differentiate(iterate, labels, step=step, steps=self.steps)
-            if self.best and step > 0:
-                candidate = _Candidate(iterate, self._score(loss.logits, labels))
-                kept = candidate if kept is None else kept.or_better(candidate)
+            if step > 0 and (self.best or step in judge):
+                best = self._judged(iterate, loss.logits, labels, best)
+                judged += [best] * (step in judge)
             iterate = functional.sign_step(
                 iterate, loss.grad, self.alpha, origin=images, eps=self.eps, bounds=self.bounds
             )
-        if not (self.best or judge_last):
-            return _Candidate(iterate, torch.zeros_like(loss.pixels)), loss.mean
-        last = _Candidate(iterate, self._score(self._logits(iterate), labels))
-        return last if kept is None else kept.or_better(last), loss.mean
+        if not (self.best or self.steps in judge):
+            return iterate, loss.mean, judged
+        best = self._judged(iterate, self._logits(iterate), labels, best)
+        return best.images, loss.mean, judged + [best] * (self.steps in judge)
 
-    def _score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Number of wrong valid pixels [N]; targeted: of pixels at their target."""
+    def _judged(self, iterate: Tensor, logits: Tensor, labels: Tensor, before: _Candidate | None) -> _Candidate:
+        """The iterate, or with `best` the one before where that is not worse."""
         confusion = functional.confusion_matrix(
             logits, labels, per_image=True, ignore_index=self.ignore_index, align_corners=self.align_corners
         )
         hits = confusion.diagonal(dim1=1, dim2=2).sum(1)
-        return hits if self.targeted else confusion.sum((1, 2)) - hits
+        candidate = _Candidate(iterate, hits if self.targeted else confusion.sum((1, 2)) - hits, confusion)
+        return candidate if before is None or not self.best else before.or_better(candidate)
 
 
 @dataclass(kw_only=True, eq=False)
 class PGD(BIM):
     """Projected gradient descent: `BIM` from a random start in the ball, x_0 = clip(x + U(-eps, eps)).
+
+    An image without a valid pixel stays as it is.
 
     Source: Madry et al. 2018 (arXiv 1706.06083).
 
@@ -208,21 +321,25 @@ class PGD(BIM):
         super()._check_inputs(images, labels)
         _check_generator(self.generator, images)
 
-    def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
-        judge = self.restarts > 1
-        kept, loss = self._iterate(images, labels, self._start(images), judge_last=judge)
+    def _run(
+        self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
+        if noise is not None and (self.restarts > 1 or not self.random_start):
+            raise ValueError("noise: it fits one run with random_start=True only")
+        if self.restarts == 1:
+            return self._iterate(images, labels, self._start(images, labels, noise), judge)
+        at = sorted({*judge, self.steps})
+        _, loss, kept = self._iterate(images, labels, self._start(images, labels), at)
         for _ in range(1, self.restarts):
-            candidate, loss = self._iterate(images, labels, self._start(images), judge_last=judge)
-            kept = kept.or_better(candidate)
-        return kept.images, AttackInfo(eps=self._eps_of(images), loss=loss)
+            _, loss, candidates = self._iterate(images, labels, self._start(images, labels), at)
+            kept = [mine.or_better(other) for mine, other in zip(kept, candidates, strict=True)]
+        return kept[-1].images, loss, [entry for step, entry in zip(at, kept, strict=True) if step in judge]
 
-    def _start(self, images: Tensor) -> Tensor:
+    def _start(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if not self.random_start:
             return images
-        noise = 2 * _uniform(images.shape, images, self.generator) - 1
-        start = torch.empty_like(images)
-        torch.add(images, noise * per_image(self._eps_of(images), images), out=start)
-        return start.clamp_(*self.bounds)
+        noise = _noise(images, self.generator) if noise is None else noise
+        return _noisy(images, noise, self._eps_of(images) * _labelled(labels, self.ignore_index), self.bounds)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -249,6 +366,23 @@ class CosPGD(PGD):
 
 def _uniform(shape: torch.Size, images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=images.dtype, device=images.device)
+
+
+def _noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """U(-1, 1) of the images' shape."""
+    return 2 * _uniform(images.shape, images, generator) - 1
+
+
+def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """bool [N]: an image without a valid pixel gets no noise, as it gets no step."""
+    return (labels != ignore_index).reshape(labels.shape[0], -1).any(1)
+
+
+def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """clip(images + size * noise), in the images' memory format."""
+    noisy = torch.empty_like(images)
+    torch.add(images, noise * per_image(size, images), out=noisy)
+    return noisy.clamp_(*bounds)
 
 
 def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:

@@ -1,0 +1,166 @@
+"""Checks for gradient masking: whether a model only looks robust because its gradients lead attacks astray.
+
+The signs are those of Athalye, Carlini & Wagner 2018 (arXiv 1802.00420), section 3.1, and of Carlini et al. 2019
+(arXiv 1902.06705), and the shape of the loss along the attack's own direction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .attacks import FGSM, PGD
+from .attacks.base import frozen, model_logits, unwrapped
+from .evaluation import AttackFactory, evaluate
+
+__all__ = ["Check", "masking_checks"]
+
+TOLERANCE = 0.01
+"""Pixel accuracy by which an attack may be weaker than it should be: a random start makes some difference."""
+ABOUT_ZERO = 0.05
+"""Pixel accuracy that is left at `LARGE_EPS` at most."""
+LARGE_EPS = 0.5
+_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Check:
+    """One sign of masked gradients that was looked for.
+
+    Attributes:
+        name: what should be so.
+        passed: whether it is; None where it could not be checked.
+        finding: the figures, in words.
+    """
+
+    name: str
+    passed: bool | None
+    finding: str
+
+
+def masking_checks(
+    model: nn.Module,
+    loader: Iterable[Sequence[Tensor]],
+    *,
+    eps: float = 0.03,
+    steps: int = 20,
+    sources: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    records: str | os.PathLike[str] | None = None,
+) -> list[Check]:
+    """Six checks; accuracy is pixel accuracy over the loader's images, of which a few suffice.
+
+    1. Accuracy falls with eps and is about 0 at eps 0.5, where nothing of an image need be left ("pgd" and
+       "segpgd", the worse for each image).
+    2. PGD is not weaker than FGSM.
+    3. PGD with more steps is not weaker. Its last iterate is judged: of a best iterate this is always true.
+    4. Random noise, every channel of every pixel moved by +eps or -eps, is not stronger than FGSM.
+    5. PGD against another model is not stronger than PGD against this one.
+    6. The mean loss along the direction of FGSM does not fall between 0 and eps.
+
+    A failed check says that the model's robustness was overestimated; that all pass proves nothing.
+
+    Args:
+        model, loader, seed, ignore_index, align_corners, records: as in `segadv.evaluation.evaluate`.
+        eps: size of the perturbation, in the images' unit.
+        steps: of the iterative attacks.
+        sources: name -> other models on the same device, for check 5; none leaves it out.
+    """
+    options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
+    shared: dict[str, Any] = {**options, "seed": seed, "records": records}
+    batches = list(loader)
+
+    growing = [0.0, eps / 4, eps / 2, eps, 2 * eps, LARGE_EPS]
+    curves = evaluate(model, batches, ["pgd", "segpgd"], growing, steps=steps, **shared)
+    curve = [row["pixel_accuracy"] for row in curves.rows if row["attack"] == "worst-case"]
+
+    def pgd(against: nn.Module | None) -> AttackFactory:
+        return lambda target, value: PGD(against or target, eps=value, alpha=value / 3, steps=steps, **options)
+
+    attacks: dict[str, AttackFactory] = {
+        "fgsm": lambda target, value: FGSM(target, eps=value, **options),
+        "pgd": pgd(None),
+        "noise": lambda target, value: _noise(value),
+        **{f"from {name}": pgd(source) for name, source in (sources or {}).items()},
+    }
+    result = evaluate(model, batches, attacks, [eps], worst_case=False, **shared)
+    accuracy = {row["attack"]: row["pixel_accuracy"] for row in result.rows}
+    by_steps = {entry.steps: entry.row["pixel_accuracy"] for entry in result.measurements if entry.attack == "pgd"}
+    transfer = {name: value for name, value in accuracy.items() if name.startswith("from ")}
+    losses = _losses_along_fgsm(model, batches, eps, options)
+    loss = losses.mean(0).tolist()
+    rising = (losses.diff(dim=1) >= 0).all(1).double().mean().item()
+
+    falls = all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(curve))
+    return [
+        Check(
+            "accuracy falls with eps, to about 0",
+            falls and curve[-1] <= ABOUT_ZERO,
+            ", ".join(f"{value:.3f} at eps {size:g}" for size, value in zip(growing, curve, strict=True)),
+        ),
+        Check(
+            "an iterative attack is not weaker than a single step",
+            accuracy["pgd"] <= accuracy["fgsm"] + TOLERANCE,
+            f"at eps {eps:g} PGD-{steps} leaves {accuracy['pgd']:.3f}, FGSM {accuracy['fgsm']:.3f}",
+        ),
+        Check(
+            "more steps are not weaker",
+            all(later <= earlier + TOLERANCE for earlier, later in itertools.pairwise(by_steps.values())),
+            ", ".join(f"{value:.3f} after {count} steps" for count, value in by_steps.items())
+            + f" of PGD at eps {eps:g}",
+        ),
+        Check(
+            "random noise is not stronger than a gradient",
+            accuracy["noise"] >= accuracy["fgsm"] - TOLERANCE,
+            f"at eps {eps:g} noise leaves {accuracy['noise']:.3f}, FGSM {accuracy['fgsm']:.3f}",
+        ),
+        Check(
+            "an attack on another model is not stronger than one on this",
+            all(value >= accuracy["pgd"] - TOLERANCE for value in transfer.values()) if transfer else None,
+            f"at eps {eps:g} PGD-{steps} on this model leaves {accuracy['pgd']:.3f}, "
+            + (", ".join(f"{name} {value:.3f}" for name, value in transfer.items()) or "there was no other model"),
+        ),
+        Check(
+            "the loss only rises along FGSM's direction",
+            all(later >= earlier - 0.01 * abs(earlier) for earlier, later in itertools.pairwise(loss)),
+            f"mean cross-entropy {loss[0]:.3f} at 0, {loss[_POINTS // 2]:.3f} at {eps / 2:g}, "
+            f"{loss[-1]:.3f} at {eps:g}; it only rises for {rising:.0%} of the images",
+        ),
+    ]
+
+
+def _noise(eps: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda images, labels: (images + eps * (torch.rand_like(images) - 0.5).sign()).clamp(0, 1)
+
+
+@torch.no_grad()
+def _losses_along_fgsm(
+    model: nn.Module, batches: Iterable[Sequence[Tensor]], eps: float, options: Mapping[str, Any]
+) -> Tensor:
+    """Cross-entropy of each image at 0, eps / 10, ... eps along its gradient's sign: [images, 11]."""
+    parameter = next(model.parameters(), None)
+    attack = FGSM(model, **options)
+    losses = []
+    with frozen(model):
+        for images, labels, *_ in batches:
+            if parameter is not None:
+                images, labels = images.to(parameter.device), labels.to(parameter.device)
+            gradient = attack.input_gradient(images, labels)
+            points = [functional.sign_step(images, gradient, eps * i / _POINTS) for i in range(_POINTS + 1)]
+            by_point = [
+                functional.cross_entropy(
+                    model_logits(unwrapped(model)(point)), labels, reduction="image", **options
+                ).double()
+                for point in points
+            ]
+            losses.append(torch.stack(by_point, 1).cpu())
+    return torch.cat(losses)

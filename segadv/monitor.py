@@ -1,0 +1,75 @@
+"""Catastrophic overfitting: what to look at while training with single-step attacks.
+
+A network that overfits catastrophically learns to withstand the one step it is trained with and loses its
+robustness against everything else within a few steps of training (Wong et al. 2020, arXiv 2001.03994). Its loss
+turns crooked: gradients at neighbouring points stop pointing the same way (Andriushchenko & Flammarion 2020, arXiv
+2007.02617).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+from .attacks import FGSM, PGD, FastNewton
+from .attacks.base import frozen, model_logits, unwrapped
+
+__all__ = ["catastrophic_overfitting", "probe"]
+
+EPS = 0.03
+
+
+@torch.no_grad()
+def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """What the model makes of a few images, always the same ones; the model is left as it was.
+
+    Args:
+        model: in any mode; looked at in eval mode.
+        images: [N, 3, H, W] in [0, 1].
+        labels: [N, H, W].
+
+    Returns:
+        pgd_accuracy: pixel accuracy under PGD with 10 steps of 0.01 at eps 0.03, from the same start every time.
+        fgsm_accuracy: under FGSM at eps 0.03.
+        gradient_cosine: between the gradient of an image's cross-entropy at the image and at a random point of
+            the ball, the same one every time; mean over the images.
+        newton_eps_p10, newton_eps_median, newton_eps_p90: of the step sizes that FastNewton would take.
+        newton_share_negative_gain: of the images, those whose averaged gain is negative.
+    """
+    generator = torch.Generator(images.device).manual_seed(0)
+    noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device) - 1
+    neighbours = (images + EPS * noise).clamp(0, 1)
+    fgsm = FGSM(model, eps=EPS)
+    pgd = PGD(model, eps=EPS, alpha=0.01, steps=10, generator=generator.manual_seed(0))
+    gradient, other = (fgsm.input_gradient(points, labels).flatten(1) for points in (images, neighbours))
+    _, newton = FastNewton(model)(images, labels, return_info=True)
+    assert newton.gain is not None
+    p10, median, p90 = np.quantile(newton.eps.double().cpu().numpy(), [0.1, 0.5, 0.9]).tolist()
+    return {
+        "pgd_accuracy": _accuracy(model, pgd(images, labels), labels),
+        "fgsm_accuracy": _accuracy(model, fgsm(images, labels), labels),
+        "gradient_cosine": F.cosine_similarity(gradient, other).mean().item(),
+        "newton_eps_p10": p10,
+        "newton_eps_median": median,
+        "newton_eps_p90": p90,
+        "newton_share_negative_gain": (newton.gain < 0).double().mean().item(),
+    }
+
+
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with frozen(model):
+        confusion = functional.confusion_matrix(model_logits(unwrapped(model)(images)), labels)
+    return confusion.diagonal().sum().item() / max(confusion.sum().item(), 1)
+
+
+def catastrophic_overfitting(probes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether, at the last of the probes, PGD accuracy has fallen below half of its highest value while FGSM
+    accuracy is higher than it was then."""
+    best = max(probes, key=lambda entry: entry["pgd_accuracy"])
+    last = probes[-1]
+    return last["pgd_accuracy"] < 0.5 * best["pgd_accuracy"] and last["fgsm_accuracy"] > best["fgsm_accuracy"]

@@ -1,0 +1,107 @@
+"""Outcomes of an evaluation on disk, so that one that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attacks.base import unwrapped
+from .results import atomic_write
+
+__all__ = ["Records", "content_hash", "model_hash", "versions"]
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in unwrapped(model).state_dict().items():
+        digest.update(f"{name} {content_hash(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def content_hash(*tensors: Tensor) -> str:
+    """SHA-256 over types, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    from . import __version__
+
+    return {
+        "segadv": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class Records:
+    """One file for each attack, eps and batch, found again by a hash of all that its content depends on.
+
+    Args:
+        folder: None keeps nothing.
+        identity: what all outcomes depend on, fit for JSON: model, seed, versions.
+        approve: called before anything is written; what it raises keeps that from happening.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], approve: Callable[[], None]
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.identity = identity
+        self.approve = approve
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def outcomes(
+        self, attack: str, eps: Sequence[float], depends_on: Sequence[Any], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Confusion matrices, int64 [eps, steps, N, C, C] on the CPU: read, or computed and written.
+
+        Args:
+            attack, eps: for the names of the files.
+            depends_on: for each eps what its outcomes depend on, fit for JSON. Empty: they are not kept.
+            compute: gives them.
+        """
+        if self.folder is None or not depends_on:
+            return compute().cpu()
+        paths = [self._path(attack, value, key) for value, key in zip(eps, depends_on, strict=True)]
+        found = [matrices for path in paths if (matrices := _read(path)) is not None]
+        if len(found) == len(paths):
+            return torch.stack(found)
+        outcomes = compute().cpu()
+        self.approve()
+        for path, matrices in zip(paths, outcomes, strict=True):
+            with atomic_write(path) as temporary:
+                np.savez_compressed(temporary, outcomes=matrices.numpy())
+        return outcomes
+
+    def _path(self, attack: str, eps: float, key: Any) -> Path:
+        assert self.folder is not None
+        digest = hashlib.sha256(json.dumps([self.identity, key], sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', attack)}-{eps:g}-{digest[:20]}.npz"
+
+
+def _read(path: Path) -> Tensor | None:
+    """None where there is no file, or a damaged one."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return torch.from_numpy(content["outcomes"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

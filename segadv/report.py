@@ -1,0 +1,181 @@
+"""The report of an evaluation: tables and pictures in one folder, and a `report.md` that shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import plots
+from .masking import Check
+from .results import EvaluationResult, Measurement, atomic_write
+
+__all__ = ["write_report"]
+
+_USUAL_EPS = 0.03  # the eps of the papers, and nearly the field's 8/255
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    result: EvaluationResult,
+    checks: Mapping[str, Sequence[Check]],
+    *,
+    command: str | None = None,
+) -> str:
+    """Writes ``curves.csv``, ``details.csv``, ``results.json``, pictures and ``report.md``, and returns its text.
+
+    The pictures: ``robustness.png``, mIoU against eps; ``per_class.png``; and ``steps.png``, mIoU against the
+    number of steps, where attacks were judged on their way.
+
+    Args:
+        folder: made where it does not exist.
+        result: of one or several models, after `EvaluationResult.merge`.
+        checks: arm -> what `segadv.masking.masking_checks` found; empty where it was not asked.
+        command: what repeats it, for the reader.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    result.to_csv(out / "curves.csv")
+    result.to_details_csv(out / "details.csv")
+    result.to_json(out / "results.json")
+    result.plot(out / "robustness.png")
+    shown = _shown_eps(result)
+    (out / "steps.png").unlink(missing_ok=True)
+    with_steps = _with_steps(result, shown)
+    if with_steps:
+        plots.plot_steps([entry.row for entry in result.measurements], out / "steps.png", eps=shown)
+    _plot_per_class(result, shown, out / "per_class.png")
+    text = "\n".join(_lines(result, checks, shown, with_steps, command)) + "\n"
+    with atomic_write(out / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
+def _shown_eps(result: EvaluationResult) -> float:
+    """The eps that pictures at one eps show: with most steps, of those the one nearest to 0.03."""
+    steps: dict[float, int] = {}
+    for entry in result.measurements:
+        steps[entry.eps] = max(steps.get(entry.eps, 0), entry.steps)
+    return min(steps, key=lambda eps: (-steps[eps], abs(eps - _USUAL_EPS)))
+
+
+def _with_steps(result: EvaluationResult, eps: float) -> bool:
+    seen = [(entry.arm, entry.attack) for entry in result.measurements if entry.eps == eps]
+    return len(set(seen)) < len(seen)
+
+
+def _strongest(result: EvaluationResult) -> str:
+    """The worst case, or the only attack there is."""
+    return result.measurements[-1].attack
+
+
+def _plot_per_class(result: EvaluationResult, shown: float, path: Path) -> None:
+    tables: dict[str, dict[str, list[float | None]]] = {}
+    attack = _strongest(result)
+    for entry in result.final:
+        if entry.attack == attack and entry.eps in (0.0, shown):
+            title = (
+                f"IoU under attack: {plots.attack_title(attack)}, eps {shown:g}" if entry.eps else "IoU of clean images"
+            )
+            tables.setdefault(title, {})[entry.arm] = entry.row["class_iou"]
+    plots.plot_per_class(tables, path)
+
+
+def _lines(
+    result: EvaluationResult,
+    checks: Mapping[str, Sequence[Check]],
+    shown: float,
+    with_steps: bool,
+    command: str | None,
+) -> list[str]:
+    arms = list(dict.fromkeys(entry.arm for entry in result.final))
+    attacks = list(dict.fromkeys(entry.attack for entry in result.final))
+    eps = sorted({entry.eps for entry in result.final})
+    final = {(entry.arm, entry.attack, entry.eps): entry for entry in result.final}
+    strongest = _strongest(result)
+    run = result.run[arms[0]]
+    failed = [(arm, check) for arm in arms for check in checks.get(arm, ()) if check.passed is False]
+    lines = [
+        "# Robustness report",
+        "",
+        f"{run['images']} images. mIoU comes from one confusion matrix over all pixels; beside it stand the mean of "
+        "the images' own mIoU and pixel accuracy. "
+        + (
+            "The worst case takes of each image the outcome of the attack with the most wrong pixels; as it goes by "
+            "pixels, its mIoU may lie a little above that of a single attack."
+            if strongest == "worst-case"
+            else ""
+        ),
+        "",
+        f"{'FAILED' if failed else 'No sign of'} gradient masking"
+        + (f" checks: {', '.join(f'{arm} ({check.name})' for arm, check in failed)}." if failed else " was found.")
+        if checks
+        else "Gradient masking was not looked for.",
+        "",
+        f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
+        "",
+        *_table(
+            ["trained with", *("clean" if value == 0 else f"eps {value:g}" for value in eps)],
+            [[arm, *(_three(final[arm, strongest, value]) for value in eps)] for arm in arms],
+        ),
+        "",
+        f"## mIoU at eps {shown:g}, attack by attack",
+        "",
+        *_table(
+            [
+                "trained with",
+                *(f"{plots.attack_title(name)}, {_steps(final[arms[0], name, shown])}" for name in attacks),
+            ],
+            [[arm, *(f"{final[arm, name, shown].row['miou']:.3f}" for name in attacks)] for arm in arms],
+        ),
+        "",
+        "![mIoU against eps](robustness.png)",
+        "",
+    ]
+    if with_steps:
+        lines += [
+            f"## More steps, eps {shown:g}",
+            "",
+            "Each line is one run, judged on its way (the best iterate so far of each image). BIM, PGD and CosPGD "
+            "would give the same with fewer steps; SegPGD's weights depend on the number of all steps, so that its "
+            "line shows its longest run on the way. Curves that still fall at the end ask for more steps.",
+            "",
+            "![mIoU against the number of steps](steps.png)",
+            "",
+        ]
+    lines += ["## Classes", "", "![IoU of the classes](per_class.png)", ""]
+    if checks:
+        lines += ["## Signs of gradient masking", "", "Accuracy is pixel accuracy on a few of the images.", ""]
+        verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
+        lines += _table(
+            ["trained with", "check", "", "figures"],
+            [[arm, check.name, verdict[check.passed], check.finding] for arm in arms for check in checks.get(arm, ())],
+        )
+        lines += ["", "A failed check says that robustness was overestimated; passing all of them proves nothing.", ""]
+    lines += ["## To repeat it", ""]
+    if command:
+        lines += ["```bash", command, "```", ""]
+    lines += [
+        f"Seed {run['seed']}; data SHA-256 `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
+        + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+        + ". All attack arguments are in results.json.",
+        "",
+        *_table(
+            ["trained with", "model", "SHA-256 of the weights"],
+            [[arm, result.run[arm]["model"], f"`{result.run[arm]['model_sha256'][:16]}`"] for arm in arms],
+        ),
+    ]
+    return lines
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _three(entry: Measurement) -> str:
+    row = entry.row
+    return f"{row['miou']:.3f} / {row['image_miou']:.3f} / {row['pixel_accuracy']:.3f}"
+
+
+def _steps(entry: Measurement) -> str:
+    return "1 step" if entry.steps == 1 else f"{entry.steps} steps"

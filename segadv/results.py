@@ -1,0 +1,194 @@
+"""What an evaluation measures, and its files: metrics from confusion matrices, results as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["EvaluationResult", "Measurement", "atomic_write", "class_iou", "csv_text", "miou", "pixel_accuracy"]
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class: float64 [..., C], NaN for a class in neither labels nor predictions.
+
+    Args:
+        confusion: [..., C, C] counts, row = label, column = prediction.
+    """
+    counts = confusion.double()
+    intersection = counts.diagonal(dim1=-2, dim2=-1)
+    return intersection / (counts.sum(-2) + counts.sum(-1) - intersection)
+
+
+def miou(confusion: Tensor) -> float:
+    """Mean of `class_iou` over the classes in labels or predictions, in [0, 1]; 0 where there is none."""
+    iou = class_iou(confusion)
+    present = iou[~iou.isnan()]
+    return present.mean().item() if len(present) else 0.0
+
+
+def pixel_accuracy(confusion: Tensor) -> float:
+    """Share of the counted pixels that are predicted correctly, in [0, 1]; 0 where there is none."""
+    total = confusion.sum().item()
+    return confusion.diagonal().sum().item() / total if total else 0.0
+
+
+def wrong_pixels(confusion: Tensor) -> Tensor:
+    """Number of counted pixels that are predicted wrongly: [..., C, C] -> int64 [...]."""
+    return confusion.sum((-2, -1)) - confusion.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with equal keys as CSV text with a header; floats with the digits that give them back exactly."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model under one attack.
+
+    Attributes:
+        arm: name of the model; "" before `EvaluationResult.merge`.
+        attack: its name, or "worst-case".
+        eps: 0 is the clean prediction.
+        steps: of the attack; 0 where eps is 0. For "worst-case" the largest of the attacks' numbers.
+        image_miou: mean over the images of the mIoU of each (over the classes in its labels or predictions).
+        confusion: int64 [C, C] over all pixels of the set, row = label, column = prediction.
+    """
+
+    arm: str
+    attack: str
+    eps: float
+    steps: int
+    image_miou: float
+    confusion: Tensor
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its numbers: miou and pixel_accuracy over all pixels; class_iou with None for classes that are absent."""
+        iou = class_iou(self.confusion).tolist()
+        return {
+            "arm": self.arm,
+            "attack": self.attack,
+            "eps": self.eps,
+            "steps": self.steps,
+            "miou": miou(self.confusion),
+            "image_miou": self.image_miou,
+            "pixel_accuracy": pixel_accuracy(self.confusion),
+            "class_iou": [None if math.isnan(value) else value for value in iou],
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` measured.
+
+    Attributes:
+        measurements: one `Measurement` for every attack, eps and number of steps that was looked at.
+        run: what is needed to repeat it: hashes of model and data, arguments of the attacks, seed, versions.
+            After `merge`: arm -> run.
+    """
+
+    measurements: list[Measurement]
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def final(self) -> list[Measurement]:
+        """Of each arm, attack and eps the measurement after all steps."""
+        last = {(entry.arm, entry.attack, entry.eps): entry for entry in self.measurements}
+        return list(last.values())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The curves over eps: one dict per attack and eps with attack, eps, miou, pixel_accuracy; after `merge`
+        with arm in front."""
+        names = ("arm", "attack", "eps", "miou", "pixel_accuracy")
+        return [
+            {name: value for name, value in entry.row.items() if name in names and (name != "arm" or entry.arm)}
+            for entry in self.final
+        ]
+
+    @property
+    def confusion(self) -> list[Tensor]:
+        """The int64 [C, C] matrix behind each of `rows`."""
+        return [entry.confusion for entry in self.final]
+
+    @staticmethod
+    def merge(results: Mapping[str, EvaluationResult]) -> EvaluationResult:
+        """One result of several models: arm name -> result."""
+        return EvaluationResult(
+            [replace(entry, arm=arm) for arm, result in results.items() for entry in result.measurements],
+            {arm: result.run for arm, result in results.items()},
+        )
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes `rows` under the header ``attack,eps,miou,pixel_accuracy`` (``arm,...`` after `merge`)."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(csv_text(self.rows), encoding="utf-8")
+
+    def to_details_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes all numbers of all measurements, also those on the way: ``arm,attack,eps,steps,miou,image_miou,
+        pixel_accuracy,iou_0,iou_1,...``; an absent class's cell is empty."""
+        rows = []
+        for entry in self.measurements:
+            row = entry.row
+            rows.append(row | {f"iou_{i}": iou for i, iou in enumerate(row.pop("class_iou"))})
+        with atomic_write(path) as temporary:
+            temporary.write_text(csv_text(rows), encoding="utf-8")
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes `run`, `rows` and all measurements; `from_json` gives the same result back."""
+        measurements = [entry.row | {"confusion": entry.confusion.tolist()} for entry in self.measurements]
+        content = {"run": self.run, "rows": self.rows, "measurements": measurements}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+
+    @staticmethod
+    def from_json(path: str | os.PathLike[str]) -> EvaluationResult:
+        """The result that `to_json` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        names = ("arm", "attack", "eps", "steps", "image_miou")
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            measurements = [
+                Measurement(**{name: entry[name] for name in names}, confusion=torch.tensor(entry["confusion"]))
+                for entry in content["measurements"]
+            ]
+            return EvaluationResult(measurements, content["run"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of an evaluation by this version of segadv") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws mIoU against eps, one panel per attack, one line per arm. Needs matplotlib."""
+        from .plots import plot_robustness
+
+        plot_robustness(self.rows, path)

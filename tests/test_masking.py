@@ -1,0 +1,159 @@
+"""The signs of gradient masking: an honest network has none, one with turned gradients has all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segadv import functional, report
+from segadv.evaluation import EvaluationResult, evaluate
+from segadv.masking import Check, masking_checks
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def data() -> list[Batch]:
+    """Squares of five colours with noise, some pixels without a label."""
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.randint(0, 5, (12, 4, 6), generator=generator)
+    labels = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    images = torch.rand(5, 3, generator=generator)[labels].movedim(3, 1)
+    images = (0.3 + 0.4 * images + 0.15 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+    return [(images[:8], labels[:8].byte()), (images[8:], labels[8:].byte())]
+
+
+def trained(data: list[Batch], seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 5, 1),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(25):
+        for images, labels in data:
+            optimizer.zero_grad()
+            functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    return network
+
+
+@pytest.fixture(scope="module")
+def network(data: list[Batch]) -> nn.Module:
+    return trained(data, 0)
+
+
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Masked(nn.Module):
+    """Right predictions and gradients that point the wrong way."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(Turned.apply(images))
+
+
+def test_honest_network_passes_all_checks_and_a_masked_one_none(data: list[Batch], network: nn.Module) -> None:
+    other = trained(data, 1)
+    checks = masking_checks(network, data, sources={"other": other})
+    assert len(checks) == 6
+    assert all(check.passed for check in checks), checks
+    masked = masking_checks(Masked(network), data, sources={"the same without a mask": network})
+    assert [check.name for check in masked] == [check.name for check in checks]
+    assert not any(check.passed for check in masked), masked
+    assert masking_checks(network, data, steps=3)[4].passed is None
+
+
+class Rounded(nn.Module):
+    """Gradients of a network that sees rounded images: small steps do nothing, the rest is as it was."""
+
+    def __init__(self, network: nn.Module, levels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.levels = levels
+
+    def forward(self, images: Tensor) -> Tensor:
+        rounded = (images * self.levels).round() / self.levels
+        return self.network(images * 0 + rounded)
+
+
+def test_a_model_without_useful_gradients_is_found(data: list[Batch], network: nn.Module) -> None:
+    """Rounding stops gradients: white-box attacks find nothing, those on the network behind it do."""
+    by_name = {check.name: check for check in masking_checks(Rounded(network, 256), data, sources={"it": network})}
+    assert by_name["an attack on another model is not stronger than one on this"].passed is False
+    assert by_name["accuracy falls with eps, to about 0"].passed is False
+
+
+def test_figures_are_the_measured_ones(data: list[Batch], network: nn.Module) -> None:
+    checks = masking_checks(network, data, eps=0.05)
+    accuracy = {
+        row["attack"]: row["pixel_accuracy"] for row in evaluate(network, data, ["fgsm"], [0.05], steps=20).rows
+    }
+    assert f"FGSM {accuracy['fgsm']:.3f}" in checks[1].finding
+    curve = [float(value) for value in re.findall(r"([0-9.]+) at eps", checks[0].finding)]
+    assert len(curve) == 6
+    clean = evaluate(network, data, ["fgsm"], [0.0]).rows[0]["pixel_accuracy"]
+    assert curve[0] == pytest.approx(clean, abs=5e-4)
+    losses = []
+    with torch.no_grad():
+        for images, labels in data:
+            losses += functional.cross_entropy(network.eval()(images), labels, reduction="image").tolist()
+    assert f"{sum(losses) / len(losses):.3f} at 0" in checks[5].finding
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    steps = {0.01: 3, 0.03: 6}
+    one, two = (
+        evaluate(model, data, ["fgsm", "pgd", "segpgd"], [0.0, 0.01, 0.03], steps=steps)
+        for model in (network, Masked(network))
+    )
+    result = EvaluationResult.merge({"honest": one, "masked": two})
+    failed = Check("more steps are not weaker", False, "0.1, 0.2")
+    checks = {"honest": [Check("it is", True, "1.000"), Check("unknown", None, "none")], "masked": [failed]}
+    text = report.write_report(tmp_path, result, checks, command="segadv evaluate x")
+    assert (tmp_path / "report.md").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.csv", "details.csv", "per_class.png", "report.md", "results.json", "robustness.png", "steps.png"
+    ]  # fmt: skip
+    for name in re.findall(r"\]\((.*?)\)", text):
+        with image_module.open(tmp_path / name) as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+    assert text.count("](") == 3
+    assert "FAILED gradient masking checks: masked (more steps are not weaker)" in text
+    assert "| masked | more steps are not weaker | **FAIL** | 0.1, 0.2 |" in text
+    assert "| honest | unknown | not checked | none |" in text
+    assert "FGSM, 1 step | PGD, 6 steps" in text
+    for arm, evaluated in (("honest", one), ("masked", two)):
+        (worst,) = (e.row for e in evaluated.final if (e.attack, e.eps) == ("worst-case", 0.03))
+        shown = f"{worst['miou']:.3f} / {worst['image_miou']:.3f} / {worst['pixel_accuracy']:.3f} |"
+        assert re.search(rf"^\| {arm} \|.*{re.escape(shown)}$", text, flags=re.MULTILINE)
+        assert evaluated.run["model_sha256"][:16] in text
+    assert EvaluationResult.from_json(tmp_path / "results.json").rows == result.rows
+
+    clean = EvaluationResult.merge({"honest": evaluate(network, data, ["fgsm"], [0.0])})
+    text = report.write_report(tmp_path, clean, {})
+    assert "Gradient masking was not looked for." in text
+    assert "steps.png" not in text
+    assert not (tmp_path / "steps.png").exists()

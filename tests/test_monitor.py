@@ -1,0 +1,219 @@
+"""The monitor of catastrophic overfitting, and what the trainer does with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import Squares, assert_same_state, config, metrics_of, run, tiny_model
+from torch import Tensor, nn
+
+from segadv import models, plots, training
+from segadv.monitor import catastrophic_overfitting, probe
+from segadv.training import Trainer
+
+
+def sample() -> tuple[Tensor, Tensor]:
+    data = Squares(torch.float64)
+    return data.images[:5], data.labels[:5]
+
+
+def test_probe_is_what_it_says() -> None:
+    """Everything by hand, in float64."""
+    model = tiny_model().double()
+    images, labels = sample()
+    noise = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    plain = copy.deepcopy(model).eval()
+
+    def logits(x: Tensor) -> Tensor:
+        return F.interpolate(plain(x), labels.shape[1:], mode="bilinear", align_corners=False)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        entropy = F.cross_entropy(logits(x), labels.long(), ignore_index=255, reduction="none").sum((1, 2))
+        return torch.autograd.grad(entropy.sum(), x)[0]
+
+    def accuracy(x: Tensor) -> float:
+        valid = labels != 255
+        return (logits(x).argmax(1) == labels)[valid].double().mean().item()
+
+    near = (images + 0.03 * noise).clamp(0, 1)
+    x = near
+    for _ in range(10):
+        x = (x + 0.01 * gradient(x).sign()).clamp(images - 0.03, images + 0.03).clamp(0, 1)
+    found = probe(model, images, labels)
+    assert found["pgd_accuracy"] == pytest.approx(accuracy(x), abs=1e-12)
+    assert found["fgsm_accuracy"] == pytest.approx(
+        accuracy((images + 0.03 * gradient(images).sign()).clamp(0, 1)), abs=1e-12
+    )
+    cosine = F.cosine_similarity(gradient(images).flatten(1), gradient(near).flatten(1)).mean().item()
+    assert found["gradient_cosine"] == pytest.approx(cosine, abs=1e-9)
+
+    leaf = images.clone().requires_grad_()
+    z = logits(leaf)
+    onehot = F.one_hot(labels.long().where(labels != 255, 0), z.shape[1]).movedim(-1, 1).bool()
+    margin = z.masked_fill(~onehot, 0).sum(1) - z.masked_fill(onehot, -torch.inf).amax(1)
+    gain = margin.where(labels != 255, 0).sum((1, 2)) / (labels != 255).sum((1, 2))
+    eps = (gain / torch.autograd.grad(gain.sum(), leaf)[0].abs().sum((1, 2, 3))).detach()
+    expected = np.quantile(eps.numpy(), [0.1, 0.5, 0.9])
+    assert [found[f"newton_eps_{name}"] for name in ("p10", "median", "p90")] == pytest.approx(expected, rel=1e-9)
+    assert found["newton_share_negative_gain"] == (gain < 0).double().mean().item()
+    assert probe(model, images, labels) == found
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("pgd", "fgsm", "expected"),
+    [
+        ([0.5], [0.5], False),
+        ([0.5, 0.6, 0.2], [0.5, 0.6, 0.9], True),
+        ([0.5, 0.6, 0.31], [0.5, 0.6, 0.9], False),  # not below half
+        ([0.5, 0.6, 0.2], [0.5, 0.6, 0.5], False),  # the network gets worse altogether
+        ([0.1, 0.6, 0.2], [0.1, 0.6, 0.7], True),
+    ],
+)
+def test_catastrophic_overfitting(pgd: list[float], fgsm: list[float], expected: bool) -> None:
+    probes = [{"pgd_accuracy": p, "fgsm_accuracy": f} for p, f in zip(pgd, fgsm, strict=True)]
+    assert catastrophic_overfitting(probes) is expected
+
+
+def test_probes_are_in_the_metrics_and_change_nothing(tmp_path: Path) -> None:
+    with_probes = run(tmp_path / "with", arm="random-fgsm", monitor_every=4)
+    without = run(tmp_path / "without", arm="random-fgsm", monitor_every=0)
+    assert_same_state(with_probes, without)
+    lines = metrics_of(tmp_path / "with")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 12, 14]
+    probed = [line for line in lines if "pgd_accuracy" in line]
+    assert [line["step"] for line in probed] == [4, 8, 12]
+    assert len({line["pgd_accuracy"] for line in probed}) > 1
+    assert not any("pgd_accuracy" in line for line in metrics_of(tmp_path / "without"))
+
+
+class Script:
+    """Stands for the probe: gives accuracies from a list."""
+
+    def __init__(self, pgd: list[float], fgsm: list[float]) -> None:
+        self.accuracies = iter(zip(pgd, fgsm, strict=True))
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+        self.batches.append((images.clone(), labels.clone()))
+        pgd, fgsm = next(self.accuracies)
+        return {"pgd_accuracy": pgd, "fgsm_accuracy": fgsm}
+
+
+def test_warning_comes_once_also_over_a_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    script = Script([0.5, 0.6, 0.1, 0.05, 0.0], [0.5, 0.6, 0.8, 0.9, 0.9])
+    monkeypatch.setattr(training, "probe", script)
+    trainer = Trainer(config(arm="fgsm", monitor_every=2, checkpoint_every=2), tiny_model(), Squares())
+    real_step = trainer.step
+
+    def step(*arguments: Any) -> Any:
+        if trainer.steps_done == 9:
+            raise RuntimeError("the power is gone")
+        return real_step(*arguments)
+
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(RuntimeError, match="power"):
+        trainer.run(tmp_path, progress=False)
+    messages = [str(warning.message) for warning in recwarn if "catastrophic" in str(warning.message)]
+    assert len(messages) == 1
+    assert "after 6 steps the accuracy on 8 training images is 0.100 under PGD and 0.800 under FGSM" in messages[0]
+    assert len(script.batches) == 4
+    assert all(torch.equal(images, script.batches[0][0]) for images, _ in script.batches)
+    script.accuracies = iter([(0.0, 0.9)] * 9)
+    recwarn.clear()
+    run(tmp_path, arm="fgsm", monitor_every=2, checkpoint_every=2)
+    assert not [warning for warning in recwarn if "catastrophic" in str(warning.message)]
+    assert torch.equal(script.batches[-1][0], script.batches[0][0])
+
+
+def test_rs_fgsm_stops_early_with_the_weights_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drop is from one probe to the next: 0.5, 0.35, 0.14 stops at the third."""
+    monkeypatch.setattr(training, "probe", Script([0.5, 0.35, 0.14], [0.5, 0.5, 0.5]))
+    with pytest.warns(RuntimeWarning, match=r"rs-fgsm stops after 9 of 14 steps: .* from 0.350 to 0.140"):
+        stopped = run(tmp_path / "rs", arm="rs-fgsm", monitor_every=3)
+    assert (stopped.steps_done, stopped.stopped_at) == (9, 9)
+    monkeypatch.setattr(training, "probe", Script([0.5] * 9, [0.5] * 9))
+    until = Trainer(config(arm="rs-fgsm", monitor_every=3, checkpoint_every=1), tiny_model(), Squares())
+    kept: dict[str, Tensor] = {}
+    real_save = until.save
+
+    def save(path: Any) -> None:
+        real_save(path)
+        if until.steps_done == 6:
+            kept.update({name: value.clone() for name, value in until.model.state_dict().items()})
+
+    monkeypatch.setattr(until, "save", save)
+    until.run(tmp_path / "until", progress=False)
+    assert until.steps_done == 14
+    saved = torch.load(tmp_path / "rs" / "last.pt", weights_only=True)
+    assert saved["model"].keys() == kept.keys()
+    assert all(torch.equal(saved["model"][name], value) for name, value in kept.items())
+    again = run(tmp_path / "rs", arm="rs-fgsm", monitor_every=3)  # there is nothing left to do
+    assert (again.steps_done, again.stopped_at) == (9, 9)
+    assert_same_state(again, stopped)
+
+    with pytest.raises(ValueError, match="monitor_every must be a whole number of at least 1, got 0"):
+        config(arm="rs-fgsm", monitor_every=0)
+    with pytest.raises(ValueError, match="monitor_every"):
+        run(tmp_path / "rs", arm="rs-fgsm", monitor_every=2)
+
+
+@pytest.mark.parametrize("crash_after", [4, 7, 10])
+def test_early_stop_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_after: int) -> None:
+    """The probe before, and its weights, may be from before the crash."""
+
+    def scripted(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+        # a number of the weights' own, so that it does not depend on how often it was asked
+        steps = int(model[1].num_batches_tracked)
+        return {"pgd_accuracy": {3: 0.5, 6: 0.6, 9: 0.5, 12: 0.1}[steps], "fgsm_accuracy": 0.5}
+
+    monkeypatch.setattr(training, "probe", scripted)
+    arguments: dict[str, Any] = {"arm": "rs-fgsm", "monitor_every": 3}
+    with pytest.warns(RuntimeWarning, match="stops after 12"):
+        whole = run(tmp_path / "whole", **arguments)
+    crashing = Trainer(config(**arguments), tiny_model(), Squares())
+    real_step = crashing.step
+
+    def step(*args: Any) -> Any:
+        if crashing.steps_done == crash_after:
+            raise RuntimeError("the power is gone")
+        return real_step(*args)
+
+    monkeypatch.setattr(crashing, "step", step)
+    with pytest.raises(RuntimeError, match="power"):
+        crashing.run(tmp_path / "parts", progress=False)
+    with pytest.warns(RuntimeWarning, match="stops after 12"):
+        resumed = run(tmp_path / "parts", **arguments)
+    assert_same_state(whole, resumed)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("arm", [arm for arm in training.ARMS if arm != "basic"])
+def test_share_of_adversarial_samples_is_an_option_of_every_arm(tmp_path: Path, arm: str) -> None:
+    shares = {}
+    for share in (0.0, 0.5, 1.0):
+        run(tmp_path / f"{share}", arm=arm, steps=3, adversarial_share=share)
+        shares[share] = metrics_of(tmp_path / f"{share}")[0]["share_adversarial"]
+    assert (shares[0.0], shares[1.0]) == (0, 1)
+    assert 0 < shares[0.5] < 1
+
+
+def test_training_picture(tmp_path: Path) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    run(tmp_path, models.small_pspnet(num_classes=5), steps=4, crop=(20, 28), monitor_every=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name, drawn in (("all", lines), ("none", [{"step": 3, "loss": 1.0}])):
+        plots.plot_training(drawn, tmp_path / f"{name}.png", title=name)
+        with image_module.open(tmp_path / f"{name}.png") as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
