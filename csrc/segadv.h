@@ -7,8 +7,9 @@
 // Names of sizes: N images, C classes, h x w the logits' own size, H x W the labels' size. Where (h, w) differs from
 // (H, W), the logits are resampled bilinearly on the fly (common/bilinear.h); full-resolution logits never exist.
 //
-// Every function returns the flat row-major position in labels [N, H, W] of the first label that is neither a class
-// in [0, C) nor ignore_index, or -1. The outputs are then meaningless.
+// On the CPU every function returns the flat row-major position in labels [N, H, W] of the first label that is neither
+// a class in [0, C) nor ignore_index, or -1. The outputs are then meaningless. On a GPU, where nothing waits for the
+// kernels, floating results of an image with such a label become NaN.
 #pragma once
 
 #include <cstdint>
@@ -121,6 +122,10 @@ struct ConfusionParams {
   TensorView prediction;  // [N, H, W] uint8 or int16: argmax over classes at the labels' size, or none
   TensorView matrix;      // [C, C] or [N, C, C] int64, row = label, column = prediction, or none
   bool per_image = false;
+  // A GPU alone: with the matrix. It counts in copies, so that the few cells which take most pixels are not the queue for
+  // all threads.
+  TensorView counts;   // [1 or N, copies, C * C + 1] int32, filled with 0; the last one counts bad labels
+  TensorView invalid;  // [] int64: bad labels of all images
 };
 
 namespace cpu {
@@ -138,4 +143,35 @@ int64_t confusion(const ConfusionParams& params);
 const char* instruction_set();
 
 }  // namespace cpu
+
+// The same on a GPU (cuda/), in the order of a stream: nothing is allocated, nothing waits, the device is the caller's
+// current one. `workspace` is memory of at least the number of bytes that the functions below give; its contents mean
+// nothing before and after. `stream` is a cudaStream_t. Where the problem resamples and a gradient is wanted, the maps
+// that its kernel reads must be given: runner_up of margin; largest and log_normalizer of cross_entropy, and
+// pixel_weight of its weighted forms.
+namespace cuda {
+
+struct Error {
+  int code = 0;  // a cudaError_t
+  const char* kernel = nullptr;
+  const char* message = nullptr;
+  explicit operator bool() const { return kernel != nullptr; }
+};
+
+// Whether kernels can run at all: the driver is there and new enough for the runtime that is linked in.
+Error check();
+
+int64_t pixel_workspace(int64_t n, int64_t h, int64_t w, int64_t H, int64_t W, bool align_corners);
+int64_t image_workspace(int64_t n, int64_t numel);
+
+Error margin(const MarginParams& params, void* workspace, int64_t stream);
+Error margin_backward(const MarginBackwardParams& params, void* workspace, int64_t stream);
+Error cross_entropy(const CrossEntropyParams& params, void* workspace, int64_t stream);
+Error cross_entropy_backward(const CrossEntropyBackwardParams& params, void* workspace, int64_t stream);
+Error l1_norm(const L1NormParams& params, void* workspace, int64_t stream);
+Error newton_step(const NewtonStepParams& params, void* workspace, int64_t stream);
+Error sign_step(const SignStepParams& params, void* workspace, int64_t stream);  // no workspace
+Error confusion(const ConfusionParams& params, void* workspace, int64_t stream);  // no workspace
+
+}  // namespace cuda
 }  // namespace segadv

@@ -1,10 +1,10 @@
 // Bilinear resampling along one axis, exactly the taps of F.interpolate(mode="bilinear"), in one place.
 //
-// Output position o reads inputs i0 and i1 = min(i0 + 1, in - 1) with weights w0 = 1 - w1 and w1.
-// The positions are computed in double and the weights rounded once: never less exact than PyTorch's float32.
-//
-// i0 never decreases with o. So all outputs that share i0 ("a quad" in two dimensions) are neighbours, and the
-// transpose of the resampling, which the gradient needs, is a sum over neighbours: no scatter, no atomics.
+// In integers: position and weight of an output are one quotient, so neither the taps nor where they change depend on
+// rounding. All outputs between two neighbouring inputs form a *quad* (an interval, along one axis). Quad q reads the
+// inputs q - 1 and q, for q = 0 ... in: what lies before the first input or behind the last one are quads of their own,
+// whose weight is all on the input that exists. So input i receives from quad i (its weight w1) and quad i + 1 (w0),
+// and from no other: the transpose of the resampling, which the gradient needs, is a sum over neighbours, no scatter.
 #pragma once
 
 #include <cstdint>
@@ -13,23 +13,70 @@
 
 namespace segadv {
 
+// 64-bit division costs a GPU about a hundred instructions.
+SEGADV_INLINE int64_t divide(int64_t a, int64_t b) {
+#if defined(__CUDA_ARCH__)
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+#endif
+  return a / b;
+}
+
+// Output o lies at (start + o * step) / denominator, counted in quads; that is never negative.
+struct Axis {
+  int64_t in, out, step, start, denominator;
+
+  SEGADV_INLINE int64_t quad_of(int64_t o) const { return divide(start + o * step, denominator); }
+
+  // What the division leaves over, in [0, denominator) for an output in this quad.
+  SEGADV_INLINE int64_t rest(int64_t o, int64_t quad) const { return start + o * step - quad * denominator; }
+
+  // The lowest output that lies in this quad or behind it; `out` for quads behind the last one.
+  SEGADV_INLINE int64_t first_output(int64_t quad) const {
+    const int64_t distance = quad * denominator - start;
+    if (quad > in) return out;
+    if (distance <= 0) return 0;
+    const int64_t inputs = step > 0 ? step : 1;
+    const int64_t first = divide(distance + inputs - 1, inputs);
+    return first < out ? first : out;
+  }
+
+  // No quad has more outputs.
+  SEGADV_INLINE int64_t most_outputs() const {
+    const int64_t inputs = step > 0 ? step : 1, most = (denominator + inputs - 1) / inputs;
+    return step > 0 && most < out ? most : out;
+  }
+};
+
+SEGADV_INLINE Axis make_axis(int64_t in, int64_t out, bool align_corners) {
+  if (align_corners) {
+    const int64_t denominator = out > 1 ? out - 1 : 1;
+    return {in, out, in - 1, denominator, denominator};
+  }
+  return {in, out, 2 * in, in + out, out > 0 ? 2 * out : 1};
+}
+
+// Weights of a quad's two inputs as a function of the rest: w1 = rest * slope + shift, w0 = 1 - w1.
+template <class A>
+struct QuadWeights {
+  A slope, shift;
+  SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad)
+      : slope(quad > 0 && quad < axis.in ? A(1) / static_cast<A>(axis.denominator) : A(0)), shift(quad == 0) {}
+  SEGADV_INLINE A w1(int64_t rest) const { return static_cast<A>(rest) * slope + shift; }
+};
+
+// The same as one output sees it: inputs i0 and i1 = min(i0 + 1, in - 1) with weights w0 = 1 - w1 and w1. i0 never
+// decreases with o.
 struct Tap {
   int64_t i0, i1;
   double w1;
 };
 
 SEGADV_INLINE Tap bilinear_tap(int64_t o, int64_t in, int64_t out, bool align_corners) {
-  double position;
-  if (align_corners) {
-    position = out > 1 ? static_cast<double>(o) * static_cast<double>(in - 1) / static_cast<double>(out - 1) : 0.0;
-  } else {
-    position = (static_cast<double>(o) + 0.5) * static_cast<double>(in) / static_cast<double>(out) - 0.5;
-    position = position < 0.0 ? 0.0 : position;
-  }
-  int64_t i0 = static_cast<int64_t>(position);
-  i0 = i0 > in - 1 ? in - 1 : i0;
-  const int64_t i1 = i0 + 1 > in - 1 ? in - 1 : i0 + 1;
-  return {i0, i1, position - static_cast<double>(i0)};
+  const Axis axis = make_axis(in, out, align_corners);
+  const int64_t quad = axis.quad_of(o), i0 = quad > 0 ? quad - 1 : 0;
+  const bool between = quad > 0 && quad < in;
+  return {i0, i0 + 1 < in ? i0 + 1 : i0,
+          between ? static_cast<double>(axis.rest(o, quad)) / static_cast<double>(axis.denominator) : 0.0};
 }
 
 }  // namespace segadv

@@ -1,6 +1,7 @@
 // Storage types and their conversion to the compute type (float; double for double), and the dispatch over them.
 //
-// The 16-bit conversions are integer arithmetic without branches, so that loops over them vectorise on any x86-64.
+// The 16-bit conversions are integer arithmetic without branches, so that loops over them vectorise on any x86-64. A GPU
+// has instructions for them.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,11 @@
 
 #include "segadv.h"
 
-#if defined(__GNUC__)
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SEGADV_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
 #define SEGADV_INLINE inline __attribute__((always_inline))
 #else
 #define SEGADV_INLINE inline
@@ -47,6 +52,9 @@ SEGADV_INLINE float to_compute(float x) { return x; }
 SEGADV_INLINE double to_compute(double x) { return x; }
 SEGADV_INLINE float to_compute(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 SEGADV_INLINE float to_compute(Half x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Normal numbers, infinity and NaN: shift, then rebias (infinity and NaN twice). Subnormals: an exact product.
@@ -54,6 +62,7 @@ SEGADV_INLINE float to_compute(Half x) {
   const uint32_t normal = (magnitude << 13) + rebias;
   const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return bit_cast<float>((magnitude < 0x0400u ? subnormal : normal) | sign);
+#endif
 }
 
 // Rounding to nearest, ties to even; NaN stays NaN.
@@ -69,13 +78,20 @@ SEGADV_INLINE double from_compute<double>(double x) {
 }
 template <>
 SEGADV_INLINE BFloat16 from_compute<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const uint32_t nan = (bits >> 16) | 0x0040u;
   return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded >> 16)};
+#endif
 }
 template <>
 SEGADV_INLINE Half from_compute<Half>(float x) {
+#if defined(__CUDA_ARCH__)
+  return {__half_as_ushort(__float2half_rn(x))};
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -86,6 +102,7 @@ SEGADV_INLINE Half from_compute<Half>(float x) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // from 65520 on: infinity
   result = magnitude > 0x7f800000u ? 0x7e00u : result;
   return {static_cast<uint16_t>(result | sign)};
+#endif
 }
 
 template <class T>
@@ -95,7 +112,7 @@ struct TypeTag {
 
 // Calls f(TypeTag<S>{}) with the storage type of a floating dtype.
 template <class F>
-void dispatch_floating(DType dtype, F&& f) {
+decltype(auto) dispatch_floating(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32: return f(TypeTag<float>{});
     case DType::kFloat64: return f(TypeTag<double>{});
@@ -107,7 +124,7 @@ void dispatch_floating(DType dtype, F&& f) {
 
 // The same for operations on images, which are never half precision.
 template <class F>
-void dispatch_images(DType dtype, F&& f) {
+decltype(auto) dispatch_images(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32: return f(TypeTag<float>{});
     case DType::kFloat64: return f(TypeTag<double>{});

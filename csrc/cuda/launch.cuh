@@ -1,0 +1,73 @@
+// How a kernel is started: on the caller's stream and current device, with an error that names it.
+//
+// Kernels are one-dimensional. For tests the host's compiler builds the same files, with SEGADV_EMULATED and
+// tests/cuda/emulation.h in the place of the CUDA runtime: a block's threads are then fibers of one CPU thread. Blocks
+// are smaller there, but still of two warps.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "segadv.h"
+
+#if defined(SEGADV_EMULATED)
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace segadv::cuda {
+
+#if defined(SEGADV_EMULATED)
+constexpr int kThreads = 64;
+#else
+constexpr int kThreads = 128;
+#endif
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class... Parameters, class... Arguments>
+Error launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t stream,
+             const Arguments&... arguments) {
+  if (blocks == 0) return {};
+  if (blocks > INT32_MAX) return {1, name, "the tensors are too large: more than 2^31 - 1 blocks"};
+#if defined(SEGADV_EMULATED)
+  (void)stream;
+  const char* message = emulation::run(name, static_cast<unsigned>(blocks), kThreads, [&] { kernel(arguments...); });
+  return message == nullptr ? Error{} : Error{1, name, message};
+#else
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+  // Also reports what an earlier kernel of this process, not necessarily one of these, has left behind.
+  const cudaError_t code = cudaGetLastError();
+  return code == cudaSuccess ? Error{} : Error{code, name, cudaGetErrorString(code)};
+#endif
+}
+
+// --- vectors of up to 16 bytes ---
+
+constexpr int kVectorBytes = 16;
+
+template <class T, int P>
+struct alignas(sizeof(T) * P < kVectorBytes ? sizeof(T) * P : kVectorBytes) Pack {
+  T values[P];
+};
+
+template <int P, class T>
+SEGADV_INLINE Pack<T, P> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, P>*>(from);
+}
+
+template <int P, class T>
+SEGADV_INLINE void store_pack(T* to, const Pack<T, P>& pack) {
+  *reinterpret_cast<Pack<T, P>*>(to) = pack;
+}
+
+// Elements that a thread takes at once: 16 bytes. float64, which nobody is in a hurry with, one by one.
+template <class S>
+constexpr int kVector = sizeof(S) < 8 ? kVectorBytes / static_cast<int>(sizeof(S)) : 1;
+
+inline bool is_aligned(const TensorView& view) { return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0; }
+
+}  // namespace segadv::cuda
