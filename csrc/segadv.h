@@ -161,7 +161,7 @@ struct Error {
 // Whether kernels can run at all: the driver is there and new enough for the runtime that is linked in.
 Error check();
 
-int64_t pixel_workspace(int64_t n, int64_t h, int64_t w, int64_t H, int64_t W, bool align_corners);
+int64_t pixel_workspace(int64_t N, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, bool align_corners);
 int64_t image_workspace(int64_t n, int64_t numel);
 
 Error margin(const MarginParams& params, void* workspace, int64_t stream);

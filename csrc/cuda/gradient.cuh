@@ -1,0 +1,38 @@
+// The gradient of the losses with respect to the logits, from what the forward kept of every pixel.
+#pragma once
+
+#include "common/softmax.h"
+#include "cuda/pixels.cuh"
+
+namespace segadv::cuda {
+
+// Views without data are not given.
+struct GradientInputs {
+  TensorView runner_up{};       // [N, H, W] of margins; cross-entropy needs
+  TensorView largest{};         // [N, H, W] and
+  TensorView log_normalizer{};  // [N, H, W]
+  TensorView grad_loss{};       // [N, H, W] of any strides, or none: 1
+  TensorView class_weight{};    // [C], or none
+  TensorView pixel_weight{};    // [N, H, W], or none
+};
+
+// +value at the label, -value at the runner-up, 0 elsewhere; label and runner-up are -1 where not valid.
+template <class A>
+__device__ __forceinline__ A margin_gradient(int32_t c, int32_t label, int32_t runner_up, A value) {
+  return label == c ? value : (runner_up == c ? -value : A(0));
+}
+
+// value * (softmax - onehot), 0 where not valid (also where z is NaN); scale = value * exp(-log_normalizer).
+template <class A>
+__device__ __forceinline__ A cross_entropy_gradient(int32_t c, int32_t label, A z, A largest, A scale, A value) {
+  const A g = exp_nonpositive(z - largest) * scale - (label == c ? value : A(0));
+  return label >= 0 ? g : A(0);
+}
+
+// Fills problem.grad of logits that are resampled. Bad labels are counted by the kernel that made the inputs.
+Error resampled_gradient(const Problem& problem, const GradientInputs& inputs, int64_t stream);
+
+// Fills problem.grad; NaN where an image has a bad label.
+Error gradient(const Problem& problem, const GradientInputs& inputs, void* workspace, int64_t stream);
+
+}  // namespace segadv::cuda

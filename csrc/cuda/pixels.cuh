@@ -1,0 +1,308 @@
+// How a kernel walks over the pixels, and what all kernels share: labels, logits, outputs of the labels' size, sums.
+//
+// The twin of cpu/tiles.h. A thread owns P pixels and goes through the classes one after the other. Three walks:
+//
+// * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
+//   addresses allow (kVector); else one pixel.
+// * logits that become four times as large or more: P = 8 pixels of a column that lie in one quad row
+//   (common/bilinear.h). Two rows of logits serve them all: both are resampled along x once per class, and a pixel is
+//   two multiplications more. Quad rows of more than 8 rows are cut into chunks.
+// * other resampled logits: one pixel, four taps per class.
+//
+// Neighbouring threads own neighbouring columns, and go on in the next row of pixels or quads where one ends.
+#pragma once
+
+#include <limits>
+
+#include "common/bilinear.h"
+#include "common/dtype.h"
+#include "common/margin.h"
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+
+namespace segadv::cuda {
+
+constexpr int kColumn = 8;  // pixels of a thread in a quad row
+
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <class A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
+
+// How the pixels of an image are dealt out to threads. Where an image is one long row, rows = 1.
+struct Walk {
+  int64_t rows, columns;    // of the labels, to be walked over
+  int64_t items, across;    // threads' shares of an image; of a row
+  int32_t chunks, blocks;   // chunks of a quad row; blocks of an image
+  Axis y, x;                // of the resampling
+};
+
+// What a block leaves for `finish`.
+struct Partial {
+  double sum0, sum1;
+  int32_t valid, bad;
+};
+
+template <class T>
+__device__ __forceinline__ T* at(const TensorView& view, int64_t offset) {
+  return static_cast<T*>(view.data) + offset;
+}
+
+struct Label {
+  int32_t label;  // -1 where not valid
+  bool is_bad;    // neither a class nor ignored
+};
+
+__device__ __forceinline__ Label judge(const Problem& problem, int64_t value) {
+  const bool is_class = value >= 0 && value < problem.logits.size[1], kept = value != problem.ignore_index;
+  return {kept && is_class ? static_cast<int32_t>(value) : -1, kept && !is_class};
+}
+
+// The pixels of one thread.
+template <class S, int P, bool kUp>
+struct Pixels {
+  using Storage = S;
+  using A = Compute<S>;
+  static constexpr int kPixels = P;
+  static constexpr bool kResamples = kUp;
+  static constexpr bool kTakesVectors = !kUp && P > 1;
+  static constexpr int kUnroll = kUp ? (P > 1 ? 1 : 2) : 4;  // classes whose logits are loaded at once
+
+  int64_t n, y, x;  // image, and the first pixel
+  int64_t map;      // its offset in a dense [N, H, W]
+  int64_t map_step;
+  int count;  // pixels that exist, 0 ... P
+  const S* tap[kUp ? 4 : 1];
+  int64_t stride_c;
+  A wx1, wy1[kUp ? P : 1];
+
+  __device__ __forceinline__ Pixels(const Problem& problem, const Walk& walk) {
+    n = blockIdx.x / walk.blocks;
+    const int64_t item = int64_t{blockIdx.x % walk.blocks} * kThreads + threadIdx.x;
+    const bool inside = item < walk.items;
+    const int64_t row = !inside || walk.items == walk.across ? 0 : divide(item, walk.across);
+    const int64_t column = inside ? item - row * walk.across : 0;
+    int64_t quad_y = 0;
+    x = kTakesVectors ? column * P : column;
+    if constexpr (kUp && P > 1) {
+      quad_y = divide(row, walk.chunks);
+      y = walk.y.first_output(quad_y) + (row - quad_y * walk.chunks) * P;
+      const int64_t left = walk.y.first_output(quad_y + 1) - y;
+      count = !inside || left < 0 ? 0 : (left < P ? static_cast<int>(left) : P);
+    } else {
+      y = row;
+      count = inside ? P : 0;
+      if constexpr (kUp) quad_y = walk.y.quad_of(y);
+    }
+    map = (n * walk.rows + y) * walk.columns + x;
+    map_step = kUp ? walk.columns : 1;
+    const TensorView& logits = problem.logits;
+    stride_c = logits.stride[1];
+    if constexpr (kUp) {
+      const int64_t quad_x = walk.x.quad_of(x);
+      const int64_t left = quad_x > 0 ? quad_x - 1 : 0, right = quad_x < walk.x.in ? quad_x : walk.x.in - 1;
+      const int64_t upper = quad_y > 0 ? quad_y - 1 : 0, lower = quad_y < walk.y.in ? quad_y : walk.y.in - 1;
+      const S* image = at<const S>(logits, n * logits.stride[0]);
+      tap[0] = image + upper * logits.stride[2] + left * logits.stride[3];
+      tap[1] = image + upper * logits.stride[2] + right * logits.stride[3];
+      tap[2] = image + lower * logits.stride[2] + left * logits.stride[3];
+      tap[3] = image + lower * logits.stride[2] + right * logits.stride[3];
+      wx1 = QuadWeights<A>(walk.x, quad_x).w1(walk.x.rest(x, quad_x));
+      const QuadWeights<A> weights(walk.y, quad_y);
+      const int64_t rest = walk.y.rest(y, quad_y);
+#pragma unroll
+      for (int i = 0; i < P; ++i) wy1[i] = weights.w1(rest + i * walk.y.step);
+    } else if (logits.data != nullptr) {
+      tap[0] = at<const S>(logits, n * logits.stride[0] + y * logits.stride[2] + x * logits.stride[3]);
+    }
+  }
+
+  // The logits of one class. All four taps exist for every thread, also for one without pixels.
+  __device__ __forceinline__ void load(int64_t c, A (&z)[P]) const {
+    const int64_t plane = c * stride_c;
+    if constexpr (kUp) {
+      const A wx0 = A(1) - wx1;
+      const A upper = wx0 * to_compute(tap[0][plane]) + wx1 * to_compute(tap[1][plane]);
+      const A lower = wx0 * to_compute(tap[2][plane]) + wx1 * to_compute(tap[3][plane]);
+#pragma unroll
+      for (int i = 0; i < P; ++i) z[i] = (A(1) - wy1[i]) * upper + wy1[i] * lower;
+    } else {
+      const Pack<S, P> pack = load_pack<P>(tap[0] + plane);
+#pragma unroll
+      for (int i = 0; i < P; ++i) z[i] = to_compute(pack.values[i]);
+    }
+  }
+
+  // Offset of the first pixel in a tensor [N, H, W], and how far apart there the pixels are.
+  __device__ __forceinline__ int64_t offset(const TensorView& view) const {
+    return n * view.stride[0] + y * view.stride[1] + x * view.stride[2];
+  }
+  __device__ __forceinline__ int64_t step(const TensorView& view) const { return view.stride[kUp ? 1 : 2]; }
+
+  // Labels as int32, -1 where a pixel is not valid. Returns valid pixels + bad labels * 2^16.
+  __device__ __forceinline__ int32_t labels(const Problem& problem, int32_t (&label)[P]) const {
+    int64_t value[P];
+    switch (problem.labels.dtype) {
+      case DType::kInt64: load_labels<int64_t>(problem.labels, value); break;
+      case DType::kInt32: load_labels<int32_t>(problem.labels, value); break;
+      case DType::kInt16: load_labels<int16_t>(problem.labels, value); break;
+      default: load_labels<uint8_t>(problem.labels, value);
+    }
+    int32_t counts = 0;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      const Label found = judge(problem, value[i]);
+      label[i] = i < count ? found.label : -1;
+      if (i < count) counts += (found.label >= 0 ? 1 : 0) + (found.is_bad ? 1 << 16 : 0);
+    }
+    return counts;
+  }
+
+  template <class L>
+  __device__ __forceinline__ void load_labels(const TensorView& labels, int64_t (&value)[P]) const {
+    Pack<L, P> pack{};
+    load_some(at<const L>(labels, offset(labels)), step(labels), pack);
+#pragma unroll
+    for (int i = 0; i < P; ++i) value[i] = pack.values[i];
+  }
+
+  template <class T>
+  __device__ __forceinline__ void load_some(const T* from, int64_t between, Pack<T, P>& pack) const {
+    if constexpr (kTakesVectors) {
+      if (count > 0) pack = load_pack<P>(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        if (i < count) pack.values[i] = from[i * between];
+      }
+    }
+  }
+
+  // Between a dense [N, H, W] and the thread's pixels; what does not exist is read as 0.
+  template <class T, class V>
+  __device__ __forceinline__ void load_map(const TensorView& view, V (&values)[P]) const {
+    Pack<T, P> pack{};
+    load_some(at<const T>(view, map), map_step, pack);
+#pragma unroll
+    for (int i = 0; i < P; ++i) values[i] = static_cast<V>(pack.values[i]);
+  }
+  template <class T, class V>
+  __device__ __forceinline__ void store_map(const TensorView& view, const V (&values)[P]) const {
+    T* to = at<T>(view, map);
+    if constexpr (kTakesVectors) {
+      Pack<T, P> pack;
+#pragma unroll
+      for (int i = 0; i < P; ++i) pack.values[i] = static_cast<T>(values[i]);
+      if (count > 0) store_pack(to, pack);
+    } else {
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        if (i < count) to[i * map_step] = static_cast<T>(values[i]);
+      }
+    }
+  }
+  // A class index (runner-up, prediction) is kept in its own small type.
+  __device__ __forceinline__ void load_classes(const TensorView& view, int32_t (&values)[P]) const {
+    if (view.dtype == DType::kUInt8) {
+      load_map<uint8_t>(view, values);
+    } else {
+      load_map<int16_t>(view, values);
+    }
+  }
+  __device__ __forceinline__ void store_classes(const TensorView& view, const int32_t (&values)[P]) const {
+    if (view.dtype == DType::kUInt8) {
+      store_map<uint8_t>(view, values);
+    } else {
+      store_map<int16_t>(view, values);
+    }
+  }
+
+  // Gradient of one class, where the logits have the labels' size.
+  __device__ __forceinline__ void store_gradient(const TensorView& grad, int64_t c, const A (&values)[P]) const {
+    static_assert(!kUp);
+    Pack<S, P> pack;
+#pragma unroll
+    for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(values[i]);
+    S* to = at<S>(grad, n * grad.stride[0] + c * grad.stride[1] + y * grad.stride[2] + x * grad.stride[3]);
+    if (count > 0) store_pack(to, pack);
+  }
+};
+
+// Leaves the block's sums. All threads of the block must call it.
+__device__ __forceinline__ void store_partial(Partial* partial, double sum0, double sum1, int32_t counts) {
+  if (threadIdx.x == 0) partial[blockIdx.x] = {sum0, sum1, counts & 0xffff, counts >> 16};
+}
+
+// --- host ---
+
+inline bool resamples(const Problem& problem) {
+  return problem.logits.size[2] != problem.labels.size[1] || problem.logits.size[3] != problem.labels.size[2];
+}
+
+// Whether rows follow each other without a gap, so that an image is one long row.
+inline bool rows_join(const TensorView& view, int row_dim) {
+  return view.data == nullptr || view.stride[row_dim] == view.stride[row_dim + 1] * view.size[row_dim + 1];
+}
+
+// Whether all rows begin at a multiple of `vector` elements and their elements are neighbours.
+inline bool rows_are_vectors(const TensorView& view, int dims, int vector) {
+  if (view.data == nullptr) return true;
+  bool result = is_aligned(view) && view.stride[dims - 1] == 1;
+  for (int d = 0; d < dims - 1; ++d) result = result && (view.size[d] <= 1 || view.stride[d] % vector == 0);
+  return result;
+}
+
+inline Walk walk_of(int64_t rows, int64_t columns, int64_t across, int64_t items) {
+  Walk walk{};
+  walk.rows = rows, walk.columns = columns, walk.across = across, walk.items = items;
+  walk.chunks = 1;
+  walk.blocks = static_cast<int32_t>(ceil_div(items, kThreads));
+  return walk;
+}
+
+// Calls f(TypeTag<Pixels>{}, walk) with the walk that fits. `map`: a further input [N, H, W] of any strides, or none.
+// may_take_vectors: whether dense maps [N, H, W] begin at multiples of 16 bytes.
+template <class F>
+Error dispatch_pixels(const Problem& problem, const TensorView& map, bool may_take_vectors, F&& f) {
+  return dispatch_floating(problem.logits.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const TensorView &logits = problem.logits, &labels = problem.labels, &grad = problem.grad;
+    const int64_t H = labels.size[1], W = labels.size[2];
+    if (resamples(problem)) {
+      const Axis y = make_axis(logits.size[2], H, problem.align_corners);
+      const Axis x = make_axis(logits.size[3], W, problem.align_corners);
+      const bool quad_rows = y.most_outputs() >= 4;
+      const int64_t chunks = quad_rows ? ceil_div(y.most_outputs(), kColumn) : 1;
+      Walk walk = walk_of(H, W, W, W * (quad_rows ? (y.in + 1) * chunks : H));
+      walk.y = y, walk.x = x, walk.chunks = static_cast<int32_t>(chunks);
+      if (quad_rows) return f(TypeTag<Pixels<S, kColumn, true>>{}, walk);
+      return f(TypeTag<Pixels<S, 1, true>>{}, walk);
+    }
+    const bool join = rows_join(logits, 2) && rows_join(labels, 1) && rows_join(grad, 2) && rows_join(map, 1);
+    const int64_t rows = join ? 1 : H, columns = join ? H * W : W;
+    constexpr int V = kVector<S>;
+    const bool vectors = V > 1 && may_take_vectors && columns % V == 0 && rows_are_vectors(logits, 4, V) && rows_are_vectors(labels, 3, V) &&
+                         rows_are_vectors(grad, 4, V);
+    if (vectors) return f(TypeTag<Pixels<S, V, false>>{}, walk_of(rows, columns, columns / V, rows * (columns / V)));
+    return f(TypeTag<Pixels<S, 1, false>>{}, walk_of(rows, columns, columns, rows * columns));
+  });
+}
+
+// What `finish` writes. NaN goes wherever a floating result belongs to an image with a bad label.
+struct Results {
+  TensorView sum0, sum1, n_valid;  // [N]
+  TensorView map;                  // [N, H, W], dense, of the compute type
+  TensorView grad;                 // [N, C, h, w], dense in some order
+};
+
+inline bool maps_are_aligned() { return true; }
+template <class... Views>
+bool maps_are_aligned(const TensorView& view, const Views&... views) {
+  return is_aligned(view) && maps_are_aligned(views...);
+}
+
+// Adds up what the `blocks` blocks of every image left.
+template <class S>
+Error finish(const Results& results, int64_t n, const Partial* partial, int32_t blocks, int64_t stream);
+
+}  // namespace segadv::cuda
