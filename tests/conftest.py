@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,15 +13,23 @@ GPU = torch.cuda.is_available()
 if not GPU:  # Triton reads it when it is imported: then its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+import emulated  # noqa: E402
+
 import segadv  # noqa: E402
 from segadv.ops import backends  # noqa: E402
+from segadv.ops.cuda import CudaKernels  # noqa: E402
 
-# The first two run on the CPU; Triton on the GPU where there is one, otherwise in its interpreter.
-BACKENDS = ("native", "reference", "triton")
+# The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
+backends.BACKENDS["cuda-emulated"] = CudaKernels(emulated.load(), "cpu")
 
-# The interpreter takes about 20 us for every operation of a kernel: fewer and smaller random cases suffice it.
-INTERPRETED_SEEDS = 5
-INTERPRETED_SIZE = 12
+# All run on the CPU; Triton on the GPU where there is one, otherwise in its interpreter.
+BACKENDS = ("native", "reference", "triton", "cuda-emulated")
+
+# The interpreter takes about 20 us for every operation of a kernel, the emulation 1 us for a thread that waits for
+# others: fewer and smaller random cases suffice them.
+SLOW = ("cuda-emulated",) if GPU else ("triton", "cuda-emulated")
+SLOW_SEEDS = 5
+SLOW_SIZE = 12
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def too_many(item: pytest.Item) -> bool:
         parameters = getattr(item, "callspec", None)
-        if parameters is None or GPU or parameters.params.get("backend") != "triton":
+        if parameters is None or parameters.params.get("backend") not in SLOW:
             return False
-        return int(parameters.params.get("seed", 0)) >= INTERPRETED_SEEDS
+        return int(parameters.params.get("seed", 0)) >= SLOW_SEEDS
 
     left_out = [item for item in items if too_many(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -55,11 +64,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def largest(backend: str) -> int:
+def slow(backend: str) -> bool:
+    """Whether the backend interprets or emulates a GPU."""
+    return backend in SLOW
+
+
+@pytest.fixture
+def largest(slow: bool) -> int:
     """The largest height and width of random cases."""
-    return INTERPRETED_SIZE if backend == "triton" and not GPU else 40
+    return SLOW_SIZE if slow else 40
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
+    # The order of the emulated threads: every test has its own, the same on every run.
+    emulated.load().seed(zlib.crc32(request.node.nodeid.encode()))

@@ -127,7 +127,7 @@ def test_loss_and_grad(backend: str, seed: int, dtype: torch.dtype, largest: int
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("own", [(4, 5), (3, 4), (7, 6)])
-def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> None:
+def test_gradcheck(backend: str, slow: bool, own: tuple[int, int], align_corners: bool) -> None:
     z = torch.randn(2, 4, *own, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, 4, (2, 4, 5))
     y[0, 0] = 255
@@ -136,7 +136,7 @@ def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> N
         assert torch.autograd.gradcheck(
             lambda z, r=reduction: F.cross_entropy(z, y, weight=weight, reduction=r, align_corners=align_corners),
             z,
-            fast_mode=backend == "triton",  # along random directions: the interpreter is slow
+            fast_mode=slow,  # along random directions
         )
 
 

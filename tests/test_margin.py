@@ -62,16 +62,19 @@ def test_random_cases(backend: str, seed: int, dtype: torch.dtype, largest: int)
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("own", [(4, 5), (3, 4), (7, 6), (1, 1)])
-def test_gradcheck(backend: str, own: tuple[int, int], align_corners: bool) -> None:
+def test_gradcheck(backend: str, slow: bool, own: tuple[int, int], align_corners: bool) -> None:
     z = torch.randn(2, 4, *own, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, 4, (2, 4, 5))
     y[0, 0] = 255
     options = {"align_corners": align_corners}
-    fast = backend == "triton"  # along random directions: the interpreter is slow
     # A step of 1e-6 does not reach a tie with these numbers.
     for operation in (F.pixel_margin, F.averaged_gain):
         assert torch.autograd.gradcheck(
-            lambda z, f=operation: f(z, y, **options), z, eps=1e-6, atol=1e-7, fast_mode=fast
+            lambda z, f=operation: f(z, y, **options),
+            z,
+            eps=1e-6,
+            atol=1e-7,
+            fast_mode=slow,  # along random directions
         )
 
 

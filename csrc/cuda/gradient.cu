@@ -215,7 +215,7 @@ template <class S>
 Error launch_resampled(const Problem& problem, const GradientInputs& inputs, Partial* partial, int32_t* blocks,
                        int64_t stream) {
   const TensorView &logits = problem.logits, &labels = problem.labels;
-  const bool margin = inputs.runner_up.data != nullptr;
+  const bool margin = inputs.margin;
   const Warps warps =
       warps_of(logits.size[0], logits.size[1], make_axis(logits.size[2], labels.size[1], problem.align_corners),
                make_axis(logits.size[3], labels.size[2], problem.align_corners),
@@ -253,8 +253,8 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
     if constexpr (Mine::kResamples) {
       return {};  // above
     } else {
-      const bool margin = inputs.runner_up.data != nullptr;
-      const auto kernel = margin ? gradient_kernel<S, Mine::kPixels, true> : gradient_kernel<S, Mine::kPixels, false>;
+      const auto kernel =
+          inputs.margin ? gradient_kernel<S, Mine::kPixels, true> : gradient_kernel<S, Mine::kPixels, false>;
       const int64_t blocks = n * walk.blocks;
       if (const Error error = launch("gradient", kernel, blocks, stream, problem, inputs, walk, partial)) return error;
       return finish<S>(results, n, partial, walk.blocks, stream);

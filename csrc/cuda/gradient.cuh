@@ -6,9 +6,10 @@
 
 namespace segadv::cuda {
 
-// Views without data are not given.
+// Views without data are not given, or have no pixels.
 struct GradientInputs {
-  TensorView runner_up{};       // [N, H, W] of margins; cross-entropy needs
+  bool margin = false;          // of margins; otherwise of cross-entropy
+  TensorView runner_up{};       // [N, H, W] for margins; cross-entropy needs
   TensorView largest{};         // [N, H, W] and
   TensorView log_normalizer{};  // [N, H, W]
   TensorView grad_loss{};       // [N, H, W] of any strides, or none: 1

@@ -73,7 +73,7 @@ Error margin(const MarginParams& params, void* workspace, int64_t stream) {
     const auto kernel = margin_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
     if (const Error error = launch("margin", kernel, n * walk.blocks, stream, params, walk, partial)) return error;
     if (problem.grad && resamples(problem)) {
-      if (const Error error = resampled_gradient(problem, {params.runner_up}, stream)) return error;
+      if (const Error error = resampled_gradient(problem, {true, params.runner_up}, stream)) return error;
     }
     const Results results{params.gain_sum, {}, params.n_valid, params.margin, problem.grad};
     return finish<typename Mine::Storage>(results, n, partial, walk.blocks, stream);
@@ -81,7 +81,7 @@ Error margin(const MarginParams& params, void* workspace, int64_t stream) {
 }
 
 Error margin_backward(const MarginBackwardParams& params, void* workspace, int64_t stream) {
-  GradientInputs inputs{params.runner_up};
+  GradientInputs inputs{true, params.runner_up};
   inputs.grad_loss = params.grad_margin;
   return gradient(params.problem, inputs, workspace, stream);
 }

@@ -1,7 +1,8 @@
 """Which backend runs, and the reason where one cannot.
 
-A backend is a module that has one function per operation of `library.py`, of the same name and arguments, and
-`unavailable(device_type)`: None where it can run, otherwise the reason in words.
+A backend is a module, or an object, that has one function per operation of `library.py`, of the same name and
+arguments, and `unavailable(device_type)`: None where it can run, otherwise the reason in words. The native backend is
+two of them: native.py for the CPU, cuda.py for a GPU.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import native, reference, triton
+from .cuda import CudaKernels
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
+BACKENDS: dict[str, Any] = {"native": native, "triton": triton, "reference": reference}
+
+
+# The native backend on a GPU: CUDA, compiled in where there was an nvcc.
+_CUDA = CudaKernels(getattr(native.core, "cuda", None))
 
 
 def _preference(device_type: str) -> tuple[str, ...]:
-    """The first that can run on the device is the default. Triton's interpreter, on the CPU, is for tests only."""
+    """The first that can run on the device is the default. Triton's interpreter, on the CPU, is for tests only.
+
+    On a GPU the compiled kernels come before Triton's, because a call of theirs costs less on the host and nothing is
+    compiled at run time. Which are faster has not been measured yet.
+    """
     return ("native", "reference") if device_type == "cpu" else ("native", "triton", "reference")
 
 
@@ -64,13 +74,17 @@ def backend(name: str | None) -> Iterator[None]:
         _local.name = previous
 
 
-def select(device_type: str) -> ModuleType:
+def _implementation(name: str, device_type: str) -> Any:
+    return _CUDA if name == "native" and device_type == "cuda" else BACKENDS[name]
+
+
+def select(device_type: str) -> Any:
     """The backend for tensors of a device: the requested one or an error, else the default."""
     name = requested()
     if name is not None:
         if reason := BACKENDS[name].unavailable(device_type):
             raise RuntimeError(f"backend {name!r} was requested for {device_type} tensors but cannot run: {reason}")
-        return BACKENDS[name]
+        return _implementation(name, device_type)
     chosen = default(device_type)
     if chosen == "reference" and device_type not in _warned:
         _warned.add(device_type)
@@ -82,7 +96,7 @@ def select(device_type: str) -> ModuleType:
             RuntimeWarning,
             stacklevel=2,
         )
-    return BACKENDS[chosen]
+    return _implementation(chosen, device_type)
 
 
 def default(device_type: str) -> str:
@@ -96,9 +110,9 @@ def report() -> str:
     for device_type in devices:
         try:
             forced = requested()
-            chosen = select(device_type) if forced else BACKENDS[default(device_type)]
-            name = next(key for key, module in BACKENDS.items() if module is chosen)
-            lines.append(f"{device_type}: {name}" + (" (requested)" if forced else ""))
+            if forced:
+                select(device_type)  # raises where it cannot run
+            lines.append(f"{device_type}: {forced} (requested)" if forced else f"{device_type}: {default(device_type)}")
         except (RuntimeError, ValueError) as error:
             lines.append(f"{device_type}: none ({error})")
         for other, module in BACKENDS.items():

@@ -1,11 +1,14 @@
-"""The native backend: tensors become pointers, sizes and strides for the compiled core `_segadv_native`.
+"""The native backend on the CPU: tensors become pointers, sizes and strides for the compiled core `_segadv_native`.
 
-Outputs are allocated here; the core writes every element of them. What the arguments mean: csrc/segadv.h.
+Outputs are allocated here; the core writes every element of them. What the arguments mean: csrc/segadv.h. On a GPU
+the native backend is `cuda.py`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +39,7 @@ except ImportError as error:
     )
 
 # csrc/segadv.h, kInterfaceVersion
-_INTERFACE_VERSION = 2
+_INTERFACE_VERSION = 3
 if core is not None and core.interface_version != _INTERFACE_VERSION:
     raise ImportError(
         f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "
@@ -44,7 +47,7 @@ if core is not None and core.interface_version != _INTERFACE_VERSION:
         "run it from outside an older clone."
     )
 
-_DTYPES = {
+DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
     torch.float16: 2,
@@ -54,7 +57,7 @@ _DTYPES = {
     torch.int16: 6,
     torch.uint8: 7,
 }
-_LOSSES = {"cross_entropy": 0, "segpgd": 1, "cospgd": 2}
+LOSSES = {"cross_entropy": 0, "segpgd": 1, "cospgd": 2}
 
 _View = tuple[int, int, Any, Any]
 
@@ -62,9 +65,52 @@ _View = tuple[int, int, Any, Any]
 def unavailable(device_type: str) -> str | None:
     if core is None:
         return _import_error
+    if device_type == "cuda":
+        return _cuda_unavailable()
     if device_type != "cpu":
         return f"this build has no kernels for {device_type} tensors"
     return None
+
+
+@cache
+def _cuda_unavailable() -> str | None:
+    if not hasattr(core, "cuda"):
+        return (
+            "this build has no CUDA kernels: no working nvcc was found when segadv was installed, or SEGADV_CUDA=OFF; "
+            "install it again with SEGADV_CUDA=ON, which says what is missing"
+        )
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    if reason := core.cuda.check():
+        return f"CUDA {core.cuda.compiler} kernels cannot run: {reason}"
+    architectures = core.cuda.architectures.split(";")
+    for index in range(torch.cuda.device_count()):
+        if not compiled_for(torch.cuda.get_device_capability(index), architectures):
+            major, minor = torch.cuda.get_device_capability(index)
+            return (
+                f"its CUDA kernels were compiled for {', '.join(architectures)}, not for GPU {index} of compute "
+                f"capability {major}.{minor}; install segadv again on this machine, or with CUDAARCHS={major}{minor}"
+            )
+    return None
+
+
+def compiled_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether code for CMake's `architectures` ("90-real", "120-virtual", "120": both) runs on such a GPU."""
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        # 90a and the like run on 9.0 alone, 100f on the 10s
+        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if suffix == "a":
+            if capability == (major, minor):
+                return True
+        elif (kind != "virtual" and capability[0] == major and capability[1] >= minor) or (
+            kind != "real" and suffix == "" and capability >= (major, minor)
+        ):
+            return True
+    return False
 
 
 def build_info() -> dict[str, Any]:
@@ -85,12 +131,12 @@ def build_info() -> dict[str, Any]:
         "instruction_set": core.instruction_set(),
         "openmp": getattr(core, "openmp", None),
         "threads": core.max_threads() if hasattr(core, "max_threads") else 1,
-        "cuda": False,
+        "cuda": f"nvcc {core.cuda.compiler}, for {core.cuda.architectures}" if hasattr(core, "cuda") else None,
     }
 
 
-def _view(tensor: Tensor | None) -> _View | None:
-    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+def view(tensor: Tensor | None) -> _View | None:
+    return None if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride())
 
 
 def _vector(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,8 +169,8 @@ def _margin(
     n_valid: Tensor | None = None,
 ) -> None:
     bad = core.margin(
-        _view(logits), _view(labels), _view(grad), ignore_index, align_corners,
-        _view(margin), _view(runner_up), _view(gain_sum), _view(n_valid),
+        view(logits), view(labels), view(grad), ignore_index, align_corners,
+        view(margin), view(runner_up), view(gain_sum), view(n_valid),
     )  # fmt: skip
     _check(bad, labels, logits.shape[1], ignore_index)
 
@@ -168,9 +214,9 @@ def margin_backward(
 ) -> Tensor:
     grad = empty_gradient(size, channels_last, dtype, labels.device)
     # Sizes without data: the logits' values are not needed.
-    logits = (0, _DTYPES[dtype], size, grad.stride())
+    logits = (0, DTYPES[dtype], size, grad.stride())
     bad = core.margin_backward(
-        logits, _view(labels), _view(grad), ignore_index, align_corners, _view(runner_up), _view(grad_margin)
+        logits, view(labels), view(grad), ignore_index, align_corners, view(runner_up), view(grad_margin)
     )
     _check(bad, labels, size[1], ignore_index)
     return grad
@@ -196,9 +242,9 @@ def _cross_entropy(
     n_valid: Tensor | None = None,
 ) -> None:
     bad = core.cross_entropy(
-        _view(logits), _view(labels), _view(grad), ignore_index, align_corners, _LOSSES[loss], lam, targeted,
-        _view(class_weight), _view(pixel_loss), _view(largest), _view(log_normalizer), _view(pixel_weight),
-        _view(loss_sum), _view(weight_sum), _view(n_valid),
+        view(logits), view(labels), view(grad), ignore_index, align_corners, LOSSES[loss], lam, targeted,
+        view(class_weight), view(pixel_loss), view(largest), view(log_normalizer), view(pixel_weight),
+        view(loss_sum), view(weight_sum), view(n_valid),
     )  # fmt: skip
     _check(bad, labels, logits.shape[1], ignore_index)
 
@@ -318,23 +364,23 @@ def cross_entropy_backward(
 ) -> Tensor:
     grad = _gradient(logits)
     bad = core.cross_entropy_backward(
-        _view(logits), _view(labels), _view(grad), ignore_index, align_corners,
-        _view(grad_loss), _view(largest), _view(log_normalizer), _view(weight), _view(pixel_weight),
+        view(logits), view(labels), view(grad), ignore_index, align_corners,
+        view(grad_loss), view(largest), view(log_normalizer), view(weight), view(pixel_weight),
     )  # fmt: skip
     _check(bad, labels, logits.shape[1], ignore_index)
     return grad
 
 
-def _row(tensor: Tensor) -> _View:
+def row(tensor: Tensor) -> _View:
     """A tensor that the step kernels see as rows of elements in whatever dense order."""
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], (), ())
 
 
 def l1_norm(grad: Tensor) -> Tensor:
     norm = _vector(grad, compute_dtype(grad.dtype))
     if not is_channels_last(grad):
         grad = grad.contiguous()
-    core.l1_norm(grad.shape[0], numel_per_image(grad), _row(grad), _row(norm))
+    core.l1_norm(grad.shape[0], numel_per_image(grad), row(grad), row(norm))
     return norm
 
 
@@ -352,8 +398,8 @@ def newton_step(
     gain = gain.to(images.dtype).contiguous()
     eps, norm = torch.empty_like(gain), torch.empty_like(gain)
     core.newton_step(
-        images.shape[0], numel_per_image(images), _row(images), _row(grad), _row(gain), _row(adversarial),
-        _row(eps), _row(norm), low, high, -1.0 if max_eps is None else max_eps, clamp_negative,
+        images.shape[0], numel_per_image(images), row(images), row(grad), row(gain), row(adversarial),
+        row(eps), row(norm), low, high, -1.0 if max_eps is None else max_eps, clamp_negative,
     )  # fmt: skip
     return adversarial, eps, norm
 
@@ -373,10 +419,10 @@ def sign_step(
     images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
     origin = None if origin is None else ordered_like(origin, adversarial)
     core.sign_step(
-        images.shape[0], numel_per_image(images), _row(images), _row(grad),
-        None if origin is None else _row(origin), _row(adversarial), alpha, 0.0 if eps is None else eps,
-        None if alpha_per_image is None else _row(alpha_per_image),
-        None if eps_per_image is None else _row(eps_per_image), low, high,
+        images.shape[0], numel_per_image(images), row(images), row(grad),
+        None if origin is None else row(origin), row(adversarial), alpha, 0.0 if eps is None else eps,
+        None if alpha_per_image is None else row(alpha_per_image),
+        None if eps_per_image is None else row(eps_per_image), low, high,
     )  # fmt: skip
     return adversarial
 
@@ -387,13 +433,15 @@ def confusion_matrix(
     num_images, num_classes = logits.shape[:2]
     shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
     matrix = torch.empty(shape, dtype=torch.int64)
-    bad = core.confusion(_view(logits), _view(labels), ignore_index, align_corners, None, _view(matrix), per_image)
+    bad = core.confusion(
+        view(logits), view(labels), ignore_index, align_corners, None, view(matrix), per_image, None, None
+    )
     _check(bad, labels, num_classes, ignore_index)
     return matrix, torch.zeros((), dtype=torch.int64)
 
 
 def argmax_labels(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
     prediction = torch.empty((logits.shape[0], *size), dtype=prediction_dtype(logits.shape[1]))
-    labels = (0, _DTYPES[torch.uint8], prediction.shape, prediction.stride())
-    core.confusion(_view(logits), labels, 0, align_corners, _view(prediction), None, False)
+    labels = (0, DTYPES[torch.uint8], prediction.shape, prediction.stride())
+    core.confusion(view(logits), labels, 0, align_corners, view(prediction), None, False, None, None)
     return prediction

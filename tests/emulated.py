@@ -1,0 +1,72 @@
+"""Builds csrc/cuda/*.cu for the CPU with the host's compiler (tests/cuda/emulation.h), once for every content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+HEADERS = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("tests/cuda/*.h")])
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DSEGADV_EMULATED")
+
+
+def build(sources: Sequence[Path], name: str, *flags: str, link: Sequence[str] = ()) -> Path:
+    """Compiles and links; gives the path of the file `name`, in a folder that is named after all that goes into it."""
+    compiler = os.environ.get("CXX", "c++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    flags = (*FLAGS, *flags, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cuda'}")
+    content = hashlib.sha256(repr((version, flags, link)).encode())
+    for path in (*sources, *HEADERS):
+        content.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda-emulated" / content.hexdigest()[:16]
+    if not (folder / name).exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent))
+
+        def compile_one(source: Path) -> Path:
+            target = work / f"{source.name}.o"
+            run(compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target))
+            return target
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            objects = list(pool.map(compile_one, sources))
+        run(compiler, *flags, *map(str, objects), *link, "-o", str(work / name))
+        for path in objects:
+            path.unlink()
+        try:
+            work.rename(folder)
+        except OSError:  # another test run was faster
+            shutil.rmtree(work)
+    return folder / name
+
+
+def run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+@cache
+def load() -> ModuleType:
+    """The extension _segadv_emulated: the functions of _segadv_native.cuda, and seed(number)."""
+    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden")
+    path = build((*KERNELS, ROOT / "csrc" / "binding.cpp"), "_segadv_emulated.so", *includes, link=("-shared",))
+    spec = importlib.util.spec_from_file_location("_segadv_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
