@@ -21,7 +21,6 @@ from .cuda import CudaKernels
 
 BACKENDS: dict[str, Any] = {"native": native, "triton": triton, "reference": reference}
 
-
 # The native backend on a GPU: CUDA, compiled in where there was an nvcc.
 _CUDA = CudaKernels(getattr(native.core, "cuda", None))
 
@@ -29,8 +28,8 @@ _CUDA = CudaKernels(getattr(native.core, "cuda", None))
 def _preference(device_type: str) -> tuple[str, ...]:
     """The first that can run on the device is the default. Triton's interpreter, on the CPU, is for tests only.
 
-    On a GPU the compiled kernels come before Triton's, because a call of theirs costs less on the host and nothing is
-    compiled at run time. Which are faster has not been measured yet.
+    On a GPU the compiled kernels come before Triton's: nothing is compiled at run time, and a call should cost less on
+    the host. That is a choice made before any measurement on a GPU.
     """
     return ("native", "reference") if device_type == "cpu" else ("native", "triton", "reference")
 

@@ -84,8 +84,8 @@ def _cuda_unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
     if reason := core.cuda.check():
-        return f"CUDA {core.cuda.compiler} kernels cannot run: {reason}"
-    architectures = core.cuda.architectures.split(";")
+        return f"its CUDA kernels (CUDA {core.cuda.compiler}) cannot run: {reason}"
+    architectures = core.cuda.architectures.split()
     for index in range(torch.cuda.device_count()):
         if not compiled_for(torch.cuda.get_device_capability(index), architectures):
             major, minor = torch.cuda.get_device_capability(index)
@@ -97,18 +97,18 @@ def _cuda_unavailable() -> str | None:
 
 
 def compiled_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether code for CMake's `architectures` ("90-real", "120-virtual", "120": both) runs on such a GPU."""
+    """Whether code for CMake's `architectures` runs on such a GPU.
+
+    "90-real" is machine code, for 9.0 and what follows within the 9s; "120-virtual" is PTX, for all that follows;
+    "120" is both. "90a" is for 9.0 alone.
+    """
     for architecture in architectures:
         number, _, kind = architecture.partition("-")
-        # 90a and the like run on 9.0 alone, 100f on the 10s
-        digits, suffix = number.rstrip("af"), number[len(number.rstrip("af")) :]
-        major, minor = int(digits[:-1]), int(digits[-1])
-        if suffix == "a":
-            if capability == (major, minor):
-                return True
-        elif (kind != "virtual" and capability[0] == major and capability[1] >= minor) or (
-            kind != "real" and suffix == "" and capability >= (major, minor)
-        ):
+        digits = number.rstrip("af")
+        compiled = (int(digits[:-1]), int(digits[-1]))
+        same_generation = kind != "virtual" and capability[0] == compiled[0]
+        later = kind != "real" and digits == number
+        if capability == compiled or (not number.endswith("a") and (same_generation or later) and capability > compiled):
             return True
     return False
 
@@ -131,7 +131,7 @@ def build_info() -> dict[str, Any]:
         "instruction_set": core.instruction_set(),
         "openmp": getattr(core, "openmp", None),
         "threads": core.max_threads() if hasattr(core, "max_threads") else 1,
-        "cuda": f"nvcc {core.cuda.compiler}, for {core.cuda.architectures}" if hasattr(core, "cuda") else None,
+        "cuda": f"nvcc {core.cuda.compiler} for {core.cuda.architectures}" if hasattr(core, "cuda") else None,
     }
 
 
