@@ -108,7 +108,9 @@ def compiled_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
         compiled = (int(digits[:-1]), int(digits[-1]))
         same_generation = kind != "virtual" and capability[0] == compiled[0]
         later = kind != "real" and digits == number
-        if capability == compiled or (not number.endswith("a") and (same_generation or later) and capability > compiled):
+        if capability == compiled or (
+            not number.endswith("a") and (same_generation or later) and capability > compiled
+        ):
             return True
     return False
 

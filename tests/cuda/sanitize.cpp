@@ -1,0 +1,135 @@
+// Every kernel once, in every walk over the pixels and all floating types, under the sanitizers that built this program.
+// What they compute is tested elsewhere: here the numbers are only looked at for being there.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "emulation.h"
+#include "segadv.h"
+
+using namespace segadv;
+
+namespace {
+
+// Memory of exactly the right size, so that one element too far is seen.
+struct Memory {
+  std::vector<std::vector<char>> blocks;
+  bool aligned = true;  // or one element behind a multiple of 16 bytes
+  TensorView tensor(DType dtype, std::vector<int64_t> sizes) {
+    int64_t numel = 1;
+    TensorView view;
+    view.dtype = dtype;
+    for (int d = static_cast<int>(sizes.size()) - 1; d >= 0; --d) {
+      view.size[d] = sizes[d];
+      view.stride[d] = numel;
+      numel *= sizes[d];
+    }
+    const size_t bytes = dtype == DType::kFloat64 || dtype == DType::kInt64 ? 8
+                         : dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4
+                         : dtype == DType::kUInt8 ? 1 : 2;
+    const size_t before = aligned ? 0 : bytes;
+    blocks.emplace_back(before + numel * bytes);
+    view.data = blocks.back().data() + before;
+    return view;
+  }
+  void* workspace(int64_t bytes) {
+    blocks.emplace_back(bytes);
+    return blocks.back().data();
+  }
+};
+
+template <class S>
+void fill(const TensorView& view, int64_t numel) {
+  for (int64_t i = 0; i < numel; ++i)
+    static_cast<S*>(view.data)[i] = from_compute<S>(static_cast<Compute<S>>((i * 7919 + 13) % 997) / Compute<S>(100));
+}
+
+void check(const cuda::Error& error, const std::string& what) {
+  if (!error) return;
+  std::fprintf(stderr, "%s: %s: %s\n", what.c_str(), error.kernel, error.message);
+  std::exit(1);
+}
+
+template <class S>
+void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, bool option) {
+  const bool align_corners = option, aligned = !option;
+  const int64_t N = 2;
+  const std::string what = std::to_string(h) + " x " + std::to_string(w) + " to " + std::to_string(H) + " x " +
+                           std::to_string(W) + ", dtype " + std::to_string(static_cast<int>(dtype));
+  Memory memory;
+  memory.aligned = aligned;
+  Problem problem{memory.tensor(dtype, {N, C, h, w}), memory.tensor(DType::kUInt8, {N, H, W}),
+                  memory.tensor(dtype, {N, C, h, w}), 255, align_corners};
+  fill<S>(problem.logits, N * C * h * w);
+  uint8_t* labels = static_cast<uint8_t*>(problem.labels.data);
+  for (int64_t i = 0; i < N * H * W; ++i) labels[i] = static_cast<uint8_t>(i % 11 == 0 ? 255 : i % C);
+  labels[N * H * W - 1] = static_cast<uint8_t>(C);  // the second image becomes NaN
+  const auto map = [&] { return memory.tensor(wide, {N, H, W}); };
+  const auto vector = [&](DType type) { return memory.tensor(type, {N}); };
+  void* const workspace = memory.workspace(cuda::pixel_workspace(N, C, h, w, H, W, align_corners));
+  const TensorView runner_up = memory.tensor(DType::kUInt8, {N, H, W}), sum = vector(wide);
+  check(cuda::margin({problem, map(), runner_up, sum, vector(DType::kInt64)}, workspace, 0), what);
+  const Compute<S>* sums = static_cast<const Compute<S>*>(sum.data);
+  if (!std::isfinite(sums[0]) || !std::isnan(sums[1])) check({1, "margin", "other sums than expected"}, what);
+  check(cuda::margin_backward({problem, runner_up, map()}, workspace, 0), what);
+  for (Loss loss : {Loss::kCrossEntropy, Loss::kSegPGD, Loss::kCosPGD}) {
+    CrossEntropyParams params{};
+    params.problem = problem;
+    params.loss = loss;
+    params.lambda = 0.25;
+    params.pixel_loss = map(), params.largest = map(), params.log_normalizer = map(), params.pixel_weight = map();
+    params.loss_sum = vector(wide), params.weight_sum = vector(wide), params.n_valid = vector(DType::kInt64);
+    if (loss == Loss::kCrossEntropy) params.class_weight = memory.tensor(wide, {C});
+    check(cuda::cross_entropy(params, workspace, 0), what);
+    check(cuda::cross_entropy_backward({problem, params.pixel_loss, params.largest, params.log_normalizer,
+                                        params.class_weight, params.pixel_weight}, workspace, 0), what);
+  }
+  problem.grad = {};
+  for (bool per_image : {false, true}) {
+    const int64_t images = per_image ? N : 1;
+    const TensorView prediction = memory.tensor(DType::kUInt8, {N, H, W});
+    check(cuda::confusion({problem, prediction, memory.tensor(DType::kInt64, {images, C, C}), per_image,
+                           memory.tensor(DType::kInt32, {images, 3, C * C + 1}), memory.tensor(DType::kInt64, {1})},
+                          nullptr, 0), what);
+  }
+}
+
+template <class S>
+void run_steps(DType dtype, DType wide, int64_t n, int64_t numel, bool aligned) {
+  Memory memory;
+  memory.aligned = aligned;
+  const TensorView grad = memory.tensor(dtype, {n, numel}), norm = memory.tensor(wide, {n});
+  fill<S>(grad, n * numel);
+  void* workspace = memory.workspace(cuda::image_workspace(n, numel));
+  const std::string what = std::to_string(n) + " x " + std::to_string(numel);
+  check(cuda::l1_norm({n, numel, grad, norm}, workspace, 0), what);
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    const TensorView images = memory.tensor(dtype, {n, numel}), out = memory.tensor(dtype, {n, numel});
+    const TensorView gain = memory.tensor(dtype, {n}), eps = memory.tensor(dtype, {n});
+    check(cuda::newton_step({n, numel, images, grad, gain, out, eps, norm, 0, 1, 0.5, true}, workspace, 0), what);
+    check(cuda::sign_step({n, numel, images, grad, images, out, 0.1, 0.1, gain, {}, 0, 1}, nullptr, 0), what);
+  }
+}
+
+template <class S>
+void run_all(DType dtype, DType wide) {
+  const int64_t sizes[][4] = {{6, 8, 6, 8}, {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9}, {1, 1, 70, 3}, {7, 6, 9, 8}};
+  for (const auto& size : sizes)
+    for (bool option : {false, true}) run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], option);
+  for (int64_t numel : {1, 64, 4099, 8192})
+    for (bool aligned : {false, true}) run_steps<S>(dtype, wide, 3, numel, aligned);
+}
+
+}  // namespace
+
+int main() {
+  run_all<float>(DType::kFloat32, DType::kFloat32);
+  run_all<double>(DType::kFloat64, DType::kFloat64);
+  run_all<Half>(DType::kFloat16, DType::kFloat32);
+  run_all<BFloat16>(DType::kBFloat16, DType::kFloat32);
+  std::puts("done");
+  return 0;
+}

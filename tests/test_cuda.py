@@ -1,0 +1,218 @@
+"""What is CUDA's own: walks over the pixels, the order of threads, unwritten memory, bad labels, errors, the emulation.
+
+The kernels run emulated on the CPU (tests/cuda/emulation.h); what only a GPU can show is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulated
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import segadv
+from segadv import functional as F
+from segadv.ops import cuda
+from segadv.ops.native import compiled_for
+
+# own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; of two chunks; a row more than 8; one pixel each
+SIZES = (
+    ((24, 40), (24, 40)),
+    ((25, 37), (25, 37)),
+    ((5, 9), (40, 72)),
+    ((6, 7), (25, 37)),
+    ((2, 9), (40, 21)),
+    ((3, 3), (27, 27)),
+    ((13, 20), (25, 37)),
+    ((60, 70), (7, 9)),
+    ((3, 40), (3, 5)),
+    ((1, 1), (5, 300)),
+)
+
+
+def everything(z: Tensor, y: Tensor, *, align_corners: bool = False) -> dict[str, Tensor]:
+    """All floating results of all operations on pixels, gradients included; z requires a gradient."""
+    options = {"align_corners": align_corners}
+    weight = torch.linspace(0.5, 1.5, z.shape[1])
+    results = {}
+    results["gain_sum"], results["n_valid"], results["gradient of gain_sum"] = F.gain_and_grad(z, y, **options)
+    for loss in ("cross_entropy", "segpgd", "cospgd"):
+        results[loss], _, results[f"gradient of {loss}"] = F.loss_and_grad(
+            z, y, loss=loss, step=1, steps=4, targeted=loss == "cospgd", **options
+        )
+    results["pixel_margin"] = F.pixel_margin(z, y, **options)
+    results["averaged_gain"] = F.averaged_gain(z, y, **options)
+    results["pixel_loss"] = F.cross_entropy(z, y, weight=weight, reduction="none", **options)
+    results["image_loss"] = F.cross_entropy(z, y, weight=weight, reduction="image", **options)
+    results["segpgd_loss"] = F.segpgd_loss(z, y, 1, 4, **options)
+    results["cospgd_loss"] = F.cospgd_loss(z, y, **options)
+    for name in ("pixel_margin", "averaged_gain", "pixel_loss", "image_loss", "segpgd_loss", "cospgd_loss"):
+        outgoing = torch.linspace(1, 2, results[name].numel(), dtype=results[name].dtype).view_as(results[name])
+        (results[f"backward of {name}"],) = torch.autograd.grad(results[name], z, outgoing)
+    return {name: value.detach() for name, value in results.items()}
+
+
+def case(own: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
+    z = oracle.in_layout(torch.randn(2, 5, *own).to(dtype), layout).requires_grad_()
+    y = torch.randint(0, 5, (2, *size))
+    y[0, : size[0] // 3] = 255
+    return z, y
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "shifted"])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
+def test_every_walk_gives_the_native_result(
+    own: tuple[int, int], size: tuple[int, int], align_corners: bool, layout: str
+) -> None:
+    """Many blocks in every direction, against the native backend."""
+    z, y = case(own, size, torch.float32, "contiguous" if layout == "shifted" else layout)
+    if layout == "shifted":  # dense, but not at a multiple of 16 bytes
+        z = torch.cat([torch.zeros(1), z.detach().flatten()])[1:].view(z.shape).requires_grad_()
+        y = torch.cat([torch.zeros(1, dtype=y.dtype), y.flatten()])[1:].view(y.shape)
+    with segadv.backend("native"):
+        expected = everything(z, y, align_corners=align_corners)
+        matrix = F.confusion_matrix(z, y, per_image=True, align_corners=align_corners)
+        prediction = F.argmax_labels(z, size, align_corners=align_corners)
+    with segadv.backend("cuda-emulated"):
+        results = everything(z, y, align_corners=align_corners)
+        assert torch.equal(F.confusion_matrix(z, y, per_image=True, align_corners=align_corners), matrix)
+        assert torch.equal(F.argmax_labels(z, size, align_corners=align_corners), prediction)
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("own", "size"), [SIZES[0], SIZES[2], SIZES[6]], ids=str)
+def test_walks_in_half_precision(own: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:
+    z, y = case(own, size, dtype, "contiguous")
+    with segadv.backend("native"):
+        expected = everything(z, y)
+    with segadv.backend("cuda-emulated"):
+        results = everything(z, y)
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("own", "size"), [SIZES[0], SIZES[2], SIZES[6]], ids=str)
+def test_same_bits_for_any_order_of_threads_and_blocks(own: tuple[int, int], size: tuple[int, int]) -> None:
+    z, y = case(own, size, torch.float32, "contiguous")
+    images, grad, gain = torch.rand(2, 3, 40, 41), torch.randn(2, 3, 40, 41), torch.ones(2)
+    results = []
+    with segadv.backend("cuda-emulated"):
+        for seed in range(6):
+            emulated.load().seed(seed)
+            adversarial, eps = F.newton_step(images, grad, gain)
+            results.append([*everything(z, y).values(), F.confusion_matrix(z, y), adversarial, eps, F.l1_norm(grad)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def no_fresh_memory_is_zero() -> Iterator[None]:
+    """torch.empty gives NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
+def test_every_element_is_written(no_fresh_memory_is_zero: None, own: tuple[int, int], size: tuple[int, int]) -> None:
+    z, y = case(own, size, torch.float32, "contiguous")
+    with segadv.backend("cuda-emulated"):
+        for name, value in everything(z, y).items():
+            assert value.isfinite().all(), name
+        assert F.confusion_matrix(z, y).sum() == (y != 255).sum()
+        assert F.argmax_labels(z, size).max() < 5
+        assert F.sign_step(z.detach(), z.detach(), 0.1).isfinite().all()
+
+
+@pytest.mark.parametrize(("own", "size"), [((8, 10), (8, 10)), ((3, 4), (8, 10)), ((2, 2), (8, 10))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bad_labels_make_their_image_nan_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, own: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """What happens on a GPU, where nothing waits for a check: tried here with the check of CPU labels taken out."""
+    monkeypatch.setattr(cuda, "check_labels", lambda *_: None)
+    z = torch.randn(3, 5, *own).to(dtype).requires_grad_()
+    good = torch.randint(0, 5, (3, *size))
+    good[0, 0] = 255
+    bad = good.clone()
+    bad[1, 7, 9], bad[1, 3, 2] = 5, -7
+    with segadv.backend("cuda-emulated"):
+        expected, results = everything(z, good), everything(z, bad)
+        matrix = F.confusion_matrix(z, bad)
+    assert results.pop("n_valid").tolist() == [70, 78, 80]
+    expected.pop("n_valid")
+    for name, value in results.items():
+        assert value[1].isnan().all(), name
+        assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
+    assert matrix.invalid.item() == 2
+    assert matrix.sum().item() == 70 + 78 + 80
+
+
+def test_errors_name_the_kernel_and_the_sizes() -> None:
+    core = emulated.load()
+    one = torch.ones(1)
+    row = (one.data_ptr(), 0, (), ())
+    with pytest.raises(
+        RuntimeError, match=r"kernel absolute_sum failed for 2147483648 images of 1 elements: .* too large"
+    ):
+        core.l1_norm(2**31, 1, row, row, 0, 0)
+    logits, labels = (one.data_ptr(), 0, (2**32, 2, 1, 1), (0, 0, 0, 0)), (one.data_ptr(), 4, (2**32, 1, 1), (0, 0, 0))
+    with pytest.raises(
+        RuntimeError, match=r"kernel margin failed for logits \[4294967296, 2, 1, 1\], labels \[4294967"
+    ):
+        core.margin(logits, labels, None, 255, False, None, None, None, None, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs"),
+    [
+        ("90-real", [(9, 0)]),
+        ("80-real", [(8, 0), (8, 6), (8, 9)]),
+        ("86", [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("90a-real", [(9, 0)]),
+        ("100-virtual", [(10, 0), (12, 0)]),
+        ("75-real 80-real 90-real 120-real 120-virtual", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]),
+    ],
+)
+def test_which_gpus_an_architecture_serves(architectures: str, runs: list[tuple[int, int]]) -> None:
+    capabilities = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [capability for capability in capabilities if compiled_for(capability, architectures.split())] == runs
+
+
+# --- the emulation itself -----------------------------------------------------------------------------------------
+
+
+def test_emulation_finds_missing_barriers() -> None:
+    program = emulated.build([emulated.ROOT / "tests" / "cuda" / "barriers.cpp"], "barriers")
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0] == "100 right with the barrier"
+    assert lines[1] == "0 right without the barrier"
+    assert lines[2] == "leaves: 1 threads of block 0 ended and 0 wait for their warp, 63 wait at a barrier"
+    assert lines[3] == "other_barrier: 0 threads of block 0 ended and 24 wait for their warp, 40 wait at a barrier"
+
+
+def test_kernels_under_sanitizers(tmp_path: Path) -> None:
+    """No element beside any tensor, no misaligned vector, no undefined behaviour, in any walk and floating type."""
+    flags = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+    try:
+        emulated.run(os.environ.get("CXX", "c++"), *flags, str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty"))
+    except RuntimeError as error:
+        pytest.skip(f"the compiler has no sanitizers: {error}")
+    program = emulated.build((*emulated.KERNELS, emulated.ROOT / "tests" / "cuda" / "sanitize.cpp"), "sanitize", *flags)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "done\n"
