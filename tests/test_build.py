@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +12,8 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
+import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,12 +56,30 @@ print(backends.default("cpu"))
 """
 
 
+def nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def needed_libraries(extension: str) -> list[str]:
+    output = run("readelf", "-d", extension).stdout
+    assert "NEEDED" in output
+    return re.findall(r"\(NEEDED\).*\[(.+)\]", output)
+
+
+def kernels_that_spill(extension: str) -> list[str]:
+    """Kernels that need the stack, which is where registers go that do not fit."""
+    output = run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", extension).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", output)
+    assert len(kernels) > 50
+    return [name for name, stack in kernels if int(stack) > 0]
+
+
 def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: Path) -> None:
     result = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (sdist,) = tmp_path.glob("segadv-*.tar.gz")
     python = fresh_environment(tmp_path / "environment")
-    install(python, sdist)
+    install(python, sdist, CUDAARCHS="90-real")  # where there is an nvcc; without a GPU for one architecture only
     # In the clone the uncompiled folder hides the installed package, but never the extension.
     package, extension, backend = run(python, "-c", REPORT).stdout.split()
     assert Path(package).parent.parent == ROOT
@@ -67,6 +89,60 @@ def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: P
     assert tmp_path / "environment" in Path(package).parents
     assert (Path(package).parent / "py.typed").exists()
     assert backend == "native"
+    libraries = needed_libraries(extension)
+    assert not [name for name in libraries if re.match("lib(torch|c10|cuda|cudart|nvrtc)", name)], libraries
+    info = run(python, "-c", "import segadv; print(segadv.build_info()['cuda'])", cwd=tmp_path).stdout
+    if nvcc():
+        assert re.fullmatch(r"nvcc [\d.]+ for \d.*\n", info)
+        assert kernels_that_spill(extension) == []
+    else:
+        assert info == "None\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "nvcc", "message"),
+    [
+        ("ON", "/no/such/nvcc", "SEGADV_CUDA=ON, but no working nvcc was found"),
+        ("AUTO", "/no/such/nvcc", "no working nvcc was found: no CUDA kernels"),
+        ("maybe", "/no/such/nvcc", "SEGADV_CUDA is AUTO, ON or OFF, not MAYBE"),
+    ],
+)
+def test_missing_nvcc_is_named(tmp_path: Path, setting: str, nvcc: str, message: str) -> None:
+    result = configure(tmp_path, SEGADV_CUDA=setting, CUDACXX=nvcc)
+    assert (result.returncode == 0) == (setting == "AUTO")
+    assert message in " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "architectures"),
+    [
+        ({}, r"75-real;80-real;90-real(;\d+-real)*;\d+-virtual"),
+        ({"CUDAARCHS": "80-real;90"}, "80-real;90"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}, "80-real;90"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.6;9.0a"}, "86-real;90a-real"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, None),
+    ],
+    ids=str,
+)
+def test_architectures(tmp_path: Path, environment: dict[str, str], architectures: str | None) -> None:
+    if not nvcc() or torch.cuda.is_available():
+        pytest.skip("architectures are chosen where there is an nvcc; those of a visible GPU come before all others")
+    clean = {"CUDAARCHS": "", "TORCH_CUDA_ARCH_LIST": ""}
+    result = configure(tmp_path, SEGADV_CUDA="ON", **(clean | environment))
+    if architectures is None:
+        assert "TORCH_CUDA_ARCH_LIST: Hopper is not of the form 9.0 or 9.0+PTX" in " ".join(result.stderr.split())
+    else:
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert re.search(f"segadv: CUDA kernels for {architectures}\n", result.stdout)
+
+
+def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    cmake = pytest.importorskip("cmake", reason="the cmake package is not installed")
+    pybind11 = pytest.importorskip("pybind11", reason="the pybind11 package is not installed")
+    return run(
+        Path(cmake.CMAKE_BIN_DIR) / "cmake", ROOT, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}", cwd=folder, **environment,
+    )  # fmt: skip
 
 
 def test_pure_python_install_falls_back_and_says_so(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ namespace segadv::cuda {
 namespace {
 
 template <class S, int P, bool kUp, Loss kLoss>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
   using Mine = Pixels<S, P, kUp>;
   using A = Compute<S>;

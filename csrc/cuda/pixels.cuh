@@ -24,6 +24,11 @@ namespace segadv::cuda {
 
 constexpr int kColumn = 8;  // pixels of a thread in a quad row
 
+// Blocks that a multiprocessor should hold at once: so many registers are theirs. Without a number the assembler aims at
+// more, and spills.
+template <class S>
+constexpr int kBlocks = sizeof(S) < 8 ? 4 : 2;
+
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
