@@ -19,6 +19,21 @@ void reverse_kernel(int* to) {
   values[threadIdx.x] = -1;
 }
 
+// Reads what the next round overwrites, without a barrier between.
+template <bool kBarrier>
+void rounds_kernel(int* to) {
+  __shared__ int of_warp[kThreads / kWarp];
+  int wrong = 0;
+  for (int round = 0; round < 3; ++round) {
+    const int sum = warp_sum(round);
+    if (kBarrier) __syncthreads();
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    for (int value : of_warp) wrong += value != kWarp * round;
+  }
+  to[threadIdx.x] = wrong == 0 ? kThreads - 1 - static_cast<int>(threadIdx.x) : -1;
+}
+
 void leaves_kernel() {
   if (threadIdx.x == 40) return;
   __syncthreads();
@@ -51,6 +66,8 @@ int right(void (*kernel)(int*)) {
 int main() {
   std::printf("%d right with the barrier\n", right(reverse_kernel<true>));
   std::printf("%d right without the barrier\n", right(reverse_kernel<false>));
+  std::printf("%d right with the barrier\n", right(rounds_kernel<true>));
+  std::printf("%d right without the barrier\n", right(rounds_kernel<false>));
   std::printf("%s\n", launch("leaves", leaves_kernel, 1, 0).message);
   double to[kThreads];
   std::printf("%s\n", launch("other_barrier", other_barrier_kernel, 1, 0, static_cast<double*>(to)).message);

@@ -52,7 +52,7 @@ struct Fiber {
 };
 
 struct Warp {
-  unsigned arrived = 0;
+  unsigned arrived = 0, rank = 0;
   uint64_t values[2][kLanes];  // alternating: a lane is at most one exchange ahead of the others
 };
 
@@ -118,6 +118,18 @@ inline void fiber_main() {
   to_scheduler(block.fibers[block.current], State::kDone);
 }
 
+// From here to the next barrier: the warps one after the other in random order, each as far as it comes, or all mixed.
+inline void draw_ranks() {
+  const unsigned count = static_cast<unsigned>(block.warps.size());
+  const bool mixed = random_below(2) == 0;
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned other = random_below(i + 1);
+    block.warps[i].rank = block.warps[other].rank;
+    block.warps[other].rank = i;
+  }
+  for (Warp& warp : block.warps) warp.rank = mixed ? 0 : warp.rank;
+}
+
 inline void run_block(unsigned threads) {
   block.warps.assign(threads / kLanes, {});
   for (Fiber& fiber : block.fibers) {
@@ -130,31 +142,33 @@ inline void run_block(unsigned threads) {
     makecontext(&fiber.context, fiber_main, 0);
   }
   std::vector<unsigned> ready;
+  draw_ranks();
   for (;;) {
+    if (block.error) std::rethrow_exception(block.error);
     ready.clear();
-    unsigned done = 0, at_barrier = 0;
+    unsigned done = 0, at_barrier = 0, first = ~0u;
     for (unsigned i = 0; i < threads; ++i) {
       const State state = block.fibers[i].state;
       done += state == State::kDone;
       at_barrier += state == State::kAtBarrier;
-      if (state == State::kReady) ready.push_back(i);
+      const unsigned rank = block.warps[i / kLanes].rank;
+      if (state != State::kReady || rank > first) continue;
+      if (rank < first) ready.clear();
+      first = rank;
+      ready.push_back(i);
     }
-    if (block.error) std::rethrow_exception(block.error);
-    if (done == threads) return;
-    if (ready.empty() && at_barrier == threads) {
-      for (unsigned i = 0; i < threads; ++i) block.fibers[i].state = State::kReady;
-      continue;
-    }
-    if (ready.empty()) {
+    if (!ready.empty()) {
+      block.current = threadIdx.x = ready[random_below(static_cast<unsigned>(ready.size()))];
+      to_fiber(block.fibers[block.current]);
+    } else if (done == threads) {
+      return;
+    } else if (at_barrier == threads) {
+      for (Fiber& fiber : block.fibers) fiber.state = State::kReady;
+      draw_ranks();
+    } else {
       throw std::runtime_error(std::to_string(done) + " threads of block " + std::to_string(blockIdx.x) +
                                " ended and " + std::to_string(threads - done - at_barrier) +
                                " wait for their warp, " + std::to_string(at_barrier) + " wait at a barrier");
-    }
-    // All that are ready, in random order: until the next barrier they do not meet but in memory.
-    for (unsigned left = static_cast<unsigned>(ready.size()); left > 0; --left) {
-      std::swap(ready[left - 1], ready[random_below(left)]);
-      block.current = threadIdx.x = ready[left - 1];
-      to_fiber(block.fibers[block.current]);
     }
   }
 }
