@@ -22,8 +22,12 @@ from segadv.ops.cuda import CudaKernels  # noqa: E402
 # The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
 backends.BACKENDS["cuda-emulated"] = CudaKernels(emulated.load(), "cpu")
 
-# All run on the CPU; Triton on the GPU where there is one, otherwise in its interpreter.
+# All run on the CPU, Triton in its interpreter; where there is a GPU, Triton on it, and the native backend on both.
 BACKENDS = ("native", "reference", "triton", "cuda-emulated")
+NATIVE_ON_GPU = "native-on-gpu"
+ON_GPU = ("triton", NATIVE_ON_GPU) if GPU else ()
+if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:
+    BACKENDS += (NATIVE_ON_GPU,)
 
 # The interpreter takes about 20 us for every operation of a kernel, the emulation 1 us for a thread that waits for
 # others: fewer and smaller random cases suffice them.
@@ -33,8 +37,8 @@ SLOW_SIZE = 12
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in BACKENDS:
-        reason = backends.BACKENDS[name].unavailable("cuda" if name == "triton" and GPU else "cpu")
+    for name in BACKENDS[:4]:
+        reason = backends.BACKENDS[name].unavailable("cuda" if name in ON_GPU else "cpu")
         if reason is not None:
             raise pytest.UsageError(f"the tests need the backend {name!r}, they never fall back: {reason}")
 
@@ -54,11 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend; its tensors are made on the GPU where the backend runs there."""
-    on_gpu = request.param == "triton" and GPU
-    torch.set_default_device("cuda" if on_gpu else None)
+    name = "native" if request.param == NATIVE_ON_GPU else request.param
+    torch.set_default_device("cuda" if request.param in ON_GPU else None)
     try:
-        with segadv.backend(request.param):
-            yield request.param
+        with segadv.backend(name):
+            yield name
     finally:
         torch.set_default_device(None)
 

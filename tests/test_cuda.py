@@ -21,7 +21,8 @@ from segadv import functional as F
 from segadv.ops import cuda
 from segadv.ops.native import compiled_for
 
-# own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; of two chunks; a row more than 8; one pixel each
+# own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; two chunks; a pixel more than 8; one pixel each;
+# more quads than a warp has lanes
 SIZES = (
     ((24, 40), (24, 40)),
     ((25, 37), (25, 37)),
@@ -33,6 +34,7 @@ SIZES = (
     ((60, 70), (7, 9)),
     ((3, 40), (3, 5)),
     ((1, 1), (5, 300)),
+    ((5, 66), (9, 100)),
 )
 
 

@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
       largest[i] = higher ? z[i] : largest[i];
     }
   }
+  const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
+  const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
   A loss[P], log_normalizer[P], weight[P];
   A loss_sum = 0, weight_sum = 0;
 #pragma unroll
@@ -54,8 +56,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     const bool valid = label[i] >= 0;
     const A below_largest = largest[i] - own[i];
     if constexpr (kLoss == Loss::kSegPGD) {
-      const bool high = (prediction[i] == label[i]) != params.targeted;
-      weight[i] = static_cast<A>(high ? 1.0 - params.lambda : params.lambda);
+      weight[i] = prediction[i] == label[i] ? of_correct : of_wrong;
     } else if constexpr (kLoss == Loss::kCosPGD) {
       const A cosine = exp_nonpositive(-below_largest) / sqrt(squares[i]);
       weight[i] = params.targeted ? A(1) - cosine : cosine;

@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kThreads) newton_step_kernel(NewtonStepParams 
     static_cast<A*>(params.norm.data)[n] = norm;
   }
   const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
-  const A* images = static_cast<const A*>(params.images.data) + n * chunks.numel;
-  const A* grad = static_cast<const A*>(params.grad.data) + n * chunks.numel;
-  A* adversarial = static_cast<A*>(params.adversarial.data) + n * chunks.numel;
+  const A* __restrict__ images = static_cast<const A*>(params.images.data) + n * chunks.numel;
+  const A* __restrict__ grad = static_cast<const A*>(params.grad.data) + n * chunks.numel;
+  A* __restrict__ adversarial = static_cast<A*>(params.adversarial.data) + n * chunks.numel;
   for_each_pack<V>(chunks, k, [&](int64_t i) {
     Pack<A, V> x = load_pack<V>(images + i);
     const Pack<A, V> g = load_pack<V>(grad + i);
@@ -117,10 +117,10 @@ __global__ void __launch_bounds__(kThreads) sign_step_kernel(SignStepParams para
   const A alpha = per_image<A>(params.alpha_per_image, params.alpha, n);
   const A eps = per_image<A>(params.eps_per_image, params.eps, n);
   const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
-  const A* images = static_cast<const A*>(params.images.data) + n * chunks.numel;
-  const A* grad = static_cast<const A*>(params.grad.data) + n * chunks.numel;
+  const A* __restrict__ images = static_cast<const A*>(params.images.data) + n * chunks.numel;
+  const A* __restrict__ grad = static_cast<const A*>(params.grad.data) + n * chunks.numel;
   const A* origin = static_cast<const A*>(params.origin.data);
-  A* adversarial = static_cast<A*>(params.adversarial.data) + n * chunks.numel;
+  A* __restrict__ adversarial = static_cast<A*>(params.adversarial.data) + n * chunks.numel;
   for_each_pack<V>(chunks, blockIdx.x % chunks.count, [&](int64_t i) {
     Pack<A, V> x = load_pack<V>(images + i);
     const Pack<A, V> g = load_pack<V>(grad + i);

@@ -22,7 +22,7 @@ from .cuda import CudaKernels
 BACKENDS: dict[str, Any] = {"native": native, "triton": triton, "reference": reference}
 
 # The native backend on a GPU: CUDA, compiled in where there was an nvcc.
-_CUDA = CudaKernels(getattr(native.core, "cuda", None))
+_CUDA = CudaKernels(native.cuda_core)
 
 
 def _preference(device_type: str) -> tuple[str, ...]:

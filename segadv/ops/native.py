@@ -47,6 +47,9 @@ if core is not None and core.interface_version != _INTERFACE_VERSION:
         "run it from outside an older clone."
     )
 
+# The functions of the CUDA kernels, where they are compiled in.
+cuda_core = getattr(core, "cuda", None)
+
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -74,7 +77,7 @@ def unavailable(device_type: str) -> str | None:
 
 @cache
 def _cuda_unavailable() -> str | None:
-    if not hasattr(core, "cuda"):
+    if cuda_core is None:
         return (
             "this build has no CUDA kernels: no working nvcc was found when segadv was installed, or SEGADV_CUDA=OFF; "
             "install it again with SEGADV_CUDA=ON, which says what is missing"
@@ -83,9 +86,9 @@ def _cuda_unavailable() -> str | None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
-    if reason := core.cuda.check():
-        return f"its CUDA kernels (CUDA {core.cuda.compiler}) cannot run: {reason}"
-    architectures = core.cuda.architectures.split()
+    if reason := cuda_core.check():
+        return f"its CUDA kernels (CUDA {cuda_core.compiler}) cannot run: {reason}"
+    architectures = cuda_core.architectures.split()
     for index in range(torch.cuda.device_count()):
         if not compiled_for(torch.cuda.get_device_capability(index), architectures):
             major, minor = torch.cuda.get_device_capability(index)
@@ -133,7 +136,7 @@ def build_info() -> dict[str, Any]:
         "instruction_set": core.instruction_set(),
         "openmp": getattr(core, "openmp", None),
         "threads": core.max_threads() if hasattr(core, "max_threads") else 1,
-        "cuda": f"nvcc {core.cuda.compiler} for {core.cuda.architectures}" if hasattr(core, "cuda") else None,
+        "cuda": f"nvcc {cuda_core.compiler} for {cuda_core.architectures}" if cuda_core is not None else None,
     }
 
 
