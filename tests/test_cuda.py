@@ -67,11 +67,13 @@ def case(own: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, layout
     return z, y
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "shifted"])
-@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "align_corners"),
+    [("contiguous", False), ("channels_last", True), ("sliced", False), ("shifted", True)],
+)
 @pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
 def test_every_walk_gives_the_native_result(
-    own: tuple[int, int], size: tuple[int, int], align_corners: bool, layout: str
+    own: tuple[int, int], size: tuple[int, int], layout: str, align_corners: bool
 ) -> None:
     """Many blocks in every direction, against the native backend."""
     z, y = case(own, size, torch.float32, "contiguous" if layout == "shifted" else layout)

@@ -5,6 +5,8 @@
 // few cells that take most pixels from being the queue for all threads. Fewest bytes: the logits read once, labels read
 // once (or predictions written once). Resampled, bound by arithmetic: about 6 operations per class and pixel.
 //
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
+// registers, 75 % occupancy; 19 classes and int64 labels take 84 bytes per pixel. Resampled: 64 registers, 50 %.
 // Fraction of the limit reached: not yet measured.
 #include "cuda/pixels.cuh"
 

@@ -4,7 +4,9 @@
 // bytes: the logits read once, the gradient written once (where wanted), labels read once. At full resolution bound by
 // memory. Resampled, by arithmetic: about 7 operations per class and pixel.
 //
-// Fraction of the limit reached: not yet measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 43
+// registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled: 92
+// registers, 31 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 

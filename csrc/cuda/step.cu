@@ -5,6 +5,8 @@
 // reading of the gradient goes backwards, so that it starts with what the cache still holds. sign_step fuses step,
 // projection and clip: every input read once. Both are bound by memory.
 //
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75 to
+// 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an origin.
 // Fraction of the limit reached: not yet measured.
 #include "common/dtype.h"
 #include "cuda/launch.cuh"
