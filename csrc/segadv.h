@@ -122,8 +122,8 @@ struct ConfusionParams {
   TensorView prediction;  // [N, H, W] uint8 or int16: argmax over classes at the labels' size, or none
   TensorView matrix;      // [C, C] or [N, C, C] int64, row = label, column = prediction, or none
   bool per_image = false;
-  // A GPU alone: with the matrix. It counts in copies, so that the few cells which take most pixels are not the queue for
-  // all threads.
+  // A GPU alone: with the matrix. It counts in copies, so that the few cells which take most pixels are not the queue
+  // for all threads.
   TensorView counts;   // [1 or N, copies, C * C + 1] int32, filled with 0; the last one counts bad labels
   TensorView invalid;  // [] int64: bad labels of all images
 };

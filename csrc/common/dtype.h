@@ -1,7 +1,7 @@
 // Storage types and their conversion to the compute type (float; double for double), and the dispatch over them.
 //
-// The 16-bit conversions are integer arithmetic without branches, so that loops over them vectorise on any x86-64. A GPU
-// has instructions for them.
+// The 16-bit conversions are integer arithmetic without branches, so that loops over them vectorise on any x86-64. A
+// GPU has instructions for them.
 #pragma once
 
 #include <cstdint>

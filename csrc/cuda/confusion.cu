@@ -1,9 +1,10 @@
 // argmax over the classes at the labels' size, and the confusion matrix.
 //
-// Fuses upsampling, the arg-max, label lookup, masking and the counting. Counts are integers, added by atomics: the same
-// bits in any order. Several copies of the matrix, and one addition for a thread's neighbours in the same cell, keep the
-// few cells that take most pixels from being the queue for all threads. Fewest bytes: the logits read once, labels read
-// once (or predictions written once). Resampled, bound by arithmetic: about 6 operations per class and pixel.
+// Fuses upsampling, the arg-max, label lookup, masking and the counting. Counts are integers, added by atomics: the
+// same bits in any order. Several copies of the matrix, and one addition for a thread's neighbours in the same cell,
+// keep the few cells that take most pixels from being the queue for all threads. Fewest bytes: the logits read once,
+// labels read once (or predictions written once). Resampled, bound by arithmetic: about 6 operations per class and
+// pixel.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
 // registers, 75 % occupancy; 19 classes and int64 labels take 84 bytes per pixel. Resampled: 64 registers, 50 %.

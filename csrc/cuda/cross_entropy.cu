@@ -7,8 +7,8 @@
 // memory. Resampled, by arithmetic: about 12 operations, one of them an exponential, per class and pixel.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 51
-// registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled: 88 to
-// 96 registers, 31 %. Fraction of the limit reached: not yet measured.
+// registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled: 88
+// to 96 registers, 31 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
@@ -16,7 +16,7 @@ namespace segadv::cuda {
 namespace {
 
 template <class S, int P, bool kUp, Loss kLoss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
   using Mine = Pixels<S, P, kUp>;
   using A = Compute<S>;

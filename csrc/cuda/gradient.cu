@@ -4,15 +4,16 @@
 // once, and for cross-entropy the logits read once. Bound by memory.
 //
 // resampled_gradient_kernel: the transpose of the resampling without atomics. A lane owns a column of quads (the output
-// pixels between four neighbouring taps, common/bilinear.h) for a few classes, and walks down: over the pixels of a quad
-// it adds up four corner sums; two of them complete the row of logits above, two are carried to the row below. Along x
-// the sums of neighbouring lanes meet once per quad, in a shuffle. Nothing of C classes is ever larger than the gradient
-// itself. The quad row at the upper edge of a warp's rows, and one column of quads in 32, are computed twice. Bound by
-// arithmetic: 6 (margin) or 9 (cross-entropy, with one exponential) operations per class and pixel.
+// pixels between four neighbouring taps, common/bilinear.h) for a few classes, and walks down: over the pixels of a
+// quad it adds up four corner sums; two of them complete the row of logits above, two are carried to the row below.
+// Along x the sums of neighbouring lanes meet once per quad, in a shuffle. Nothing of C classes is ever larger than the
+// gradient itself. The quad row at the upper edge of a warp's rows, and one column of quads in 32, are computed twice.
+// Bound by arithmetic: 6 (margin) or 9 (cross-entropy, with one exponential) operations per class and pixel.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
 // (margin) or 40 registers, 100 % or 75 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled: 121 registers, 25 %. Fraction of the limit reached: not yet measured.
+// cross-entropy, besides labels and maps. Resampled: 121 registers, 25 %. Fraction of the limit reached: not yet
+// measured.
 #include "cuda/gradient.cuh"
 
 namespace segadv::cuda {
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t first_class = warp % warps.tiles_c * K;
   const int64_t quad_x = int64_t{warp / warps.tiles_c % warps.tiles_x} * kQuads + lane;
   const int64_t row = int64_t{warp / warps.tiles_c / warps.tiles_x} * warps.rows;
-  const int64_t last_row = warp >= warps.count ? -1 : (row + warps.rows < h ? row + warps.rows : h);
+  const int64_t last_row = row + warps.rows < h ? row + warps.rows : h;  // a warp too many has no row at all
 
   const int64_t begin_x = warps.x.first_output(quad_x), end_x = warps.x.first_output(quad_x + 1);
   const QuadWeights<A> weights_x(warps.x, quad_x);

@@ -70,7 +70,8 @@ Error margin(const MarginParams& params, void* workspace, int64_t stream) {
   const Problem& problem = params.problem;
   const int64_t n = problem.logits.size[0];
   Partial* partial = static_cast<Partial*>(workspace);
-  return dispatch_pixels(problem, {}, maps_are_aligned(params.margin, params.runner_up), [&](auto tag, const Walk& walk) {
+  const bool aligned = maps_are_aligned(params.margin, params.runner_up);
+  return dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
     const auto kernel = margin_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
     if (const Error error = launch("margin", kernel, n * walk.blocks, stream, params, walk, partial)) return error;

@@ -24,8 +24,8 @@ namespace segadv::cuda {
 
 constexpr int kColumn = 8;  // pixels of a thread in a quad row
 
-// Blocks that a multiprocessor should hold at once: so many registers are theirs. Without a number the assembler aims at
-// more, and spills.
+// Blocks that a multiprocessor should hold at once: so many registers are theirs. Without a number the assembler aims
+// at more, and spills.
 template <class S>
 constexpr int kBlocks = sizeof(S) < 8 ? 4 : 2;
 
@@ -286,8 +286,8 @@ Error dispatch_pixels(const Problem& problem, const TensorView& map, bool may_ta
     const bool join = rows_join(logits, 2) && rows_join(labels, 1) && rows_join(grad, 2) && rows_join(map, 1);
     const int64_t rows = join ? 1 : H, columns = join ? H * W : W;
     constexpr int V = kVector<S>;
-    const bool vectors = V > 1 && may_take_vectors && columns % V == 0 && rows_are_vectors(logits, 4, V) && rows_are_vectors(labels, 3, V) &&
-                         rows_are_vectors(grad, 4, V);
+    const bool vectors = V > 1 && may_take_vectors && columns % V == 0 && rows_are_vectors(logits, 4, V) &&
+                         rows_are_vectors(labels, 3, V) && rows_are_vectors(grad, 4, V);
     if (vectors) return f(TypeTag<Pixels<S, V, false>>{}, walk_of(rows, columns, columns / V, rows * (columns / V)));
     return f(TypeTag<Pixels<S, 1, false>>{}, walk_of(rows, columns, columns, rows * columns));
   });

@@ -5,9 +5,9 @@
 // reading of the gradient goes backwards, so that it starts with what the cache still holds. sign_step fuses step,
 // projection and clip: every input read once. Both are bound by memory.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75 to
-// 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an origin.
-// Fraction of the limit reached: not yet measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75
+// to 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an
+// origin. Fraction of the limit reached: not yet measured.
 #include "common/dtype.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -31,7 +31,8 @@ Chunks chunks_of(int64_t numel) {
 // Calls f(first element, V) for a thread's share of a chunk, with V elements at once.
 template <int V, class F>
 __device__ __forceinline__ void for_each_pack(const Chunks& chunks, int32_t k, F&& f) {
-  const int64_t begin = k * chunks.chunk, end = begin + chunks.chunk < chunks.numel ? begin + chunks.chunk : chunks.numel;
+  const int64_t begin = k * chunks.chunk, behind = begin + chunks.chunk;
+  const int64_t end = behind < chunks.numel ? behind : chunks.numel;
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) f(i);
 }
@@ -85,7 +86,8 @@ __device__ __forceinline__ A newton_eps(const NewtonStepParams& params, A gain, 
 }
 
 template <class A, int V>
-__global__ void __launch_bounds__(kThreads) newton_step_kernel(NewtonStepParams params, Chunks chunks, const A* partial) {
+__global__ void __launch_bounds__(kThreads)
+    newton_step_kernel(NewtonStepParams params, Chunks chunks, const A* partial) {
   const unsigned block = gridDim.x - 1 - blockIdx.x;
   const int64_t n = block / chunks.count;
   const int32_t k = block % chunks.count;
@@ -158,7 +160,8 @@ T* data(const TensorView& view) {
 
 template <class S>
 Error absolute_sums(const TensorView& grad, int64_t n, const Chunks& chunks, void* partial, int64_t stream) {
-  const auto kernel = takes_vectors<S>(chunks.numel, grad) ? absolute_sum_kernel<S, kVector<S>> : absolute_sum_kernel<S, 1>;
+  const bool vectors = takes_vectors<S>(chunks.numel, grad);
+  const auto kernel = vectors ? absolute_sum_kernel<S, kVector<S>> : absolute_sum_kernel<S, 1>;
   return launch("absolute_sum", kernel, n * chunks.count, stream, data<const S>(grad), chunks,
                 static_cast<Compute<S>*>(partial));
 }

@@ -1,5 +1,5 @@
-// Every kernel once, in every walk over the pixels and all floating types, under the sanitizers that built this program.
-// What they compute is tested elsewhere: here the numbers are only looked at for being there.
+// Every kernel once, in every walk over the pixels and all floating types, under the sanitizers that built this
+// program. What they compute is tested elsewhere: here the numbers are only looked at for being there.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -116,7 +116,8 @@ void run_steps(DType dtype, DType wide, int64_t n, int64_t numel, bool aligned) 
 
 template <class S>
 void run_all(DType dtype, DType wide) {
-  const int64_t sizes[][4] = {{6, 8, 6, 8}, {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9}, {1, 1, 70, 3}, {7, 6, 9, 8}, {3, 40, 5, 61}};
+  const int64_t sizes[][4] = {{6, 8, 6, 8},  {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9},
+                              {1, 1, 70, 3}, {7, 6, 9, 8}, {3, 40, 5, 61}};
   for (const auto& size : sizes)
     for (bool option : {false, true}) run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], option);
   for (int64_t numel : {1, 64, 4099, 8192})
