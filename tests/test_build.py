@@ -118,8 +118,7 @@ def test_missing_nvcc_is_named(tmp_path: Path, setting: str, nvcc: str, message:
     [
         ({}, r"75-real;80-real;90-real(;\d+-real)*;\d+-virtual"),
         ({"CUDAARCHS": "80-real;90"}, "80-real;90"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}, "80-real;90"),
-        ({"TORCH_CUDA_ARCH_LIST": "8.6;9.0a"}, "86-real;90a-real"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 8.6;9.0a 9.0+PTX"}, "80-real;86-real;90a-real;90"),
         ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, None),
     ],
     ids=str,
