@@ -92,6 +92,20 @@ def test_every_walk_gives_the_native_result(
         torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_more_blocks_than_a_block_has_threads() -> None:
+    """So many that a thread of the last kernel adds up several of them."""
+    z, y = torch.randn(2, 2, 121, 71), torch.randint(0, 2, (2, 121, 71))
+    y[0, :50], y[1, 100, 70] = 255, 255
+    results = []
+    for name in ("native", "cuda-emulated"):
+        with segadv.backend(name):
+            gain_sum, n_valid, _ = F.gain_and_grad(z, y)
+            results.append((gain_sum, n_valid, F.cross_entropy(z, y, reduction="image")))
+    assert results[1][1].tolist() == [71 * 71, 121 * 71 - 1]
+    for ours, native in zip(*results, strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("own", "size"), [SIZES[0], SIZES[2], SIZES[6]], ids=str)
 def test_walks_in_half_precision(own: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:
