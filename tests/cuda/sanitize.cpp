@@ -14,10 +14,12 @@ using namespace segadv;
 
 namespace {
 
+enum class Shifted { kNone, kInputs, kMaps };  // which tensors begin one element behind a multiple of 16 bytes
+
 // Memory of exactly the right size, so that one element too far is seen.
 struct Memory {
   std::vector<std::vector<char>> blocks;
-  bool aligned = true;  // or one element behind a multiple of 16 bytes
+  bool aligned = true;
   TensorView tensor(DType dtype, std::vector<int64_t> sizes) {
     int64_t numel = 1;
     TensorView view;
@@ -54,15 +56,16 @@ void check(const cuda::Error& error, const std::string& what) {
 }
 
 template <class S>
-void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, bool option) {
-  const bool align_corners = option, aligned = !option;
+void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, Shifted shifted) {
+  const bool align_corners = shifted == Shifted::kMaps;
   const int64_t N = 2;
   const std::string what = std::to_string(h) + " x " + std::to_string(w) + " to " + std::to_string(H) + " x " +
                            std::to_string(W) + ", dtype " + std::to_string(static_cast<int>(dtype));
   Memory memory;
-  memory.aligned = aligned;
+  memory.aligned = shifted != Shifted::kInputs;
   Problem problem{memory.tensor(dtype, {N, C, h, w}), memory.tensor(DType::kUInt8, {N, H, W}),
                   memory.tensor(dtype, {N, C, h, w}), 255, align_corners};
+  memory.aligned = shifted != Shifted::kMaps;
   fill<S>(problem.logits, N * C * h * w);
   uint8_t* labels = static_cast<uint8_t*>(problem.labels.data);
   for (int64_t i = 0; i < N * H * W; ++i) labels[i] = static_cast<uint8_t>(i % 11 == 0 ? 255 : i % C);
@@ -119,7 +122,8 @@ void run_all(DType dtype, DType wide) {
   const int64_t sizes[][4] = {{6, 8, 6, 8},  {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9},
                               {1, 1, 70, 3}, {7, 6, 9, 8}, {3, 40, 5, 61}};
   for (const auto& size : sizes)
-    for (bool option : {false, true}) run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], option);
+    for (Shifted shifted : {Shifted::kNone, Shifted::kInputs, Shifted::kMaps})
+      run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], shifted);
   for (int64_t numel : {1, 64, 4099, 8192})
     for (bool aligned : {false, true}) run_steps<S>(dtype, wide, 3, numel, aligned);
 }
