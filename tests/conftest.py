@@ -32,7 +32,7 @@ if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:
 # The interpreter takes about 20 us for every operation of a kernel, the emulation 1 us for a thread that waits for
 # others: fewer and smaller random cases suffice them.
 SLOW = ("cuda-emulated",) if GPU else ("triton", "cuda-emulated")
-SLOW_SEEDS = 5
+SLOW_SEEDS = 4
 SLOW_SIZE = 12
 
 
