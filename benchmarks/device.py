@@ -466,12 +466,11 @@ def pspnet50() -> tuple[str, nn.Module]:
     """The paper's network, without weights to load; the package's small one where timm does not import."""
     try:
         import timm
-
-        backbone = timm.create_model("resnetv2_50", pretrained=False, num_classes=0, output_stride=8)
-        return "pspnet50", models.PSPNet(_Features(backbone), feature_channels=2048, num_classes=19)
-    except Exception as error:
-        print(f"  timm's resnetv2_50 is not to be had, the small network takes its place: {error!r}")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        print(f"  timm does not import, the small network takes the place of its resnetv2_50: {error!r}")
         return "small_pspnet", models.small_pspnet(19)
+    backbone = timm.create_model("resnetv2_50", pretrained=False, num_classes=0, output_stride=8)
+    return "pspnet50", models.PSPNet(_Features(backbone), feature_channels=2048, num_classes=19)
 
 
 def segformer_b0() -> tuple[str, nn.Module]:
