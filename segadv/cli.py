@@ -174,14 +174,15 @@ def _demo(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .data import Cityscapes
-    from .demo import initial_model
+    from .data import NUM_CLASSES, Cityscapes
+    from .models import ModelConfig, build_model
     from .plots import plot_training
     from .training import Trainer
 
     values = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{**values, "crop": _size("crop", arguments.crop)})
-    trainer = Trainer(config, initial_model(config.seed), Cityscapes(arguments.data, "train"))
+    model = build_model(ModelConfig(), num_classes=NUM_CLASSES, seed=config.seed)
+    trainer = Trainer(config, model, Cityscapes(arguments.data, "train"))
     out = Path(arguments.out)
     trainer.run(out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from . import __version__, build_info, functional
 from .attacks import BIM
 from .attacks.base import frozen
-from .data import Cityscapes, generate_streets
+from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
-from .models import small_pspnet
+from .models import ModelConfig, build_model
 from .results import atomic_write, csv_text
 from .training import TrainConfig, Trainer
 
-__all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "initial_model", "run_demo"]
+__all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]
 
 ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
 """The arms of the paper."""
@@ -99,13 +99,6 @@ QUICK = DemoSizes(
 )
 
 
-def initial_model(seed: int) -> nn.Module:
-    """`small_pspnet` with weights that depend on the seed alone; the global random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return small_pspnet()
-
-
 def run_demo(
     out: str | os.PathLike[str],
     *,
@@ -165,7 +158,7 @@ def run_demo(
     for arm, config in configs.items():
         with record.stage(f"train {arm}"):
             print(f"training: {arm}", flush=True)
-            trainer = Trainer(config, initial_model(seed), train)
+            trainer = Trainer(config, _initial_model(seed), train)
             trainer.run(out / arm, progress=progress)
             models[arm] = trainer.model
     for arm, model in models.items():
@@ -204,6 +197,10 @@ def run_demo(
     print(_report(curves.rows, overhead, record.content["seconds"], sizes.steps))
     print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
     return record.content
+
+
+def _initial_model(seed: int) -> nn.Module:
+    return build_model(ModelConfig(), num_classes=NUM_CLASSES, seed=seed)
 
 
 class _Record:
@@ -285,7 +282,7 @@ class _InMemory(Dataset[tuple[Tensor, Tensor]]):
 
 def _measure_overhead(configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int) -> list[dict[str, Any]]:
     """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own."""
-    trainers = {arm: Trainer(config, initial_model(config.seed), dataset) for arm, config in configs.items()}
+    trainers = {arm: Trainer(config, _initial_model(config.seed), dataset) for arm, config in configs.items()}
     basic = trainers["basic"]
     batch_size = basic.config.batch_size
     samples = [basic.dataset[0, i] for i in range(batch_size)]

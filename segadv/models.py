@@ -5,8 +5,10 @@ The networks return low-resolution logits [N, C, h, w]: the operations of `segad
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from .attacks.base import model_logits
 
-__all__ = ["PSPNet", "SmallBackbone", "small_pspnet", "wrap"]
+__all__ = ["MODELS", "ModelConfig", "PSPNet", "SmallBackbone", "build_model", "small_pspnet", "wrap"]
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
@@ -142,6 +144,43 @@ def small_pspnet(num_classes: int = 19) -> PSPNet:
     """`PSPNet` on `SmallBackbone`: about 0.3 million parameters, logits at an eighth of the size."""
     backbone = SmallBackbone()
     return PSPNet(backbone, feature_channels=backbone.channels[-1], num_classes=num_classes, head_channels=64)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network a training run builds.
+
+    Args:
+        name: a key of `MODELS`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    name: str = "small_pspnet"
+
+    def __post_init__(self) -> None:
+        if self.name not in MODELS:
+            near = difflib.get_close_matches(self.name, MODELS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"model.name must be one of {', '.join(MODELS)}; got {self.name!r}, did you mean {near[0]!r}?"
+            )
+
+
+MODELS: Mapping[str, Callable[[ModelConfig, int], nn.Module]] = {
+    "small_pspnet": lambda config, num_classes: small_pspnet(num_classes),
+}
+"""name -> (config, num_classes) -> network."""
+
+
+def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
+    """The network of a config, with initial weights that depend on the seed alone.
+
+    The global random state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[config.name](config, num_classes)
 
 
 class _Wrapped(nn.Module):

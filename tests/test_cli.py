@@ -18,7 +18,7 @@ import torch
 import segadv
 from segadv import cli, demo, evaluation, training
 from segadv.cli import main
-from segadv.demo import ARMS, DemoSizes, initial_model, run_demo
+from segadv.demo import ARMS, DemoSizes, run_demo
 from segadv.training import Trainer
 
 Image = pytest.importorskip("PIL.Image")
@@ -321,17 +321,6 @@ def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypat
     for name in ("curves.csv", *(f"{arm}/evaluation.json" for arm in ARMS)):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert results["finished"] is True
-
-
-def test_initial_model_depends_on_the_seed_alone() -> None:
-    state = torch.get_rng_state()
-    first = initial_model(3)
-    torch.rand(1)
-    assert all(map(torch.equal, first.parameters(), initial_model(3).parameters()))
-    assert not all(map(torch.equal, first.parameters(), initial_model(4).parameters()))
-    torch.set_rng_state(state)
-    initial_model(3)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

@@ -189,3 +189,22 @@ def test_wrap_keeps_the_model() -> None:
     other = models.wrap(models.small_pspnet(), mean=[0, 0, 0], std=STD)
     other.load_state_dict(wrapped.state_dict())
     assert torch.equal(other.eval()(torch.ones(1, 3, 16, 16)), wrapped.eval()(torch.ones(1, 3, 16, 16)))
+
+
+def test_build_model_depends_on_the_seed_alone() -> None:
+    def build(seed: int) -> torch.nn.Module:
+        return models.build_model(models.ModelConfig(), num_classes=5, seed=seed)
+
+    state = torch.get_rng_state()
+    first = build(3)
+    torch.rand(1)
+    assert all(map(torch.equal, first.parameters(), build(3).parameters()))
+    assert not all(map(torch.equal, first.parameters(), build(4).parameters()))
+    torch.set_rng_state(state)
+    build(3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="did you mean 'small_pspnet'"):
+        models.ModelConfig("small-pspnet")

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from .augment import Augmented, EpochSampler
+import difflib
+import os
+from collections.abc import Callable, Mapping
+
+from .augment import Augmentation, Augmented
 from .cityscapes import CLASSES, COLORS, IGNORE_INDEX, NUM_CLASSES, Cityscapes
+from .sampler import EpochSampler
 from .streets import generate_streets
 
 __all__ = [
     "CLASSES",
     "COLORS",
+    "DATASETS",
     "IGNORE_INDEX",
     "NUM_CLASSES",
+    "Augmentation",
     "Augmented",
     "Cityscapes",
     "EpochSampler",
     "generate_streets",
+    "open_dataset",
 ]
+
+DATASETS: Mapping[str, Callable[[str | os.PathLike[str], str], Cityscapes]] = {"cityscapes": Cityscapes}
+"""name -> (root, split: "train" or "val") -> data set."""
+
+
+def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Cityscapes:
+    """A split, "train" or "val", of a data set on disk.
+
+    Raises:
+        ValueError: an unknown name; else what the data set raises.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
+    return DATASETS[name](root, split)

@@ -112,6 +112,10 @@ class Cityscapes(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         ImportError: Pillow is missing.
     """
 
+    num_classes = NUM_CLASSES
+    class_names = CLASSES
+    colors = COLORS
+
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         require_pillow()
         root = Path(root)
