@@ -39,6 +39,7 @@ def compare(ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor],
     z64 = logits.detach().double().requires_grad_()
     value, eager, truth = ours(z), plain(z_eager), plain(z64)
     oracle.assert_accurate(value, eager, truth, what)
+    oracle.assert_accurate(ours(logits.detach()), eager, truth, f"{what} without a gradient")
     outgoing = torch.randn(truth.shape, dtype=torch.float64)
     (grad,) = torch.autograd.grad(value, z, outgoing.to(value.dtype))
     (grad_eager,) = torch.autograd.grad(eager, z_eager, outgoing.to(eager.dtype))

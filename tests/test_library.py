@@ -39,9 +39,9 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "averaged_gain": (z, y, 255, True),
         "gain_and_grad": (z, y, 255, False),
         "margin_backward": (per_pixel, y, runner_up, list(z.shape), channels_last, dtype, 255, False),
-        "cross_entropy": (z, y, weight, 255, False, True),
-        "segpgd_loss": (z, y, 0.25, False, 255, False),
-        "cospgd_loss": (z, y, True, 255, False),
+        "cross_entropy": (z, y, weight, 255, False, True, True),
+        "segpgd_loss": (z, y, 0.25, False, 255, False, True),
+        "cospgd_loss": (z, y, True, 255, False, True),
         "cross_entropy_backward": (per_pixel, z, y, per_pixel, per_pixel, weight, per_pixel, 255, False),
         "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
         "l1_norm": (grad,),
@@ -71,6 +71,13 @@ def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int],
     for dtype in (torch.float32,) if slow else (torch.float32, torch.bfloat16, torch.float64):
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
+        if operation in ("cross_entropy", "segpgd_loss", "cospgd_loss"):  # for_backward=False
+            without = (*arguments[:-1], False)
+            torch.library.opcheck(getattr(library, operation), without)
+            result, expected = (getattr(library, operation)(*given) for given in (without, arguments))
+            assert torch.equal(result[0], expected[0])
+            assert torch.equal(result[1], expected[1])
+            assert all(entry.numel() == 0 for entry in result[2:])
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -146,7 +146,7 @@ class CrossEntropy(torch.autograd.Function):
         per_pixel: bool,
     ) -> tuple[Tensor, Tensor]:
         loss, weight_sum, largest, log_normalizer = library.cross_entropy(
-            logits, labels, weight, ignore_index, align_corners, per_pixel
+            logits, labels, weight, ignore_index, align_corners, per_pixel, ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(logits, labels, largest, log_normalizer, weight, None)
         ctx.options = (ignore_index, align_corners)
@@ -212,10 +212,11 @@ class WeightedLoss(torch.autograd.Function):
         ignore_index: int,
         align_corners: bool,
     ) -> tuple[Tensor, Tensor]:
+        options = (ignore_index, align_corners, ctx.needs_input_grad[0])
         if loss == "segpgd":
-            result = library.segpgd_loss(logits, labels, lam, targeted, ignore_index, align_corners)
+            result = library.segpgd_loss(logits, labels, lam, targeted, *options)
         else:
-            result = library.cospgd_loss(logits, labels, targeted, ignore_index, align_corners)
+            result = library.cospgd_loss(logits, labels, targeted, *options)
         loss_sum, n_valid, largest, log_normalizer, pixel_weight = result
         ctx.save_for_backward(logits, labels, largest, log_normalizer, None, pixel_weight)
         ctx.options = (ignore_index, align_corners)

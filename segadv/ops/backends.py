@@ -19,7 +19,7 @@ import torch
 from . import native, reference, triton
 from .cuda import CudaKernels
 
-BACKENDS: dict[str, Any] = {"native": native, "triton": triton, "reference": reference}
+BACKENDS: dict[str, Any] = {"native": native.CPU, "triton": triton, "reference": reference}
 
 # The native backend on a GPU: CUDA, compiled in where there was an nvcc.
 _CUDA = CudaKernels(native.cuda_core)

@@ -46,6 +46,16 @@ def empty_gradient(size: list[int], channels_last: bool, dtype: torch.dtype, dev
     return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
 
 
+def empty_map(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous [N, H, W]."""
+    return torch.empty(labels.shape, dtype=dtype, device=labels.device)
+
+
+def empty_maps(labels: Tensor, dtype: torch.dtype, count: int, wanted: bool) -> list[Tensor]:
+    """Several of them, or as many [0] where they are not wanted."""
+    return [empty_map(labels, dtype) if wanted else labels.new_empty(0, dtype=dtype) for _ in range(count)]
+
+
 def synchronous_checks() -> bool:
     """SEGADV_CHECK=1: GPU labels and the range of images are checked at once, at the price of a wait."""
     on = os.environ.get("SEGADV_CHECK", "0") not in ("", "0")

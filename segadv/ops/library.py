@@ -18,6 +18,8 @@ from .common import (
     compute_dtype,
     empty_gradient,
     empty_images,
+    empty_map,
+    empty_maps,
     is_channels_last,
     prediction_dtype,
     runner_up_dtype,
@@ -46,11 +48,6 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _map(labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous [N, H, W]."""
-    return torch.empty(labels.shape, dtype=dtype, device=labels.device)
-
-
 def _vector(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An [N], of the dtype of floating results unless said otherwise."""
     return torch.empty(logits.shape[0], dtype=dtype or compute_dtype(logits.dtype), device=logits.device)
@@ -65,7 +62,7 @@ def _gradient(logits: Tensor) -> Tensor:
 
 @_define("(Tensor logits, Tensor labels, int ignore_index, bool align_corners) -> (Tensor margin, Tensor runner_up)")
 def pixel_margin(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return _map(labels, compute_dtype(logits.dtype)), _map(labels, runner_up_dtype(logits.shape[1]))
+    return empty_map(labels, compute_dtype(logits.dtype)), empty_map(labels, runner_up_dtype(logits.shape[1]))
 
 
 @_define(
@@ -73,7 +70,7 @@ def pixel_margin(logits, labels, ignore_index, align_corners):  # type: ignore[n
     " -> (Tensor gain_sum, Tensor n_valid, Tensor runner_up)"
 )
 def averaged_gain(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return _vector(logits), _vector(logits, torch.int64), _map(labels, runner_up_dtype(logits.shape[1]))
+    return _vector(logits), _vector(logits, torch.int64), empty_map(labels, runner_up_dtype(logits.shape[1]))
 
 
 @_define(
@@ -94,35 +91,41 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
 
 
-# Cross-entropy and its weighted relatives: csrc/cpu/cross_entropy.cpp
+# Cross-entropy and its weighted relatives: csrc/cpu/cross_entropy.cpp. Without for_backward the maps that the backward
+# reads are not written, and empty.
 
 
 @_define(
-    "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel)"
+    "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel,"
+    " bool for_backward)"
     " -> (Tensor loss, Tensor weight_sum, Tensor largest, Tensor log_normalizer)"
 )
-def cross_entropy(logits, labels, weight, ignore_index, align_corners, per_pixel):  # type: ignore[no-untyped-def]
+def cross_entropy(  # type: ignore[no-untyped-def]
+    logits, labels, weight, ignore_index, align_corners, per_pixel, for_backward
+):
     dtype = compute_dtype(logits.dtype)
-    loss = _map(labels, dtype) if per_pixel else _vector(logits)
-    return loss, _vector(logits), _map(labels, dtype), _map(labels, dtype)
+    loss = empty_map(labels, dtype) if per_pixel else _vector(logits)
+    return loss, _vector(logits), *empty_maps(labels, dtype, 2, for_backward)
 
 
 @_define(
-    "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners)"
+    "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
     " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
 )
-def segpgd_loss(logits, labels, lam, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+def segpgd_loss(  # type: ignore[no-untyped-def]
+    logits, labels, lam, targeted, ignore_index, align_corners, for_backward
+):
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), *(_map(labels, dtype) for _ in range(3))
+    return _vector(logits), _vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
 
 
 @_define(
-    "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners)"
+    "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
     " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
 )
-def cospgd_loss(logits, labels, targeted, ignore_index, align_corners):  # type: ignore[no-untyped-def]
+def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backward):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), *(_map(labels, dtype) for _ in range(3))
+    return _vector(logits), _vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
 
 
 @_define(

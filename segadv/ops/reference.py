@@ -145,6 +145,11 @@ def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: flo
     return 1.0 - cosine if targeted else cosine
 
 
+def _maps(target: _Labels, wanted: bool, *maps: Tensor) -> list[Tensor]:
+    """What a backward reads, 0 at ignored pixels; as many [0] where it is not wanted."""
+    return [target.masked(entry) if wanted else entry.new_empty(0) for entry in maps]
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -152,6 +157,7 @@ def cross_entropy(
     ignore_index: int,
     align_corners: bool,
     per_pixel: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
@@ -159,12 +165,8 @@ def cross_entropy(
     class_weight = torch.ones_like(log_normalizer) if weight is None else weight.to(z.dtype)[target.y.squeeze(1)]
     loss = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * class_weight)
     weight_sum = target.masked(class_weight).sum(dim=(1, 2))
-    return (
-        loss if per_pixel else loss.sum(dim=(1, 2)),
-        weight_sum,
-        largest.where(target.valid, 0),
-        log_normalizer.where(target.valid, 0),
-    )
+    largest, log_normalizer = _maps(target, for_backward, largest, log_normalizer)
+    return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, largest, log_normalizer
 
 
 def _weighted_loss(
@@ -175,31 +177,33 @@ def _weighted_loss(
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     log_softmax, largest, log_normalizer = _log_softmax_terms(z)
     pixel_weight = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * pixel_weight)
-    return (
-        value.sum(dim=(1, 2)),
-        target.n_valid,
-        largest.where(target.valid, 0),
-        log_normalizer.where(target.valid, 0),
-        target.masked(pixel_weight),
-    )
+    largest, log_normalizer, pixel_weight = _maps(target, for_backward, largest, log_normalizer, pixel_weight)
+    return value.sum(dim=(1, 2)), target.n_valid, largest, log_normalizer, pixel_weight
 
 
 def segpgd_loss(
-    logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor,
+    labels: Tensor,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
+    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
 
 
 def cospgd_loss(
-    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool, for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
+    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
 
 
 def cross_entropy_backward(
@@ -242,11 +246,11 @@ def loss_and_grad(
     pixel_weight = None
     if loss == "cross_entropy":
         loss_sum, weight_sum, largest, log_normalizer = cross_entropy(
-            logits, labels, weight, ignore_index, align_corners, False
+            logits, labels, weight, ignore_index, align_corners, False, True
         )
     else:
         loss_sum, _, largest, log_normalizer, pixel_weight = _weighted_loss(
-            logits, labels, loss, lam, targeted, ignore_index, align_corners
+            logits, labels, loss, lam, targeted, ignore_index, align_corners, True
         )
         weight_sum = pixel_weight.sum(dim=(1, 2))
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)

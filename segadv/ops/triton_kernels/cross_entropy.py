@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, compute_dtype, empty_gradient, is_channels_last
+from ..common import check_labels, compute_dtype, empty_gradient, empty_map, empty_maps, is_channels_last
 from . import gradient
 from .scalars import bits, scalar
 from .tiles import finish, launch, load_labels, load_logit, taps, tile_of, tiles
@@ -151,10 +151,6 @@ def _vector(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
 
 
-def _maps(labels: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
-    return [torch.empty(labels.shape, dtype=dtype, device=labels.device) for _ in range(count)]
-
-
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -162,15 +158,16 @@ def cross_entropy(
     ignore_index: int,
     align_corners: bool,
     per_pixel: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     weight_sum = _vector(logits, dtype)
-    largest, log_normalizer = _maps(labels, dtype, 2)
-    loss = _maps(labels, dtype, 1)[0] if per_pixel else _vector(logits, dtype)
+    largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
+    loss = empty_map(labels, dtype) if per_pixel else _vector(logits, dtype)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, weight_sum, class_weight=weight,
         pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
-        largest=largest, log_normalizer=log_normalizer,
+        largest=largest if for_backward else None, log_normalizer=log_normalizer if for_backward else None,
     )  # fmt: skip
     return loss, weight_sum, largest, log_normalizer
 
@@ -183,28 +180,35 @@ def _weighted_loss(
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     loss_sum, weight_sum, n_valid = _vector(logits, dtype), _vector(logits, dtype), _vector(logits, torch.int64)
-    largest, log_normalizer, pixel_weight = _maps(labels, dtype, 3)
+    largest, log_normalizer, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted,
-        loss_sum=loss_sum, n_valid=n_valid, largest=largest, log_normalizer=log_normalizer,
-        pixel_weight=pixel_weight,
+        loss_sum=loss_sum, n_valid=n_valid, largest=largest if for_backward else None,
+        log_normalizer=log_normalizer if for_backward else None, pixel_weight=pixel_weight if for_backward else None,
     )  # fmt: skip
     return loss_sum, n_valid, largest, log_normalizer, pixel_weight
 
 
 def segpgd_loss(
-    logits: Tensor, labels: Tensor, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor,
+    labels: Tensor,
+    lam: float,
+    targeted: bool,
+    ignore_index: int,
+    align_corners: bool,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners)
+    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
 
 
 def cospgd_loss(
-    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool
+    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool, for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners)
+    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
 
 
 def loss_and_grad(

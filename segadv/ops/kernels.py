@@ -1,0 +1,399 @@
+"""Tensors become pointers, sizes and strides for a compiled core: the CPU's in native.py, the GPU's in cuda.py.
+
+Outputs are allocated here; the core writes every element of them. What the arguments mean: csrc/segadv.h.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import (
+    compute_dtype,
+    empty_gradient,
+    empty_images,
+    empty_map,
+    empty_maps,
+    is_channels_last,
+    numel_per_image,
+    ordered_like,
+    prediction_dtype,
+    runner_up_dtype,
+)
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.int16: 6,
+    torch.uint8: 7,
+}
+_LOSSES = {"cross_entropy": 0, "segpgd": 1, "cospgd": 2}
+
+View = tuple[int, int, Any, Any]
+"""Address, dtype, sizes and strides of a tensor, as the core takes them."""
+
+
+def view(tensor: Tensor | None) -> View | None:
+    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+def row(tensor: Tensor) -> View:
+    """A tensor that the step kernels see as rows of elements in whatever dense order."""
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
+
+
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An [N], of the dtype of floating results unless said otherwise."""
+    return torch.empty(tensor.shape[0], dtype=dtype or compute_dtype(tensor.dtype), device=tensor.device)
+
+
+def _gradient(logits: Tensor) -> Tensor:
+    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+
+
+class Kernels:
+    """One method per operation of library.py, over the functions of a compiled module. How a function is called is the
+    sub-classes' affair.
+
+    Args:
+        core: the module; None where there is none, and then nothing may be called.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def unavailable(self, device_type: str) -> str | None:
+        """Why it cannot run on a kind of device; None where it can."""
+        raise NotImplementedError
+
+    def _launch(self, kernel: Any, like: Tensor, *arguments: Any) -> Any:
+        """Calls a function of the core where the tensor `like` is."""
+        raise NotImplementedError
+
+    def _pixels(
+        self, kernel: Any, size: Any, labels: Tensor, ignore_index: int, align_corners: bool, *arguments: Any
+    ) -> None:
+        """Calls one that reads labels, with logits of that size."""
+        raise NotImplementedError
+
+    def _images(self, kernel: Any, images: Tensor, *arguments: Any, sums: bool = False) -> None:
+        """Calls one that takes images as rows, and sums over them or does not."""
+        raise NotImplementedError
+
+    def _in_two_kernels(self, logits: Tensor, labels: Tensor) -> bool:
+        """Whether the gradient has a kernel of its own, which reads maps that the first one leaves."""
+        return False
+
+    def confusion_matrix(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, per_image: bool
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    # --- margin ---
+
+    def _margin(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        align_corners: bool,
+        *,
+        grad: Tensor | None = None,
+        margin: Tensor | None = None,
+        runner_up: Tensor | None = None,
+        gain_sum: Tensor | None = None,
+        n_valid: Tensor | None = None,
+    ) -> None:
+        if grad is not None and self._in_two_kernels(logits, labels):
+            runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+        self._pixels(
+            self.core.margin, logits.shape, labels, ignore_index, align_corners,
+            view(logits), view(labels), view(grad), ignore_index, align_corners,
+            view(margin), view(runner_up), view(gain_sum), view(n_valid),
+        )  # fmt: skip
+
+    def pixel_margin(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        margin = empty_map(labels, compute_dtype(logits.dtype))
+        runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+        self._margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
+        return margin, runner_up
+
+    def averaged_gain(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gain_sum, n_valid = _like(logits), _like(logits, torch.int64)
+        runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+        self._margin(
+            logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid
+        )
+        return gain_sum, n_valid, runner_up
+
+    def gain_and_grad(
+        self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gain_sum, n_valid, grad = _like(logits), _like(logits, torch.int64), _gradient(logits)
+        self._margin(logits, labels, ignore_index, align_corners, grad=grad, gain_sum=gain_sum, n_valid=n_valid)
+        return gain_sum, n_valid, grad
+
+    def margin_backward(
+        self,
+        grad_margin: Tensor,
+        labels: Tensor,
+        runner_up: Tensor,
+        size: list[int],
+        channels_last: bool,
+        dtype: torch.dtype,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> Tensor:
+        grad = empty_gradient(size, channels_last, dtype, labels.device)
+        # Sizes without data: the logits' values are not needed.
+        logits = (0, _DTYPES[dtype], size, grad.stride())
+        self._pixels(
+            self.core.margin_backward, size, labels, ignore_index, align_corners,
+            logits, view(labels), view(grad), ignore_index, align_corners, view(runner_up), view(grad_margin),
+        )  # fmt: skip
+        return grad
+
+    # --- cross-entropy and its weighted relatives ---
+
+    def _cross_entropy(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        align_corners: bool,
+        *,
+        loss: str = "cross_entropy",
+        lam: float = 0.0,
+        targeted: bool = False,
+        grad: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        pixel_loss: Tensor | None = None,
+        largest: Tensor | None = None,
+        log_normalizer: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
+        loss_sum: Tensor | None = None,
+        weight_sum: Tensor | None = None,
+        n_valid: Tensor | None = None,
+    ) -> None:
+        if grad is not None and self._in_two_kernels(logits, labels):
+            largest, log_normalizer = (empty_map(labels, compute_dtype(logits.dtype)) for _ in range(2))
+            if loss != "cross_entropy":
+                pixel_weight = torch.empty_like(largest)
+        self._pixels(
+            self.core.cross_entropy, logits.shape, labels, ignore_index, align_corners,
+            view(logits), view(labels), view(grad), ignore_index, align_corners, _LOSSES[loss], lam, targeted,
+            view(class_weight), view(pixel_loss), view(largest), view(log_normalizer), view(pixel_weight),
+            view(loss_sum), view(weight_sum), view(n_valid),
+        )  # fmt: skip
+
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+        per_pixel: bool,
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(logits.dtype)
+        loss = empty_map(labels, dtype) if per_pixel else _like(logits)
+        weight_sum = _like(logits)
+        largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
+        self._cross_entropy(
+            logits,
+            labels,
+            ignore_index,
+            align_corners,
+            class_weight=weight,
+            pixel_loss=loss if per_pixel else None,
+            loss_sum=None if per_pixel else loss,
+            weight_sum=weight_sum,
+            largest=largest if for_backward else None,
+            log_normalizer=log_normalizer if for_backward else None,
+        )
+        return loss, weight_sum, largest, log_normalizer
+
+    def _weighted_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        loss: str,
+        lam: float,
+        targeted: bool,
+        ignore_index: int,
+        align_corners: bool,
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        loss_sum, n_valid = _like(logits), _like(logits, torch.int64)
+        largest, log_normalizer, pixel_weight = empty_maps(labels, loss_sum.dtype, 3, for_backward)
+        self._cross_entropy(
+            logits,
+            labels,
+            ignore_index,
+            align_corners,
+            loss=loss,
+            lam=lam,
+            targeted=targeted,
+            loss_sum=loss_sum,
+            n_valid=n_valid,
+            largest=largest if for_backward else None,
+            log_normalizer=log_normalizer if for_backward else None,
+            pixel_weight=pixel_weight if for_backward else None,
+        )
+        return loss_sum, n_valid, largest, log_normalizer, pixel_weight
+
+    def segpgd_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        lam: float,
+        targeted: bool,
+        ignore_index: int,
+        align_corners: bool,
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self._weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
+
+    def cospgd_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targeted: bool,
+        ignore_index: int,
+        align_corners: bool,
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self._weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
+
+    def loss_and_grad(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        loss: str,
+        lam: float,
+        targeted: bool,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss_sum, n_valid, weight_sum = _like(logits), _like(logits, torch.int64), _like(logits)
+        grad = _gradient(logits)
+        self._cross_entropy(
+            logits,
+            labels,
+            ignore_index,
+            align_corners,
+            loss=loss,
+            lam=lam,
+            targeted=targeted,
+            grad=grad,
+            class_weight=weight,
+            loss_sum=loss_sum,
+            weight_sum=weight_sum,
+            n_valid=n_valid,
+        )
+        return loss_sum, n_valid, weight_sum, grad
+
+    def cross_entropy_backward(
+        self,
+        grad_loss: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        largest: Tensor,
+        log_normalizer: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        ignore_index: int,
+        align_corners: bool,
+    ) -> Tensor:
+        grad = _gradient(logits)
+        self._pixels(
+            self.core.cross_entropy_backward, logits.shape, labels, ignore_index, align_corners,
+            view(logits), view(labels), view(grad), ignore_index, align_corners,
+            view(grad_loss), view(largest), view(log_normalizer), view(weight), view(pixel_weight),
+        )  # fmt: skip
+        return grad
+
+    # --- steps in pixel space ---
+
+    def l1_norm(self, grad: Tensor) -> Tensor:
+        norm = _like(grad)
+        if not is_channels_last(grad):
+            grad = grad.contiguous()
+        self._images(self.core.l1_norm, grad, row(grad), row(norm), sums=True)
+        return norm
+
+    def newton_step(
+        self,
+        images: Tensor,
+        grad: Tensor,
+        gain: Tensor,
+        low: float,
+        high: float,
+        clamp_negative: bool,
+        max_eps: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        adversarial = empty_images(images)
+        images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
+        gain = gain.to(images.dtype).contiguous()
+        eps, norm = torch.empty_like(gain), torch.empty_like(gain)
+        if numel_per_image(images) == 0:
+            return adversarial, eps.zero_(), norm.zero_()
+        self._images(
+            self.core.newton_step, images, row(images), row(grad), row(gain), row(adversarial), row(eps),
+            row(norm), low, high, -1.0 if max_eps is None else max_eps, clamp_negative, sums=True,
+        )  # fmt: skip
+        return adversarial, eps, norm
+
+    def sign_step(
+        self,
+        images: Tensor,
+        grad: Tensor,
+        alpha: float,
+        alpha_per_image: Tensor | None,
+        origin: Tensor | None,
+        eps: float | None,
+        eps_per_image: Tensor | None,
+        low: float,
+        high: float,
+    ) -> Tensor:
+        adversarial = empty_images(images)
+        images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
+        origin = None if origin is None else ordered_like(origin, adversarial)
+        self._images(
+            self.core.sign_step, images, row(images), row(grad),
+            None if origin is None else row(origin), row(adversarial), alpha, 0.0 if eps is None else eps,
+            None if alpha_per_image is None else row(alpha_per_image),
+            None if eps_per_image is None else row(eps_per_image), low, high,
+        )  # fmt: skip
+        return adversarial
+
+    # --- predictions ---
+
+    def argmax_labels(self, logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
+        dtype = prediction_dtype(logits.shape[1])
+        prediction = torch.empty((logits.shape[0], *size), dtype=dtype, device=logits.device)
+        labels = (0, _DTYPES[torch.uint8], prediction.shape, prediction.stride())
+        self._launch(
+            self.core.confusion, logits, view(logits), labels, 0, align_corners, view(prediction), None, False, None,
+            None,
+        )  # fmt: skip
+        return prediction
+
+
+def empty_matrix(logits: Tensor, per_image: bool) -> Tensor:
+    """An int64 [C, C], or [N, C, C]."""
+    num_images, num_classes = logits.shape[:2]
+    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
+    return torch.empty(shape, dtype=torch.int64, device=logits.device)
