@@ -106,12 +106,12 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     @staticmethod
     def read_image(path: str) -> npt.NDArray[np.uint8]:
-        """uint8 [H, W, 3]; the array may be read-only."""
+        """uint8 [H, W, 3]."""
         raise NotImplementedError
 
     @staticmethod
     def read_mask(path: str) -> npt.NDArray[np.uint8]:
-        """The values of a mask file, uint8 [H, W]; the array may be read-only."""
+        """The values of a mask file, uint8 [H, W]."""
         raise NotImplementedError
 
     @classmethod
@@ -149,7 +149,7 @@ def require_pillow() -> None:
 def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[np.uint8]:
     """The pixels of an image file as they are stored: [H, W, 3] for the mode "RGB", [H, W] for "L" and "P".
 
-    The array is read-only. An EXIF orientation is not applied: masks are drawn for the stored pixels.
+    An EXIF orientation is not applied: masks are drawn for the stored pixels.
 
     Args:
         modes: of Pillow; any other is refused.
@@ -178,7 +178,7 @@ def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[n
     if image.mode not in modes:
         allowed = " or ".join(f'"{mode}"' for mode in modes)
         raise ValueError(f'{path}: the image mode must be {allowed}, this one is "{image.mode}"; {remedy}')
-    return np.asarray(image)
+    return np.array(image)
 
 
 def names_in(folder: Path, ending: str) -> set[str]:
