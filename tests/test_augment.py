@@ -118,12 +118,15 @@ def test_against_the_reference(seed: int) -> None:
 def test_corners_that_barely_leave_the_image(canvas: tuple[int, int], angle: float) -> None:
     label = torch.randint(0, 19, (20, 30), dtype=torch.uint8)
     image = torch.rand(3, 20, 30, dtype=torch.float64)
-    arguments = {"canvas": canvas, "angle": angle, "offset": (0, 0), "crop": canvas, "flip": False}
-    exact, classes, sure = reference(image.numpy(), label.numpy(), **arguments)
-    out, out_label = warp(image, label, **arguments)
-    assert 0 < (classes == IGNORE_INDEX).mean() < 0.2
-    assert np.abs(out.numpy() - exact)[:, sure].max() < 1e-6
-    assert np.array_equal(out_label.numpy()[sure], classes[sure])
+    crop = (canvas[0] // 2, canvas[1] // 2)
+    for bottom in (0, canvas[0] - crop[0]):
+        for right in (0, canvas[1] - crop[1]):  # one corner of the canvas in each crop
+            arguments = {"canvas": canvas, "angle": angle, "offset": (bottom, right), "crop": crop, "flip": False}
+            exact, classes, sure = reference(image.numpy(), label.numpy(), **arguments)
+            out, out_label = warp(image, label, **arguments)
+            assert 0 < (classes == IGNORE_INDEX).mean() < 0.2
+            assert np.abs(out.numpy() - exact)[:, sure].max() < 1e-6
+            assert np.array_equal(out_label.numpy()[sure], classes[sure])
 
 
 @pytest.mark.parametrize("flip", [False, True])
