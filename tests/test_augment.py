@@ -119,14 +119,16 @@ def test_corners_that_barely_leave_the_image(canvas: tuple[int, int], angle: flo
     label = torch.randint(0, 19, (20, 30), dtype=torch.uint8)
     image = torch.rand(3, 20, 30, dtype=torch.float64)
     crop = (canvas[0] // 2, canvas[1] // 2)
+    void = []
     for bottom in (0, canvas[0] - crop[0]):
         for right in (0, canvas[1] - crop[1]):  # one corner of the canvas in each crop
             arguments = {"canvas": canvas, "angle": angle, "offset": (bottom, right), "crop": crop, "flip": False}
             exact, classes, sure = reference(image.numpy(), label.numpy(), **arguments)
             out, out_label = warp(image, label, **arguments)
-            assert 0 < (classes == IGNORE_INDEX).mean() < 0.2
+            void.append((classes == IGNORE_INDEX).mean())
             assert np.abs(out.numpy() - exact)[:, sure].max() < 1e-6
             assert np.array_equal(out_label.numpy()[sure], classes[sure])
+    assert 0 < max(void) < 0.1
 
 
 @pytest.mark.parametrize("flip", [False, True])
