@@ -87,7 +87,7 @@ class Chains:
             raise ImportError("this benchmark compares with torchvision: pip install torchvision")
         from torchvision.transforms.v2 import InterpolationMode, functional
 
-        self.v2, self.nearest, self.bilinear = functional, InterpolationMode.NEAREST, InterpolationMode.BILINEAR
+        self.v2, self.modes = functional, InterpolationMode
 
     def blurred(self, image: Tensor, deviation: float) -> Tensor:
         size = 2 * math.ceil(3 * deviation) + 1
@@ -95,14 +95,15 @@ class Chains:
 
     def resized(self, image: Tensor, label: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
         return (
-            self.v2.resize(image, size, interpolation=self.bilinear, antialias=True),
-            self.v2.resize(label, size, interpolation=self.nearest),
+            self.v2.resize(image, size, interpolation=self.modes.BILINEAR, antialias=True),
+            # NEAREST would move the label by up to half a pixel
+            self.v2.resize(label, size, interpolation=self.modes.NEAREST_EXACT),
         )
 
     def rotated(self, image: Tensor, label: Tensor, angle: float) -> tuple[Tensor, Tensor]:
         return (
-            self.v2.rotate(image, angle, interpolation=self.bilinear),
-            self.v2.rotate(label, angle, interpolation=self.nearest, fill=[IGNORE_INDEX]),
+            self.v2.rotate(image, angle, interpolation=self.modes.BILINEAR),
+            self.v2.rotate(label, angle, interpolation=self.modes.NEAREST, fill=[IGNORE_INDEX]),
         )
 
     def cropped(self, image: Tensor, label: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
