@@ -151,10 +151,10 @@ class Chains:
 
 
 def require_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, Tensor]) -> None:
-    """Raises where two samples differ by more than interpolation does."""
+    """Raises where two samples differ by more than interpolation and the edge of the void account for."""
     difference = (ours[0] - theirs[0]).abs().mean().item()
     labels = (ours[1] != theirs[1]).float().mean().item()
-    if difference > 0.02 or labels > 0.05:
+    if difference > 0.03 or labels > 0.05:
         raise AssertionError(f"the chains differ: images by {difference:.3f}, labels in {labels:.1%} of the pixels")
 
 
