@@ -125,8 +125,10 @@ class Chains:
         image, label = self.rotated(image, label, draw.angle)
         if not blur_last:
             image = self.blurred(image, draw.blur)
+        narrow = draw.canvas[1] < draw.crop[1]  # Augmented mirrors it in its place in the crop
+        image, label = self.flipped(image, label, draw.flip and narrow)
         image, label = self.cropped(image, label, draw)
-        image, label = self.flipped(image, label, draw.flip)
+        image, label = self.flipped(image, label, draw.flip and not narrow)
         if blur_last:
             image = self.blurred(image, draw.blur)
         return self.v2.to_dtype(image, torch.float32, scale=True), label[0]
