@@ -106,8 +106,8 @@ def from_first(call: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome[0] = call()
-        except Exception as error:
-            outcome[1] = error
+        except Exception as raised:
+            outcome[1] = raised
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome
     if error is not None:
