@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
     with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _read_shared(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -134,7 +140,8 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
         try:
             save_file(weights, temporary, metadata=metadata)
         except SafetensorError as error:  # this is how it reports a full disk
-            raise OSError(errno.EIO, str(error)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Without a group all of it is there and means one process.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["add_up", "explained", "from_first", "gather", "process_group", "rank", "started", "world_size"]
+__all__ = [
+    "add_up",
+    "averaging_gradients",
+    "explained",
+    "from_first",
+    "gather",
+    "process_group",
+    "rank",
+    "started",
+    "world_size",
+]
 
 _TIMEOUT = timedelta(minutes=10)
 """For a process that hangs. One that ends is noticed at once: its connections break, and torchrun stops the others."""
@@ -80,6 +92,13 @@ def explained(continues: str) -> Iterator[None]:
             f"process {rank()} of {world_size()} stops: another process ended or cannot be reached any more, its own "
             f"message tells why; {continues} ({str(error).splitlines()[0]})"
         ) from error
+
+
+def averaging_gradients(module: nn.Module) -> DistributedDataParallel:
+    """The module with gradients that are averaged over the processes, and nothing else communicated."""
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on
+    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
 
 def add_up(value: Tensor) -> Tensor:

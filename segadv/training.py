@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
@@ -332,8 +331,7 @@ class Trainer:
         attacked: Any = torch.compile(self.model) if config.compile else self.model
         self._network: nn.Module = attacked
         if self.processes > 1:
-            # Running statistics are the same everywhere by other means than a broadcast in every forward pass.
-            self._network = DistributedDataParallel(attacked, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._network = distributed.averaging_gradients(attacked)
         self._own_statistics = _running_statistics(self.model) if self.processes > 1 and not cuda else []
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
