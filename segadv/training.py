@@ -34,7 +34,7 @@ from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFG
 from .attacks.base import Attack, model_logits
 from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
 from .data import IGNORE_INDEX, Augmentation, Augmented, EpochSampler
-from .data.checked import CheckedSamples
+from .data.checked import checked
 from .evaluation import ATTACKS, EPS, EvaluationResult, evaluate
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
@@ -319,8 +319,9 @@ class Trainer:
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
         self._batches(start_step=0)  # raises where the batch cannot be divided
-        checked = CheckedSamples(dataset, num_classes=self.description.get("num_classes"))
-        self.dataset = Augmented(checked, crop=config.crop, seed=config.seed, augmentation=config.augmentation)
+        self.dataset = Augmented(
+            self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
+        )
         self.validation_dataset = validation_dataset
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device)
@@ -354,6 +355,9 @@ class Trainer:
         self._interrupts: list[int] = []  # Ctrl-C in this process, while several agree on where to stop
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
+
+    def _checked(self, dataset: Dataset[tuple[Tensor, Tensor]]) -> Dataset[tuple[Tensor, Tensor]]:
+        return checked(dataset, self.description.get("num_classes"))
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -756,7 +760,7 @@ class Trainer:
         images = range(min(validation.images or length, length))
         batches = [images[start : start + validation.batch_size] for start in images[:: validation.batch_size]]
         loader = DataLoader(
-            CheckedSamples(dataset, num_classes=self.description.get("num_classes")),
+            self._checked(dataset),
             batch_sampler=batches[distributed.rank() :: self.processes],  # type: ignore[arg-type]
             num_workers=self.config.workers,
             collate_fn=_stack,

@@ -33,7 +33,7 @@ ALL_FILES = sorted([*FILES, "validation.jsonl", "curves.csv"])
 def forks() -> Any:
     """From a server that has imported everything: they start at once, and have no threads of this process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoints"])
+    context.set_forkserver_preload(["torch._dynamo", "tqdm", "test_checkpoints"])  # what an optimiser imports, too
     with pytest.MonkeyPatch.context() as patch:  # the server does not get sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("TRITON_INTERPRET", "1")
