@@ -422,7 +422,7 @@ class Trainer:
                 index = pinned.to(self.device, non_blocking=True)
                 clean = images[index].contiguous(memory_format=self._memory_format)
                 adversarial, info = self.attack(clean, labels[index], return_info=True)
-                images = images.index_copy(0, index, adversarial)
+                images = images.clone().index_copy_(0, index, adversarial)  # index_copy forgets the memory format
                 eps = info.eps
                 gain = gain if info.gain is None else info.gain
                 skipped = (adversarial == clean).flatten(1).all(1)
