@@ -425,7 +425,8 @@ class Trainer:
                 images = images.clone().index_copy_(0, index, adversarial)  # index_copy forgets the memory format
                 eps = info.eps
                 gain = gain if info.gain is None else info.gain
-                skipped = (adversarial == clean).flatten(1).all(1)
+                # as all(1), which takes three times as long on the CPU
+                skipped = (adversarial == clean).flatten(1).view(torch.uint8).amin(1).bool()
             logits = model_logits(self._network(images), None)
             if pixels is None:
                 loss = own_loss = functional.cross_entropy(logits, labels)
