@@ -460,8 +460,8 @@ class Trainer:
         if set(differing) <= _SPLIT:
             remedy = (
                 f"start it with {saved.get('processes', 1)} processes (torchrun --nproc-per-node) and accumulation "
-                f"{saved.get('accumulation', 1)} as before, or set allow_other_split to divide the same batches otherwise "
-                "from here on"
+                f"{saved.get('accumulation', 1)} as before, or set allow_other_split to divide the same batches "
+                "otherwise from here on"
             )
         raise ValueError(f"{path} belongs to another run, it differs in {told}: {remedy}")
 
