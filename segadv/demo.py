@@ -6,7 +6,6 @@ figures 3 and 4 (mIoU against eps) and tables 1 and 2 (additional training time)
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from . import __version__, build_info, functional
-from .attacks import BIM
-from .attacks.base import frozen
+from . import __version__, build_info
+from .comparison import ARMS, PAPER_OVERHEAD, SHOWN_EPS, examples, measure_overhead, read_overhead
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
@@ -34,22 +32,7 @@ from .training import TrainConfig, Trainer
 
 __all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]
 
-ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
-"""The arms of the paper."""
-
-PAPER_OVERHEAD: dict[str, dict[str, float]] = {
-    "paper, Cityscapes": {"fgsm": 12.52, "random-fgsm": 12.34, "bim-3": 45.92, "fast-newton": 11.98},
-    "paper, PASCAL VOC": {"fgsm": 31.76, "random-fgsm": 34.71, "bim-3": 98.24, "fast-newton": 31.18},
-    "cost model": {"fgsm": 100 / 3, "random-fgsm": 100 / 3, "bim-3": 100.0, "fast-newton": 100 / 3},
-}
-"""Additional training time in percent: tables 1 and 2 of the paper, and what counting passes gives.
-
-A clean step is 3 passes (forward, data gradient, weight gradient); an attack step on half the batch adds one.
-"""
-
 _ATTACKS = ("fgsm", "bim-10")
-_SHOWN_EPS = 0.03
-_WARM_UP_STEPS = 2
 _MEANINGFUL_STEPS = 100
 
 
@@ -166,16 +149,18 @@ def run_demo(
     if not (out / "overhead.csv").exists():
         with record.stage("overhead"):
             print("overhead: steps of all arms in turn", flush=True)
-            _write_csv(_measure_overhead(configs, train, sizes.overhead_steps), out / "overhead.csv")
-    overhead = _read_overhead(out / "overhead.csv")
+            times = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
+            _write_csv(times, out / "overhead.csv")
+    overhead = read_overhead(out / "overhead.csv")
 
     with record.stage("figures"):
         from . import plots
 
         plots.plot_robustness(rows, out / "robustness.png")
         plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
-        examples = _examples({arm: models[arm] for arm in ("basic", "fast-newton")}, val)
-        plots.plot_qualitative(examples, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
+        samples = [val[index] for index in sorted({0, len(val) // 2})]
+        shown = examples({arm: models[arm] for arm in ("basic", "fast-newton")}, samples)
+        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
         evaluation={"attacks": _ATTACKS, "eps": EPS},
@@ -317,76 +302,6 @@ class _InMemory(Dataset[tuple[Tensor, Tensor]]):
         return self.samples[index]
 
 
-def _measure_overhead(configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own."""
-    trainers = {arm: Trainer(config, _initial_model(config.seed), dataset) for arm, config in configs.items()}
-    basic = trainers["basic"]
-    batch_size = basic.config.batch_size
-    samples = [basic.dataset[0, i] for i in range(batch_size)]
-    images = torch.stack([image for image, _, _ in samples]).to(basic.device)
-    labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
-    chosen = list(range(0, batch_size, 2))
-    milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
-    for _ in range(_WARM_UP_STEPS + steps):
-        for arm, trainer in trainers.items():
-            _synchronize(trainer.device)
-            start = time.perf_counter()
-            trainer.step(images, labels, chosen)
-            _synchronize(trainer.device)
-            milliseconds[arm].append((time.perf_counter() - start) * 1000)
-    basic_p50 = float(np.median(milliseconds["basic"][_WARM_UP_STEPS:]))
-    rows = []
-    for arm, times in milliseconds.items():
-        p20, p50, p80 = np.percentile(times[_WARM_UP_STEPS:], (20, 50, 80)).tolist()
-        rows.append(
-            {
-                "arm": arm,
-                "step_ms_p20": round(p20, 3),
-                "step_ms_p50": round(p50, 3),
-                "step_ms_p80": round(p80, 3),
-                "overhead_percent": round((p50 / basic_p50 - 1) * 100, 2),
-            }
-        )
-    return rows
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _read_overhead(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: value if key == "arm" else float(value) for key, value in row.items()} for row in rows]
-
-
-def _examples(models: Mapping[str, nn.Module], val: _InMemory) -> list[dict[str, Any]]:
-    """What BIM-10 does to two validation images under each model."""
-    examples = []
-    for index in sorted({0, len(val) // 2}):
-        for arm, model in models.items():
-            device = next(model.parameters()).device
-            image, label = (tensor[None].to(device) for tensor in val[index])
-            adversarial = BIM(model, eps=_SHOWN_EPS, alpha=0.004, steps=10)(image, label)
-            example = {
-                "image": image,
-                "label": label,
-                "prediction": _predict(model, image),
-                "adversarial": adversarial,
-                "adversarial_prediction": _predict(model, adversarial),
-            }
-            examples.append({"arm": arm, **{key: tensor[0].cpu() for key, tensor in example.items()}})
-    return examples
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    with frozen(model):
-        return functional.argmax_labels(model(images), (height, width))
-
-
 def _report(
     curves: Sequence[Mapping[str, Any]],
     overhead: Sequence[Mapping[str, Any]],
@@ -399,7 +314,7 @@ def _report(
         scores.setdefault((row["arm"], row["attack"], row["eps"]), []).append(row["miou"])
     score = {key: sum(values) / len(values) for key, values in scores.items()}
     seeds = len(next(iter(scores.values())))
-    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
+    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, SHOWN_EPS))]
     titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
     lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
     for arm in ARMS:
@@ -422,13 +337,13 @@ def _report(
     if steps < _MEANINGFUL_STEPS:
         lines += ["", f"{steps} steps train nothing: this was a check that all works, its accuracies mean nothing."]
         return "\n".join([*lines, f"Time: {sum(seconds.values()) / 60:.1f} minutes."])
-    robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
+    robust = {arm: score[arm, "bim-10", SHOWN_EPS] for arm in ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)
     rivals = ("random-fgsm", "fgsm", "basic")
     not_below = [arm for arm in rivals if robust[arm] >= robust["fast-newton"]]
     lines += [
         "",
-        f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
+        f"BIM-10, eps {SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
         f"The paper finds fast-newton above {', '.join(rivals)} there; "
         + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
         *_overlapping(scores, rivals),
@@ -439,10 +354,10 @@ def _report(
 
 def _overlapping(scores: Mapping[tuple[str, str, float], Sequence[float]], rivals: Sequence[str]) -> list[str]:
     """Which arms the seeds do not tell from fast-newton; nothing with one seed."""
-    ours = scores["fast-newton", "bim-10", _SHOWN_EPS]
+    ours = scores["fast-newton", "bim-10", SHOWN_EPS]
     if len(ours) == 1:
         return []
-    theirs = {arm: scores[arm, "bim-10", _SHOWN_EPS] for arm in rivals}
+    theirs = {arm: scores[arm, "bim-10", SHOWN_EPS] for arm in rivals}
     same = [arm for arm, values in theirs.items() if min(values) <= max(ours) and min(ours) <= max(values)]
     return [
         f"These are means; the range of fast-newton overlaps that of {', '.join(same) if same else 'none of them'}."
