@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import segadv
+from segadv.results import atomic_write, csv_text
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ class DeviceRow(Row):
 
 
 def interleaved(providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
+    """Percentiles of `milliseconds_in_rounds`, and the peak of the memory."""
+    milliseconds = milliseconds_in_rounds(providers, rounds=rounds, warmup=warmup)
+    return {
+        name: Timing(*(float(x) for x in np.percentile(values, [20, 50, 80])), peak_bytes(providers[name]))
+        for name, values in milliseconds.items()
+    }
+
+
+def milliseconds_in_rounds(
+    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Times every provider once in every round, so that a machine's drift hits all alike."""
     milliseconds: dict[str, list[float]] = {name: [] for name in providers}
     for call in providers.values():
@@ -83,10 +95,7 @@ def interleaved(providers: Mapping[str, Callable[[], object]], *, rounds: int, w
                 del result
     finally:
         gc.enable()
-    return {
-        name: Timing(*(float(x) for x in np.percentile(values, [20, 50, 80])), peak_bytes(providers[name]))
-        for name, values in milliseconds.items()
-    }
+    return milliseconds
 
 
 def peak_bytes(call: Callable[[], object]) -> float:
@@ -180,12 +189,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         return
     table = {tuple(row[name] for name in _KEY): row for row in read_rows(path) + new}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, new[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table))
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
