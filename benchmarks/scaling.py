@@ -119,21 +119,34 @@ def shown(rows: Sequence[Record], title: str) -> str:
 # --- the ladder ---------------------------------------------------------------------------------------------------
 
 
+RUNGS = (
+    "compiled core, value and gradient",
+    "native backend",
+    "dispatcher",
+    "public function",
+    "through autograd, value",
+    "through autograd, value and gradient",
+    "eager, value",
+    "eager, value and gradient",
+)
+
+
 def ladder() -> dict[str, Callable[[], object]]:
     """The averaged gain of one image of 4 x 4 pixels, with more around it on every rung; eager's beside."""
     case = Case("tiny", images=1, classes=2, own=4, size=4)
     logits, labels = case.tensors(full_resolution=True)
     leaf = logits.clone().requires_grad_()
-    return {
-        "native core": core_call(logits, labels),
-        "native backend": partial(native.gain_and_grad, logits, labels, 255, False),
-        "dispatcher": partial(library.gain_and_grad, logits, labels, 255, False),
-        "public function": partial(F.gain_and_grad, logits, labels),
-        "autograd, value": partial(F.averaged_gain, leaf, labels),
-        "autograd, value and gradient": partial(value_and_gradient, F.averaged_gain, leaf, labels),
-        "eager, value": partial(usual_averaged_gain, leaf, labels),
-        "eager, value and gradient": partial(value_and_gradient, usual_averaged_gain, leaf, labels),
-    }
+    calls = (
+        core_call(logits, labels),
+        partial(native.gain_and_grad, logits, labels, 255, False),
+        partial(library.gain_and_grad, logits, labels, 255, False),
+        partial(F.gain_and_grad, logits, labels),
+        partial(F.averaged_gain, leaf, labels),
+        partial(value_and_gradient, F.averaged_gain, leaf, labels),
+        partial(usual_averaged_gain, leaf, labels),
+        partial(value_and_gradient, usual_averaged_gain, leaf, labels),
+    )
+    return dict(zip(RUNGS, calls, strict=True))
 
 
 def core_call(logits: Tensor, labels: Tensor) -> Callable[[], object]:
@@ -227,7 +240,7 @@ def plot(rows: Sequence[Record], path: Path) -> None:
         panels[0, column].set_title(_TITLES[axis])
     panels[0, 0].set_ylabel("ns per pixel")
     panels[1, 0].set_ylabel("bytes per pixel at the peak")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, handlelength=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
