@@ -24,9 +24,6 @@ gradient cost the same.
 from __future__ import annotations
 
 import argparse
-import gc
-import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +32,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -51,21 +47,33 @@ from segadv.models import ModelConfig, build_model
 from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
 
-from .measure import device_name, peak_bytes, timing_on_device
 from .ops import upsampled, usual_cross_entropy, usual_gain_sum, usual_newton_step, usual_sign_step
-from .records import Record, Samples, Where, median, percent_over, read_records, write_records
+from .records import (
+    Record,
+    Samples,
+    Where,
+    in_rounds,
+    median,
+    milliseconds_of,
+    peak_memory,
+    percent_over,
+    read_records,
+    results_file,
+    synchronize,
+    write_records,
+)
 
 CONVENTIONAL, EFFICIENT, OURS = "conventional", "efficient eager", "segadv"
 COLUMNS = (CONVENTIONAL, EFFICIENT, OURS)
 ARMS = ("fgsm", "random-fgsm", "fast-newton", "bim-3", "pgd-3", "segpgd-3")
 SHARES = (0.5, 1.0)
-EPS, STEPS = 0.03, 3  # those of segadv.training.ARMS; the step of the iterative ones is usual_sign_step's
+EPS, STEPS = 0.03, 3  # those of segadv.training.ARMS; usual_sign_step has the same eps, and its alpha
 PHASES = ("attack forward", "attack backward", "attack glue", "forward", "loss", "backward", "optimiser")
 COST_MODEL = "cost model"
 
-T = TypeVar("T")
 Mark = Callable[[str], None]
-Gradient = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Gradient = Callable[[Loss, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -136,9 +144,19 @@ def usual_attack(arm: str, gradient: Gradient, images: Tensor, labels: Tensor, g
         size = EPS if arm == "fgsm" else EPS * uniform((len(images), 1, 1, 1))
         _, grad = gradient(usual_cross_entropy, images, labels)
         return (images + size * grad.sign()).clamp(0, 1)
-    x = images if arm == "bim-3" else (images + EPS * (2 * uniform(images.shape) - 1)).clamp(0, 1)
-    for step in range(STEPS):
-        loss = partial(usual_segpgd_sum, step=step, steps=STEPS) if arm == "segpgd-3" else usual_cross_entropy
+    start = images if arm == "bim-3" else (images + EPS * (2 * uniform(images.shape) - 1)).clamp(0, 1)
+    losses: list[Loss] = [usual_cross_entropy] * STEPS
+    if arm == "segpgd-3":
+        losses = [partial(usual_segpgd_sum, step=step, steps=STEPS) for step in range(STEPS)]
+    return usual_iterations(losses, gradient, start, images, labels)
+
+
+def usual_iterations(
+    losses: Sequence[Loss], gradient: Gradient, start: Tensor, images: Tensor, labels: Tensor
+) -> Tensor:
+    """BIM and its relatives: a step of 0.01 up each of the losses, in the ball of radius 0.03 around the images."""
+    x = start
+    for loss in losses:
         _, grad = gradient(loss, x, labels)
         x = usual_sign_step(x, grad, images)
     return x
@@ -173,13 +191,11 @@ class Training:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
-    def _value(self, loss: Callable[[Tensor, Tensor], Tensor], leaf: Tensor, labels: Tensor) -> Tensor:
+    def _value(self, loss: Loss, leaf: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
             return loss(model_logits(self.model(leaf)), labels)
 
-    def _conventional_gradient(
-        self, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _conventional_gradient(self, loss: Loss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         leaf = images.detach().clone().requires_grad_()
         value = self._value(loss, leaf, labels)
         value.sum().backward()
@@ -187,9 +203,7 @@ class Training:
         self.model.zero_grad()
         return value.detach(), leaf.grad
 
-    def _efficient_gradient(
-        self, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _efficient_gradient(self, loss: Loss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         leaf = images.detach().requires_grad_()
         value = self._value(loss, leaf, labels)
         (grad,) = torch.autograd.grad(value.sum(), leaf)
@@ -423,44 +437,13 @@ def phases_of(training: Training, step: Step) -> dict[str, float]:
     return clock.milliseconds()
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def milliseconds_of(training: Training, step: Step) -> float:
-    synchronize(training.device)
-    begin = time.perf_counter()
-    training.step(step.column, step.arm, step.share)
-    synchronize(training.device)
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def in_rounds(measure: Callable[[Step], T], steps: Sequence[Step], rounds: int, seed: int) -> dict[Step, list[T]]:
-    """Measures every step once in every round, in an order drawn for each."""
-    order, results = list(steps), {step: [] for step in steps}
-    shuffle = random.Random(seed).shuffle
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            shuffle(order)
-            for step in order:
-                results[step].append(measure(step))
-    finally:
-        gc.enable()
-    return results
-
-
 def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds: int, seed: int = 0) -> list[Record]:
     """All rows of one network; steps begin with the basic ones."""
     for step in steps:
         training.step(step.column, step.arm, step.share)  # warm
-    times = {
-        step: np.array(values)
-        for step, values in in_rounds(partial(milliseconds_of, training), steps, rounds, seed).items()
-    }
-    phases = in_rounds(partial(phases_of, training), steps, max(2, rounds // 2), seed + 1)
+    calls = {step: partial(training.step, step.column, step.arm, step.share) for step in steps}
+    times = milliseconds_of(calls, training.device, rounds=rounds, seed=seed)
+    phases = in_rounds(partial(phases_of, training), steps, rounds=max(2, rounds // 2), seed=seed + 1)
     basic = {step.column: times[step] for step in steps if step.arm == "basic"}
     clean_cost = Passes(training).count(steps[0]).cost
     records = []
@@ -486,7 +469,7 @@ def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds:
             add(f"passes: {name}", np.array([getattr(passes, name)]), unit="batches")
         if step.arm != "basic":
             add(COST_MODEL, np.array([100 * (passes.cost / clean_cost - 1)]), unit="%")
-        add("peak memory", np.array([peak_memory(training, step) / 1e6]), unit="MB")
+        add("peak memory", np.array([peak_memory(calls[step], training.device) / 1e6]), unit="MB")
     return records
 
 
@@ -499,7 +482,7 @@ def _add(
     unit: str,
     statistic: Callable[..., Samples] = median,
 ) -> None:
-    records.append(where.record(operation, step.column, step.mode, *samples, unit=unit, statistic=statistic))
+    records.append(where.record(operation, step.column, step.mode, samples, unit=unit, statistic=statistic))
 
 
 NEWTON_OVER_FGSM = "overhead beyond that of fgsm"
@@ -510,14 +493,6 @@ LOSS_SHARE = "loss in the step"
 def points_between(ours: Samples, theirs: Samples, basic: Samples) -> Samples:
     """Difference of two overheads, in percentage points."""
     return percent_over(ours, basic) - percent_over(theirs, basic)
-
-
-def peak_memory(training: Training, step: Step) -> float:
-    """Bytes at the peak of a step beyond those before it: resident memory on the CPU, PyTorch's own on a GPU."""
-    call = partial(training.step, step.column, step.arm, step.share)
-    if training.device.type == "cpu":
-        return peak_bytes(call)
-    return timing_on_device([0.0], call, training.device).peak_bytes
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
@@ -673,7 +648,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
             for x, mode in enumerate(modes):
                 for (source, value), marker in zip(paper_values(mode).items(), "oD", strict=False):
                     handles[source] = axes.scatter(
-                        x + 0.27,
+                        x + 0.46,
                         value,
                         marker=marker,
                         s=45,
@@ -688,6 +663,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("additional time of a step in %")
+    handles = {name: handles[name] for name in sorted(handles, key=lambda name: name not in COLUMNS)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -698,10 +674,13 @@ def plot(records: Sequence[Record], path: Path) -> None:
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def results_file(name: str, device: torch.device) -> Path:
-    """Where the rows of a device go by default: overhead-cpu.csv, overhead-nvidia-h100.csv."""
-    suffix = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{name}-{suffix}.csv"
+def destination(name: str, write: str | None, device: torch.device, *, quick: bool) -> Path | None:
+    """The file that --write names, by default that of the device; None without it."""
+    if write is None:
+        return None
+    if quick and not write:
+        sys.exit("--quick: its figures mean nothing and are not kept with the results; name another file: --write FILE")
+    return Path(write) if write else results_file(name, device)
 
 
 def require_native_core() -> None:
@@ -726,9 +705,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     require_native_core()
     device = options.device
-    path = None if options.write is None else Path(options.write or results_file("overhead", device))
-    if options.quick and path is not None and path.resolve().parent == Path(__file__).resolve().parent / "results":
-        parser.error("--quick: its figures mean nothing and do not go to benchmarks/results; give --write another file")
+    path = destination("overhead", options.write, device, quick=options.quick)
     torch.backends.cudnn.benchmark = True
     for name in options.models:
         model = MODELS[name]

@@ -1,13 +1,18 @@
-"""Keyed rows for medians with intervals, and the bootstrap that gives the intervals."""
+"""Rounds of measurements in random order, medians with bootstrap intervals, and keyed rows of them."""
 
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import platform
-from collections.abc import Callable, Iterable
+import random
+import re
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +21,11 @@ import torch
 import segadv
 from segadv.results import atomic_write, csv_text
 
-from .measure import commit, device_name, driver_version, machine, package_version
+from .measure import commit, device_name, driver_version, machine, package_version, peak_bytes, timing_on_device
 
 Samples = npt.NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
 
@@ -49,6 +56,50 @@ class Record:
     commit: str
     versions: str
     machine: str
+
+
+def in_rounds(measure: Callable[[K], T], keys: Sequence[K], *, rounds: int, seed: int = 0) -> dict[K, list[T]]:
+    """Measures every key once in every round, in an order drawn anew for each, so that a drift hits all alike."""
+    order = list(keys)
+    results: dict[K, list[T]] = {key: [] for key in keys}
+    shuffle = random.Random(seed).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for key in order:
+                results[key].append(measure(key))
+    finally:
+        gc.enable()
+    return results
+
+
+def milliseconds_of(
+    calls: Mapping[K, Callable[[], object]], device: torch.device, *, rounds: int, seed: int = 0
+) -> dict[K, Samples]:
+    """Time of every call in every round [rounds]; on a GPU until it has nothing more to do."""
+
+    def measure(key: K) -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        result = calls[key]()
+        synchronize(device)
+        milliseconds = 1e3 * (time.perf_counter() - begin)
+        del result
+        return milliseconds
+
+    return {key: np.array(values) for key, values in in_rounds(measure, list(calls), rounds=rounds, seed=seed).items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """Bytes at the peak of a call beyond those before it: resident memory on the CPU, PyTorch's own on a GPU."""
+    return peak_bytes(call) if device.type == "cpu" else timing_on_device([0.0], call, device).peak_bytes
 
 
 def median(samples: Samples) -> Samples:
@@ -98,7 +149,8 @@ class Where:
         operation: str,
         provider: str,
         mode: str,
-        *samples: Samples,
+        samples: Sequence[Samples],
+        *,
         unit: str,
         statistic: Callable[..., Samples] = median,
     ) -> Record:
@@ -157,3 +209,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
+
+
+def results_file(name: str, device: torch.device) -> Path:
+    """Where the rows of a device go by default: <name>-cpu.csv, <name>-nvidia-h100.csv."""
+    suffix = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{name}-{suffix}.csv"
