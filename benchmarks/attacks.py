@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,18 @@ from segadv.attacks.base import frozen
 from segadv.evaluation import evaluate
 from segadv.models import small_pspnet
 
-from .measure import commit, machine, milliseconds_in_rounds
-from .records import Record, Samples, Where, median, percent_over, write_records
+from .measure import commit, machine
+from .overhead import destination
+from .records import Record, Samples, Where, median, milliseconds_of, percent_over, write_records
 
 BUDGET: dict[str, Any] = {"eps": 0.03, "alpha": 0.03}
 ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
-RESULTS = Path(__file__).parent / "results" / "attacks-cpu.csv"
+CPU = torch.device("cpu")
 
 RUN, OVER_BARE = "attack", "attack, over the bare pass"
 STEP, STEP_OVER_BARE, STEP_OVER_PGD = "further step", "further step, over the bare pass", "further step, over PGD's"
 PASSES = "passes of a curve"
+CURVES = {"0 and 4 eps above": [0.0, 0.01, 0.02, 0.03, 0.04], "5 eps above 0": [0.01, 0.02, 0.03, 0.04, 0.05]}
 
 
 def bare_pass(model: nn.Module, images: Tensor, logits_grad: Tensor) -> Tensor:
@@ -81,30 +82,32 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
     logits_grad = torch.randn_like(model(batch).detach())
     attacks: dict[tuple[str, int], Attack] = {("FGSM", 1): FGSM(model, eps=0.03), ("FastNewton", 1): FastNewton(model)}
     attacks |= {(kind.__name__, steps): kind(model, steps=steps, **BUDGET) for kind in ITERATIVE for steps in (1, 3)}
-    calls = {"bare pass": partial(bare_pass, model, batch, logits_grad)}
-    calls |= {f"{name}, {steps}": partial(attack, batch, labels) for (name, steps), attack in attacks.items()}
-    times = {name: np.array(values) for name, values in milliseconds_in_rounds(calls, rounds=rounds).items()}
-    bare = times["bare pass"]
+    calls: dict[tuple[str, int], Any] = {("bare pass", 0): partial(bare_pass, model, batch, logits_grad)}
+    calls |= {key: partial(attack, batch, labels) for key, attack in attacks.items()}
+    for call in (*calls.values(), *calls.values()):
+        call()
+    times = milliseconds_of(calls, CPU, rounds=rounds)
+    bare = times["bare pass", 0]
 
-    where = Where(f"small, {images} x 3 x {size[0]} x {size[1]}", torch.float32, torch.device("cpu"))
-    rows = [where.record(RUN, "bare pass", "", bare, unit="ms")]
+    where = Where(f"small, {images} x 3 x {size[0]} x {size[1]}", torch.float32, CPU)
+    rows = [where.record(RUN, "bare pass", "", [bare], unit="ms")]
     for name, steps in attacks:
-        of_attack, mode = times[f"{name}, {steps}"], f"{steps} step{'s' * (steps > 1)}"
-        rows.append(where.record(RUN, name, mode, of_attack, unit="ms"))
-        rows.append(where.record(OVER_BARE, name, mode, of_attack, bare, unit="%", statistic=percent_over))
-    pgd = times["PGD, 3"], times["PGD, 1"]
+        own, mode = times[name, steps], f"{steps} step{'s' * (steps > 1)}"
+        rows.append(where.record(RUN, name, mode, [own], unit="ms"))
+        rows.append(where.record(OVER_BARE, name, mode, [own, bare], unit="%", statistic=percent_over))
+    pgd = times["PGD", 3], times["PGD", 1]
     for name in (kind.__name__ for kind in ITERATIVE):
-        runs = times[f"{name}, 3"], times[f"{name}, 1"]
+        runs = times[name, 3], times[name, 1]
         rows += [
-            where.record(STEP, name, "", *runs, unit="ms", statistic=further_step),
-            where.record(STEP_OVER_BARE, name, "", *runs, bare, unit="%", statistic=further_step_over),
-            where.record(STEP_OVER_PGD, name, "", *runs, *pgd, unit="%", statistic=further_step_over_step),
+            where.record(STEP, name, "", runs, unit="ms", statistic=further_step),
+            where.record(STEP_OVER_BARE, name, "", [*runs, bare], unit="%", statistic=further_step_over),
+            where.record(STEP_OVER_PGD, name, "", [*runs, *pgd], unit="%", statistic=further_step_over_step),
         ]
-    for name, eps in (("0 and 4 eps above", (0.0, 0.01, 0.02, 0.03, 0.04)), ("5 eps above 0", np.arange(1, 6) / 100)):
+    for curve, eps in CURVES.items():
         counted = Passes(model)
-        evaluate(counted, [(batch, labels)], ["fgsm"], [float(x) for x in eps])
+        evaluate(counted, [(batch, labels)], ["fgsm"], eps)
         for what, count in (("forward", counted.forwards), ("backward", counted.backwards)):
-            rows.append(where.record(PASSES, "FGSM", f"{what}, {name}", np.array([count]), unit="batches"))
+            rows.append(where.record(PASSES, "FGSM", f"{what}, {curve}", [np.array([count])], unit="batches"))
     return rows
 
 
@@ -124,15 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=[128, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--write", metavar="CSV", nargs="?", const=RESULTS, type=Path)
+    parser.add_argument("--write", metavar="CSV", nargs="?", const="")
     options = parser.parse_args(arguments)
     rows = measured(options.images, tuple(options.size), options.rounds)
     print(
         f"{rows[0].case}, float32, {torch.get_num_threads()} threads, {machine()}, commit {commit()}, "
         f"torch {torch.__version__}\n{shown(rows)}"
     )
-    if options.write:
-        write_records(options.write, rows)
+    if path := destination("attacks", options.write, CPU, quick=False):
+        write_records(path, rows)
     return 0
 
 

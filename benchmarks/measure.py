@@ -69,17 +69,6 @@ class DeviceRow(Row):
 
 
 def interleaved(providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Percentiles of `milliseconds_in_rounds`, and the peak of the memory."""
-    milliseconds = milliseconds_in_rounds(providers, rounds=rounds, warmup=warmup)
-    return {
-        name: Timing(*(float(x) for x in np.percentile(values, [20, 50, 80])), peak_bytes(providers[name]))
-        for name, values in milliseconds.items()
-    }
-
-
-def milliseconds_in_rounds(
-    providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
     """Times every provider once in every round, so that a machine's drift hits all alike."""
     milliseconds: dict[str, list[float]] = {name: [] for name in providers}
     for call in providers.values():
@@ -95,7 +84,10 @@ def milliseconds_in_rounds(
                 del result
     finally:
         gc.enable()
-    return milliseconds
+    return {
+        name: Timing(*(float(x) for x in np.percentile(values, [20, 50, 80])), peak_bytes(providers[name]))
+        for name, values in milliseconds.items()
+    }
 
 
 def peak_bytes(call: Callable[[], object]) -> float:

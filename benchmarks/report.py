@@ -25,7 +25,7 @@ from segadv import plots
 from segadv.comparison import ARMS, PAPER_OVERHEAD
 from segadv.results import atomic_write, csv_text
 
-from . import attacks, overhead, scaling
+from . import attacks, overhead, peers, scaling
 from .cases import CASES
 from .measure import DeviceRow, commit
 from .ops import PIXEL_SPACE
@@ -39,6 +39,7 @@ RESULTS = "benchmarks/results"
 _BLOCK = re.compile(r"^(<!-- begin: ([\w-]+) -->\n)(.*?)^(<!-- end: \2 -->)$", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"^<!-- (?:begin|end):", re.MULTILINE)
 _NAN = float("nan")
+THREADS = 2
 
 
 class ReportError(Exception):
@@ -88,6 +89,11 @@ def records_in(path: Path) -> list[Record]:
     return records
 
 
+def comparable(path: Path) -> list[Record]:
+    """The rows of a GPU, or of `THREADS` threads, with torch's own way of taking memory."""
+    return [record for record in records_in(path) if record.threads in (0, THREADS) and record.thp == 0]
+
+
 def one(records: Sequence[Record], **key: Any) -> Record:
     """The only row of these values."""
     found = [record for record in records if all(getattr(record, name) == value for name, value in key.items())]
@@ -100,7 +106,6 @@ def one(records: Sequence[Record], **key: Any) -> Record:
 
 Row = Mapping[str, str]
 VALUE, BOTH = "forward", "forward + backward"
-THREADS = "2"
 
 # What the README shows: (operation, mode, case)
 _SHOWN = [
@@ -125,7 +130,7 @@ class Operations:
         if not self.path.exists():
             raise ReportError(f"{self.path.name}: no such file; python -m benchmarks.ops --write makes it")
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if (row["dtype"], row["threads"]) == ("float32", THREADS)]
+            rows = [row for row in csv.DictReader(file) if (row["dtype"], row["threads"]) == ("float32", str(THREADS))]
         keys = ("operation", "mode", "case", "provider", "thp")
         self.rows = {tuple(row[key] for key in keys): row for row in rows}
 
@@ -204,7 +209,7 @@ def _operations_notes(measured: Operations) -> str:
         "Medians of interleaved rounds; memory is the peak beyond the inputs, results included; *faster* and *less "
         "memory* are against the better of eager and `torch.compile`. Eager's averaged gain is the faster of two: "
         f"with `amax`, whose backward divides the gradient among ties, value and gradient take {amax[0]} with `max` in "
-        f"the first row and {amax[1]} at full resolution. There memory decides, as a full-resolution gradient is written: value "
+        f"the first row and {amax[1]} at full resolution. There memory decides: value "
         f"and gradient take {' and '.join(floors)} times as long as copying the logits into memory allocated the same "
         "way. Part of eager's time is page faults of its large buffers: with `THP_MEM_ALLOC_ENABLE=1` on both sides "
         f"the ratios on cityscapes19 are {', '.join(huge)}."
@@ -293,11 +298,15 @@ def _overhead_files(results: Path) -> list[Path]:
     return [first, *sorted(path for path in results.glob("overhead-*.csv") if path != first)]
 
 
-def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+def _by_case(path: Path) -> dict[str, list[Record]]:
+    """In the order in which benchmarks.overhead knows the networks."""
     cases: dict[str, list[Record]] = {}
-    for record in records:
+    for record in comparable(path):
         cases.setdefault(record.case, []).append(record)
-    return cases
+    if not cases:
+        raise ReportError(f"{path.name}: no rows of {THREADS} threads")
+    networks = list(overhead.MODELS)
+    return {case: cases[case] for case in sorted(cases, key=lambda case: networks.index(case.partition(",")[0]))}
 
 
 def training_overhead(results: Path) -> str:
@@ -309,7 +318,7 @@ def training_overhead(results: Path) -> str:
         overhead.OURS: "segadv",
     }
     for path in _overhead_files(results):
-        for case, records in _by_case(records_in(path)).items():
+        for case, records in _by_case(path).items():
             key = {"operation": "overhead", "case": case}
             lines = []
             for arm in overhead.ARMS:
@@ -336,16 +345,55 @@ def overhead_details(results: Path) -> str:
     """All that benchmarks.overhead prints: both shares, parts of a step, passes, memory, targets."""
     blocks = ["![Additional time of a training step](results/overhead-cpu.png)"]
     for path in _overhead_files(results):
-        for case, records in _by_case(records_in(path)).items():
+        for case, records in _by_case(path).items():
             blocks.append(f"```\n{overhead.report(case, records).strip()}\n```\n\n{paragraph(provenance_of(records))}")
     return "\n\n".join(blocks)
+
+
+# --- other packages: peers-cpu.csv --------------------------------------------------------------------------------
+
+_PEERS_TITLES = {
+    "fgsm": "FGSM",
+    "pgd": "PGD without random start",
+    "segpgd": "SegPGD without random start",
+    "cospgd": "CosPGD without random start",
+    "jaccard": "upsampling and mIoU",
+    "segformer": "SegFormer-B0, forward, loss and backward",
+}
+
+
+def other_packages(results: Path) -> str:
+    """A row for every comparison; that a package's or eager's row is missing is an error, compile's may be."""
+    records = comparable(results / "peers-cpu.csv")
+    own = ("eager", "compile", "segadv", "segadv, compile")
+    lines = []
+    for operation in peers.COMPARISONS:
+        of_operation = [record for record in records if record.operation == operation]
+        packages = [record.provider for record in of_operation if record.provider not in own]
+        if len(packages) != 1:
+            raise ReportError(f"peers-cpu.csv: {operation} needs the rows of one other package, there are {packages}")
+        cells = []
+        for provider in (packages[0], *own):
+            if not (provider.endswith("compile") and provider not in {record.provider for record in of_operation}):
+                time = one(of_operation, provider=provider).p50
+                memory = one(records, operation=f"{operation}, peak memory", provider=provider).p50
+                cells.append(f"{three_digits(time)} ms, {three_digits(memory)} MB")
+            else:
+                cells.append("")
+        by_ours = one(records, operation=f"{operation}, time by segadv's", provider=packages[0])
+        mode = of_operation[0].mode and f", {of_operation[0].mode}"
+        title = f"{_PEERS_TITLES[operation]}{mode}"
+        lines.append([title, of_operation[0].case, packages[0], *cells, f"{interval(by_ours, 2)} x"])
+    header = ["what", "on", "package", "the package", "eager", "eager, compiled", "segadv", "segadv, compiled network"]
+    notes = paragraph(f"Medians; intervals 95 %. {provenance_of(records)}")
+    return f"{table([*header, 'the package / segadv'], lines, text_columns=3)}\n\n{notes}"
 
 
 # --- attacks: attacks-cpu.csv -------------------------------------------------------------------------------------
 
 
 def attack_steps(results: Path) -> str:
-    records = records_in(results / "attacks-cpu.csv")
+    records = comparable(results / "attacks-cpu.csv")
     bare = one(records, operation=attacks.RUN, provider="bare pass")
     lines = [["bare pass", f"{interval(bare)} ms", "", "", "", ""]]
     iterative = [kind.__name__ for kind in attacks.ITERATIVE]
@@ -359,7 +407,7 @@ def attack_steps(results: Path) -> str:
         lines.append([name, *cells])
     header = ["attack", "one step", "over the bare pass", "one more step", "over the bare pass", "over a step of PGD"]
     passes = []
-    for what in ("0 and 4 eps above", "5 eps above 0"):
+    for what in attacks.CURVES:
         forward, backward = (
             one(records, operation=attacks.PASSES, mode=f"{name}, {what}").p50 for name in ("forward", "backward")
         )
@@ -373,7 +421,7 @@ def attack_steps(results: Path) -> str:
 
 
 def call_ladder(results: Path) -> str:
-    records = [record for record in records_in(results / "scaling-cpu.csv") if record.operation == scaling.LADDER]
+    records = [record for record in comparable(results / "scaling-cpu.csv") if record.operation == scaling.LADDER]
     if not records:
         raise ReportError("scaling-cpu.csv: no rows of the ladder")
     lines = [[name, f"{interval(one(records, provider=name))} us"] for name in scaling.RUNGS]
@@ -495,6 +543,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "gpu": gpus,
     "overhead": training_overhead,
     "overhead-details": overhead_details,
+    "peers": other_packages,
     "attacks": attack_steps,
     "scaling": growth,
     "calls": call_ladder,

@@ -33,11 +33,12 @@ from segadv.ops import library, native
 from segadv.results import atomic_write
 
 from .cases import Case
-from .measure import advise_huge_pages, milliseconds_in_rounds, peak_bytes
+from .measure import advise_huge_pages, peak_bytes
 from .ops import usual_averaged_gain, usual_cross_entropy, value_and_gradient
-from .records import Record, Samples, Where, write_records
+from .overhead import destination, require_native_core
+from .records import Record, Where, in_rounds, milliseconds_of, read_records, write_records
 
-RESULTS = Path(__file__).parent / "results" / "scaling-cpu.csv"
+CPU = torch.device("cpu")
 STRIDE = 8
 TIME, MEMORY, LADDER = "time per pixel", "peak memory per pixel", "call"
 OPERATIONS = {
@@ -87,23 +88,24 @@ def measure_axis(axis: str, values: Sequence[int], rounds: int, *, copied: int) 
             case = AXES[axis][1](value)
             torch.set_num_threads(value if axis == "threads" else threads)
             logits, labels = case.tensors(full_resolution=False)
-            where = Where(case.name, torch.float32, torch.device("cpu"))
-            pixels = pixels_of(case.name)
+            where, pixels = Where(case.name, torch.float32, CPU), pixels_of(case.name)
             leaf = logits.clone().requires_grad_()
-            calls: dict[str, Callable[[], object]] = {"floor fewest bytes": copying(copied)}
+            calls: dict[tuple[str, str], Callable[[], object]] = {("fewest bytes", "floor"): copying(copied)}
             for operation, (ours, usual) in OPERATIONS.items():
-                calls[f"segadv upsample + {operation}"] = partial(ours, logits, labels)
-                calls[f"eager upsample + {operation}"] = partial(value_and_gradient, usual, leaf, labels)
-            for name, times in milliseconds_in_rounds(calls, rounds=rounds).items():
-                provider, _, operation = name.partition(" ")
-                nanoseconds = 1e6 * np.array(times) / pixels
-                memory = max(peak_bytes(calls[name]), PAGE)
+                calls[f"upsample + {operation}", "segadv"] = partial(ours, logits, labels)
+                calls[f"upsample + {operation}", "eager"] = partial(value_and_gradient, usual, leaf, labels)
+            for call in (*calls.values(), *calls.values()):
+                call()
+            for (operation, provider), milliseconds in milliseconds_of(calls, CPU, rounds=rounds).items():
+                nanoseconds = 1e6 * milliseconds / pixels
+                memory = max(peak_bytes(calls[operation, provider]), PAGE)
                 if provider == "floor":
                     nanoseconds *= floor_bytes(logits, labels) / (2 * copied)
                     memory = logits.nbytes
+                per_pixel = np.array([memory / pixels])
                 rows += [
-                    where.record(f"{operation}, {TIME}", provider, axis, nanoseconds, unit="ns"),
-                    where.record(f"{operation}, {MEMORY}", provider, axis, np.array([memory / pixels]), unit="bytes"),
+                    where.record(f"{operation}, {TIME}", provider, axis, [nanoseconds], unit="ns"),
+                    where.record(f"{operation}, {MEMORY}", provider, axis, [per_pixel], unit="bytes"),
                 ]
             print(shown(rows[-2 * len(calls) :], f"{axis} {value}: {case.name}"), flush=True)
     finally:
@@ -160,27 +162,22 @@ def core_call(logits: Tensor, labels: Tensor) -> Callable[[], object]:
     return lambda kept=kept: function()  # type: ignore[misc]
 
 
-def microseconds(call: Callable[[], object], *, batches: int, calls: int) -> Samples:
-    """The mean time of a call in each batch."""
-    times = []
-    for _ in range(batches):
+def measure_ladder(*, rounds: int, calls: int) -> list[Record]:
+    """In every round the mean of so many calls."""
+    rungs = ladder()
+
+    def microseconds(name: str) -> float:
+        call = rungs[name]
         begin = time.perf_counter()
         for _ in range(calls):
             call()
-        times.append(1e6 * (time.perf_counter() - begin) / calls)
-    return np.array(times)
+        return 1e6 * (time.perf_counter() - begin) / calls
 
-
-def measure_ladder(*, batches: int, calls: int) -> list[Record]:
-    where = Where("1 x 2 x 4 x 4", torch.float32, torch.device("cpu"))
-    rungs = ladder()
-    for call in rungs.values():
-        microseconds(call, batches=1, calls=calls)
-    samples: dict[str, list[float]] = {name: [] for name in rungs}
-    for _ in range(batches):
-        for name, call in rungs.items():
-            samples[name] += microseconds(call, batches=1, calls=calls).tolist()
-    rows = [where.record(LADDER, name, "", np.array(values), unit="us") for name, values in samples.items()]
+    for name in RUNGS:
+        microseconds(name)
+    where = Where("1 x 2 x 4 x 4", torch.float32, CPU)
+    times = in_rounds(microseconds, RUNGS, rounds=rounds)
+    rows = [where.record(LADDER, name, "", [np.array(times[name])], unit="us") for name in RUNGS]
     print(shown(rows, "a call on 1 x 2 x 4 x 4"), flush=True)
     return rows
 
@@ -253,22 +250,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-ladder", action="store_true", help="leave out the calls on tiny tensors")
-    parser.add_argument("--write", metavar="CSV", nargs="?", const=RESULTS, type=Path)
+    parser.add_argument("--write", metavar="CSV", nargs="?", const="")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: its figures mean nothing")
     options = parser.parse_args(arguments)
     quick = options.quick
-    if quick and options.write and options.write.resolve() == RESULTS.resolve():
-        parser.error("--quick: its figures mean nothing and do not go to benchmarks/results; give --write another file")
+    path = destination("scaling", options.write, CPU, quick=quick)
+    require_native_core()
     rows: list[Record] = []
     for axis in options.axes:
         values = QUICK[axis] if quick else AXES[axis][0]
         rows += measure_axis(axis, values, 2 if quick else options.rounds, copied=1 << 16 if quick else 64 << 20)
     if not options.no_ladder:
-        rows += measure_ladder(batches=3 if quick else 51, calls=3 if quick else 200)
-    if options.write:
-        write_records(options.write, rows)
-        if options.axes:
-            plot(rows, options.write.with_suffix(".png"))
+        rows += measure_ladder(rounds=3 if quick else 51, calls=3 if quick else 200)
+    if path is not None:
+        write_records(path, rows)
+        plot(read_records(path), path.with_suffix(".png"))
     return 0
 
 
