@@ -1,15 +1,18 @@
-"""Data sets: Cityscapes from disk, generated street scenes in the same layout, and seeded augmentation."""
+"""Data sets from disk (Cityscapes, VOC, trainaug), generated street scenes, and seeded augmentation."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .augment import Augmentation, Augmented
-from .cityscapes import CLASSES, COLORS, IGNORE_INDEX, NUM_CLASSES, Cityscapes
+from .check import check_files
+from .cityscapes import CLASSES, COLORS, NUM_CLASSES, Cityscapes
+from .files import IGNORE_INDEX, SegmentationFiles
 from .sampler import EpochSampler
 from .streets import generate_streets
+from .voc import VOC, TrainAug
 
 __all__ = [
     "CLASSES",
@@ -17,25 +20,34 @@ __all__ = [
     "DATASETS",
     "IGNORE_INDEX",
     "NUM_CLASSES",
+    "VOC",
     "Augmentation",
     "Augmented",
     "Cityscapes",
     "EpochSampler",
+    "SegmentationFiles",
+    "TrainAug",
+    "check_files",
     "generate_streets",
     "open_dataset",
 ]
 
-DATASETS: Mapping[str, Callable[[str | os.PathLike[str], str], Cityscapes]] = {"cityscapes": Cityscapes}
+DATASETS: Mapping[str, type[SegmentationFiles]] = {"cityscapes": Cityscapes, "voc": VOC, "trainaug": TrainAug}
 """name -> (root, split: "train" or "val") -> data set."""
 
 
-def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Cityscapes:
+def dataset_class(name: str) -> type[SegmentationFiles]:
+    """The data set of a name in `DATASETS`; ValueError for another name."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
+    return DATASETS[name]
+
+
+def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> SegmentationFiles:
     """A split, "train" or "val", of a data set on disk.
 
     Raises:
         ValueError: an unknown name; else what the data set raises.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
-    return DATASETS[name](root, split)
+    return dataset_class(name)(root, split)
