@@ -10,7 +10,6 @@ A picture carries the hash of the file that it was drawn from.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import re
@@ -27,7 +26,7 @@ from segadv.results import atomic_write, csv_text
 
 from . import attacks, overhead, peers, scaling
 from .cases import CASES
-from .measure import DeviceRow, commit
+from .measure import DeviceRow, commit, read_rows
 from .ops import PIXEL_SPACE
 from .records import Record, read_records
 
@@ -127,10 +126,7 @@ class Operations:
 
     def __init__(self, results: Path) -> None:
         self.path = results / "cpu.csv"
-        if not self.path.exists():
-            raise ReportError(f"{self.path.name}: no such file; python -m benchmarks.ops --write makes it")
-        with self.path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if (row["dtype"], row["threads"]) == ("float32", str(THREADS))]
+        rows = [row for row in read_rows(self.path) if (row["dtype"], row["threads"]) == ("float32", str(THREADS))]
         keys = ("operation", "mode", "case", "provider", "thp")
         self.rows = {tuple(row[key] for key in keys): row for row in rows}
 
@@ -246,6 +242,35 @@ def all_operations(results: Path) -> str:
     return table(header, lines, text_columns=5)
 
 
+def training_samples(results: Path) -> str:
+    """Decoding and augmenting, of cpu.csv."""
+    path = results / "cpu.csv"
+    rows = {row["provider"]: row for row in read_rows(path) if row["operation"] in ("augment", "decode")}
+    titles = {
+        "fused": "`Augmented`, one affine map, crop only",
+        "v2": "torchvision v2, whole image",
+        "v2, blur last": "the same, blur after the crop",
+        "v2, crop first": "torchvision v2, cropped as early as can be",
+        "decode": "decoding the PNG files",
+        "decode + fused": "decoding and `Augmented`",
+    }
+    if missing := titles.keys() - rows.keys():
+        raise ReportError(f"{path.name}: no rows of {', '.join(sorted(missing))}; python -m benchmarks.data --write")
+    fused = float(rows["fused"]["ms_p50"])
+    lines = []
+    for name, title in titles.items():
+        ms = float(rows[name]["ms_p50"])
+        spread = f"[{three_digits(float(rows[name]['ms_p20']))}, {three_digits(float(rows[name]['ms_p80']))}]"
+        against = "" if "decode" in name else f"{ms / fused:.1f} x"
+        lines.append([title, f"{three_digits(ms)} {spread}", against])
+    used = list(rows.values())
+    told = provenance(
+        (row["machine"] for row in used), [f"one thread, torch {used[0]['torch']}"], (row["commit"] for row in used)
+    )
+    notes = paragraph(f"{rows['fused']['case']} pixels. {told}")
+    return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
+
+
 # --- operations on a GPU: <gpu>.csv -------------------------------------------------------------------------------
 
 
@@ -254,10 +279,9 @@ def gpus(results: Path) -> str:
     names = [field.name for field in fields(DeviceRow)]
     blocks = []
     for path in sorted(results.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames == names and (rows := list(reader)):
-                blocks.append(_gpu(path, rows))
+        rows = read_rows(path)
+        if rows and list(rows[0]) == names:
+            blocks.append(_gpu(path, rows))
     return "\n\n".join(blocks)
 
 
@@ -540,6 +564,7 @@ def demo_outcome(results: Path) -> str:
 BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "operations": operations,
     "operations-all": all_operations,
+    "data": training_samples,
     "gpu": gpus,
     "overhead": training_overhead,
     "overhead-details": overhead_details,

@@ -6,7 +6,6 @@ never depend on time.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import segadv
 
 from .cases import CASES
 from .device import fewest_bytes
-from .measure import interleaved
+from .measure import interleaved, read_rows
 from .ops import OPERATIONS, PIXEL_SPACE, Providers, arguments_of, check, providers_of
 from .records import milliseconds_of
 from .scaling import copying
@@ -100,10 +99,9 @@ def test_time(measurement: Measurement, provider: str, benchmark: Any, copy_byte
 
 def recorded_lead(measurement: Measurement, path: Path = RESULTS) -> float:
     """eager / ours, medians in the results."""
-    with path.open(newline="", encoding="utf-8") as file:
-        key = (measurement.name, measurement.mode, CASE.name, "float32", "cpu", str(THREADS), "0")
-        names = ("operation", "mode", "case", "dtype", "device", "threads", "thp")
-        rows = [row for row in csv.DictReader(file) if tuple(row[name] for name in names) == key]
+    key = (measurement.name, measurement.mode, CASE.name, "float32", "cpu", str(THREADS), "0")
+    names = ("operation", "mode", "case", "dtype", "device", "threads", "thp")
+    rows = [row for row in read_rows(path) if tuple(row[name] for name in names) == key]
     times = {row["provider"]: float(row["ms_p50"]) for row in rows}
     if not {"eager", "segadv"} <= times.keys():
         raise KeyError(f"{path} has no rows of eager and segadv for {', '.join(key)}")
