@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import attacks, overhead, peers, report, scaling
 from benchmarks import test_bench_cpu as guard
@@ -572,6 +574,25 @@ def test_scaling_writes_what_its_table_and_picture_need(
     assert "autograd" in report.call_ladder(tmp_path)
     with pytest.raises(SystemExit, match="its figures mean nothing"):
         scaling.main(["--quick", "--write"])
+
+
+def test_a_further_step_is_half_of_what_two_more_cost() -> None:
+    three, one, base = np.array([31.0, 30.0, 29.0]), np.array([10.0, 10.0, 12.0]), np.array([8.0, 8.0, 9.0])
+    assert attacks.further_step(three, one) == 10
+    assert attacks.further_step_over(three, one, base) == pytest.approx(25)
+    assert attacks.further_step_over_step(three, one, one + 16, one) == pytest.approx(25)
+
+
+def test_two_rows_where_one_is_meant_are_an_error() -> None:
+    rows = [record("overhead", "segadv"), record("overhead", "segadv", dtype="bfloat16")]
+    assert report.one(rows, operation="overhead", dtype="bfloat16") is rows[1]
+    with pytest.raises(report.ReportError, match="2 rows of operation 'overhead'"):
+        report.one(rows, operation="overhead")
+
+
+def test_the_floor_reads_logits_and_labels_and_writes_the_gradient() -> None:
+    logits, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)
+    assert scaling.floor_bytes(logits, labels) == 2 * (2 * 3 * 4 * 4 * 4) + 2 * 8 * 8 * 8
 
 
 def test_the_cases_of_the_growth() -> None:
