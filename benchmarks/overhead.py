@@ -446,7 +446,7 @@ def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds:
     phases = in_rounds(partial(phases_of, training), steps, rounds=max(2, rounds // 2), seed=seed + 1)
     basic = {step.column: times[step] for step in steps if step.arm == "basic"}
     clean_cost = Passes(training).count(steps[0]).cost
-    records = []
+    records: list[Record] = []
     for step in steps:
         add = partial(_add, records, where, step)
         add("training step", times[step], unit="ms")
