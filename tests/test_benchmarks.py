@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import overhead, peers, records
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
@@ -205,9 +204,6 @@ def test_the_columns_agree(training: Training) -> None:
 
 
 def test_a_wrong_attack_is_not_timed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half_a_step(images: Tensor, grad: Tensor, gain: Tensor) -> Tensor:
-        return (images + overhead.usual_newton_step(images, grad, gain)) / 2
-
     right = overhead.usual_newton_step
     monkeypatch.setattr(overhead, "usual_newton_step", lambda *tensors: (tensors[0] + right(*tensors)) / 2)
     with pytest.raises(RuntimeError, match=r"fast-newton, segadv .* elements agree"):
@@ -300,7 +296,7 @@ def test_quick_figures_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_peers_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "peers.csv"
-    assert peers.main(["--quick", "--device", "cpu", "--no-compile", "--steps", "2", "--write", str(path)]) == 0
+    assert peers.main(["--quick", "--device", "cpu", "--no-compile", "--steps", "3", "--write", str(path)]) == 0
     found = {(r.operation, r.provider): r for r in records.read_records(path)}
     printed = capsys.readouterr().out
     expected = {name: ["eager", "segadv"] for name in peers.COMPARISONS}
@@ -317,27 +313,35 @@ def test_peers_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             by_ours = found[f"{name}, time by segadv's", provider]
             assert by_ours.p50 == pytest.approx(time.p50 / ours.p50, rel=1e-2)
             assert found[f"{name}, peak memory", provider].p50 >= 0
-    assert "2 steps" in found["pgd", "eager"].mode
+    assert "3 steps" in found["pgd", "eager"].mode
 
 
-def test_a_peer_with_other_results_is_not_timed() -> None:
-    compared = peers.comparison("pgd", CPU, quick=True, steps=2, compiled=False)
+def test_a_peer_with_other_images_is_not_timed() -> None:
+    compared = peers.comparison("pgd", CPU, quick=True, steps=3, compiled=False)
     (right,) = compared.calls["eager"]()
-    images = peers.Attacks.on(CPU, quick=True, steps=2).images
-    for wrong in (images, images + 0.9 * (right - images), right.double(), right[:1]):
-        broken = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)})
-        with pytest.raises(RuntimeError, match="pgd, wrong against eager"):
-            peers.measured(broken, "", CPU, rounds=1)
+    images = peers.Attacks.on(CPU, quick=True, steps=3).images
+    for wrong in (images, images + 0.9 * (right - images), right * math.nan, right.double(), right[:1]):
+        checked = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)}).checked()
+        assert checked.calls.keys() == compared.calls.keys()
+        assert "pgd, wrong against eager" in checked.differing[0]
+    with pytest.raises(RuntimeError, match="pgd, segadv against eager"):
+        replace(compared, calls={**compared.calls, "segadv": lambda: (images,)}).checked()
 
 
-def test_a_metric_or_loss_that_differs_is_not_timed() -> None:
+def test_a_metric_that_differs_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     compared = peers.jaccard(CPU, quick=True)
     (right,) = compared.calls["eager"]()
     assert 0 < right < 1
-    with pytest.raises(RuntimeError, match="jaccard, wrong"):
-        replace(compared, calls={**compared.calls, "wrong": lambda: (1.001 * right,)}).checked()
-    with pytest.raises(RuntimeError, match="jaccard, wrong"):
-        replace(compared, calls={**compared.calls, "wrong": lambda: (right * math.nan,)}).checked()
+    assert not compared.checked().differing
+    for wrong in (1.001 * right, right * math.nan):
+        broken = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)})
+        monkeypatch.setattr(peers, "jaccard", lambda device, *, quick, broken=broken: broken)
+        path = tmp_path / "peers.csv"
+        assert peers.main(["--quick", "--device", "cpu", "--only", "jaccard", "--write", str(path)]) == 1
+        assert "not timed, its results differ: jaccard, wrong against eager" in capsys.readouterr().out
+        assert {row.provider for row in records.read_records(path)} == set(compared.calls)
 
 
 def test_a_peer_that_is_missing_is_named() -> None:
