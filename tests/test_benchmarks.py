@@ -199,11 +199,16 @@ def test_exactly_the_chosen_images_are_attacked(training: Training, column: str)
         assert (images != training.images).flatten(1).any(1).tolist() == chosen
 
 
-def test_the_columns_agree(training: Training) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_columns_agree(training: Training, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In bfloat16, as on a GPU, too."""
+    monkeypatch.setattr(training, "dtype", dtype)
     overhead.check(training, overhead.ARMS, overhead.COLUMNS)
 
 
-def test_a_wrong_attack_is_not_timed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_attack_is_not_timed(training: Training, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(training, "dtype", dtype)
     right = overhead.usual_newton_step
     monkeypatch.setattr(overhead, "usual_newton_step", lambda *tensors: (tensors[0] + right(*tensors)) / 2)
     with pytest.raises(RuntimeError, match=r"fast-newton, segadv .* elements agree"):
