@@ -278,15 +278,17 @@ class Training:
 # --- equal before timed -------------------------------------------------------------------------------------------
 
 
-def check_same_images(name: str, ours: Tensor, expected: Tensor, clean: Tensor, *, share: float) -> None:
-    """RuntimeError where fewer than `share` of the elements agree, to a thousandth of the image's largest change.
+def check_same_images(
+    name: str, ours: Tensor, expected: Tensor, clean: Tensor, *, share: float = 0.99, tolerance: float = 1e-3
+) -> None:
+    """RuntimeError where fewer than `share` of the elements agree, to `tolerance` of the image's largest change.
 
     Not all can: a rounding difference flips the sign of a gradient that is nearly 0.
     """
     if ours.shape != expected.shape or ours.dtype != expected.dtype:
         raise RuntimeError(f"{name}: {ours.dtype} {list(ours.shape)}, expected {expected.dtype} {list(expected.shape)}")
     largest = (expected - clean).abs().flatten(1).amax(1).view(-1, *[1] * (clean.dim() - 1))
-    agree = ((ours - expected).abs() <= 1e-3 * largest + 1e-6).double().mean().item()
+    agree = ((ours - expected).abs() <= tolerance * largest + 1e-6).double().mean().item()
     if not agree >= share:
         raise RuntimeError(
             f"{name}: only {agree:.3%} of the adversarial images' elements agree, {share:.0%} are needed"
@@ -306,7 +308,8 @@ def check_close(name: str, ours: Tensor, expected: Tensor, *, tolerance: float) 
 def check(training: Training, arms: Sequence[str], columns: Sequence[str]) -> None:
     """Every column gives the same adversarial images, loss and weight gradients, up to rounding, or RuntimeError.
 
-    In bfloat16 the columns round the gradient of the logits at different places, and more signs differ.
+    In bfloat16 the columns round the upsampled logits and their gradient at different places: more signs differ, and
+    the step of Fast Newton does by some percent.
     """
     exact = training.dtype is torch.float32
     training.model.train()
@@ -317,7 +320,8 @@ def check(training: Training, arms: Sequence[str], columns: Sequence[str]) -> No
         for column in columns:
             adversarial = training.attack(column, arm, images, labels)
             name = f"{arm}, {column} against {EFFICIENT}"
-            check_same_images(name, adversarial, expected, images, share=0.99 if exact else 0.8)
+            limits = {} if exact else {"share": 0.8, "tolerance": 0.1}
+            check_same_images(name, adversarial, expected, images, **limits)
     results = {}
     for column in {EFFICIENT: None, **dict.fromkeys(columns)}:
         training.optimizer.zero_grad()
@@ -446,7 +450,7 @@ def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds:
     phases = in_rounds(partial(phases_of, training), steps, rounds=max(2, rounds // 2), seed=seed + 1)
     basic = {step.column: times[step] for step in steps if step.arm == "basic"}
     clean_cost = Passes(training).count(steps[0]).cost
-    records = []
+    records: list[Record] = []
     for step in steps:
         add = partial(_add, records, where, step)
         add("training step", times[step], unit="ms")

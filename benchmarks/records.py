@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -164,8 +165,6 @@ class Where:
             p20, p80 = np.percentile(statistic(*(series[:, None] for series in samples)), [20, 80]).tolist()
             low, high = interval(statistic, *samples)
         cuda = self.device.type == "cuda"
-        torch_and_segadv = f"torch {torch.__version__}, segadv {segadv.__version__}"
-        packages = (f"{name} {package_version(name)}" for name in self.packages)
         return Record(
             operation=operation,
             provider=provider,
@@ -183,9 +182,22 @@ class Where:
             unit=unit,
             rounds=rounds,
             commit=commit(),
-            versions=", ".join((torch_and_segadv, *packages, f"Python {platform.python_version()}")),
-            machine=f"{device_name(self.device)}, driver {driver_version()}" if cuda else machine(),
+            versions=_versions(self.packages),
+            machine=_machine(self.device),
         )
+
+
+@cache
+def _versions(packages: tuple[str, ...]) -> str:
+    own = f"torch {torch.__version__}, segadv {segadv.__version__}"
+    return ", ".join(
+        (own, *(f"{name} {package_version(name)}" for name in packages), f"Python {platform.python_version()}")
+    )
+
+
+@cache
+def _machine(device: torch.device) -> str:
+    return f"{device_name(device)}, driver {driver_version()}" if device.type == "cuda" else machine()
 
 
 def read_records(path: Path) -> list[Record]:
