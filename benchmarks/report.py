@@ -93,6 +93,12 @@ def comparable(path: Path) -> list[Record]:
     return [record for record in records_in(path) if record.threads in (0, THREADS) and record.thp == 0]
 
 
+def files(results: Path, name: str) -> list[Path]:
+    """That of the CPU, which must be there, and those of GPUs."""
+    first = results / f"{name}-cpu.csv"
+    return [first, *sorted(path for path in results.glob(f"{name}-*.csv") if path != first)]
+
+
 def one(records: Sequence[Record], **key: Any) -> Record:
     """The only row of these values."""
     found = [record for record in records if all(getattr(record, name) == value for name, value in key.items())]
@@ -316,12 +322,6 @@ def _gpu(path: Path, rows: Sequence[Row]) -> str:
 # --- training overhead: overhead-*.csv ----------------------------------------------------------------------------
 
 
-def _overhead_files(results: Path) -> list[Path]:
-    """That of the CPU, which must be there, and those of GPUs."""
-    first = results / "overhead-cpu.csv"
-    return [first, *sorted(path for path in results.glob("overhead-*.csv") if path != first)]
-
-
 def _by_case(path: Path) -> dict[str, list[Record]]:
     """In the order in which benchmarks.overhead knows the networks."""
     cases: dict[str, list[Record]] = {}
@@ -341,7 +341,7 @@ def training_overhead(results: Path) -> str:
         overhead.EFFICIENT: "efficient eager",
         overhead.OURS: "segadv",
     }
-    for path in _overhead_files(results):
+    for path in files(results, "overhead"):
         for case, records in _by_case(path).items():
             key = {"operation": "overhead", "case": case}
             lines = []
@@ -368,7 +368,7 @@ def training_overhead(results: Path) -> str:
 def overhead_details(results: Path) -> str:
     """All that benchmarks.overhead prints: both shares, parts of a step, passes, memory, targets."""
     blocks = ["![Additional time of a training step](results/overhead-cpu.png)"]
-    for path in _overhead_files(results):
+    for path in files(results, "overhead"):
         for case, records in _by_case(path).items():
             blocks.append(f"```\n{overhead.report(case, records).strip()}\n```\n\n{paragraph(provenance_of(records))}")
     return "\n\n".join(blocks)
@@ -388,14 +388,18 @@ _PEERS_TITLES = {
 
 def other_packages(results: Path) -> str:
     """A row for every comparison; that a package's or eager's row is missing is an error, compile's may be."""
-    records = comparable(results / "peers-cpu.csv")
+    return "\n\n".join(_peers_on_a_device(path) for path in files(results, "peers"))
+
+
+def _peers_on_a_device(path: Path) -> str:
+    records = comparable(path)
     own = ("eager", "compile", "segadv", "segadv, compile")
     lines = []
     for operation in peers.COMPARISONS:
         of_operation = [record for record in records if record.operation == operation]
         packages = [record.provider for record in of_operation if record.provider not in own]
         if len(packages) != 1:
-            raise ReportError(f"peers-cpu.csv: {operation} needs the rows of one other package, there are {packages}")
+            raise ReportError(f"{path.name}: {operation} needs the rows of one other package, there are {packages}")
         cells = []
         for provider in (packages[0], *own):
             if not (provider.endswith("compile") and provider not in {record.provider for record in of_operation}):

@@ -404,6 +404,18 @@ def test_cells_of_peers(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["overhead", "peers"])
+def test_a_gpu_has_a_table_of_its_own(name: str, tmp_path: Path) -> None:
+    file, made = TABLES[name]
+    write_records(tmp_path / file, made())
+    cpu = report.BLOCKS[name](tmp_path)
+    on_gpu = [replace(row, device="cuda", threads=0, machine="another machine") for row in made()]
+    write_records(tmp_path / file.replace("cpu", "nvidia-x1"), on_gpu)
+    both = report.BLOCKS[name](tmp_path)
+    assert both.startswith(cpu)
+    assert "another machine" in both.removeprefix(cpu)
+
+
 # --- the demo -----------------------------------------------------------------------------------------------------
 
 
