@@ -1,23 +1,40 @@
-"""Segmentation networks without further dependencies, and `wrap`, which normalises inside the model.
+"""Segmentation networks, and `wrap`, which normalises inside the model.
 
 The networks return low-resolution logits [N, C, h, w]: the operations of `segadv.functional` resample them.
+`pspnet50` takes its backbone from timm; the others need torch alone.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks.base import model_logits
+from .compat import import_torchvision
 
-__all__ = ["MODELS", "ModelConfig", "PSPNet", "SmallBackbone", "build_model", "small_pspnet", "wrap"]
+__all__ = [
+    "MODELS",
+    "ModelConfig",
+    "PSPNet",
+    "SmallBackbone",
+    "build_model",
+    "pspnet50",
+    "small_pspnet",
+    "sync_batchnorm",
+    "wrap",
+]
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
@@ -146,18 +163,137 @@ def small_pspnet(num_classes: int = 19) -> PSPNet:
     return PSPNet(backbone, feature_channels=backbone.channels[-1], num_classes=num_classes, head_channels=64)
 
 
+def pspnet50(num_classes: int = 19, *, pretrained: bool = False, backbone: str | Path = "") -> nn.Module:
+    """The network of [FNM]: `PSPNet` on the pre-activation ResNet-50 (ResNet50v2), for images in [0, 1].
+
+    Backbone: timm's ``resnetv2_50`` (He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, arXiv
+    1603.05027) at output stride 8, that is with dilation 2 and 4 in place of the last two strides, its final norm
+    and ReLU included. Images are normalised inside as timm's weights expect it, (images - 0.5) / 0.5. 46.6 million
+    parameters; logits [N, num_classes, ceil(H / 8), ceil(W / 8)].
+
+    Args:
+        num_classes: C of the logits.
+        pretrained: take timm's ImageNet weights (``resnetv2_50.a1h_in1k``), from the Hugging Face hub or its cache.
+        backbone: a file with weights of timm's ``resnetv2_50``, for example trained robustly on ImageNet with the
+            same normalisation: a state dict, or a checkpoint with one under "state_dict" or "model" (or averaged
+            weights under "state_dict_ema" or "model_ema", which are preferred), as .safetensors, or as anything
+            `torch.load(weights_only=True)` reads. All its names may share a prefix such as "module."; the
+            classifier ("head.fc") is not used; everything else has to fit.
+
+    With neither, the initial weights are random.
+
+    Raises:
+        ImportError: timm is missing or does not import.
+        FileNotFoundError: there is no file `backbone`.
+        ValueError: both `pretrained` and `backbone`; a file that is no state dict of this backbone (missing,
+            unexpected and mismatching entries are named).
+        RuntimeError: the pretrained weights could not be had, for example without a network.
+    """
+    if pretrained and backbone:
+        raise ValueError(f"pretrained and backbone exclude each other, got pretrained=True and backbone={backbone!r}")
+    timm = _import_timm()
+    try:
+        # Without classifier and pooling the forward pass returns the features behind the final norm and ReLU.
+        network = timm.create_model(
+            "resnetv2_50", pretrained=pretrained, num_classes=0, global_pool="", output_stride=8
+        )
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            "pretrained: timm could not get the weights of resnetv2_50 from the Hugging Face hub or its cache "
+            f"({type(error).__name__}: {error}). Without a network: fill the cache on another machine and let HF_HOME "
+            "name its copy, or give the weights as a file, backbone="
+        ) from error
+    if backbone:
+        _load_backbone(network, Path(backbone), timm)
+    model = PSPNet(network, feature_channels=network.num_features, num_classes=num_classes)
+    return wrap(model, mean=network.pretrained_cfg["mean"], std=network.pretrained_cfg["std"])
+
+
+def _import_timm() -> ModuleType:
+    try:
+        if importlib.util.find_spec("torchvision") is not None:
+            import_torchvision()  # timm imports it
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        raise ImportError(f'pspnet50 needs timm ({error}): pip install "segadv[models]"') from error
+    module: ModuleType = timm
+    return module
+
+
+def _load_backbone(network: nn.Module, path: Path, timm: ModuleType) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone: there is no file {path}")
+    try:
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        raise ValueError(f"backbone: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"backbone: {path} holds no state dict, a mapping from names to tensors")
+    first = "stem.conv.weight"
+    prefixes = [name.removesuffix(first) for name in weights if name == first or name.endswith(f".{first}")]
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} of them under the prefixes {prefixes}" if prefixes else f"only {_listed(weights)}"
+        raise ValueError(f"backbone: {path} has to hold one {first!r} of timm's resnetv2_50; it holds {found}")
+    unused = {f"{prefixes[0]}head.fc.{name}" for name in ("weight", "bias")}
+    used = {name: value for name, value in weights.items() if name not in unused}
+    foreign = [name for name in used if not name.startswith(prefixes[0])]
+    if foreign:
+        raise ValueError(f"backbone: {path} holds entries without the prefix {prefixes[0]!r}: {_listed(foreign)}")
+    try:
+        network.load_state_dict({name.removeprefix(prefixes[0]): value for name, value in used.items()})
+    except RuntimeError as error:  # it names every entry that is missing, unexpected or of another size
+        raise ValueError(f"backbone: {path} does not fit timm's resnetv2_50: {error}") from error
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with `torch.nn.SyncBatchNorm` in place of batch normalisation, weights and statistics shared.
+
+    timm's layers, in which norm and activation are one module, become timm's synchronised ones: torch's own
+    converter would drop their activation. Layers that are synchronised already stay. The model is changed in
+    place, except where it is itself such a layer: use what is returned.
+
+    Raises:
+        TypeError: a sub-class of batch normalisation with a forward pass of its own, which would be lost.
+    """
+    if isinstance(model, nn.SyncBatchNorm):
+        return model
+    if not isinstance(model, _BatchNorm):
+        for name, child in model.named_children():
+            model.add_module(name, sync_batchnorm(child))
+        return model
+    timm_layers = sys.modules.get("timm.layers")  # a model with timm's layers has imported them
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    if timm_layers is not None and type(model) is timm_layers.BatchNormAct2d:
+        convert = timm_layers.convert_sync_batchnorm
+    elif type(model).forward is not _BatchNorm.forward:
+        raise TypeError(f"model: the forward pass of its {type(model).__name__} would be lost in SyncBatchNorm")
+    converted: nn.Module = convert(model)
+    return converted
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network a training run builds.
 
     Args:
         name: a key of `MODELS`.
+        pretrained: pspnet50: start from timm's ImageNet weights (`pspnet50`).
+        backbone: pspnet50: a file with the backbone's initial weights; empty: none.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; weights for a network that takes none, or from two places.
     """
 
     name: str = "small_pspnet"
+    pretrained: bool = False
+    backbone: str = ""
 
     def __post_init__(self) -> None:
         if self.name not in MODELS:
@@ -165,10 +301,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.name must be one of {', '.join(MODELS)}; got {self.name!r}, did you mean {near[0]!r}?"
             )
+        if self.name == "small_pspnet" and (self.pretrained or self.backbone):
+            raise ValueError("model.pretrained and model.backbone are for pspnet50; small_pspnet has no such weights")
+        if self.pretrained and self.backbone:
+            raise ValueError("model.pretrained and model.backbone exclude each other")
 
 
 MODELS: Mapping[str, Callable[[ModelConfig, int], nn.Module]] = {
     "small_pspnet": lambda config, num_classes: small_pspnet(num_classes),
+    "pspnet50": lambda config, num_classes: pspnet50(
+        num_classes, pretrained=config.pretrained, backbone=config.backbone
+    ),
 }
 """name -> (config, num_classes) -> network."""
 

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from . import functional
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack, model_logits
-from .data import Augmented, EpochSampler
+from .data import Augmentation, Augmented, EpochSampler
+from .evaluation import ATTACKS, EPS
 from .monitor import catastrophic_overfitting, probe
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "StepResult",
     "TrainConfig",
     "Trainer",
+    "Validation",
     "adversarial_coins",
     "load_model",
     "poly_learning_rate",
@@ -74,10 +76,54 @@ _PROBE_IMAGES = 8
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # a resumed run may differ in these: they change no number, or (device) are the user's to move
-_FREE_TO_CHANGE = {"workers", "device", "log_every", "checkpoint_every", "monitor_every"}
+_FREE_TO_CHANGE = {
+    "workers", "device", "log_every", "checkpoint_every", "monitor_every", "validation", "allow_other_split",
+}  # fmt: skip
 
 # first word of a SeedSequence's spawn key: one stream per purpose; 0 and 1 belong to segadv.data
 _COINS, _STEP = 2, 3
+
+
+@dataclass(frozen=True)
+class Validation:
+    """When and how a training run evaluates its model under attack, with `segadv.evaluation.evaluate`.
+
+    Args:
+        every: steps between evaluations, and one after the last step; 0 makes none.
+        images: the first so many of the validation data set; 0: all.
+        attacks: names out of `segadv.evaluation.ATTACKS`.
+        eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
+        batch_size: images at once; they are taken whole, so that 1 is needed where their sizes differ.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    every: int = 0
+    images: int = 0
+    attacks: tuple[str, ...] = ("fgsm", "bim-10")
+    eps: tuple[float, ...] = EPS
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
+        _check_whole(
+            ("validation.every", self.every, 0),
+            ("validation.images", self.images, 0),
+            ("validation.batch_size", self.batch_size, 1),
+        )
+        if not self.attacks or any(name not in ATTACKS for name in self.attacks):
+            raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
+        if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
+            raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
+
+
+def _check_whole(*entries: tuple[str, int, int]) -> None:
+    """(name, value, minimum) each."""
+    for name, value, minimum in entries:
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -88,20 +134,29 @@ class TrainConfig:
         arm: name of the training method, a key of `ARMS`.
         adversarial_share: probability of a sample to be made adversarial, 0 to 1.
         steps: number of optimiser steps of the whole run.
-        batch_size: samples per step, at least 2 (batch normalisation).
+        batch_size: samples per step, over all processes and accumulated parts; at least 2 (batch normalisation).
+        accumulation: parts that a process works off one after the other for one step, to save memory. The gradient
+            is that of the whole batch; batch normalisation takes the statistics of each part.
         crop: height and width of the training crops, in pixels.
         learning_rate: of the first step; it falls as (1 - step / steps) ** power.
         momentum: of SGD.
         weight_decay: L2, on all parameters.
         power: of the poly schedule.
+        augmentation: how samples are changed before they are cropped.
         seed: decides the order of the data, augmentation, coins, dropout and the attack's random numbers (not
             the initialisation, which came with the model).
         workers: processes that load data; 0 loads in the training process.
         precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
+        channels_last: keep images and convolution weights in the channels-last memory format.
+        compile: compile the network with `torch.compile`, for training and attack.
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
         monitor_every: steps between probes for catastrophic overfitting; 0 makes none.
+        validation: evaluation under attack on the way.
+        allow_other_split: continue a checkpoint of another number of processes or of accumulated parts. The
+            batches stay the same; rounding, the random numbers of attack and dropout and, where batch normalisation
+            sees other parts, its statistics do not.
 
     Raises:
         ValueError: a value outside its range.
@@ -111,18 +166,24 @@ class TrainConfig:
     adversarial_share: float = 0.5
     steps: int = 300
     batch_size: int = 16
+    accumulation: int = 1
     crop: tuple[int, int] = (128, 256)
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
+    augmentation: Augmentation = field(default=Augmentation())
     seed: int = 0
     workers: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
     device: str = "auto"
     log_every: int = 10
     checkpoint_every: int = 100
     monitor_every: int = 100
+    validation: Validation = Validation()
+    allow_other_split: bool = False
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -132,9 +193,10 @@ class TrainConfig:
             raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}; got {self.precision!r}")
         if len(self.crop) != 2:
             raise ValueError(f"crop must be (height, width), got {self.crop}")
-        for name, value, minimum in (
+        _check_whole(
             ("steps", self.steps, 1),
             ("batch_size", self.batch_size, 2),
+            ("accumulation", self.accumulation, 1),
             ("crop height", self.crop[0], 8),
             ("crop width", self.crop[1], 8),
             ("seed", self.seed, 0),
@@ -142,9 +204,11 @@ class TrainConfig:
             ("log_every", self.log_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("monitor_every", self.monitor_every, 1 if self.arm in _EARLY_STOP else 0),
-        ):
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+        )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
+            )
         for name, number, low, high in (
             ("adversarial_share", self.adversarial_share, 0.0, 1.0),
             ("learning_rate", self.learning_rate, 0.0, math.inf),
@@ -199,6 +263,9 @@ class Trainer:
         model: images [N, 3, H, W] -> logits, or what `segadv.attacks.base.model_logits` finds them in.
             Trained in place, and moved to the device.
         dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length.
+        validation_dataset: the same, for config.validation.
+        description: plain values (fit for JSON) that say what model and dataset are; written to checkpoints and
+            compared when one is continued.
 
     Attributes:
         steps_done: number of steps taken so far.
@@ -209,8 +276,17 @@ class Trainer:
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        dataset: Dataset[tuple[Tensor, Tensor]],
+        *,
+        validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = _resolve_device(config.device)
         cuda = self.device.type == "cuda"
         if config.precision == "fp16" and not cuda:
@@ -219,7 +295,7 @@ class Trainer:
         if self.dataset_length < config.batch_size:
             raise ValueError(f"dataset must hold at least one batch of {config.batch_size}, got {self.dataset_length}")
         self.model = model.to(self.device)
-        self.dataset = Augmented(dataset, crop=config.crop, seed=config.seed)
+        self.dataset = Augmented(dataset, crop=config.crop, seed=config.seed, augmentation=config.augmentation)
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=config.learning_rate,
@@ -413,7 +489,11 @@ class Trainer:
         ]
 
     def _identity(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "dataset_length": self.dataset_length}
+        return {
+            **dataclasses.asdict(self.config),
+            "dataset_length": self.dataset_length,
+            "description": self.description,
+        }
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -522,7 +602,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config a checkpoint was trained with, and the length of its data set. Raises as `load_model`."""
+    """The config a checkpoint was trained with, "dataset_length" and "description". Raises as `load_model`."""
     config: dict[str, Any] = _read_checkpoint(path)["config"]
     return config
 
