@@ -79,6 +79,9 @@ def _parser() -> ArgumentParser:
         "--quick", action="store_true", help="a check that all works: the same code on so little that nothing is learnt"
     )
     demo.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
+    demo.add_argument(
+        "--seeds", type=int, default=1, help="trainings of every arm, with seed, seed + 1, ...: shows mean and range"
+    )
     commands.add_subcommand("demo", demo, help="the whole comparison in one command")
 
     train = _subparser("Trains small_pspnet on the split 'train' of a folder in the layout of Cityscapes.")
@@ -169,7 +172,7 @@ def _demo(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
     from .demo import run_demo
 
-    run_demo(arguments.out, quick=arguments.quick, seed=arguments.seed)
+    run_demo(arguments.out, quick=arguments.quick, seed=arguments.seed, seeds=arguments.seeds)
 
 
 def _train(arguments: Namespace) -> None:

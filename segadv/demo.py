@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import ARMS, PAPER_OVERHEAD, SHOWN_EPS, examples, measure_overhead, read_overhead
+from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_overhead
+from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
@@ -87,22 +88,29 @@ def run_demo(
     *,
     quick: bool = False,
     seed: int = 0,
+    seeds: int = 1,
     sizes: DemoSizes | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Generates data, trains all arms, evaluates them, measures their overhead, draws and prints the result.
 
-    All arms start from the same weights and see the same data in the same order. Called again with the same
-    arguments, it continues where it stopped.
+    All arms of a seed start from the same weights and see the same data in the same order. Called again with the
+    same arguments, it continues where it stopped; with more `seeds`, it adds to what is there.
+
+    Several seeds share the scenes, which are those of the first: they differ in initialisation, order of the data,
+    augmentation, dropout, coins and random attacks. So their range is that of training, not of data.
 
     Writes to `out`: ``data/`` (the scenes), ``<arm>/`` (checkpoint, metrics, evaluation), ``curves.csv``,
     ``overhead.csv``, ``results.json`` (all that is needed to repeat it), ``robustness.png``,
-    ``overhead.png``, ``qualitative.png``.
+    ``overhead.png``, ``qualitative.png``. With several seeds the arms of the further ones are in
+    ``seed-<seed>/``, the rows of the curves end with their seed, and ``robustness.png`` and the printed table show
+    mean and range; overhead and ``qualitative.png`` are those of the first.
 
     Args:
         out: a folder that is new, empty, or holds a demo of the same arguments.
         quick: `QUICK` instead of `FULL`: the same work on less.
         seed: of data, initialisation and training.
+        seeds: number of trainings of every arm, with seed, seed + 1, ...
         sizes: replaces both.
         progress: shows progress bars.
 
@@ -111,8 +119,10 @@ def run_demo(
 
     Raises:
         FileExistsError: `out` holds something else.
-        ValueError: `out` holds a demo of other arguments.
+        ValueError: `out` holds a demo of other arguments, or `seeds` is not positive.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     out = Path(out)
     sizes = sizes or (QUICK if quick else FULL)
     record = _Record(out, {"segadv": __version__, "seed": seed, **dataclasses.asdict(sizes)})
@@ -125,62 +135,90 @@ def run_demo(
         )
         train, val = (_InMemory(Cityscapes(root, split)) for split in ("train", "val"))
 
-    configs = {
-        arm: TrainConfig(
-            arm=arm,
-            steps=sizes.steps,
-            batch_size=sizes.batch_size,
-            crop=sizes.crop,
-            learning_rate=sizes.learning_rate,
-            seed=seed,
-            checkpoint_every=25,
-        )
-        for arm in ARMS
-    }
-    models, results = {}, {}
-    for arm, config in configs.items():
-        with record.stage(f"train {arm}"):
-            print(f"training: {arm}", flush=True)
-            trainer = Trainer(config, _initial_model(seed), train)
-            trainer.run(out / arm, progress=progress)
-            models[arm] = trainer.model
-    for arm, model in models.items():
-        evaluation = out / arm / "evaluation.json"
-        if not evaluation.exists():
-            with record.stage(f"evaluate {arm}"):
-                print(f"evaluation: {arm}", flush=True)
-                loader = DataLoader(val, batch_size=min(8, sizes.val_images))
-                evaluate(model, loader, _ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
-        results[arm] = EvaluationResult.from_json(evaluation)
-    curves = EvaluationResult.merge(results)
-    curves.to_csv(out / "curves.csv")
+    configs = {arm: _config(arm, sizes, seed) for arm in ARMS}
+    models, curves = _train_and_evaluate(out, configs, train, val, record, progress=progress)
+    rows = curves.rows
+    if seeds > 1:
+        rows = [row | {"seed": seed} for row in rows]
+        for further in range(seed + 1, seed + seeds):
+            of_seed = {arm: _config(arm, sizes, further) for arm in ARMS}
+            folder = out / f"seed-{further}"
+            _, result = _train_and_evaluate(folder, of_seed, train, val, record, f", seed {further}", progress=progress)
+            rows += [row | {"seed": further} for row in result.rows]
+    _write_csv(rows, out / "curves.csv")
 
     if not (out / "overhead.csv").exists():
         with record.stage("overhead"):
             print("overhead: steps of all arms in turn", flush=True)
-            rows = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
-            with atomic_write(out / "overhead.csv") as temporary:
-                temporary.write_text(csv_text(rows), encoding="utf-8")
+            measured = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
+            _write_csv(measured, out / "overhead.csv")
     overhead = read_overhead(out / "overhead.csv")
 
     with record.stage("figures"):
         from . import plots
 
-        curves.plot(out / "robustness.png")
+        plots.plot_robustness(rows, out / "robustness.png")
         plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
         samples = [val[index] for index in sorted({0, len(val) // 2})]
         shown = examples({arm: models[arm] for arm in ("basic", "fast-newton")}, samples)
-        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=SHOWN_EPS)
+        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
         evaluation={"attacks": _ATTACKS, "eps": EPS},
-        curves=curves.rows,
+        curves=rows,
         overhead=overhead,
         overhead_references=PAPER_OVERHEAD,
+        **({"seeds": list(range(seed, seed + seeds))} if seeds > 1 else {}),
     )
-    print(_report(curves.rows, overhead, record.content["seconds"], sizes.steps))
+    print(_report(rows, overhead, record.content["seconds"], sizes.steps))
     print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
     return record.content
+
+
+def _config(arm: str, sizes: DemoSizes, seed: int) -> TrainConfig:
+    return TrainConfig(
+        arm=arm,
+        steps=sizes.steps,
+        batch_size=sizes.batch_size,
+        crop=sizes.crop,
+        learning_rate=sizes.learning_rate,
+        seed=seed,
+        checkpoint_every=25,
+    )
+
+
+def _train_and_evaluate(
+    folder: Path,
+    configs: Mapping[str, TrainConfig],
+    train: _InMemory,
+    val: _InMemory,
+    record: _Record,
+    suffix: str = "",
+    *,
+    progress: bool,
+) -> tuple[dict[str, nn.Module], EvaluationResult]:
+    """The arms' models and how they stand the attacks; `suffix` is for the names of the stages."""
+    models, results = {}, {}
+    for arm, config in configs.items():
+        with record.stage(f"train {arm}{suffix}"):
+            print(f"training: {arm}{suffix}", flush=True)
+            trainer = Trainer(config, _initial_model(config.seed), train)
+            trainer.run(folder / arm, progress=progress)
+            models[arm] = trainer.model
+    for arm, model in models.items():
+        evaluation = folder / arm / "evaluation.json"
+        if not evaluation.exists():
+            with record.stage(f"evaluate {arm}{suffix}"):
+                print(f"evaluation: {arm}{suffix}", flush=True)
+                loader = DataLoader(val, batch_size=min(8, len(val)))
+                evaluate(model, loader, _ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
+        results[arm] = EvaluationResult.from_json(evaluation)
+    return models, EvaluationResult.merge(results)
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(csv_text(rows), encoding="utf-8")
 
 
 def _initial_model(seed: int) -> nn.Module:
@@ -227,7 +265,8 @@ class _Record:
             self._write()
 
     def finish(self, **results: Any) -> None:
-        self.content |= {**results, "finished": True}
+        kept = ("arguments", "finished", "seconds", "machine", "build_info")
+        self.content = {name: self.content[name] for name in kept} | results | {"finished": True}
         self._write()
 
     def _write(self) -> None:
@@ -270,13 +309,22 @@ def _report(
     seconds: Mapping[str, float],
     steps: int,
 ) -> str:
-    """The tables, and what they say about BIM-10 at eps 0.03."""
-    score = {(row["arm"], row["attack"], row["eps"]): row["miou"] for row in curves}
-    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, SHOWN_EPS))]
+    """The tables, and what they say about BIM-10 at eps 0.03; of several seeds mean and range."""
+    scores: dict[tuple[str, str, float], list[float]] = {}
+    for row in curves:
+        scores.setdefault((row["arm"], row["attack"], row["eps"]), []).append(row["miou"])
+    score = {key: sum(values) / len(values) for key, values in scores.items()}
+    seeds = len(next(iter(scores.values())))
+    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
     titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
     lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
     for arm in ARMS:
         lines.append(f"{arm:<14}" + "".join(f"{score[arm, *column]:>13.3f}" for column in columns))
+        if seeds > 1:
+            ranges = ((min(scores[arm, *column]), max(scores[arm, *column])) for column in columns)
+            lines.append(" " * 14 + "".join(f"{f'{low:.3f}-{high:.3f}':>13}" for low, high in ranges))
+    if seeds > 1:
+        lines += ["", f"mIoU: mean, and below it the range, of {seeds} trainings on the same scenes."]
 
     lines += [
         "",
@@ -290,15 +338,28 @@ def _report(
     if steps < _MEANINGFUL_STEPS:
         lines += ["", f"{steps} steps train nothing: this was a check that all works, its accuracies mean nothing."]
         return "\n".join([*lines, f"Time: {sum(seconds.values()) / 60:.1f} minutes."])
-    robust = {arm: score[arm, "bim-10", SHOWN_EPS] for arm in ARMS}
+    robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)
     rivals = ("random-fgsm", "fgsm", "basic")
     not_below = [arm for arm in rivals if robust[arm] >= robust["fast-newton"]]
     lines += [
         "",
-        f"BIM-10, eps {SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
+        f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
         f"The paper finds fast-newton above {', '.join(rivals)} there; "
         + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
+        *_overlapping(scores, rivals),
         f"Time: {sum(seconds.values()) / 60:.1f} minutes.",
     ]
     return "\n".join(lines)
+
+
+def _overlapping(scores: Mapping[tuple[str, str, float], Sequence[float]], rivals: Sequence[str]) -> list[str]:
+    """Which arms the seeds do not tell from fast-newton; nothing with one seed."""
+    ours = scores["fast-newton", "bim-10", _SHOWN_EPS]
+    if len(ours) == 1:
+        return []
+    theirs = {arm: scores[arm, "bim-10", _SHOWN_EPS] for arm in rivals}
+    same = [arm for arm, values in theirs.items() if min(values) <= max(ours) and min(ours) <= max(values)]
+    return [
+        f"These are means; the range of fast-newton overlaps that of {', '.join(same) if same else 'none of them'}."
+    ]

@@ -103,10 +103,12 @@ def _arms_legend(figure: Figure, axes: Any) -> None:
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """mIoU against eps, one panel per attack, one line per arm.
+    """mIoU against eps, one panel per attack, one line per arm: of several seeds the mean, in a band from the least
+    to the greatest.
 
     Args:
-        rows: dicts with attack, eps, miou and, where there are several models, arm.
+        rows: dicts with attack, eps, miou and, where there are several models, arm; those that agree in arm, attack
+            and eps are of different seeds.
         path: the PNG file to write.
     """
     from matplotlib import rc_context
@@ -118,11 +120,16 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         axes = _panels(figure, len(attacks), sharey=True)
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
-                line = sorted(
-                    (row["eps"], row["miou"]) for row in rows if row["attack"] == attack and row.get("arm", "") == arm
-                )
-                eps, miou = zip(*line, strict=True)
-                panel.plot(eps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
+                line: dict[float, list[float]] = {}
+                for row in rows:
+                    if row["attack"] == attack and row.get("arm", "") == arm:
+                        line.setdefault(row["eps"], []).append(row["miou"])
+                eps = sorted(line)
+                if max(map(len, line.values())) > 1:
+                    low, high = ([edge(line[x]) for x in eps] for edge in (min, max))
+                    panel.fill_between(eps, low, high, color=color, alpha=0.18, lw=0)
+                mean = [float(np.mean(line[x])) for x in eps]
+                panel.plot(eps, mean, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
             panel.set_title(f"attack: {attack_title(attack)}")
             panel.set_xlabel("eps")
             panel.set_xticks(sorted({row["eps"] for row in rows}))
