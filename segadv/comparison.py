@@ -6,6 +6,7 @@ What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ __all__ = [
     "ARMS",
     "PAPER_OVERHEAD",
     "SHOWN_EPS",
+    "describe",
     "examples",
     "load_trained",
     "measure_overhead",
@@ -50,6 +52,11 @@ A clean step is 3 passes (forward, data gradient, weight gradient); an attack st
 
 SHOWN_EPS = 0.03
 _WARM_UP_STEPS = 2
+
+
+def describe(dataset: str, model: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network."""
+    return {"dataset": dataset, "model": dataclasses.asdict(model), "num_classes": num_classes}
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
