@@ -1,15 +1,17 @@
-"""Data sets: Cityscapes from disk, generated street scenes in the same layout, and seeded augmentation."""
+"""Data sets from disk (Cityscapes, VOC, trainaug), generated street scenes, and seeded augmentation."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .augment import Augmentation, Augmented
-from .cityscapes import CLASSES, COLORS, IGNORE_INDEX, NUM_CLASSES, Cityscapes
+from .cityscapes import CLASSES, COLORS, NUM_CLASSES, Cityscapes
+from .files import IGNORE_INDEX, SegmentationFiles
 from .sampler import EpochSampler
 from .streets import generate_streets
+from .voc import VOC, TrainAug
 
 __all__ = [
     "CLASSES",
@@ -17,19 +19,22 @@ __all__ = [
     "DATASETS",
     "IGNORE_INDEX",
     "NUM_CLASSES",
+    "VOC",
     "Augmentation",
     "Augmented",
     "Cityscapes",
     "EpochSampler",
+    "SegmentationFiles",
+    "TrainAug",
     "generate_streets",
     "open_dataset",
 ]
 
-DATASETS: Mapping[str, Callable[[str | os.PathLike[str], str], Cityscapes]] = {"cityscapes": Cityscapes}
+DATASETS: Mapping[str, type[SegmentationFiles]] = {"cityscapes": Cityscapes, "voc": VOC, "trainaug": TrainAug}
 """name -> (root, split: "train" or "val") -> data set."""
 
 
-def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Cityscapes:
+def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> SegmentationFiles:
     """A split, "train" or "val", of a data set on disk.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from .cityscapes import IGNORE_INDEX
+from .files import IGNORE_INDEX
 from .sampler import at_least, seeded
 
 __all__ = ["Augmentation", "Augmented"]

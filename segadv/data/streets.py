@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .cityscapes import require_pillow
+from .files import require_pillow
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,0 +1,202 @@
+"""Segmentation data sets on disk: pairs of an image file and a mask file, read and checked in one place."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+__all__ = ["IGNORE_INDEX", "Listing", "SegmentationFiles"]
+
+IGNORE_INDEX = 255
+
+NO_CLASS = 254
+"""In a table from file values to classes: a value that must not occur."""
+
+
+@dataclass
+class Listing:
+    """The files of a split, before any of them is opened.
+
+    Attributes:
+        images, labels: paths; those at the same position belong together.
+        missing: a message for every file that should be there and is not.
+        orphans: a message for every mask without an image; they do no harm.
+    """
+
+    images: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+    def extend(self, other: Listing) -> None:
+        for name, messages in vars(self).items():
+            messages.extend(getattr(other, name))
+
+
+class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Images and masks of one split of a data set on disk; the base of `Cityscapes`, `VOC` and `TrainAug`.
+
+    ``dataset[i]`` is ``(image, label)``: image float32 [3, H, W] in [0, 1]; label uint8 [H, W] with the classes
+    of `class_names`, and `IGNORE_INDEX` where there is none. ``dataset.image_paths[i]`` and
+    ``dataset.label_paths[i]`` name the files.
+
+    Args:
+        root: folder of the data set.
+        split: "train", "val" or what else the data set has.
+
+    Raises:
+        FileNotFoundError: a folder, an image or a mask is missing.
+        OSError: a file that cannot be read (upon indexing).
+        ValueError: image and mask of different sizes, a wrong image mode, a value that stands for no class (upon
+            indexing).
+        ImportError: a package that reads the files is missing.
+    """
+
+    num_classes: ClassVar[int]
+    class_names: ClassVar[tuple[str, ...]]
+    colors: ClassVar[tuple[tuple[int, int, int], ...]]
+    official_lengths: ClassVar[Mapping[str, int]]
+    """split -> number of images in the data set as it is published."""
+    classes_of_values: ClassVar[npt.NDArray[np.uint8]]
+    """[256]: value in a mask file -> class, `IGNORE_INDEX` or `NO_CLASS`."""
+    allowed_values: ClassVar[str]
+    """`classes_of_values` in words, for messages."""
+
+    def __init__(self, root: str | os.PathLike[str], split: str) -> None:
+        require_pillow()
+        listing = self.list_files(Path(root), split)
+        if listing.missing:
+            raise FileNotFoundError(shortened(listing.missing))
+        self.image_paths, self.label_paths = listing.images, listing.labels
+
+    @classmethod
+    def list_files(cls, root: Path, split: str) -> Listing:
+        """The files of a split. Raises FileNotFoundError where the layout is another."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.image_paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, label = self.pixels(index)
+        return torch.from_numpy(to_float(pixels)), torch.from_numpy(label)
+
+    def pixels(self, index: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """The sample before its conversion: image uint8 [H, W, 3], label uint8 [H, W].
+
+        `Augmented` reads this, so that only the crop is converted.
+        """
+        image_path, label_path = self.image_paths[index], self.label_paths[index]
+        image, values = self.read_image(image_path), self.read_mask(label_path)
+        require_same_size(image_path, image.shape[:2], label_path, values.shape)
+        label = self.classes_of_values[values]
+        if (label == NO_CLASS).any():
+            raise ValueError(self.wrong_values(label_path, np.unique(values[label == NO_CLASS])))
+        return image, label
+
+    @staticmethod
+    def read_image(path: str) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3]; the array may be read-only."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read_mask(path: str) -> npt.NDArray[np.uint8]:
+        """The values of a mask file, uint8 [H, W]; the array may be read-only."""
+        raise NotImplementedError
+
+    @classmethod
+    def wrong_values(cls, path: str, values: Iterable[int]) -> str:
+        found = [int(value) for value in values]
+        return (
+            f"{path}: label values must be {cls.allowed_values}, found {found}; "
+            "restore the file, or paint these pixels 255 (no class)"
+        )
+
+
+def to_float(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [0, 1]."""
+    image = np.empty((3, *pixels.shape[:2]), np.float32)
+    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=image)
+    return image
+
+
+def require_same_size(image_path: str, image: tuple[int, ...], label_path: str, label: tuple[int, ...]) -> None:
+    if image != label:
+        raise ValueError(
+            f"image and label must have the same size: {image_path} has {image[0]} x {image[1]}, "
+            f"{label_path} has {label[0]} x {label[1]} (height x width); restore the one that was changed"
+        )
+
+
+def require_pillow() -> None:
+    """Raises an ImportError that says how to get Pillow where it is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("reading and writing PNG files needs Pillow: pip install pillow") from error
+
+
+def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[np.uint8]:
+    """The pixels of an image file as they are stored: [H, W, 3] for the mode "RGB", [H, W] for "L" and "P".
+
+    The array is read-only. An EXIF orientation is not applied: masks are drawn for the stored pixels.
+
+    Args:
+        modes: of Pillow; any other is refused.
+        remedy: what to do about another mode, for the message.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist (any more); restore it") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise OSError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
+            "restore it from the data set's archive"
+        ) from error
+    if image.mode not in modes:
+        allowed = " or ".join(f'"{mode}"' for mode in modes)
+        raise ValueError(f'{path}: the image mode must be {allowed}, this one is "{image.mode}"; {remedy}')
+    return np.asarray(image)
+
+
+def names_in(folder: Path, ending: str) -> set[str]:
+    """File names of a folder that end so, without the ending. Hidden files are left out (macOS puts ._* there)."""
+    if not folder.is_dir():
+        return set()
+    return {name.removesuffix(ending) for name in os.listdir(folder) if name.endswith(ending) and name[0] != "."}
+
+
+def found_in(folder: Path) -> str:
+    """What stands in a folder, for an error message."""
+    if not folder.is_dir():
+        return f"{folder} is no folder" if folder.exists() else f"{folder} does not exist"
+    names = sorted(os.listdir(folder))
+    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return f"{folder} contains: {shown or 'nothing'}"
+
+
+def shortened(messages: list[str], count: int = 5) -> str:
+    more = len(messages) - count
+    return "\n".join(messages[:count] + ([f"... and {more} more like these"] if more > 0 else []))
