@@ -16,20 +16,22 @@ import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from . import __version__, build_info
+from .comparison import ARMS as PAPER_ARMS
 from .data import DATASETS
 from .evaluation import ATTACKS, EPS
 from .models import MODELS, ModelConfig
 from .ops import backends
 from .recipes import ConfigFile, nearest, recipe_file, recipes
+from .reproduce import RECIPES as REPRODUCED
+from .reproduce import Evaluation
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
@@ -78,6 +80,8 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     configs.add_argument("--config", action="append", default=[])
     found, options = configs.parse_known_args(argv[1:])
+    if argv[0] == "reproduce" and "--quick" in options:
+        found.config.append("quick")
     names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
     # behind the setting that reproduce has
     at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
@@ -94,6 +98,7 @@ class _Parser(ArgumentParser):
             message += f"; did you mean --{nearest(unknown[1], known)}?"
         message = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+        message = message.replace("a value of type tuple", "a list, such as [0.5, 2]")
         super().error(message, ex)
 
 
@@ -147,6 +152,15 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     commands.add_subcommand("evaluate", evaluate, help="attack checkpoints and report")
 
+    reproduce = _subparser(
+        "Repeats the comparison of Wiens & Hammer 2022: trains its five arms, attacks them with FGSM and BIM-10, times "
+        "their steps, and writes its figures and tables with ours beside them. A stopped command continues."
+    )
+    commands.add_subcommand("reproduce", reproduce, help="the paper's comparison on its data sets")
+    settings = reproduce.add_subcommands(dest="setting")
+    for name in REPRODUCED:
+        settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {REPRODUCED[name]}")
+
     data = _subparser("Makes data.")
     commands.add_subcommand("data", data, help="generate street scenes")
     kinds = data.add_subcommands(dest="kind")
@@ -163,17 +177,34 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _subparser(description: str) -> ArgumentParser:
-    return _Parser(description=description, exit_on_error=False, allow_abbrev=False)
+def _subparser(description: str, **options: Any) -> ArgumentParser:
+    return _Parser(description=description, exit_on_error=False, allow_abbrev=False, **options)
 
 
 def _train_parser() -> ArgumentParser:
     train = _subparser(
-        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, which "
-        "overrides the file; their names may be written with - instead of _."
+        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, "
+        "which overrides the file; their names may be written with - for _."
     )
     _add_training_options(train)
     return train
+
+
+def _reproduce_parser(setting: str) -> ArgumentParser:
+    recipe = REPRODUCED[setting]
+    parser = _subparser(
+        f"Trains with the recipe {recipe} unless options say otherwise. Their names may be written with - for _.",
+        default_config_files=[str(recipe_file(recipe))],
+    )
+    _add_training_options(parser, without={"arm"})
+    parser.add_argument("--arms", default=",".join(PAPER_ARMS), help="those to train now, with commas between them")
+    parser.add_class_arguments(Evaluation, "evaluation")
+    parser.add_argument("--overhead_steps", type=int, default=25, help="timed steps of each arm")
+    parser.add_argument(
+        "--quick", action="store_true", help="--config quick, few images and steps: only shows that everything works"
+    )
+    _explain(parser, {"evaluation": Evaluation})
+    return parser
 
 
 def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = ()) -> None:
@@ -184,23 +215,29 @@ def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = 
     parser.add_argument("--dataset", default="cityscapes", help=f"kind of data set: {', '.join(DATASETS)}")
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--out", required=True, help="folder for the run; one that was stopped there is continued")
-    parser.add_argument("--crop", type=_Size, default=_Size(TrainConfig.crop))
+    parser.add_argument("--crop", type=HeightxWidth, default=HeightxWidth(TrainConfig.crop))
     parser.add_class_arguments(TrainConfig, skip={"crop", *without})
     parser.add_class_arguments(ModelConfig, "model")
     explained = _explained(TrainConfig) | {
         "arm": f"training method: {', '.join(ARMS)}",
-        "crop": "height x width of the training crops, such as 128x256",
+        "crop": "height x width of the training crops, such as 128x256, its default",
         "seed": "of the initialisation, the order of the data, augmentation, coins, dropout and attack",
     }
-    groups = {"model": ModelConfig} | {
-        name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)
-    }
-    for name, kind in groups.items():
-        explained |= {f"{name}.{field}": text for field, text in _explained(kind).items()}
+    nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
+    _explain(parser, {"model": ModelConfig, **nested})
     explained["model.name"] = f"network: {', '.join(MODELS)}"
     for action in parser._actions:
         action.help = explained.get(action.dest, action.help)
-    titles = {str(TrainConfig): "training"} | {str(kind): name for name, kind in groups.items()}
+    for group in parser._action_groups:
+        group.title = "training" if group.title == str(TrainConfig) else group.title
+
+
+def _explain(parser: ArgumentParser, groups: Mapping[str, Any]) -> None:
+    """The help of options that come from dataclasses: prefix -> class."""
+    explained = {f"{name}.{field}": text for name, kind in groups.items() for field, text in _explained(kind).items()}
+    titles = {str(kind): name for name, kind in groups.items()}
+    for action in parser._actions:
+        action.help = explained.get(action.dest, action.help)
     for group in parser._action_groups:
         group.title = titles.get(group.title or "", group.title)
 
@@ -212,20 +249,23 @@ def _explained(config: type) -> dict[str, str]:
     return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
 
 
-class _Size(tuple[int, int]):
+class HeightxWidth(tuple[int, int]):
     """(height, width), written as 160x320."""
 
 
-def _parsed_size(value: Any) -> _Size:
+def _parsed_size(value: Any) -> HeightxWidth:
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+)x(\d+)", value)):
-        return _Size((int(match[1]), int(match[2])))
+        return HeightxWidth((int(match[1]), int(match[2])))
     if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
-        return _Size(value)
+        return HeightxWidth(value)
     raise ValueError(f"must be height x width, such as 160x320, got {value!r}")
 
 
 register_type(
-    _Size, serializer="{0[0]}x{0[1]}".format, deserializer=_parsed_size, deserializer_exceptions=(ValueError, TypeError)
+    HeightxWidth,
+    serializer="{0[0]}x{0[1]}".format,
+    deserializer=_parsed_size,
+    deserializer_exceptions=(ValueError, TypeError),
 )
 
 
@@ -251,7 +291,7 @@ def _demo(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .comparison import describe
+    from .comparison import describe, read_rows
     from .data import open_dataset
     from .distributed import process_group, rank
     from .models import build_model
@@ -277,8 +317,12 @@ def _train(arguments: Namespace) -> None:
         if rank() != 0:
             return
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    plot_training(lines, out / "training.png", title=f"trained with {config.arm}")
-    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {out / 'training.png'}")
+    pictures = [out / "training.png"]
+    plot_training(lines, pictures[0], title=f"trained with {config.arm}")
+    if (out / "curves.csv").exists():  # of the last validation
+        pictures.append(out / "robustness.png")
+        plot_robustness(read_rows(out / "curves.csv"), pictures[1])
+    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
 
 
 def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:
@@ -286,7 +330,7 @@ def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:
     types = typing.get_type_hints(TrainConfig)
     values = {}
     for field in dataclasses.fields(TrainConfig):
-        value = arguments.get(field.name, field.default)
+        value = arguments.get(field.name, field.default)  # reproduce has no arm
         if dataclasses.is_dataclass(types[field.name]):
             value = _built(types[field.name], field.name, value)
         values[field.name] = value
@@ -303,7 +347,7 @@ def _built(kind: Any, name: str, value: Any) -> Any:
 def _effective(parser: ArgumentParser, arguments: Namespace) -> str:
     """All options but --config and --out as YAML, for --config."""
     kept = arguments.clone()
-    for name in ("config", "out", "__default_config__"):
+    for name in ("config", "out", "quick", "__default_config__"):
         kept.pop(name, None)
     text: str = parser.dump(kept, skip_validation=True)
     return text
@@ -401,6 +445,32 @@ def _given(arguments: Namespace) -> list[str]:
     """The arguments of the command line that gives these."""
     values = {name: value for name, value in vars(arguments).items() if name != "checkpoints"}
     return [*arguments.checkpoints, *(text for n, v in values.items() for text in (f"--{n.replace('_', '-')}", str(v)))]
+
+
+def _reproduce(arguments: Namespace) -> None:
+    _require("PIL", "matplotlib", "tqdm")
+    from .reproduce import reproduce
+
+    setting = arguments.setting
+    options = arguments[setting]
+    if options.quick:
+        options.evaluation.images = options.evaluation.images or 2
+        options.overhead_steps = min(options.overhead_steps, 2)
+    config, model = _configs(options)
+    reproduce(
+        setting,
+        config,
+        model,
+        dataset=options.dataset,
+        data=options.data,
+        out=options.out,
+        options=_effective(_reproduce_parser(setting), options),
+        arms=[arm.strip() for arm in options.arms.split(",")],
+        evaluation=_built(Evaluation, "evaluation", options.evaluation),
+        overhead_steps=options.overhead_steps,
+        command=shlex.join(["segadv", "reproduce", setting, "--config", str(Path(options.out) / "config.yaml")])
+        + f" --out {shlex.quote(options.out)}",
+    )
 
 
 def _data(arguments: Namespace) -> None:

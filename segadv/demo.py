@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_overhead
+from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_rows
 from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
@@ -152,7 +152,7 @@ def run_demo(
             print("overhead: steps of all arms in turn", flush=True)
             measured = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
             _write_csv(measured, out / "overhead.csv")
-    overhead = read_overhead(out / "overhead.csv")
+    overhead = read_rows(out / "overhead.csv")
 
     with record.stage("figures"):
         from . import plots

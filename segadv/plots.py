@@ -324,7 +324,7 @@ def plot_overhead(
         axes.set_xticks(range(len(bars)), [style[row["arm"]][0] for row in bars])
         axes.set_ylabel("additional training time in %")
         axes.set_title(
-            f"a step of the basic arm takes {basic:.0f} ms; bars: medians measured here, whiskers p20 to p80"
+            f"a step of the basic arm takes {basic:.0f} ms\nbars: medians measured here, whiskers p20 to p80"
         )
         figure.legend(loc="outside lower center", ncols=len(references))
         _save(figure, path)

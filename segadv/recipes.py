@@ -6,14 +6,14 @@ Keys are checked here, because a mistyped one must be named with its file and th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-__all__ = ["ConfigFile", "nearest", "recipe_file", "recipes"]
+__all__ = ["ConfigFile", "flat", "nearest", "recipe_file", "recipes"]
 
 _FOLDER = Path(__file__).with_name("configs")
 
@@ -63,15 +63,16 @@ def _check_keys(path: Path, known: Collection[str]) -> None:
         raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values such as 'steps: 300', it holds {content!r}")
-    for key in _keys(content):
+    for key, value in flat(content).items():
         if key not in known:
             raise ValueError(f"{path}: there is no option {key!r}, did you mean {nearest(key, known)!r}?")
+        if parts := [name for name in known if name.startswith(f"{key}.")]:
+            raise ValueError(f"{path}: {key} consists of {', '.join(parts)}; got {value!r}")
 
 
-def _keys(content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values that are no mappings."""
+def flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    values: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values

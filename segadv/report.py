@@ -116,14 +116,14 @@ def _lines(
         "",
         f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
         "",
-        *_table(
+        *table(
             ["trained with", *("clean" if value == 0 else f"eps {value:g}" for value in eps)],
             [[arm, *(_three(final[arm, strongest, value]) for value in eps)] for arm in arms],
         ),
         "",
         f"## mIoU at eps {shown:g}, attack by attack",
         "",
-        *_table(
+        *table(
             [
                 "trained with",
                 *(f"{plots.attack_title(name)}, {_steps(final[arms[0], name, shown])}" for name in attacks),
@@ -149,7 +149,7 @@ def _lines(
     if checks:
         lines += ["## Signs of gradient masking", "", "Accuracy is pixel accuracy on a few of the images.", ""]
         verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
-        lines += _table(
+        lines += table(
             ["trained with", "check", "", "figures"],
             [[arm, check.name, verdict[check.passed], check.finding] for arm in arms for check in checks.get(arm, ())],
         )
@@ -162,7 +162,7 @@ def _lines(
         + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
         + ". All attack arguments are in results.json.",
         "",
-        *_table(
+        *table(
             ["trained with", "model", "SHA-256 of the weights"],
             [[arm, result.run[arm]["model"], f"`{result.run[arm]['model_sha256'][:16]}`"] for arm in arms],
         ),
@@ -170,7 +170,7 @@ def _lines(
     return lines
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
