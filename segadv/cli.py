@@ -443,7 +443,7 @@ def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
 
 def _given(arguments: Namespace) -> list[str]:
     """The arguments of the command line that gives these."""
-    values = {name: value for name, value in vars(arguments).items() if name != "checkpoints"}
+    values = {name: value for name, value in vars(arguments).items() if name != "checkpoints" and value != ""}
     return [*arguments.checkpoints, *(text for n, v in values.items() for text in (f"--{n.replace('_', '-')}", str(v)))]
 
 
