@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 __all__ = ["import_torchvision"]
 
-_libraries: list[torch.library.Library] = []  # a schema is gone when its Library is
+_libraries: list[torch.library.Library] = []  # kept: a schema is gone when its Library is
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision, imported also where its compiled operators cannot be loaded.
+def import_torchvision() -> ModuleType | None:
+    """torchvision, imported also where its compiled operators cannot be loaded; None where it is not installed.
 
-    A torchvision wheel that was built for CUDA, beside a torch for the CPU, fails at its import ("operator
-    torchvision::nms does not exist"), and so does everything that imports it: timm, torchmetrics, transformers,
-    segmentation-models-pytorch. Only the schemas of two operators are missed; they are defined here, in this
-    case alone. Then models, transforms and data sets work; the compiled operators (nms, roi_align, ...) and
-    image codecs do not. Call it before anything else imports torchvision.
+    A torchvision that was built for CUDA, beside a torch for the CPU, fails at its import ("operator
+    torchvision::nms does not exist"), and with it everything that imports it: timm, torchmetrics, transformers,
+    segmentation-models-pytorch. All it misses then is the schemas of two operators. They are defined here, in this
+    case alone; models, transforms and data sets work with that, the compiled operators (nms, roi_align, ...) and
+    image codecs do not. Call it before importing a package that imports torchvision.
 
     Raises:
-        ImportError: there is no torchvision.
-        RuntimeError: it cannot be imported for another reason.
+        ImportError, RuntimeError: torchvision is installed, but cannot be imported for another reason.
     """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -7,7 +7,6 @@ The networks return low-resolution logits [N, C, h, w]: the operations of `segad
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -213,8 +212,7 @@ def pspnet50(num_classes: int = 19, *, pretrained: bool = False, backbone: str |
 
 def _import_timm() -> ModuleType:
     try:
-        if importlib.util.find_spec("torchvision") is not None:
-            import_torchvision()  # timm imports it
+        import_torchvision()  # timm imports it
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
         raise ImportError(f'pspnet50 needs timm ({error}): pip install "segadv[models]"') from error

@@ -16,8 +16,11 @@ if not GPU:  # Triton reads it when it is imported: then its kernels run in its 
 import emulated  # noqa: E402
 
 import segadv  # noqa: E402
+from segadv.compat import import_torchvision  # noqa: E402
 from segadv.ops import backends  # noqa: E402
 from segadv.ops.cuda import CudaKernels  # noqa: E402
+
+import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
 
 # The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
 backends.BACKENDS["cuda-emulated"] = CudaKernels(emulated.load(), "cpu")
