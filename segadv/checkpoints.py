@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,25 +50,21 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path in the same folder, which replaces `path` when the block ends without error.
 
-    At any moment `path` is the previous file or the new one, each whole, also after a loss of power. The temporary
-    one has always the same name: what a kill leaves behind is overwritten by the next one. So there must be only
-    one writer.
+    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
+    The temporary one has always the same name: what a kill leaves behind is overwritten by the next one. So there
+    must be only one writer.
     """
     temporary = path.with_name(path.name + ".tmp")
     with explained(path):
         try:
             yield temporary
-            for written in (temporary, path.parent):
-                if written == path.parent:
-                    os.replace(temporary, path)
-                descriptor = os.open(written, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            if durable:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -114,15 +111,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _read_shared(path: str | os.PathLike[str]) -> dict[str, Any]:
     with safe_open(os.fspath(path), framework="pt") as file:
         metadata = file.metadata() or {}
         values = {name: json.loads(metadata[name]) for name in ("config", "description", "steps")}
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = values["config"] | {"description": values["description"]}
     return {"config": config, "steps_done": values["steps"], "model": weights}
 
@@ -134,11 +136,12 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
     metadata = {name: json.dumps(value) for name, value in (values | {"config": entries}).items()}
     # copies: the format takes no two tensors in one memory
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    with replacing(path) as temporary:
+    with replacing(path, durable=True) as temporary:
         try:
             save_file(weights, temporary, metadata=metadata)
         except SafetensorError as error:  # this is how it reports a full disk
-            raise OSError(errno.EIO, str(error)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Without a group all of it is there and means one process.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["add_up", "explained", "from_first", "gather", "process_group", "rank", "started", "world_size"]
+__all__ = [
+    "add_up",
+    "averaging_gradients",
+    "explained",
+    "from_first",
+    "gather",
+    "process_group",
+    "rank",
+    "started",
+    "world_size",
+]
 
 _TIMEOUT = timedelta(minutes=10)
 """For a process that hangs. One that ends is noticed at once: its connections break, and torchrun stops the others."""
@@ -82,6 +94,13 @@ def explained(continues: str) -> Iterator[None]:
         ) from error
 
 
+def averaging_gradients(module: nn.Module) -> DistributedDataParallel:
+    """The module with gradients that are averaged over the processes, and nothing else communicated."""
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on
+    options: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
+
+
 def add_up(value: Tensor) -> Tensor:
     """The sum over all processes; on a GPU it is only queued."""
     if world_size() > 1:
@@ -106,8 +125,8 @@ def from_first(call: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome[0] = call()
-        except Exception as error:
-            outcome[1] = error
+        except Exception as raised:
+            outcome[1] = raised
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome
     if error is not None:

@@ -406,7 +406,8 @@ def evaluate(
         tally = _Tally()
         for share, *_ in shares:
             tally.merge(share)
-        number_invalid, images_seen = (sum(share[i] for share in shares) for i in (1, 2))
+        number_invalid = sum(share[1] for share in shares)
+        images_seen = sum(share[2] for share in shares)
         digest = hashlib.sha256("".join(share[3] for share in shares).encode()).hexdigest()
     judge.check(number_invalid)
     if not tally.confusion:

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
@@ -330,11 +329,10 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.processes > 1 and cuda:
             self.model = sync_batchnorm(self.model)
-        attacked = torch.compile(self.model) if config.compile else self.model
+        attacked: Any = torch.compile(self.model) if config.compile else self.model
         self._network: nn.Module = attacked
         if self.processes > 1:
-            # Running statistics are the same everywhere by other means than a broadcast in every forward pass.
-            self._network = DistributedDataParallel(attacked, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._network = distributed.averaging_gradients(attacked)
         self._own_statistics = _running_statistics(self.model) if self.processes > 1 and not cuda else []
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -659,7 +657,7 @@ class Trainer:
             return False
         on_cpu = [{name: value.cpu() for name, value in vars(result).items()} for result in own]
         shares = distributed.gather((on_cpu, bool(self._interrupts)))
-        for parts in zip(*(share[0] for share in shares), strict=True):
+        for parts in zip(*(results for results, _ in shares), strict=True):
             loss = torch.stack([part["loss"] for part in parts]).sum()
             rest = {name: torch.cat([part[name] for part in parts]) for name in ("eps", "gain", "skipped")}
             self._window.append(StepResult(loss=loss, **rest))
@@ -792,7 +790,7 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested names with dots."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
@@ -822,15 +820,15 @@ def _resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_held() -> Iterator[list[int]]:
     """Holds Ctrl-C back until the block has ended, so that no state is saved from the middle of a step."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
-        yield
+        yield received
         return
-    received = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGINT, previous)
     if received:
