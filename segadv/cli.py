@@ -161,8 +161,8 @@ def _parser() -> ArgumentParser:
     for name in REPRODUCED:
         settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {REPRODUCED[name]}")
 
-    data = _subparser("Makes data.")
-    commands.add_subcommand("data", data, help="generate street scenes")
+    data = _subparser("Makes and checks data.")
+    commands.add_subcommand("data", data, help="generate street scenes, check a data set")
     kinds = data.add_subcommands(dest="kind")
     streets = _subparser("Writes generated street scenes as PNG files in the layout of Cityscapes.")
     streets.add_argument("dir", help="folder; an interrupted one is completed")
@@ -171,6 +171,12 @@ def _parser() -> ArgumentParser:
     streets.add_argument("--size", default="160x320", help="height x width")
     streets.add_argument("--seed", type=int, default=0, help="decides every pixel")
     kinds.add_subcommand("generate-streets", streets, help="write the scenes")
+
+    check = _subparser("Reads all files of a data set and lists every problem with file and remedy; exit code 2 then.")
+    check.add_argument("dir", help="folder of the data set")
+    check.add_argument("--dataset", default="cityscapes", help="cityscapes, voc or trainaug")
+    check.add_argument("--split", default="train,val", help="one or several, with commas between them")
+    kinds.add_subcommand("check", check, help="verify counts, sizes, files and label values")
 
     doctor = _subparser("Tells what is compiled in, which backend runs on which device, and why another does not.")
     commands.add_subcommand("doctor", doctor, help="what runs here, and why")
@@ -476,10 +482,25 @@ def _reproduce(arguments: Namespace) -> None:
 def _data(arguments: Namespace) -> None:
     from .data import generate_streets
 
+    if arguments.kind == "check":
+        _check_data(arguments.check)
+        return
     scenes = arguments["generate-streets"]
     size = _size("size", scenes.size)
     generate_streets(scenes.dir, train=scenes.train, val=scenes.val, size=size, seed=scenes.seed)
     print(f"{scenes.dir}: {scenes.train} training and {scenes.val} validation images")
+
+
+def _check_data(arguments: Namespace) -> None:
+    _require("PIL", "tqdm")
+    from .data import check_files, dataset_class
+    from .data.check import format_checks
+
+    kind = dataset_class(arguments.dataset)
+    checks = check_files(kind, arguments.dir, [split.strip() for split in arguments.split.split(",")])
+    print(format_checks(kind, checks), flush=True)
+    if problems := sum(len(check.problems) for check in checks):
+        raise ValueError(f"{problems} problem{'s' if problems > 1 else ''} in {arguments.dir}, listed above")
 
 
 def _doctor(arguments: Namespace) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 from .augment import Augmentation, Augmented
+from .check import check_files
 from .cityscapes import CLASSES, COLORS, NUM_CLASSES, Cityscapes
 from .files import IGNORE_INDEX, SegmentationFiles
 from .sampler import EpochSampler
@@ -26,6 +27,7 @@ __all__ = [
     "EpochSampler",
     "SegmentationFiles",
     "TrainAug",
+    "check_files",
     "generate_streets",
     "open_dataset",
 ]
@@ -34,13 +36,18 @@ DATASETS: Mapping[str, type[SegmentationFiles]] = {"cityscapes": Cityscapes, "vo
 """name -> (root, split: "train" or "val") -> data set."""
 
 
+def dataset_class(name: str) -> type[SegmentationFiles]:
+    """The data set of a name in `DATASETS`; ValueError for another name."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
+    return DATASETS[name]
+
+
 def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> SegmentationFiles:
     """A split, "train" or "val", of a data set on disk.
 
     Raises:
         ValueError: an unknown name; else what the data set raises.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
-    return DATASETS[name](root, split)
+    return dataset_class(name)(root, split)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import IGNORE_INDEX
+from .files import IGNORE_INDEX, SegmentationFiles
 from .sampler import at_least, seeded
 
 __all__ = ["Augmentation", "Augmented"]
@@ -21,9 +27,13 @@ class Augmentation:
 
     Args:
         flip: mirror left and right with probability 1/2.
-        scale: lowest and highest factor of the size.
-        rotation: largest angle in degrees, to either side.
-        blur: largest standard deviation of a Gaussian blur of the crop, in pixels; half of the samples are blurred.
+        scale: lowest and highest factor of the size; uniform between them.
+        rotation: largest angle in degrees, to either side of upright, at most 180; uniform.
+        blur: largest standard deviation of a Gaussian blur of the crop, in pixels of the crop; half of the samples
+            are blurred, with a deviation uniform in [0, blur].
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     flip: bool = True
@@ -31,14 +41,37 @@ class Augmentation:
     rotation: float = 0.0
     blur: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip must be true or false, got {self.flip!r}")
+        if len(self.scale) != 2 or not (0 < self.scale[0] <= self.scale[1] < math.inf):
+            raise ValueError(f"scale must be (lowest, highest) with 0 < lowest <= highest, got {self.scale!r}")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation must be in [0, 180] degrees, got {self.rotation!r}")
+        if not 0 <= self.blur < math.inf:
+            raise ValueError(f"blur must be a finite number of pixels, at least 0, got {self.blur!r}")
 
-class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
-    """Random horizontal flip and random crop of another data set's samples.
+
+class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
+    """Random crops of another data set's samples, flipped, resized, rotated and blurred at random.
+
+    What comes out is that of this chain: resize the image to (round(scale * H), round(scale * W)), rotate it about its
+    centre, cut a crop at a random place of that canvas, flip the crop, blur it. But all of it up to the flip is one
+    affine map from the crop's pixel centres to the image, and only what the crop sees is sampled, once: the image
+    bilinearly, the label at the nearest pixel. Where the map leaves the image lie zeros, and `IGNORE_INDEX` in the
+    label; a crop larger than the canvas has the canvas at a random place in it.
+
+    Where the size shrinks, the part of the image that the crop sees is first resized with antialiasing, as
+    ``torch.nn.functional.interpolate(antialias=True)`` and torchvision's Resize do it, and the map starts from there:
+    bilinear samples alone would skip pixels of the image. The label needs none.
+
+    Without resizing and rotation, crop and flip copy pixels unchanged.
 
     Args:
-        dataset: ``dataset[index]`` is (image float32 [3, H, W], label uint8 [H, W]).
-        crop: (h, w) of what comes out. An image smaller than that lies at a random place among zeros, its
-            label among `IGNORE_INDEX`.
+        dataset: ``dataset[index]`` is (image float32 [3, H, W], label uint8 [H, W]). Of `SegmentationFiles` the
+            stored 8-bit pixels are read, and only the crop is converted; where the size shrinks, they are
+            antialiased in 8 bits then, which is up to 1/255 from what floats give.
+        crop: (h, w) of what comes out.
         seed: with the epoch and the index it decides everything random about a sample.
         augmentation: what happens before the crop is taken.
 
@@ -47,7 +80,7 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 
     def __init__(
         self,
-        dataset: Dataset[tuple[torch.Tensor, torch.Tensor]],
+        dataset: Dataset[tuple[Tensor, Tensor]],
         *,
         crop: tuple[int, int],
         seed: int,
@@ -61,23 +94,173 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
         self.augmentation = augmentation
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
-        image, label = self.dataset[index]
+        if isinstance(self.dataset, SegmentationFiles):
+            pixels, classes = self.dataset.pixels(index)
+            image, label = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
+        else:
+            image, label = self.dataset[index]
+        wanted = self.augmentation
         generator = seeded(self.seed, _AUGMENTATION, epoch, index)
-        flip = generator.random() < 0.5
-        inside, outside = [], []
-        for size, crop in zip(label.shape, self.crop, strict=True):
-            surplus = size - crop
-            offset = int(generator.integers(min(surplus, 0), max(surplus, 0), endpoint=True))
-            length = min(size, crop)
-            inside.append(slice(max(offset, 0), max(offset, 0) + length))
-            outside.append(slice(max(-offset, 0), max(-offset, 0) + length))
-        cropped_image = image.new_zeros(image.shape[0], *self.crop)
-        cropped_label = label.new_full(self.crop, IGNORE_INDEX)
-        image, label = image[:, *inside], label[*inside]
-        if flip:
-            image, label = image.flip(-1), label.flip(-1)
-        cropped_image[:, *outside] = image
-        cropped_label[*outside] = label
-        return cropped_image, cropped_label, index
+        flip = generator.random() < 0.5 and wanted.flip
+        scale = generator.uniform(*wanted.scale) if wanted.scale != (1, 1) else 1.0
+        angle = generator.uniform(-wanted.rotation, wanted.rotation) if wanted.rotation else 0.0
+        canvas = [max(1, round(scale * length)) for length in label.shape]
+        offset = []
+        for length, crop in zip(canvas, self.crop, strict=True):
+            surplus = length - crop
+            offset.append(int(generator.integers(min(surplus, 0), max(surplus, 0), endpoint=True)))
+        if angle == 0 and canvas == list(label.shape):
+            image, label = cut(image, label, offset=offset, crop=self.crop, flip=flip)
+        else:
+            image, label = warp(image, label, canvas=canvas, angle=angle, offset=offset, crop=self.crop, flip=flip)
+        if wanted.blur and generator.random() < 0.5:
+            image = gaussian_blur(image, generator.uniform(0, wanted.blur))
+        return image, label, index
+
+
+def cut(
+    image: Tensor, label: Tensor, *, offset: Sequence[int], crop: tuple[int, int], flip: bool
+) -> tuple[Tensor, Tensor]:
+    """The crop whose corner is the image's pixel `offset` (negative: before the image begins); pixels are copied.
+
+    A flip mirrors what the crop shows of the image in its place: a narrow image stays where it lies in the crop.
+    """
+    inside, outside = [], []
+    for size, length, start in zip(label.shape, crop, offset, strict=True):
+        inside.append(slice(max(start, 0), min(start + length, size)))
+        outside.append(slice(max(-start, 0), max(-start, 0) + min(length, size)))
+    image, label = image[:, *inside], label[*inside]
+    if flip:
+        image, label = image.flip(-1), label.flip(-1)
+    floating = image.is_floating_point()
+    cropped_image = image.new_zeros(image.shape[0], *crop, dtype=image.dtype if floating else torch.float32)
+    cropped_label = label.new_full(crop, IGNORE_INDEX)
+    cropped_image[:, *outside] = image
+    cropped_label[*outside] = label
+    return cropped_image if floating else cropped_image.div_(255), cropped_label
+
+
+def warp(
+    image: Tensor,
+    label: Tensor,
+    *,
+    canvas: Sequence[int],
+    angle: float,
+    offset: Sequence[int],
+    crop: tuple[int, int],
+    flip: bool,
+) -> tuple[Tensor, Tensor]:
+    """A crop of the resized and rotated image, see `Augmented`.
+
+    Args:
+        image: uint8 or floating [C, H, W].
+        label: uint8 [H, W].
+        canvas: (height, width) that the image is resized to.
+        angle: in degrees, counter-clockwise, about the centre of the canvas.
+        offset, flip: as for `cut`, on the canvas.
+    """
+    # Points are (row, column), pixel k covers [k, k + 1). A crop's point p shows the canvas's point linear @ p + shift.
+    turn = math.radians(angle)
+    mirror = np.diag([1.0, -1.0 if flip else 1.0])
+    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    centre = np.array(canvas) / 2
+    corner = np.array(offset, float)
+    if flip:
+        corner[1] = min(offset[1] + crop[1], canvas[1]) + max(-offset[1], 0)
+    on_canvas = rotation @ mirror, rotation @ (corner - centre) + centre
+    ratio = np.array(label.shape) / np.array(canvas)
+    on_image = ratio[:, None] * on_canvas[0], ratio * on_canvas[1]
+
+    if (ratio > 1).any():
+        rows, columns = _seen(*on_canvas, crop, canvas)
+        shrunk = _shrunk(image, canvas, (rows.stop, columns.stop))
+        cropped_image = _sample(shrunk, *on_canvas, crop, "bilinear")
+    else:
+        cropped_image = _sample(image, *on_image, crop, "bilinear")
+    # samples are 0 outside of the image: the complement of IGNORE_INDEX
+    cropped_label = IGNORE_INDEX - _sample(IGNORE_INDEX - label[None], *on_image, crop, "nearest")[0]
+    return cropped_image, cropped_label.to(label.dtype)
+
+
+def gaussian_blur(image: Tensor, deviation: float) -> Tensor:
+    """Convolution of [C, h, w] with exp(-(x^2 + y^2) / (2 deviation^2)), normalised, up to 3 deviations to each side.
+
+    Beyond the border the outermost pixels go on. As sums of shifted planes: PyTorch's convolution of so few channels
+    takes ten times as long on a CPU, and need not give the same bits for every number of threads.
+    """
+    if deviation == 0:
+        return image
+    radius = math.ceil(3 * deviation)
+    weights = np.exp(-((np.arange(radius + 1) / deviation) ** 2) / 2)  # of the centre and one side
+    weights /= 2 * weights.sum() - weights[0]
+    padded = F.pad(image[None], [radius] * 4, mode="replicate")[0]
+    for dim in (1, 2):
+        length = padded.shape[dim] - 2 * radius
+        blurred = padded.narrow(dim, radius, length) * weights[0]
+        for distance in range(1, radius + 1):
+            sides = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
+            blurred += sides.mul_(weights[distance])
+        padded = blurred
+    return padded
+
+
+def _floating(image: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1], contiguous; floats as they are."""
+    if image.is_floating_point():
+        return image
+    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _seen(
+    linear: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], crop: tuple[int, int], size: Sequence[int]
+) -> tuple[slice, slice]:
+    """The rows and columns of an image of this size that bilinear sampling reads for a crop; empty where none."""
+    first, last = np.array([0.5, 0.5]), np.array(crop) - 0.5
+    corners = np.array([[first[0], first[0], last[0], last[0]], [first[1], last[1], first[1], last[1]]])
+    points = linear @ corners + shift[:, None]
+    rows, columns = (
+        slice(
+            int(np.clip(math.floor(low - 1), 0, length)),
+            int(np.clip(math.ceil(high + 1), 0, length)),
+        )
+        for low, high, length in zip(points.min(1), points.max(1), size, strict=True)
+    )
+    return rows, columns
+
+
+def _shrunk(image: Tensor, canvas: Sequence[int], needed: Sequence[int]) -> Tensor:
+    """The first rows and columns, at least so many as are needed, of the antialiased resizing of image to canvas."""
+    sizes = []
+    factors = []
+    for length, target, count in zip(image.shape[1:], canvas, needed, strict=True):
+        # one pixel of the canvas weighs pixels of the image up to length / target beyond its own
+        sizes.append(min(length, math.ceil((count + 2) * length / target)))
+        factors.append(math.nextafter(target / length, math.inf))  # length * factor must not fall below target
+    part = image[None, :, : sizes[0], : sizes[1]]
+    return F.interpolate(part, scale_factor=factors, mode="bilinear", antialias=True)[0]
+
+
+def _sample(
+    image: Tensor,
+    linear: npt.NDArray[np.float64],
+    shift: npt.NDArray[np.float64],
+    crop: tuple[int, int],
+    mode: str,
+) -> Tensor:
+    """Floating [C, h, w]: the crop's point p, a pixel's centre, shows the image's point linear @ p + shift, or 0."""
+    rows, columns = _seen(linear, shift, crop, image.shape[1:])
+    part = image[:, rows, columns]
+    part = part.float() if mode == "nearest" else _floating(part)
+    if part.numel() == 0:
+        return part.new_zeros(part.shape[0], *crop)
+    # grid_sample's points are (column, row), -1 at the one border of the image and 1 at the other
+    grid = part.new_empty(1, *crop, 2)
+    for axis, start in enumerate((rows.start, columns.start)):
+        unit = 2 / part.shape[1 + axis]
+        down = unit * (linear[axis, 0] * (np.arange(crop[0]) + 0.5) + shift[axis] - start) - 1
+        along = unit * linear[axis, 1] * (np.arange(crop[1]) + 0.5)
+        down, along = (torch.from_numpy(values).to(part.dtype) for values in (down, along))
+        torch.add(down[:, None], along, out=grid[0, :, :, 1 - axis])
+    return F.grid_sample(part[None], grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
