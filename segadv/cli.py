@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
@@ -123,7 +124,11 @@ def _parser() -> ArgumentParser:
     )
     commands.add_subcommand("demo", demo, help="the whole comparison in one command")
 
-    train = _train_parser()
+    train = _subparser(
+        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, "
+        "which overrides the file; their names may be written with - for _."
+    )
+    _add_training_options(train)
     commands.add_subcommand("train", train, help="train one arm")
 
     evaluate = _subparser("Attacks trained models and writes a report: tables, pictures, gradient-masking checks.")
@@ -185,15 +190,6 @@ def _parser() -> ArgumentParser:
 
 def _subparser(description: str, **options: Any) -> ArgumentParser:
     return _Parser(description=description, exit_on_error=False, allow_abbrev=False, **options)
-
-
-def _train_parser() -> ArgumentParser:
-    train = _subparser(
-        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, "
-        "which overrides the file; their names may be written with - for _."
-    )
-    _add_training_options(train)
-    return train
 
 
 def _reproduce_parser(setting: str) -> ArgumentParser:
@@ -318,7 +314,7 @@ def _train(arguments: Namespace) -> None:
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             with atomic_write(out / "config.yaml") as temporary:
-                temporary.write_text(_effective(_train_parser(), arguments), encoding="utf-8")
+                temporary.write_text(_effective(arguments), encoding="utf-8")
         trainer.run(out)
         if rank() != 0:
             return
@@ -350,12 +346,13 @@ def _built(kind: Any, name: str, value: Any) -> Any:
     return kind(**vars(value))
 
 
-def _effective(parser: ArgumentParser, arguments: Namespace) -> str:
-    """All options but --config and --out as YAML, for --config."""
-    kept = arguments.clone()
-    for name in ("config", "out", "quick", "__default_config__"):
-        kept.pop(name, None)
-    text: str = parser.dump(kept, skip_validation=True)
+def _effective(arguments: Namespace) -> str:
+    """All options but those of the folder and of other files as YAML, for --config."""
+    left_out = ("config", "out", "quick", "__default_config__")
+    options = {name: value for name, value in arguments.as_dict().items() if name not in left_out}
+    options["crop"] = "{}x{}".format(*arguments.crop)
+    plain = json.loads(json.dumps(options))  # tuples become lists
+    text: str = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
     return text
 
 
@@ -403,7 +400,7 @@ def _evaluate(arguments: Namespace) -> None:
 
 def _dataset(descriptions: Sequence[dict[str, Any]]) -> str:
     """The kind of data set that the checkpoints were trained on; before descriptions there was one kind."""
-    names = sorted({description.get("dataset", "cityscapes") for description in descriptions})
+    names: list[str] = sorted({description.get("dataset", "cityscapes") for description in descriptions})
     if len(names) > 1:
         raise ValueError(f"the checkpoints were trained on different data sets ({', '.join(names)}): give --dataset")
     return names[0]
@@ -470,7 +467,7 @@ def _reproduce(arguments: Namespace) -> None:
         dataset=options.dataset,
         data=options.data,
         out=options.out,
-        options=_effective(_reproduce_parser(setting), options),
+        options=_effective(options),
         arms=[arm.strip() for arm in options.arms.split(",")],
         evaluation=_built(Evaluation, "evaluation", options.evaluation),
         overhead_steps=options.overhead_steps,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 
 __all__ = ["ConfigFile", "flat", "nearest", "recipe_file", "recipes"]
 
@@ -47,7 +47,7 @@ def nearest(name: str, names: Collection[str]) -> str:
 class ConfigFile(ActionConfigFile):
     """The option --config: a recipe's name or a YAML file. Errors name the file."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = recipe_file(values)
         _check_keys(path, [action.dest for action in parser._actions])
         try:
