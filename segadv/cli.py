@@ -217,12 +217,12 @@ def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = 
     parser.add_argument("--dataset", default="cityscapes", help=f"kind of data set: {', '.join(DATASETS)}")
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--out", required=True, help="folder for the run; one that was stopped there is continued")
-    parser.add_argument("--crop", type=HeightxWidth, default=HeightxWidth(TrainConfig.crop))
+    parser.add_argument("--crop", type=HeightxWidth, default="{}x{}".format(*TrainConfig.crop))
     parser.add_class_arguments(TrainConfig, skip={"crop", *without})
     parser.add_class_arguments(ModelConfig, "model")
     explained = _explained(TrainConfig) | {
         "arm": f"training method: {', '.join(ARMS)}",
-        "crop": "height x width of the training crops, such as 128x256, its default",
+        "crop": "height x width of the training crops, such as 128x256",
         "seed": "of the initialisation, the order of the data, augmentation, coins, dropout and attack",
     }
     nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
