@@ -450,27 +450,13 @@ def part_compile(run: Run) -> None:
 # --- glue: what an attack costs beyond its forward and backward pass ----------------------------------------------
 
 
-class _Features(nn.Module):
-    """timm's feature maps, the final norm and ReLU included."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network.forward_features(images)
-        return features
-
-
 def pspnet50() -> tuple[str, nn.Module]:
     """The paper's network, without weights to load; the package's small one where timm does not import."""
     try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
-        print(f"  timm does not import, the small network takes the place of its resnetv2_50: {error!r}")
+        return "pspnet50", models.pspnet50(19)
+    except ImportError as error:
+        print(f"  the small network takes the place of pspnet50: {error!r}")
         return "small_pspnet", models.small_pspnet(19)
-    backbone = timm.create_model("resnetv2_50", pretrained=False, num_classes=0, output_stride=8)
-    return "pspnet50", models.PSPNet(_Features(backbone), feature_channels=2048, num_classes=19)
 
 
 def segformer_b0() -> tuple[str, nn.Module]:

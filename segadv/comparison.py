@@ -6,6 +6,7 @@ What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,21 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from . import functional
+from . import distributed, functional
 from .attacks import BIM
 from .attacks.base import frozen, model_logits
 from .data import NUM_CLASSES
 from .models import ModelConfig, build_model
-from .training import TrainConfig, Trainer, load_model, read_config
+from .training import TrainConfig, Trainer, Validation, load_model, read_config
 
 __all__ = [
     "ARMS",
     "PAPER_OVERHEAD",
     "SHOWN_EPS",
+    "describe",
     "examples",
     "load_trained",
     "measure_overhead",
-    "read_overhead",
+    "read_rows",
     "whole_images",
 ]
 
@@ -50,6 +52,11 @@ A clean step is 3 passes (forward, data gradient, weight gradient); an attack st
 
 SHOWN_EPS = 0.03
 _WARM_UP_STEPS = 2
+
+
+def describe(dataset: str, model: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network."""
+    return {"dataset": dataset, "model": dataclasses.asdict(model), "num_classes": num_classes}
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -107,6 +114,8 @@ def measure_overhead(
 ) -> list[dict[str, Any]]:
     """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own.
 
+    With several processes all call it; each has its share of the batch.
+
     Args:
         configs: arm -> its run; one arm is "basic".
         initial_model: gives a network.
@@ -116,13 +125,16 @@ def measure_overhead(
     Returns:
         a row for each arm: arm, step_ms_p20, step_ms_p50, step_ms_p80, overhead_percent (of p50, against basic).
     """
-    trainers = {arm: Trainer(config, initial_model(), dataset) for arm, config in configs.items()}
+    trainers = {
+        arm: Trainer(dataclasses.replace(config, validation=Validation()), initial_model(), dataset)
+        for arm, config in configs.items()
+    }
     basic = trainers["basic"]
-    batch_size = basic.config.batch_size
-    samples = [basic.dataset[0, i] for i in range(batch_size)]
+    share = basic.config.batch_size // distributed.world_size()
+    samples = [basic.dataset[0, distributed.rank() * share + i] for i in range(share)]
     images = torch.stack([image for image, _, _ in samples]).to(basic.device)
     labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
-    chosen = list(range(0, batch_size, 2))
+    chosen = list(range(0, share, 2))
     milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
     for _ in range(_WARM_UP_STEPS + steps):
         for arm, trainer in trainers.items():
@@ -152,11 +164,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def read_overhead(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of `measure_overhead` from the CSV file they were written to."""
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of curves.csv or overhead.csv: words in the columns arm and attack, numbers in the others."""
     with Path(path).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: value if key == "arm" else float(value) for key, value in row.items()} for row in rows]
+    return [{key: value if key in ("arm", "attack") else float(value) for key, value in row.items()} for row in rows]
 
 
 def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:

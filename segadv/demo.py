@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import ARMS, PAPER_OVERHEAD, SHOWN_EPS, examples, measure_overhead, read_overhead
+from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_rows
+from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
@@ -149,9 +150,9 @@ def run_demo(
     if not (out / "overhead.csv").exists():
         with record.stage("overhead"):
             print("overhead: steps of all arms in turn", flush=True)
-            times = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
-            _write_csv(times, out / "overhead.csv")
-    overhead = read_overhead(out / "overhead.csv")
+            measured = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
+            _write_csv(measured, out / "overhead.csv")
+    overhead = read_rows(out / "overhead.csv")
 
     with record.stage("figures"):
         from . import plots
@@ -160,7 +161,7 @@ def run_demo(
         plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
         samples = [val[index] for index in sorted({0, len(val) // 2})]
         shown = examples({arm: models[arm] for arm in ("basic", "fast-newton")}, samples)
-        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=SHOWN_EPS)
+        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
         evaluation={"attacks": _ATTACKS, "eps": EPS},
@@ -314,7 +315,7 @@ def _report(
         scores.setdefault((row["arm"], row["attack"], row["eps"]), []).append(row["miou"])
     score = {key: sum(values) / len(values) for key, values in scores.items()}
     seeds = len(next(iter(scores.values())))
-    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, SHOWN_EPS))]
+    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
     titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
     lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
     for arm in ARMS:
@@ -337,13 +338,13 @@ def _report(
     if steps < _MEANINGFUL_STEPS:
         lines += ["", f"{steps} steps train nothing: this was a check that all works, its accuracies mean nothing."]
         return "\n".join([*lines, f"Time: {sum(seconds.values()) / 60:.1f} minutes."])
-    robust = {arm: score[arm, "bim-10", SHOWN_EPS] for arm in ARMS}
+    robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)
     rivals = ("random-fgsm", "fgsm", "basic")
     not_below = [arm for arm in rivals if robust[arm] >= robust["fast-newton"]]
     lines += [
         "",
-        f"BIM-10, eps {SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
+        f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
         f"The paper finds fast-newton above {', '.join(rivals)} there; "
         + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
         *_overlapping(scores, rivals),
@@ -354,10 +355,10 @@ def _report(
 
 def _overlapping(scores: Mapping[tuple[str, str, float], Sequence[float]], rivals: Sequence[str]) -> list[str]:
     """Which arms the seeds do not tell from fast-newton; nothing with one seed."""
-    ours = scores["fast-newton", "bim-10", SHOWN_EPS]
+    ours = scores["fast-newton", "bim-10", _SHOWN_EPS]
     if len(ours) == 1:
         return []
-    theirs = {arm: scores[arm, "bim-10", SHOWN_EPS] for arm in rivals}
+    theirs = {arm: scores[arm, "bim-10", _SHOWN_EPS] for arm in rivals}
     same = [arm for arm, values in theirs.items() if min(values) <= max(ours) and min(ours) <= max(values)]
     return [
         f"These are means; the range of fast-newton overlaps that of {', '.join(same) if same else 'none of them'}."

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, model_logits, unwrapped
 from .ops import backends
+from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
 from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
 
@@ -110,9 +111,13 @@ class _Judge:
         self.invalid.append(matrices.invalid)  # type: ignore[attr-defined]
         return matrices
 
-    def check(self) -> None:
+    @property
+    def number_invalid(self) -> int:
         """Bad labels are looked at only here: on a GPU that waits for all work."""
-        if invalid := int(torch.stack(self.invalid).sum()) if self.invalid else 0:
+        return int(torch.stack(self.invalid).sum()) if self.invalid else 0
+
+    def check(self, number_invalid: int | None = None) -> None:
+        if invalid := self.number_invalid if number_invalid is None else number_invalid:
             raise ValueError(f"labels must be classes of the model or {self.ignored}; {invalid} pixels are neither")
 
 
@@ -215,6 +220,11 @@ class _Tally:
         labelled = matrices[matrices.sum((1, 2)) > 0]
         self.image_mious.setdefault(key, []).extend(class_iou(labelled).nanmean(1).tolist())
 
+    def merge(self, other: _Tally) -> None:
+        for key, total in other.confusion.items():
+            self.confusion[key] = self.confusion[key] + total if key in self.confusion else total
+            self.image_mious.setdefault(key, []).extend(other.image_mious[key])
+
     def measurement(self, attack: str, key: tuple[str, float, int]) -> Measurement:
         return Measurement("", attack, *key[1:], float(np.mean(self.image_mious[key])), self.confusion[key])
 
@@ -280,10 +290,8 @@ def _progress_bar(loader: Iterable[Any], passes: int, progress: bool) -> Any:
     """Counts passes of a batch through the model, so that the time left is right in spite of unequal attacks."""
     if not progress:
         return _NoProgress()
-    from tqdm import tqdm
-
     total = len(loader) * passes if isinstance(loader, Sized) else None
-    return tqdm(desc="evaluate", total=total, unit="pass", disable=None)  # None: on a terminal only
+    return progress_bar("evaluate", total=total, unit="pass")
 
 
 class _NoProgress(contextlib.nullcontext[Any]):
@@ -307,6 +315,7 @@ def evaluate(
     align_corners: bool = False,
     records: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    sharded: bool = False,
 ) -> EvaluationResult:
     """mIoU, pixel accuracy and IoU of the classes under attacks, over ranges of eps and of steps.
 
@@ -338,7 +347,10 @@ def evaluate(
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. Attacks from
             factories are recorded where they are a `segadv.attacks.Attack` without a generator.
-        progress: shows a progress bar with the time left where stderr is a terminal; needs tqdm.
+        progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
+            tqdm.
+        sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
+            are added up, and all get the result. Every process of the group has to call it.
 
     Raises:
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
@@ -350,6 +362,8 @@ def evaluate(
     names, works = _plan(judge, model, attacks, positive, _checked_steps(steps, positive))
     judged = {(work.attack, value): work.steps for work in works for value in work.eps}
     with_worst_case = worst_case and len(names) > 1
+    for value in positive if with_worst_case else ():
+        judged["worst-case", value] = (max(judged[name, value][-1] for name in names),)
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     identity = {
@@ -385,10 +399,17 @@ def evaluate(
                     finals[value].append(by_steps[-1])
                 bar.update(work.passes)
             for value in positive if with_worst_case else ():
-                most = max(judged[name, value][-1] for name in names)
-                tally.add("worst-case", value, most, _worst(finals[value]))
-                judged["worst-case", value] = (most,)
-    judge.check()
+                tally.add("worst-case", value, judged["worst-case", value][0], _worst(finals[value]))
+    number_invalid, digest = judge.number_invalid, data.hexdigest()
+    if sharded:
+        shares = distributed.gather((tally, number_invalid, images_seen, digest))
+        tally = _Tally()
+        for share, *_ in shares:
+            tally.merge(share)
+        number_invalid = sum(share[1] for share in shares)
+        images_seen = sum(share[2] for share in shares)
+        digest = hashlib.sha256("".join(share[3] for share in shares).encode()).hexdigest()
+    judge.check(number_invalid)
     if not tally.confusion:
         raise ValueError("loader gave no batch")
     if not tally.confusion["clean", 0.0, 0].any():
@@ -404,7 +425,7 @@ def evaluate(
         "attacks": {name: [a for w in works if w.attack == name for a in w.arguments if a] for name in names},
         "eps": values,
         "images": images_seen,
-        "data_sha256": data.hexdigest(),
+        "data_sha256": digest,
         "device": str(device),
     }
     return EvaluationResult(measurements, json.loads(json.dumps(run)))

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +29,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from . import functional
+from . import distributed, functional
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack, model_logits
-from .data import Augmented, EpochSampler
+from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
+from .data import IGNORE_INDEX, Augmentation, Augmented, EpochSampler
+from .data.checked import CheckedSamples
+from .evaluation import ATTACKS, EPS, EvaluationResult, evaluate
+from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
+from .progress import progress_bar
+from .results import csv_text
+from .run_directory import RunDirectory
 
 __all__ = [
     "ARMS",
     "StepResult",
     "TrainConfig",
     "Trainer",
+    "Validation",
     "adversarial_coins",
     "load_model",
     "poly_learning_rate",
@@ -74,10 +82,57 @@ _PROBE_IMAGES = 8
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # a resumed run may differ in these: they change no number, or (device) are the user's to move
-_FREE_TO_CHANGE = {"workers", "device", "log_every", "checkpoint_every", "monitor_every"}
+_FREE_TO_CHANGE = {
+    "workers", "device", "log_every", "checkpoint_every", "monitor_every", "validation", "allow_other_split",
+}  # fmt: skip
+
+# how a batch is divided: another way gives the same run up to rounding and random numbers, see allow_other_split
+_SPLIT = {"processes", "accumulation"}
 
 # first word of a SeedSequence's spawn key: one stream per purpose; 0 and 1 belong to segadv.data
 _COINS, _STEP = 2, 3
+
+
+@dataclass(frozen=True)
+class Validation:
+    """When and how a training run evaluates its model under attack, with `segadv.evaluation.evaluate`.
+
+    Args:
+        every: steps between evaluations, and one after the last step; 0 makes none.
+        images: the first so many of the validation data set; 0: all.
+        attacks: names out of `segadv.evaluation.ATTACKS`.
+        eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
+        batch_size: images at once; they are taken whole, so that 1 is needed where their sizes differ.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    every: int = 0
+    images: int = 0
+    attacks: tuple[str, ...] = ("fgsm", "bim-10")
+    eps: tuple[float, ...] = EPS
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
+        _check_whole(
+            ("validation.every", self.every, 0),
+            ("validation.images", self.images, 0),
+            ("validation.batch_size", self.batch_size, 1),
+        )
+        if not self.attacks or any(name not in ATTACKS for name in self.attacks):
+            raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
+        if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
+            raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
+
+
+def _check_whole(*entries: tuple[str, int, int]) -> None:
+    """(name, value, minimum) each."""
+    for name, value, minimum in entries:
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -88,20 +143,29 @@ class TrainConfig:
         arm: name of the training method, a key of `ARMS`.
         adversarial_share: probability of a sample to be made adversarial, 0 to 1.
         steps: number of optimiser steps of the whole run.
-        batch_size: samples per step, at least 2 (batch normalisation).
+        batch_size: samples per step, over all processes and accumulated parts; at least 2 (batch normalisation).
+        accumulation: parts that a process works off one after the other for one step, to save memory. The gradient
+            is that of the whole batch; batch normalisation takes the statistics of each part.
         crop: height and width of the training crops, in pixels.
         learning_rate: of the first step; it falls as (1 - step / steps) ** power.
         momentum: of SGD.
         weight_decay: L2, on all parameters.
         power: of the poly schedule.
+        augmentation: how samples are changed before they are cropped.
         seed: decides the order of the data, augmentation, coins, dropout and the attack's random numbers (not
             the initialisation, which came with the model).
         workers: processes that load data; 0 loads in the training process.
         precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
+        channels_last: keep images and convolution weights in the channels-last memory format.
+        compile: compile the network with `torch.compile`, for training and attack.
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
         monitor_every: steps between probes for catastrophic overfitting; 0 makes none.
+        validation: evaluation under attack on the way.
+        allow_other_split: continue a checkpoint of another number of processes or of accumulated parts. The
+            batches stay the same; rounding, the random numbers of attack and dropout and, where batch normalisation
+            sees other parts, its statistics do not.
 
     Raises:
         ValueError: a value outside its range.
@@ -111,18 +175,24 @@ class TrainConfig:
     adversarial_share: float = 0.5
     steps: int = 300
     batch_size: int = 16
+    accumulation: int = 1
     crop: tuple[int, int] = (128, 256)
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
     power: float = 0.9
+    augmentation: Augmentation = field(default=Augmentation())
     seed: int = 0
     workers: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
     device: str = "auto"
     log_every: int = 10
     checkpoint_every: int = 100
     monitor_every: int = 100
+    validation: Validation = Validation()
+    allow_other_split: bool = False
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -132,9 +202,10 @@ class TrainConfig:
             raise ValueError(f"precision must be one of {', '.join(_AUTOCAST)}; got {self.precision!r}")
         if len(self.crop) != 2:
             raise ValueError(f"crop must be (height, width), got {self.crop}")
-        for name, value, minimum in (
+        _check_whole(
             ("steps", self.steps, 1),
             ("batch_size", self.batch_size, 2),
+            ("accumulation", self.accumulation, 1),
             ("crop height", self.crop[0], 8),
             ("crop width", self.crop[1], 8),
             ("seed", self.seed, 0),
@@ -142,9 +213,11 @@ class TrainConfig:
             ("log_every", self.log_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("monitor_every", self.monitor_every, 1 if self.arm in _EARLY_STOP else 0),
-        ):
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+        )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
+            )
         for name, number, low, high in (
             ("adversarial_share", self.adversarial_share, 0.0, 1.0),
             ("learning_rate", self.learning_rate, 0.0, math.inf),
@@ -192,13 +265,23 @@ def poly_learning_rate(step: int, *, steps: int, learning_rate: float = 0.01, po
 
 
 class Trainer:
-    """Trains a model with one arm.
+    """Trains a model with one arm, in one process or, inside `segadv.distributed.process_group`, in several.
+
+    Every process gets its share of the same batches, gradients are averaged (DistributedDataParallel) so that each
+    step is that of one process with the whole batch, and all processes have the same weights at any time. Batch
+    normalisation is synchronised on GPUs; on the CPU, where PyTorch cannot do that, each process takes the
+    statistics of its share and the running ones are averaged. With `TrainConfig.accumulation` its statistics are
+    those of a part. Only the first process writes files.
 
     Args:
         config: the run.
         model: images [N, 3, H, W] -> logits, or what `segadv.attacks.base.model_logits` finds them in.
             Trained in place, and moved to the device.
-        dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length.
+        dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length. Where
+            it has num_classes, labels are checked when they are read; where it has image_paths, errors name them.
+        validation_dataset: the same, for config.validation.
+        description: plain values (fit for JSON) that say what model and dataset are; written to checkpoints and
+            compared when one is continued.
 
     Attributes:
         steps_done: number of steps taken so far.
@@ -206,22 +289,53 @@ class Trainer:
             of the probe before.
 
     Raises:
-        ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch.
+        ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
+            cannot be divided among the processes and parts, validation without a data set.
     """
 
-    def __init__(self, config: TrainConfig, model: nn.Module, dataset: Dataset[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        dataset: Dataset[tuple[Tensor, Tensor]],
+        *,
+        validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = _resolve_device(config.device)
+        self.processes = distributed.world_size()
         cuda = self.device.type == "cuda"
         if config.precision == "fp16" and not cuda:
             raise ValueError(f'precision "fp16" needs a CUDA device, got {str(self.device)!r}; use "fp32" or "bf16"')
+        if self.processes != distributed.started():
+            raise ValueError(
+                f"torchrun started {distributed.started()} processes, but the process group has {self.processes}: "
+                "make and run the Trainer inside of segadv.distributed.process_group()"
+            )
         self.dataset_length = len(dataset)  # type: ignore[arg-type]
         if self.dataset_length < config.batch_size:
             raise ValueError(f"dataset must hold at least one batch of {config.batch_size}, got {self.dataset_length}")
+        if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
+            raise ValueError("validation.every needs a validation_dataset that is not empty")
+        self._batches(start_step=0)  # raises where the batch cannot be divided
+        checked = CheckedSamples(dataset, num_classes=self.description.get("num_classes"))
+        self.dataset = Augmented(checked, crop=config.crop, seed=config.seed, augmentation=config.augmentation)
+        self.validation_dataset = validation_dataset
+        self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device)
-        self.dataset = Augmented(dataset, crop=config.crop, seed=config.seed)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.processes > 1 and cuda:
+            self.model = sync_batchnorm(self.model)
+        attacked: Any = torch.compile(self.model) if config.compile else self.model
+        self._network: nn.Module = attacked
+        if self.processes > 1:
+            self._network = distributed.averaging_gradients(attacked)
+        self._own_statistics = _running_statistics(self.model) if self.processes > 1 and not cuda else []
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            self.model.parameters(),
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -229,103 +343,166 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.generator = torch.Generator(self.device)
-        self.attack = ARMS[config.arm](model, self.generator)
+        self.attack = ARMS[config.arm](attacked, self.generator)
         self.steps_done = 0
         self.stopped_at: int | None = None
         self._probes: list[dict[str, float]] = []
         self._probed_weights: dict[str, Tensor] = {}  # of the last probe, for an early stop
         self._probe_batch: tuple[Tensor, Tensor] | None = None
-        self._window: list[StepResult] = []  # the steps since the last line of metrics
+        # the steps since the last line of metrics: of all processes, and of this one since they were last gathered
+        self._window: list[StepResult] = []
+        self._own_window: list[StepResult] = []
+        self._interrupts: list[int] = []  # Ctrl-C in this process, while several agree on where to stop
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
+
+    # --- one step -------------------------------------------------------------------------------------------
 
     def step(self, images: Tensor, labels: Tensor, chosen: Sequence[int]) -> StepResult:
         """One whole training step on a batch in memory; on a GPU it is only queued, nothing waits for it.
 
-        All random numbers of a step (attack, dropout) come from seeds that belong to (config.seed, step),
+        The loss is the mean over the valid pixels of the whole batch: of all processes and all parts. All random
+        numbers of a step (attack, dropout) come from seeds that belong to (config.seed, step, part of the batch),
         which is why no random state needs to be saved. It seeds PyTorch's global generator.
 
         Args:
-            images: [N, 3, H, W] in [0, 1]; left as they are.
+            images: [N, 3, H, W] in [0, 1], this process's share of the batch; left as they are. Parts are equal
+                slices, one after the other.
             labels: [N, H, W].
-            chosen: positions in the batch to be made adversarial; the basic arm ignores them.
+            chosen: positions in the share to be made adversarial; the basic arm ignores them.
         """
         config = self.config
-        sequence = np.random.SeedSequence(config.seed, spawn_key=(_STEP, self.steps_done))
-        model_seed, attack_seed = sequence.generate_state(2, np.uint64).tolist()
-        torch.manual_seed(model_seed)
-        self.generator.manual_seed(attack_seed)
-        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.device, non_blocking=True, memory_format=self._memory_format)
         labels = labels.to(self.device, non_blocking=True)
+        divided = self.processes * config.accumulation > 1
+        pixels = distributed.add_up((labels != IGNORE_INDEX).sum()).clamp(min=1) if divided else None
+        self.model.train()
+        self.optimizer.zero_grad()
+        results = []
+        size = len(images) // config.accumulation
+        for part in range(config.accumulation):
+            own = slice(part * size, (part + 1) * size)
+            positions = [i - own.start for i in chosen if own.start <= i < own.stop]
+            self._seed(part)
+            last = part == config.accumulation - 1
+            with contextlib.nullcontext() if last or self.processes == 1 else self._network.no_sync():  # type: ignore[operator]
+                results.append(self._accumulate(images[own], labels[own], positions, pixels))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.steps_done)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._average_statistics()
+        self.steps_done += 1
+        return (
+            results[0]
+            if len(results) == 1
+            else StepResult(
+                sum((result.loss for result in results[1:]), results[0].loss),
+                *(torch.cat([getattr(result, name) for result in results]) for name in ("eps", "gain", "skipped")),
+            )
+        )
+
+    def _seed(self, part: int) -> None:
+        number = part * self.processes + distributed.rank()
+        key = (_STEP, self.steps_done, number) if number else (_STEP, self.steps_done)
+        model_seed, attack_seed = np.random.SeedSequence(self.config.seed, spawn_key=key).generate_state(2, np.uint64)
+        torch.manual_seed(int(model_seed))
+        self.generator.manual_seed(int(attack_seed))
+
+    def _accumulate(self, images: Tensor, labels: Tensor, chosen: list[int], pixels: Tensor | None) -> StepResult:
+        """Adds the gradient of a part of the batch; pixels: [] valid ones of the whole batch, None: of the images."""
         eps = gain = images.new_empty(0)
         skipped = eps.bool()
-        self.model.train()
-        with torch.autocast(self.device.type, dtype=_AUTOCAST[config.precision], enabled=config.precision != "fp32"):
-            if self.attack is not None and len(chosen) > 0:
+        with self._autocast():
+            if self.attack is not None and chosen:
                 pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
                 index = pinned.to(self.device, non_blocking=True)
-                clean = images[index]
+                clean = images[index].contiguous(memory_format=self._memory_format)
                 adversarial, info = self.attack(clean, labels[index], return_info=True)
                 images = images.index_copy(0, index, adversarial)
                 eps = info.eps
                 gain = gain if info.gain is None else info.gain
                 skipped = (adversarial == clean).flatten(1).all(1)
-            logits = model_logits(self.model(images), None)
-            loss = functional.cross_entropy(logits, labels)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.steps_done)
-        self.optimizer.zero_grad()
+            logits = model_logits(self._network(images), None)
+            if pixels is None:
+                loss = own_loss = functional.cross_entropy(logits, labels)
+            else:
+                own_loss = functional.cross_entropy(logits, labels, reduction="sum") / pixels
+                loss = own_loss * self.processes  # whose gradients DistributedDataParallel averages
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.steps_done += 1
-        return StepResult(loss.detach(), eps, gain, skipped)
+        return StepResult(own_loss.detach(), eps, gain, skipped)
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.precision
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[precision], enabled=precision != "fp32")
+
+    def _average_statistics(self) -> None:
+        if self._own_statistics:
+            flat = torch.cat([statistic.flatten() for statistic in self._own_statistics])
+            averages = (distributed.add_up(flat) / self.processes).split([s.numel() for s in self._own_statistics])
+            for statistic, average in zip(self._own_statistics, averages, strict=True):
+                statistic.copy_(average.view_as(statistic))
+
+    # --- the run --------------------------------------------------------------------------------------------
 
     def run(self, out_dir: str | os.PathLike[str], *, progress: bool = True) -> None:
         """Trains up to config.steps, or on from ``out_dir/last.pt`` where that exists.
 
-        Writes to out_dir: ``last.pt``, the checkpoint, complete and replaced in one go; ``metrics.jsonl``,
-        one JSON object every config.log_every steps, about the steps since the line before: step (number of
-        steps done), epoch, loss (mean), learning_rate (of the last step), share_adversarial (of all samples),
-        and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
-        share_skipped (left as they were), each null where there is none; steps_per_s. Every
-        config.monitor_every steps it also has what `segadv.monitor.probe` finds on eight fixed training images;
-        a RuntimeWarning tells of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the
-        probe before, when PGD accuracy drops by more than 0.2 between two probes.
+        Writes to out_dir, each file replaced in one go or appended to:
+
+        * ``last.pt``, the checkpoint, complete; in the end also ``model.safetensors``, the weights to be shared.
+        * ``metrics.jsonl``, one JSON object every config.log_every steps, about the steps since the line before:
+          step (number of steps done), epoch, loss (mean), learning_rate (of the last step), share_adversarial (of
+          all samples), and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
+          share_skipped (left as they were), each null where there is none; steps_per_s. Every config.monitor_every
+          steps it also has what `segadv.monitor.probe` finds on eight fixed training images; a RuntimeWarning tells
+          of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the probe before, when PGD
+          accuracy drops by more than 0.2 between two probes.
+        * ``validation.jsonl``, one JSON object every config.validation.every steps: step, and rows as
+          `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them.
+        * ``run.json``: see `segadv.run_directory.RunDirectory`.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
-        interrupted. Ctrl-C ends the step that is running, writes a checkpoint and raises KeyboardInterrupt.
+        interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
+        gradients are added up belongs to the run). Ctrl-C ends the step that is running, writes a checkpoint and
+        raises KeyboardInterrupt; several processes go on to the next line of metrics, where all stop together.
 
         Args:
-            progress: show a progress bar, where the standard error stream is a terminal.
+            progress: show a progress bar; a line per minute where the standard error stream is no terminal.
 
         Raises:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read.
+            OSError: a file cannot be written, for a full disk for example. The last checkpoint is whole.
             FloatingPointError: the loss is not finite. The last checkpoint is from before that.
+            RuntimeError: another process of the group ended.
         """
+        directory = RunDirectory(out_dir)
+        with distributed.explained(f"the same command continues from {directory.checkpoint}"):
+            if distributed.from_first(directory.prepare):
+                self.load(directory.checkpoint)
+            if self.steps_done < self.config.steps and self.stopped_at is None:
+                distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
+                self._train(directory, progress)
+            if distributed.from_first(lambda: not directory.model.exists()):
+                distributed.from_first(lambda: share(directory.model, self.model, self._identity(), self.steps_done))
+
+    def _train(self, directory: RunDirectory, progress: bool) -> None:
         config = self.config
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint, metrics_path = out_dir / "last.pt", out_dir / "metrics.jsonl"
-        if checkpoint.exists():
-            self.load(checkpoint)
-        _drop_lines_after(metrics_path, self.steps_done)
-        if self.steps_done >= config.steps or self.stopped_at is not None:
-            return
-        sampler = EpochSampler(
-            self.dataset_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=self.steps_done,
-            steps=config.steps,
-        )
+        sampler = self._batches(start_step=self.steps_done)
         loader = DataLoader(
             self.dataset,
             batch_sampler=sampler,
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global one
+            worker_init_fn=_ignore_interrupts,
         )
-        with _progress_bar(config, self.steps_done, progress) as bar, open(metrics_path, "a") as metrics_file:
+        alone = self.processes == 1
+        show = progress and distributed.rank() == 0
+        bar = progress_bar(config.arm, total=config.steps, initial=self.steps_done, unit="step", show=show)
+        with bar, contextlib.ExitStack() as stack:
+            if not alone:
+                self._interrupts = stack.enter_context(_interrupts_held())
             self._clock = (self.steps_done, time.perf_counter())
             try:
                 for images, labels, indices in loader:
@@ -333,31 +510,75 @@ class Trainer:
                         epoch = self.steps_done // sampler.batches_per_epoch
                         coins = adversarial_coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
                         chosen = np.flatnonzero(coins[indices.numpy()]).tolist()
-                        self._window.append(self.step(images, labels, chosen))
-                        last = self.steps_done == config.steps
-                        due = config.monitor_every > 0 and self.steps_done % config.monitor_every == 0
-                        if last or due or self.steps_done % config.log_every == 0:
-                            metrics = self._take_metrics(epoch)
-                            if due:
-                                metrics |= self._take_probe()
-                            metrics_file.write(json.dumps(metrics) + "\n")
-                            metrics_file.flush()
-                            bar.set_postfix_str(_summary(metrics), refresh=False)
-                        if last or self.stopped_at or self.steps_done % config.checkpoint_every == 0:
-                            self.save(checkpoint)
+                        self._own_window.append(self.step(images, labels, chosen))
+                        self._write(directory, epoch, bar)
                     bar.update()
                     if self.stopped_at:
                         break
             except KeyboardInterrupt:
-                self.save(checkpoint)
+                if alone:
+                    self.save(directory.checkpoint)
                 raise
+
+    def _write(self, directory: RunDirectory, epoch: int, bar: Any) -> None:
+        """What is due after a step: metrics, probe, validation, checkpoint."""
+        config, first = self.config, distributed.rank() == 0
+        last = self.steps_done == config.steps
+        probed = self._due(config.monitor_every)
+        interrupted = False
+        if last or probed or self._due(config.log_every):
+            interrupted = self._gather_window()
+            metrics = self._take_metrics(epoch)
+            if probed:
+                metrics |= self._take_probe()
+            if first:
+                directory.append(directory.metrics, metrics)
+            bar.set_postfix_str(_summary(metrics), refresh=False)
+        ends = last or self.stopped_at is not None
+        if self._due(config.validation.every) or (ends and config.validation.every):
+            result = self._validate()
+            if first:
+                directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
+                with replacing(directory.curves) as temporary:
+                    temporary.write_text(csv_text(EvaluationResult.merge({config.arm: result}).rows), encoding="utf-8")
+        if ends or interrupted or self._due(config.checkpoint_every):
+            self.save(directory.checkpoint)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.steps_done % every == 0
+
+    def _batches(self, start_step: int) -> EpochSampler:
+        config = self.config
+        return EpochSampler(
+            self.dataset_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            steps=config.steps,
+            rank=distributed.rank(),
+            processes=self.processes,
+            accumulation=config.accumulation,
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint; at any moment, `path` is the previous one or the new one, each whole.
 
-        It holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it.
+        It holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it. Of several
+        processes each has to call it.
+
+        Raises:
+            OSError: it cannot be written.
+            FloatingPointError: a loss since the last line of metrics is not finite.
         """
+        self._gather_window()
         self._check_finite()
+        distributed.from_first(lambda: self._save(Path(path)))
+
+    def _save(self, path: Path) -> None:
         state = {
             "config": self._identity(),
             "steps_done": self.steps_done,
@@ -369,55 +590,78 @@ class Trainer:
             "stopped_at": self.stopped_at,
             "window": [dataclasses.asdict(result) for result in self._window],
         }
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_checkpoint(path, state)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Continues from a checkpoint of `save`.
+        """Continues from a checkpoint of `save`. Of several processes the first reads it, and each has to call.
 
         Raises:
-            ValueError: it belongs to another config, data set length or architecture, or cannot be read;
-                nothing is changed then.
+            ValueError: it belongs to another config, description, data set length, architecture or number of
+                processes, or cannot be read; nothing is changed then.
         """
-        state = _read_checkpoint(path)
-        saved, ours = state["config"], self._identity()
-        # where the probes decide when to stop, their number is part of the run
-        free = _FREE_TO_CHANGE - {"monitor_every"} if self.config.arm in _EARLY_STOP else _FREE_TO_CHANGE
-        differing = [
-            f"{key} ({saved.get(key)!r} there, {ours.get(key)!r} here)"
-            for key in sorted(saved.keys() | ours.keys())
-            if key not in free and saved.get(key) != ours.get(key)
-        ]
-        if differing:
-            raise ValueError(
-                f"{path} belongs to another run, it differs in {', '.join(differing)}: "
-                "give another output folder, or remove the file to start anew"
-            )
-        _load_weights(self.model, state["model"], path)
+        state = distributed.from_first(lambda: read_checkpoint(path))
+        if "optimizer" not in state:
+            raise ValueError(f"{path} holds weights only, to continue a run its last.pt is needed")
+        self._check_identity(state["config"], path)
+        load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
-        self._probes = state.get("probes", [])
-        self._probed_weights = state.get("probed_weights", {})
-        self.stopped_at = state.get("stopped_at")
+        self._probes = state["probes"]
+        self._probed_weights = state["probed_weights"]
+        self.stopped_at = state["stopped_at"]
+        self._own_window = []
         self._window = [
             StepResult(**{name: value.to(self.device) for name, value in result.items()}) for result in state["window"]
         ]
 
     def _identity(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "dataset_length": self.dataset_length}
+        identity = {
+            **dataclasses.asdict(self.config),
+            "dataset_length": self.dataset_length,
+            "processes": self.processes,
+            "description": self.description,
+        }
+        return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # lists for tuples, as in a file
+
+    def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        ours = self._identity()
+        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split else set())
+        if self.config.arm in _EARLY_STOP:  # where the probes decide when to stop, their number is part of the run
+            free = free - {"monitor_every"}
+        there, here = (_flat({k: v for k, v in values.items() if k not in free}) for values in (saved, ours))
+        differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+        if not differing:
+            return
+        told = ", ".join(f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in differing)
+        remedy = "give another output folder, or remove the file to start anew"
+        if set(differing) <= _SPLIT:
+            remedy = (
+                f"start it with {saved['processes']} processes (torchrun --nproc-per-node) and accumulation "
+                f"{saved['accumulation']} as before, or set allow_other_split to divide the same batches otherwise "
+                "from here on"
+            )
+        raise ValueError(f"{path} belongs to another run, it differs in {told}: {remedy}")
+
+    # --- metrics, probes, validation ------------------------------------------------------------------------
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
         return poly_learning_rate(step, steps=config.steps, learning_rate=config.learning_rate, power=config.power)
+
+    def _gather_window(self) -> bool:
+        """Puts together what the processes measured. Returns whether Ctrl-C was pressed at one of several."""
+        own, self._own_window = self._own_window, []
+        if self.processes == 1:
+            self._window += own
+            return False
+        on_cpu = [{name: value.cpu() for name, value in vars(result).items()} for result in own]
+        shares = distributed.gather((on_cpu, bool(self._interrupts)))
+        for parts in zip(*(results for results, _ in shares), strict=True):
+            loss = torch.stack([part["loss"] for part in parts]).sum()
+            rest = {name: torch.cat([part[name] for part in parts]) for name in ("eps", "gain", "skipped")}
+            self._window.append(StepResult(loss=loss, **rest))
+        return any(interrupted for _, interrupted in shares)
 
     def _check_finite(self) -> Tensor:
         """The losses of the window, on the CPU; FloatingPointError where one is not finite."""
@@ -442,7 +686,7 @@ class Trainer:
         )
         p10, median, p90 = np.quantile(eps.numpy(), [0.1, 0.5, 0.9]).tolist() if len(eps) else [None] * 3
         share_skipped = _mean(skipped)
-        if share_skipped is not None and share_skipped > 0.01 and not self._warned:
+        if share_skipped is not None and share_skipped > 0.01 and not self._warned and distributed.rank() == 0:
             self._warned = True
             warnings.warn(
                 f"the attack left {share_skipped:.1%} of its images as they were in the steps up to "
@@ -475,8 +719,9 @@ class Trainer:
             samples = [self.dataset[0, index] for index in range(count)]
             images, labels = (torch.stack(tensors) for tensors in list(zip(*samples, strict=True))[:2])
             self._probe_batch = images.to(self.device), labels.to(self.device)
-        with torch.autocast(self.device.type, dtype=_AUTOCAST[config.precision], enabled=config.precision != "fp32"):
-            found = probe(self.model, *self._probe_batch)
+        batch = self._probe_batch
+        with self._autocast():
+            found = distributed.from_first(lambda: probe(self.model, *batch))  # all have to draw the same conclusion
         before = self._probes[-1] if self._probes else found
         warned = any(catastrophic_overfitting(self._probes[: i + 1]) for i in range(len(self._probes)))
         self._probes.append(found)
@@ -504,57 +749,62 @@ class Trainer:
         self._clock = (self.steps_done, time.perf_counter())  # the probe is no training
         return found
 
+    def _validate(self) -> EvaluationResult:
+        """The model under attack; batches are dealt out to the processes. It is no training: see steps_per_s."""
+        started = time.perf_counter()
+        validation, dataset = self.config.validation, self.validation_dataset
+        assert dataset is not None
+        length = len(dataset)  # type: ignore[arg-type]
+        images = range(min(validation.images or length, length))
+        batches = [images[start : start + validation.batch_size] for start in images[:: validation.batch_size]]
+        loader = DataLoader(
+            CheckedSamples(dataset, num_classes=self.description.get("num_classes")),
+            batch_sampler=batches[distributed.rank() :: self.processes],  # type: ignore[arg-type]
+            num_workers=self.config.workers,
+            collate_fn=_stack,
+            generator=torch.Generator(),
+            worker_init_fn=_ignore_interrupts,
+        )
+        with self._autocast():
+            result = evaluate(
+                self.model, loader, validation.attacks, validation.eps, worst_case=False, sharded=self.processes > 1
+            )
+        steps, clock = self._clock
+        self._clock = (steps, clock + time.perf_counter() - started)
+        return result
+
 
 def _mean(values: Tensor) -> float | None:
     return values.double().mean().item() if len(values) else None
 
 
-def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Puts the weights of a checkpoint (``last.pt``) into a model of the same architecture, and returns it.
-
-    Raises:
-        ValueError: the checkpoint belongs to another architecture, or cannot be read; the model is unchanged
-            then.
-        FileNotFoundError: there is no such file.
-    """
-    _load_weights(model, _read_checkpoint(path)["model"], path)
-    return model
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    return [
+        statistic
+        for module in model.modules()
+        if getattr(module, "track_running_stats", False)
+        for statistic in (module.running_mean, module.running_var)
+        if isinstance(statistic, Tensor)
+    ]
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config a checkpoint was trained with, and the length of its data set. Raises as `load_model`."""
-    config: dict[str, Any] = _read_checkpoint(path)["config"]
-    return config
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
-def _read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    cause: Exception | None = None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
-            return state
-        problem = "it holds something else"
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist") from error
-    except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
-        problem, cause = "it is damaged or something else", error
-    raise ValueError(f"{path} cannot be read as a checkpoint of segadv (last.pt): {problem}") from cause
+def _stack(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(sizes := {tuple(label.shape) for _, label in samples}) > 1:
+        raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)}")
+    return torch.stack([image for image, _ in samples]), torch.stack([label for _, label in samples])
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    # compared before anything is copied: load_state_dict raises with the model half overwritten
-    ours = {name: list(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: list(value.shape) for name, value in weights.items()}
-    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing:
-        shown = "; ".join(
-            f"{name} has shape {theirs.get(name, 'none')} there and {ours.get(name, 'none')} in the model"
-            for name in differing[:3]
-        )
-        raise ValueError(
-            f"{path} belongs to another architecture: {len(differing)} of {len(ours)} tensors differ: {shown}"
-        )
-    model.load_state_dict(weights)
+def _ignore_interrupts(worker: int) -> None:
+    """A process that loads data goes on after Ctrl-C, until the training process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -569,51 +819,20 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keeps the lines of the steps up to `step`: those after the checkpoint will be written again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the line a kill cut short
-            break
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_held() -> Iterator[list[int]]:
     """Holds Ctrl-C back until the block has ended, so that no state is saved from the middle of a step."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
-        yield
+        yield received
         return
-    received = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
-        yield
+        yield received
     finally:
         signal.signal(signal.SIGINT, previous)
     if received:
         signal.raise_signal(signal.SIGINT)
-
-
-def _progress_bar(config: TrainConfig, steps_done: int, progress: bool) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
-    # None: shown on a terminal only, so that log files stay readable
-    return tqdm(
-        desc=config.arm,
-        total=config.steps,
-        initial=steps_done,
-        unit="step",
-        disable=None if progress else True,
-    )
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import segadv
 from segadv import models
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.5]
@@ -208,3 +218,317 @@ def test_build_model_depends_on_the_seed_alone() -> None:
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="did you mean 'small_pspnet'"):
         models.ModelConfig("small-pspnet")
+
+
+# --- pspnet50 -----------------------------------------------------------------------------------------------------
+
+STAGES = ((256, 3), (512, 4), (1024, 6), (2048, 3))  # channels and blocks of ResNet-50
+DILATED = ((1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4))  # of each stage: stride, dilation of its first block and others
+
+
+def randomise_norms(network: nn.Module) -> nn.Module:
+    """Norm layers unlike those of a new network."""
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(std=0.2)
+            part.running_var.uniform_(0.5, 2)
+            part.weight.data.uniform_(0.5, 1.5)
+            part.bias.data.normal_(std=0.2)
+    return network
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_norms(models.pspnet50(19)).eval()
+
+
+def resnet50v2_parameters() -> int:
+    """He et al. 2016: 7x7 stem, pre-activation bottlenecks with a quarter of the channels, a last norm; no biases."""
+    count, channels = 3 * 64 * 7 * 7, 64
+    for out, blocks in STAGES:
+        middle = out // 4
+        count += channels * out  # the 1x1 convolution of the stage's shortcut
+        for _ in range(blocks):
+            count += 2 * (channels + middle + middle)  # three norms: scale and shift
+            count += channels * middle + 9 * middle * middle + middle * out  # 1x1, 3x3, 1x1
+            channels = out
+    return count + 2 * channels
+
+
+@pytest.mark.parametrize("num_classes", [19, 21])
+def test_pspnet50_has_the_parameters_of_its_description(network: nn.Module, num_classes: int) -> None:
+    backbone = resnet50v2_parameters()
+    assert sum(parameter.numel() for parameter in network.model.backbone.parameters()) == backbone
+    pyramid = 4 * (2048 * 512 + 2 * 512)
+    head = (2048 + 4 * 512) * 512 * 9 + 2 * 512 + 512 * num_classes + num_classes
+    model = (
+        network if num_classes == 19 else models.PSPNet(network.model.backbone, feature_channels=2048, num_classes=21)
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) == backbone + pyramid + head
+    assert [level[0].out_channels for level in network.model.levels] == [512] * 4
+    assert network.model.bins == (1, 2, 3, 6)
+
+
+def test_pspnet50_backbone_is_the_written_out_network(network: nn.Module) -> None:
+    """The pre-activation ResNet-50 at output stride 8, in float64; and what timm calls its normed features."""
+    backbone = network.model.backbone.double()
+    images = torch.rand(1, 3, 50, 65, dtype=torch.float64)
+
+    def norm_relu(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps).clamp(min=0)
+
+    with torch.no_grad():
+        x = F.max_pool2d(F.conv2d(images, backbone.stem.conv.weight, stride=2, padding=3), 3, 2, 1)
+        for stage, (_, blocks), (stride, first, dilation) in zip(backbone.stages, STAGES, DILATED, strict=True):
+            assert len(stage.blocks) == blocks
+            for i, block in enumerate(stage.blocks):
+                step, spread = (stride, first) if i == 0 else (1, dilation)
+                a = norm_relu(x, block.norm1)
+                shortcut = F.conv2d(a, block.downsample.conv.weight, stride=step) if i == 0 else x
+                a = norm_relu(F.conv2d(a, block.conv1.weight), block.norm2)
+                a = F.conv2d(a, block.conv2.weight, stride=step, padding=spread, dilation=spread)
+                x = shortcut + F.conv2d(norm_relu(a, block.norm3), block.conv3.weight)
+        expected = norm_relu(x, backbone.norm)
+        features = backbone(images)
+        _, intermediates = backbone.forward_intermediates(images, norm=True)
+    network.float()
+    assert features.shape == (1, 2048, 7, 9)
+    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(features, intermediates[-1])
+    assert features.min() == 0  # after a ReLU
+    assert features.max() > 0
+
+
+def test_pspnet50_dilation_computes_the_same_features_more_densely(network: nn.Module) -> None:
+    """Every fourth feature of the dilated backbone is one of the undilated, at output stride 32."""
+    import timm
+
+    undilated = timm.create_model("resnetv2_50", num_classes=0, global_pool="").eval()
+    undilated.load_state_dict(network.model.backbone.state_dict())
+    images = torch.rand(1, 3, 97, 65, dtype=torch.float64)
+    with torch.no_grad():
+        sparse, dense = undilated.double()(images), network.model.backbone.double()(images)
+    network.float()
+    assert dense.shape == (1, 2048, 13, 9)
+    torch.testing.assert_close(dense[..., ::4, ::4], sparse, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(65, 65), (64, 33), (41, 72)])
+def test_pspnet50_normalises_inside_and_returns_small_logits(network: nn.Module, size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        logits = network(images)
+        torch.testing.assert_close(logits, network.model(2 * images - 1), rtol=1e-4, atol=1e-4)
+    assert logits.shape == (2, 19, -(-size[0] // 8), -(-size[1] // 8))
+
+
+def test_pspnet50_is_attacked_in_pixels_and_left_as_it_was(network: nn.Module) -> None:
+    images, labels = torch.rand(2, 3, 41, 33), torch.randint(0, 19, (2, 41, 33))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.train()
+    for bn in ("eval", "train"):
+        adversarial = segadv.attacks.FGSM(network, eps=0.02, bn=bn)(images, labels)
+        assert (adversarial - images).abs().max() <= 0.02 + 1e-6
+        assert ((adversarial - images).abs() > 0.0199).float().mean() > 0.9
+    assert all(part.training for part in network.modules())
+    network.eval()
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def imagenet() -> dict[str, Tensor]:
+    """The state dict of timm's resnetv2_50 with its classifier, as its published weights have it; random."""
+    models._import_timm()
+    import timm
+
+    torch.manual_seed(1)
+    return randomise_norms(timm.create_model("resnetv2_50")).state_dict()
+
+
+def assert_has(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    state = network.model.backbone.state_dict()
+    assert state.keys() == {name for name in weights if not name.startswith("head.")}
+    assert all(torch.equal(value, weights[name]) for name, value in state.items())
+
+
+def test_backbone_from_a_file(imagenet: dict[str, Tensor], tmp_path: Path) -> None:
+    safetensors.torch.save_file(imagenet, tmp_path / "robust.safetensors")
+    config = models.ModelConfig("pspnet50", backbone=str(tmp_path / "robust.safetensors"))
+    assert_has(models.build_model(config, num_classes=3, seed=0), imagenet)
+    prefixed = {f"module.model.{name}": value for name, value in imagenet.items() if not name.startswith("head.")}
+    torch.save({"state_dict": prefixed, "epoch": 90}, tmp_path / "robust.pth")
+    assert_has(models.pspnet50(3, backbone=tmp_path / "robust.pth"), imagenet)
+
+
+def test_pretrained_comes_through_timm(
+    imagenet: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache of the Hugging Face hub laid out as the hub's client does it, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"pretrained: .*resnetv2_50 from the Hugging Face hub.*backbone="):
+        models.pspnet50(3, pretrained=True)
+    cache = tmp_path / "models--timm--resnetv2_50.a1h_in1k"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    safetensors.torch.save_file(imagenet, cache / "snapshots" / commit / "model.safetensors")
+    assert_has(models.build_model(models.ModelConfig("pspnet50", pretrained=True), num_classes=3, seed=0), imagenet)
+
+
+class Backbone(nn.Module):
+    """What `_load_backbone` looks at, small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 2, 1, bias=False)))
+        self.norm = nn.BatchNorm2d(2)
+
+
+WEIGHTS = randomise_norms(Backbone()).state_dict()
+HEAD = {"head.fc.weight": torch.ones(2, 2), "head.fc.bias": torch.ones(2)}
+
+
+def load(content: object, tmp_path: Path) -> dict[str, Tensor]:
+    timm = models._import_timm()
+    torch.save(content, tmp_path / "weights.pth")
+    backbone = Backbone()
+    models._load_backbone(backbone, tmp_path / "weights.pth", timm)
+    return backbone.state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module.model.", "_orig_mod.module.", "1."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("head", [{}, HEAD])
+def test_backbone_weights_are_found(prefix: str, key: str | None, head: dict[str, Tensor], tmp_path: Path) -> None:
+    content: dict[str, object] = {f"{prefix}{name}": value for name, value in {**WEIGHTS, **head}.items()}
+    if key is not None:
+        content = {key: content, "arch": "resnetv2_50"}
+    loaded = load(content, tmp_path)
+    assert loaded.keys() == WEIGHTS.keys()
+    assert all(torch.equal(value, WEIGHTS[name]) for name, value in loaded.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: [w.pop("norm.weight")], r"does not fit.*Missing key\(s\).*\"norm.weight\""),
+        (lambda w: w.update(extra=torch.ones(1)), r"does not fit.*Unexpected key\(s\).*\"extra\""),
+        (lambda w: w.update({"head.fc.scale": torch.ones(1)}), r"Unexpected key\(s\).*\"head.fc.scale\""),
+        (lambda w: w.update({"norm.bias": torch.ones(3)}), r"size mismatch for norm.bias"),
+        (lambda w: w.pop("stem.conv.weight"), r"has to hold one 'stem.conv.weight'.*only norm.weight, norm.bias.*"),
+        (lambda w: w.update({"ema.stem.conv.weight": torch.ones(1)}), r"it holds 2 of them under the prefixes"),
+        (lambda w: w.update(epoch=3), "holds no state dict"),
+    ],
+)  # fmt: skip
+def test_backbone_weights_that_do_not_fit_are_named(
+    change: Callable[[dict[str, object]], object], message: str, tmp_path: Path
+) -> None:
+    weights: dict[str, object] = dict(WEIGHTS)
+    change(weights)
+    with pytest.raises(ValueError, match=re.compile(rf"backbone: .*weights\.pth.*{message}", re.DOTALL)):
+        load(weights, tmp_path)
+
+
+def test_backbone_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    timm = models._import_timm()
+    with pytest.raises(FileNotFoundError, match=r"backbone: there is no file .*nowhere\.pth"):
+        models.pspnet50(3, backbone=tmp_path / "nowhere.pth")
+    prefixed = {f"module.model.{name}": value for name, value in WEIGHTS.items()}
+    with pytest.raises(ValueError, match=r"entries without the prefix 'model\.': mean, std"):  # timm takes "module."
+        load({**prefixed, "mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path)
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as weights"):
+        load([1, 2], tmp_path)
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(ValueError, match=rf"backbone: .*{name} cannot be read as weights"):
+            models._load_backbone(Backbone(), tmp_path / name, timm)
+    # Loading never executes code.
+    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as weights.*weights_only"):
+        load({"state_dict": WEIGHTS, "hook": Malicious(tmp_path / "executed")}, tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_pspnet50_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r'pspnet50 needs timm .*pip install "segadv\[models\]"'):
+        models.pspnet50(19)
+
+
+def test_model_config_refuses_weights_that_nobody_takes() -> None:
+    with pytest.raises(ValueError, match="are for pspnet50; small_pspnet has no such weights"):
+        models.ModelConfig(pretrained=True)
+    with pytest.raises(ValueError, match="are for pspnet50; small_pspnet has no such weights"):
+        models.ModelConfig(backbone="weights.pth")
+    with pytest.raises(ValueError, match="exclude each other"):
+        models.ModelConfig("pspnet50", pretrained=True, backbone="weights.pth")
+    with pytest.raises(ValueError, match="exclude each other"):
+        models.pspnet50(19, pretrained=True, backbone="weights.pth")
+
+
+def test_nothing_else_needs_timm_torchvision_or_transformers() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('timm', 'torchvision', 'transformers', 'scipy'): sys.modules[name] = None\n"
+        "import segadv, segadv.models, segadv.training, segadv.cli, torch\n"
+        "model = segadv.models.build_model(segadv.models.ModelConfig(), num_classes=3, seed=0)\n"
+        "segadv.models.sync_batchnorm(model)\n"
+        "assert model.eval()(torch.rand(1, 3, 16, 24)).shape == (1, 3, 2, 3)\n"
+        "try: segadv.models.pspnet50(3)\n"
+        "except ImportError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'pip install "segadv[models]"' in result.stdout
+
+
+# --- sync_batchnorm -----------------------------------------------------------------------------------------------
+
+
+def test_sync_batchnorm_keeps_the_network(network: nn.Module) -> None:
+    """The activations inside timm's norm layers too; in eval mode SyncBatchNorm runs on the CPU."""
+    images = torch.rand(1, 3, 33, 33)
+    model = copy.deepcopy(network)
+    places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = network(images)
+        assert models.sync_batchnorm(model) is model
+        assert torch.equal(model(images), expected)
+        models.sync_batchnorm(model)  # a second time changes nothing
+        assert torch.equal(model(images), expected)
+    assert sum(isinstance(part, nn.SyncBatchNorm) for part in model.modules()) == 3 * 16 + 1 + 5
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == places
+
+
+def test_sync_batchnorm_of_networks_without_timm() -> None:
+    model = randomise_norms(models.small_pspnet(num_classes=3)).eval()
+    images = torch.rand(2, 3, 24, 32)
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(models.sync_batchnorm(model)(images), expected)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    alone = models.sync_batchnorm(nn.BatchNorm1d(3, eps=0.1, momentum=0.2))
+    assert isinstance(alone, nn.SyncBatchNorm)
+    assert (alone.num_features, alone.eps, alone.momentum, alone.training) == (3, 0.1, 0.2, True)
+    unchanged = nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2), nn.Conv2d(2, 2, 1))
+    parts = list(unchanged)
+    assert list(models.sync_batchnorm(unchanged)) == parts
+
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="the forward pass of its Scaled would be lost"):
+        models.sync_batchnorm(nn.Sequential(Scaled(2)))

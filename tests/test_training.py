@@ -25,6 +25,7 @@ from segadv.data import Augmented, EpochSampler
 from segadv.training import TrainConfig, Trainer
 
 CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
+FILES = ["last.pt", "metrics.jsonl", "model.safetensors", "run.json"]
 
 
 class Squares(Dataset[tuple[Tensor, Tensor]]):
@@ -390,7 +391,7 @@ def test_checkpoint_loads_as_plain_weights_and_into_a_model(tmp_path: Path) -> N
     model = training.load_model(tmp_path / "last.pt", nn.Sequential(*tiny_model().children()))
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.replace", "os.fsync"])
@@ -411,7 +412,7 @@ def test_failed_save_leaves_the_previous_checkpoint(
         trainer.save(tmp_path / "last.pt")
     monkeypatch.undo()
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     trainer.load(tmp_path / "last.pt")
 
 
@@ -436,7 +437,7 @@ except (OSError, RuntimeError) as error:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("failed:")
     assert (tmp_path / "last.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

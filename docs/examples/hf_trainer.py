@@ -77,7 +77,7 @@ def arguments(folder: str, **changed: Any) -> TrainingArguments:
         remove_unused_columns=False,  # the data set's entries are compute_loss's inputs
         label_names=["labels"],
         report_to="none",
-        use_cpu=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         **changed,
     )
 

@@ -1,0 +1,182 @@
+"""Files of a training run: written whole or not at all, read without executing code.
+
+``last.pt`` is what a run continues from: tensors and plain values, read with ``weights_only=True``.
+``model.safetensors`` is what one shares: the weights, with the run's config as text beside them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = [
+    "drop_lines_after",
+    "load_model",
+    "load_weights",
+    "read_checkpoint",
+    "read_config",
+    "replacing",
+    "share",
+    "write_checkpoint",
+]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """An OSError of the block says which file it was about, what is left, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"{error.strerror or error}"
+        remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
+        raise type(error)(
+            error.errno or errno.EIO,
+            f"{path} could not be written: {cause}; {remedy} and give the same command again: it continues from "
+            "the last checkpoint, which is whole",
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error.
+
+    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
+    The temporary one has always the same name: what a kill leaves behind is overwritten by the next one. So there
+    must be only one writer.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with explained(path):
+        try:
+            yield temporary
+            if durable:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keeps the lines {"step": ...} of a file up to `step`: those after the checkpoint will be written again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the line a kill cut short
+            break
+    if kept != lines:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``last.pt`` or a ``.safetensors`` file holds: at least config, model and steps_done, on the CPU.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist")
+    cause: Exception | None = None
+    try:
+        shared = Path(path).suffix == ".safetensors"
+        state = _read_shared(path) if shared else torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
+            return state
+        problem = "it holds something else"
+    except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
+        problem, cause = "it is damaged or something else", error
+    raise ValueError(
+        f"{path} cannot be read as a checkpoint of segadv (last.pt or model.safetensors): {problem}"
+    ) from cause
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
+    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _read_shared(path: str | os.PathLike[str]) -> dict[str, Any]:
+    with safe_open(os.fspath(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        values = {name: json.loads(metadata[name]) for name in ("config", "description", "steps")}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = values["config"] | {"description": values["description"]}
+    return {"config": config, "steps_done": values["steps"], "model": weights}
+
+
+def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -> None:
+    """Writes the weights as safetensors. Its metadata are JSON texts: arm, steps, description, config."""
+    entries = dict(config)
+    values = {"arm": entries.get("arm"), "steps": steps, "description": entries.pop("description", {})}
+    metadata = {name: json.dumps(value) for name, value in (values | {"config": entries}).items()}
+    # copies: the format takes no two tensors in one memory
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    with replacing(path, durable=True) as temporary:
+        try:
+            save_file(weights, temporary, metadata=metadata)
+        except SafetensorError as error:  # this is how it reports a full disk
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Puts the weights of ``last.pt`` or ``model.safetensors`` into a model of the same architecture; returns it.
+
+    Raises:
+        ValueError: the file belongs to another architecture, or cannot be read; the model is unchanged then.
+        FileNotFoundError: there is no such file.
+    """
+    load_weights(model, read_checkpoint(path)["model"], path)
+    return model
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``last.pt`` or ``model.safetensors`` was trained with. Raises as `load_model`.
+
+    The fields of `segadv.training.TrainConfig`, as JSON knows them (lists for tuples), and beside them
+    "dataset_length", "processes" and "description".
+    """
+    config: dict[str, Any] = read_checkpoint(path)["config"]
+    return config
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """`load_state_dict` that changes nothing where anything does not fit; `path` is named in its ValueError."""
+    # compared before anything is copied: load_state_dict raises with the model half overwritten
+    ours = {name: list(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: list(value.shape) for name, value in weights.items()}
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        shown = "; ".join(
+            f"{name} has shape {theirs.get(name, 'none')} there and {ours.get(name, 'none')} in the model"
+            for name in differing[:3]
+        )
+        raise ValueError(
+            f"{path} belongs to another architecture: {len(differing)} of {len(ours)} tensors differ: {shown}"
+        )
+    model.load_state_dict(weights)

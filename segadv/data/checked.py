@@ -1,0 +1,50 @@
+"""Samples that are wrong are named when they are read, where the file is still known."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .cityscapes import IGNORE_INDEX
+
+__all__ = ["CheckedSamples"]
+
+
+class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
+    """The samples of another data set.
+
+    Args:
+        dataset: ``dataset[i]`` is (image, label). Its image_paths, where it has them, are named in errors.
+        num_classes: labels have to be below, or `IGNORE_INDEX`; None: the data set's, where it has it.
+
+    Raises:
+        ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no class (upon
+            indexing).
+    """
+
+    def __init__(self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None) -> None:
+        self.dataset = dataset
+        self.num_classes = getattr(dataset, "num_classes", None) if num_classes is None else num_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.dataset[index]
+        if image.dim() != 3 or image.shape[0] != 3 or image.shape[1:] != label.shape or not image.is_floating_point():
+            raise ValueError(
+                f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
+                f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
+            )
+        if self.num_classes is not None:
+            wrong = label[((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)]
+            if len(wrong):
+                raise ValueError(
+                    f"{self._named(index)}: labels must be classes 0 to {self.num_classes - 1} or {IGNORE_INDEX}, "
+                    f"found {sorted(set(wrong.tolist()))[:8]}"
+                )
+        return image, label
+
+    def _named(self, index: int) -> str:
+        paths = getattr(self.dataset, "label_paths", None) or getattr(self.dataset, "image_paths", None)
+        return f"sample {index}" if paths is None else f"sample {index} ({paths[index]})"

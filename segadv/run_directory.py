@@ -1,0 +1,113 @@
+"""The folder of a training run: what lies in it, and who wrote it where and with what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import drop_lines_after, explained, replacing
+from .ops.native import build_info
+from .records import versions
+
+__all__ = ["RunDirectory", "environment", "git_commit"]
+
+
+class RunDirectory:
+    """Paths and files of a run; only the first process may write.
+
+    ``run.json``: the run's config and description, and "starts", one entry for every time it was started or
+    continued: time, steps_done, command, processes, what is different in its config, git_commit of the working
+    directory, environment.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoint = self.path / "last.pt"
+        self.model = self.path / "model.safetensors"
+        self.metrics = self.path / "metrics.jsonl"
+        self.validation = self.path / "validation.jsonl"
+        self.curves = self.path / "curves.csv"
+        self.run = self.path / "run.json"
+
+    def prepare(self) -> bool:
+        """Makes the folder and removes what a killed run left half written. Returns whether there is a checkpoint."""
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
+                path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        return self.checkpoint.exists()
+
+    def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:
+        """Removes what was written after the checkpoint, and adds this start to run.json."""
+        for path in (self.metrics, self.validation):
+            drop_lines_after(path, steps_done)
+        if steps_done == 0:  # a run that is started anew
+            for path in (self.model, self.curves, self.run):
+                path.unlink(missing_ok=True)
+        config = dict(config)
+        content = {"config": config, "description": config.pop("description"), "starts": []} | self._previous()
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps_done": steps_done,
+            "command": shlex.join(getattr(sys, "orig_argv", sys.argv)),
+            "different": {name: value for name, value in config.items() if content["config"].get(name) != value},
+            "git_commit": git_commit(),
+            "environment": environment(device),
+        }
+        content["starts"].append(start)
+        with replacing(self.run) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def _previous(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self.run.read_text(encoding="utf-8"))
+            if isinstance(content["config"], dict) and isinstance(content["starts"], list):
+                return content
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        return {}
+
+    def append(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """One more line, a JSON object."""
+        with explained(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its config; fit for JSON."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    processors = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    cuda = device.type == "cuda"
+    return {
+        **versions(),
+        "torch_build": torch.__config__.show().strip(),
+        "build_info": dict(build_info()),
+        "device": torch.cuda.get_device_name() if cuda else str(device),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "processor": processors[0] if processors else platform.processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> str | None:
+    """Of the working directory, with "-dirty" where files differ from it; None where there is no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
