@@ -18,6 +18,8 @@ from .sampler import at_least, seeded
 
 __all__ = ["Augmentation", "Augmented"]
 
+Array = npt.NDArray[np.float64]
+
 _AUGMENTATION = 1  # first word of the spawn key: one stream per purpose; 0 belongs to the sampler
 
 
@@ -44,12 +46,18 @@ class Augmentation:
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip must be true or false, got {self.flip!r}")
-        if len(self.scale) != 2 or not (0 < self.scale[0] <= self.scale[1] < math.inf):
+        if not (isinstance(self.scale, tuple) and len(self.scale) == 2 and all(map(_is_number, self.scale))) or not (
+            0 < self.scale[0] <= self.scale[1] < math.inf
+        ):
             raise ValueError(f"scale must be (lowest, highest) with 0 < lowest <= highest, got {self.scale!r}")
-        if not 0 <= self.rotation <= 180:
+        if not (_is_number(self.rotation) and 0 <= self.rotation <= 180):
             raise ValueError(f"rotation must be in [0, 180] degrees, got {self.rotation!r}")
-        if not 0 <= self.blur < math.inf:
+        if not (_is_number(self.blur) and 0 <= self.blur < math.inf):
             raise ValueError(f"blur must be a finite number of pixels, at least 0, got {self.blur!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
@@ -58,8 +66,8 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
     What comes out is that of this chain: resize the image to (round(scale * H), round(scale * W)), rotate it about its
     centre, cut a crop at a random place of that canvas, flip the crop, blur it. But all of it up to the flip is one
     affine map from the crop's pixel centres to the image, and only what the crop sees is sampled, once: the image
-    bilinearly, the label at the nearest pixel. Where the map leaves the image lie zeros, and `IGNORE_INDEX` in the
-    label; a crop larger than the canvas has the canvas at a random place in it.
+    bilinearly, the label at the nearest pixel. A pixel whose centre is mapped beyond the image is 0, and `IGNORE_INDEX`
+    in the label; a crop larger than the canvas has the canvas at a random place in it.
 
     Where the size shrinks, the part of the image that the crop sees is first resized with antialiasing, as
     ``torch.nn.functional.interpolate(antialias=True)`` and torchvision's Resize do it, and the map starts from there:
@@ -76,6 +84,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
         augmentation: what happens before the crop is taken.
 
     ``augmented[epoch, index]`` is (image float32 [3, h, w], label uint8 [h, w], index).
+
+    Raises:
+        ValueError: a crop below 1 x 1, a negative seed; image and label of different sizes (upon indexing).
     """
 
     def __init__(
@@ -101,6 +112,11 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
             image, label = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
         else:
             image, label = self.dataset[index]
+            if image.shape[1:] != label.shape:
+                raise ValueError(
+                    f"sample {index} of the data set: image must be [3, H, W] and label [H, W] of the same size, "
+                    f"got {list(image.shape)} and {list(label.shape)}"
+                )
         wanted = self.augmentation
         generator = seeded(self.seed, _AUGMENTATION, epoch, index)
         flip = generator.random() < 0.5 and wanted.flip
@@ -179,9 +195,12 @@ def warp(
         cropped_image = _sample(shrunk, *on_canvas, crop, "bilinear")
     else:
         cropped_image = _sample(image, *on_image, crop, "bilinear")
-    # samples are 0 outside of the image: the complement of IGNORE_INDEX
-    cropped_label = IGNORE_INDEX - _sample(IGNORE_INDEX - label[None], *on_image, crop, "nearest")[0]
-    return cropped_image, cropped_label.to(label.dtype)
+    cropped_label = _sample(label[None], *on_image, crop, "nearest")[0].to(label.dtype)
+    outside = _outside(*on_canvas, crop, canvas)
+    if outside is not None:
+        cropped_image.masked_fill_(outside, 0)
+        cropped_label.masked_fill_(outside, IGNORE_INDEX)
+    return cropped_image, cropped_label
 
 
 def gaussian_blur(image: Tensor, deviation: float) -> Tensor:
@@ -195,15 +214,19 @@ def gaussian_blur(image: Tensor, deviation: float) -> Tensor:
     radius = math.ceil(3 * deviation)
     weights = np.exp(-((np.arange(radius + 1) / deviation) ** 2) / 2)  # of the centre and one side
     weights /= 2 * weights.sum() - weights[0]
-    padded = F.pad(image[None], [radius] * 4, mode="replicate")[0]
-    for dim in (1, 2):
-        length = padded.shape[dim] - 2 * radius
-        blurred = padded.narrow(dim, radius, length) * weights[0]
-        for distance in range(1, radius + 1):
-            sides = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
-            blurred += sides.mul_(weights[distance])
-        padded = blurred
-    return padded
+    blurred = torch.empty_like(image)
+    for plane, out in zip(image, blurred, strict=True):  # one after the other: a plane stays in the cache
+        rest = F.pad(plane[None, None], [radius] * 4, mode="replicate")[0, 0]
+        for dim in (0, 1):
+            length = rest.shape[dim] - 2 * radius
+            total = rest.narrow(dim, radius, length) * weights[0]
+            sides = torch.empty_like(total)
+            for distance in range(1, radius + 1):
+                before, after = (rest.narrow(dim, start, length) for start in (radius - distance, radius + distance))
+                total += torch.add(before, after, out=sides).mul_(weights[distance])
+            rest = total
+        out.copy_(rest)
+    return blurred
 
 
 def _floating(image: Tensor) -> Tensor:
@@ -213,21 +236,39 @@ def _floating(image: Tensor) -> Tensor:
     return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _seen(
-    linear: npt.NDArray[np.float64], shift: npt.NDArray[np.float64], crop: tuple[int, int], size: Sequence[int]
-) -> tuple[slice, slice]:
+def _coordinates(linear: Array, shift: Array, crop: tuple[int, int], axis: int) -> tuple[Array, Array]:
+    """The row (axis 0) or column (1) that a crop's pixel shows: what its own row and its own column add to it."""
+    by_row = linear[axis, 0] * (np.arange(crop[0]) + 0.5) + shift[axis]
+    by_column = linear[axis, 1] * (np.arange(crop[1]) + 0.5)
+    return by_row, by_column
+
+
+def _range(by_row: Array, by_column: Array) -> tuple[float, float]:
+    return float(by_row.min() + by_column.min()), float(by_row.max() + by_column.max())
+
+
+def _outside(linear: Array, shift: Array, crop: tuple[int, int], size: Sequence[int]) -> Tensor | None:
+    """bool [h, w]: the crop's pixels whose centre lies outside of an image of this size; None where all lie inside."""
+    outside = None
+    for axis in range(2):
+        parts = _coordinates(linear, shift, crop, axis)
+        low, high = _range(*parts)
+        if low < 0 or high >= size[axis]:
+            by_row, by_column = map(torch.from_numpy, parts)
+            points = by_row[:, None] + by_column
+            beyond = (points < 0) | (points >= size[axis])
+            outside = beyond if outside is None else outside | beyond
+    return outside
+
+
+def _seen(linear: Array, shift: Array, crop: tuple[int, int], size: Sequence[int]) -> tuple[slice, slice]:
     """The rows and columns of an image of this size that bilinear sampling reads for a crop; empty where none."""
-    first, last = np.array([0.5, 0.5]), np.array(crop) - 0.5
-    corners = np.array([[first[0], first[0], last[0], last[0]], [first[1], last[1], first[1], last[1]]])
-    points = linear @ corners + shift[:, None]
-    rows, columns = (
-        slice(
-            int(np.clip(math.floor(low - 1), 0, length)),
-            int(np.clip(math.ceil(high + 1), 0, length)),
-        )
-        for low, high, length in zip(points.min(1), points.max(1), size, strict=True)
-    )
-    return rows, columns
+    slices = []
+    for axis in range(2):
+        low, high = _range(*_coordinates(linear, shift, crop, axis))
+        start, stop = max(math.floor(low - 1), 0), min(math.ceil(high + 1), size[axis])
+        slices.append(slice(start, max(stop, start)))
+    return slices[0], slices[1]
 
 
 def _shrunk(image: Tensor, canvas: Sequence[int], needed: Sequence[int]) -> Tensor:
@@ -242,14 +283,11 @@ def _shrunk(image: Tensor, canvas: Sequence[int], needed: Sequence[int]) -> Tens
     return F.interpolate(part, scale_factor=factors, mode="bilinear", antialias=True)[0]
 
 
-def _sample(
-    image: Tensor,
-    linear: npt.NDArray[np.float64],
-    shift: npt.NDArray[np.float64],
-    crop: tuple[int, int],
-    mode: str,
-) -> Tensor:
-    """Floating [C, h, w]: the crop's point p, a pixel's centre, shows the image's point linear @ p + shift, or 0."""
+def _sample(image: Tensor, linear: Array, shift: Array, crop: tuple[int, int], mode: str) -> Tensor:
+    """Floating [C, h, w]: the crop's point p, a pixel's centre, shows the image's point linear @ p + shift.
+
+    Beyond its border the image goes on as the pixels there, as in any resizing.
+    """
     rows, columns = _seen(linear, shift, crop, image.shape[1:])
     part = image[:, rows, columns]
     part = part.float() if mode == "nearest" else _floating(part)
@@ -259,8 +297,7 @@ def _sample(
     grid = part.new_empty(1, *crop, 2)
     for axis, start in enumerate((rows.start, columns.start)):
         unit = 2 / part.shape[1 + axis]
-        down = unit * (linear[axis, 0] * (np.arange(crop[0]) + 0.5) + shift[axis] - start) - 1
-        along = unit * linear[axis, 1] * (np.arange(crop[1]) + 0.5)
-        down, along = (torch.from_numpy(values).to(part.dtype) for values in (down, along))
+        by_row, by_column = _coordinates(linear, shift, crop, axis)
+        down, along = (torch.from_numpy(x).to(part.dtype) for x in (unit * (by_row - start) - 1, unit * by_column))
         torch.add(down[:, None], along, out=grid[0, :, :, 1 - axis])
-    return F.grid_sample(part[None], grid, mode=mode, padding_mode="zeros", align_corners=False)[0]
+    return F.grid_sample(part[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]

@@ -77,7 +77,12 @@ def check_files(
     for listing in listings.values():
         if isinstance(listing, Exception) and not any(isinstance(other, Listing) for other in listings.values()):
             raise listing
-    return [_check_split(kind, split, listing, workers, progress) for split, listing in listings.items()]
+    checks = [_check_split(kind, split, listing, workers, progress) for split, listing in listings.items()]
+    seen: set[tuple[str, str]] = set()  # splits that share a folder share its orphans
+    for check in checks:
+        check.problems = [problem for problem in check.problems if problem not in seen]
+        seen.update(check.problems)
+    return checks
 
 
 def _check_split(

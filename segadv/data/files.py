@@ -97,7 +97,7 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         image_path, label_path = self.image_paths[index], self.label_paths[index]
         image, values = self.read_image(image_path), self.read_mask(label_path)
         require_same_size(image_path, image.shape[:2], label_path, values.shape)
-        label = self.classes_of_values[values]
+        label = np.take(self.classes_of_values, values)
         if (label == NO_CLASS).any():
             raise ValueError(self.wrong_values(label_path, np.unique(values[label == NO_CLASS])))
         return image, label
