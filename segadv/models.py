@@ -273,7 +273,7 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
     elif type(model).forward is not _BatchNorm.forward:
         raise TypeError(f"model: the forward pass of its {type(model).__name__} would be lost in SyncBatchNorm")
     converted: nn.Module = convert(model)
-    return converted
+    return converted.train(model.training)  # some releases of timm leave it in train mode
 
 
 @dataclass(frozen=True)

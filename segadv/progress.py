@@ -38,6 +38,6 @@ def progress_bar(desc: str, *, total: int | None, initial: int = 0, unit: str, s
         **options,
         file=_Lines(),
         mininterval=_SECONDS,
-        miniters=1,
+        miniters=1,  # a number that tqdm may not choose: its monitor would add lines
         bar_format="{desc}: {unit} {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}",
     )

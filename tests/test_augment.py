@@ -114,6 +114,23 @@ def test_against_the_reference(seed: int) -> None:
         assert np.array_equal(out_label.numpy()[sure], classes[sure])
 
 
+@pytest.mark.parametrize(("canvas", "angle"), [((20, 30), 3.0), ((20, 30), -2.5), ((14, 21), 4.0), ((33, 50), 2.0)])
+def test_corners_that_barely_leave_the_image(canvas: tuple[int, int], angle: float) -> None:
+    label = torch.randint(0, 19, (20, 30), dtype=torch.uint8)
+    image = torch.rand(3, 20, 30, dtype=torch.float64)
+    crop = (canvas[0] // 2, canvas[1] // 2)
+    void = []
+    for bottom in (0, canvas[0] - crop[0]):
+        for right in (0, canvas[1] - crop[1]):  # one corner of the canvas in each crop
+            arguments = {"canvas": canvas, "angle": angle, "offset": (bottom, right), "crop": crop, "flip": False}
+            exact, classes, sure = reference(image.numpy(), label.numpy(), **arguments)
+            out, out_label = warp(image, label, **arguments)
+            void.append((classes == IGNORE_INDEX).mean())
+            assert np.abs(out.numpy() - exact)[:, sure].max() < 1e-6
+            assert np.array_equal(out_label.numpy()[sure], classes[sure])
+    assert 0 < max(void) < 0.1
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("angle", [0.0, 7.5, -10.0, 90.0])
 @pytest.mark.parametrize("canvas", [(50, 80), (75, 120), (100, 160), (153, 245), (200, 320)])
@@ -416,6 +433,13 @@ def test_samples_depend_on_seed_epoch_and_index_alone(streets: Path) -> None:
     first = Augmented(dataset, crop=(64, 96), seed=5, augmentation=FULL)
     for seed, key in ((6, (0, 0)), (5, (1, 0)), (5, (0, 1))):
         assert not torch.equal(Augmented(dataset, crop=(64, 96), seed=seed, augmentation=FULL)[key][1], first[0, 0][1])
+
+
+def test_label_of_another_size_is_refused() -> None:
+    dataset = Images(48, 64)
+    dataset.label = dataset.label[:, 1:]
+    with pytest.raises(ValueError, match=r"sample 2 .*same size, got \[3, 48, 64\] and \[48, 63\]"):
+        Augmented(dataset, crop=(8, 8), seed=0)[0, 2]
 
 
 @pytest.mark.parametrize(

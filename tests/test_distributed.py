@@ -99,7 +99,8 @@ def assert_same_curve(first: Path, second: Path, tolerance: float) -> None:
     lines = [metrics_of(folder) for folder in (first, second)]
     assert len(lines[0]) == len(lines[1]) == 5
     for one, other in zip(*lines, strict=True):
-        assert one == pytest.approx(other, rel=tolerance, abs=tolerance)
+        for name, value in other.items():
+            assert one[name] == (value if value is None else pytest.approx(value, rel=tolerance, abs=tolerance)), name
 
 
 # --- the same training --------------------------------------------------------------------------------------------
@@ -117,7 +118,10 @@ def test_two_processes_train_what_one_does(out: Path, alone: tuple[Path, dict[st
 
 
 def test_in_float32_the_difference_is_rounding(out: Path, tmp_path: Path) -> None:
-    """The float64 run of the same arm is nearer than 1e-12; float32 rounds 2^29 times more coarsely: 1e-4 / 2^29 < 1e-12."""
+    """float32 rounds 2^29 times more coarsely than float64, where the difference is below 1e-12: 1e-4 < 2^29 * 1e-12.
+
+    Without an attack: the sign of a gradient near 0 may come out differently.
+    """
     first, second = of(out, "float32")
     assert_equal(first, second)
     assert_close(first, trained(tmp_path, torch.float32, arm="basic"), 1e-4)
@@ -315,8 +319,8 @@ def test_processes_without_a_group_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match=r"torchrun started 2 processes, but the process group has 1: .*process_group"):
         trainer()
-    with pytest.raises(ValueError, match='device must be "auto", "cuda" or "cpu" with several processes, got .cuda:0.'):
-        monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="several processes, got 'cuda:0'"):
         distributed.process_group("cuda:0").__enter__()
     if torch.cuda.device_count() < 2:
         with pytest.raises(ValueError, match="process 1 of this machine finds no GPU of its own"):

@@ -24,6 +24,27 @@ FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 Logits = Callable[[Tensor], Tensor]
 
 
+NEEDED = {
+    "segformer": ("transformers",),
+    "hf_trainer": ("transformers", "accelerate"),
+    "smp_models": ("segmentation_models_pytorch",),
+    "torchvision_deeplabv3": ("torchvision",),
+    "own_model": (),
+    "training_loop": (),
+}
+
+
+def needs(name: str) -> str:
+    """The example's name; the test is skipped where a package is missing, as on a machine without a network."""
+    for package in NEEDED[name]:
+        pytest.importorskip(package, exc_type=ImportError)
+    return name
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == NEEDED.keys()
+
+
 @pytest.fixture(autouse=True)
 def _one_example_may_import_another(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -34,7 +55,7 @@ def _one_example_may_import_another(monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def example(name: str) -> ModuleType:
-    return importlib.import_module(name)
+    return importlib.import_module(needs(name))
 
 
 def case(count: int = 2, size: int = 64, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -88,7 +109,7 @@ NUMBER = r"(-?\d+\.?\d*(?:e-?\d+)?)"
 
 
 def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    runpy.run_path(str(FOLDER / f"{needs(name)}.py"), run_name="__main__")
     return capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,8 @@ def test_config_of_a_run_gives_the_same_run(voc: Path, tmp_path: Path, capsys: p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
     effective = yaml.safe_load((first / "config.yaml").read_text())
+    options = {**dataclasses.asdict(TrainConfig()), "model": dataclasses.asdict(ModelConfig())}
+    assert recipes.flat(effective).keys() == recipes.flat(options).keys() | {"dataset", "data"}
     assert (effective["arm"], effective["crop"], effective["data"]) == ("random-fgsm", "64x64", str(voc))
     assert effective["augmentation"] == {"flip": True, "scale": [0.5, 2.0], "rotation": 7.0, "blur": 1.0}
     config = read_config(first / "last.pt")
@@ -368,8 +371,9 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_lines_come_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    with progress.progress_bar("fgsm", total=1000, unit="step") as bar:
-        for _ in range(1000):
+    with progress.progress_bar("fgsm", total=3, unit="step") as bar:
+        for _ in range(3):
+            time.sleep(0.15)  # longer than between two drawings of a bar
             bar.update()
     assert stream.getvalue().count("\n") == 2  # at the start and in the end
 

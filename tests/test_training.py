@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -22,7 +23,8 @@ from torch.utils.data import Dataset
 from segadv import models, training
 from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from segadv.data import Augmented, EpochSampler
-from segadv.training import TrainConfig, Trainer
+from segadv.evaluation import EvaluationResult, evaluate
+from segadv.training import TrainConfig, Trainer, Validation
 
 CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
 FILES = ["last.pt", "metrics.jsonl", "model.safetensors", "run.json"]
@@ -468,6 +470,167 @@ def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
         training.load_model(tmp_path / "other.pt", tiny_model())
 
 
+# --- validation -------------------------------------------------------------------------------------------
+
+
+VALIDATION = Validation(every=5, images=6, attacks=("fgsm", "pgd"), eps=(0.0, 0.02), batch_size=4)
+
+
+def test_validation_is_an_evaluation_on_the_way_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = run(tmp_path / "without", arm="random-fgsm")
+    data = Squares()
+    settings = config(arm="random-fgsm", validation=VALIDATION)
+    trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=data)
+    expected = []
+    real_validate = trainer._validate
+
+    def validate() -> EvaluationResult:
+        trainer.model[3].eval()  # someone's frozen layer
+        before = torch.get_rng_state(), copy.deepcopy(trainer.model.state_dict()), modes(trainer.model)
+        result = real_validate()
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert all(torch.equal(value, before[1][name]) for name, value in trainer.model.state_dict().items())
+        assert modes(trainer.model) == before[2]
+        loader = [(data.images[:4], data.labels[:4]), (data.images[4:6], data.labels[4:6])]
+        expected.append(evaluate(trainer.model, loader, ["fgsm", "pgd"], [0.0, 0.02], worst_case=False).rows)
+        return result
+
+    monkeypatch.setattr(trainer, "_validate", validate)
+    trainer.run(tmp_path / "with", progress=False)
+    assert_same_state(without, trainer)
+    assert metrics_of(tmp_path / "without") == metrics_of(tmp_path / "with")
+    lines = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 14]
+    assert [line["rows"] for line in lines] == expected
+    text = (tmp_path / "with" / "curves.csv").read_text()
+    assert text.splitlines()[0] == "arm,attack,eps,miou,pixel_accuracy"
+    found = [line.split(",") for line in text.splitlines()[1:]]
+    assert [(row[0], row[1], *map(float, row[2:])) for row in found] == [
+        ("random-fgsm", *(row[name] for name in ("attack", "eps", "miou", "pixel_accuracy"))) for row in expected[-1]
+    ]
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_time_of_validation_and_probes_is_not_that_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a step takes 1 s, a validation 100 s."""
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    settings = config(log_every=2, validation=Validation(every=3, images=2), monitor_every=0)
+    trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares())
+    real_step = trainer.step
+
+    def step(*arguments: Any) -> Any:
+        clock[0] += 1
+        return real_step(*arguments)
+
+    def slow(*arguments: Any, **keywords: Any) -> Any:
+        clock[0] += 100
+        return evaluate(*arguments, **keywords)
+
+    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(training, "evaluate", slow)
+    trainer.run(tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["steps_per_s"] for line in lines] == [1.0] * 7
+
+
+def test_validation_of_images_of_different_sizes(tmp_path: Path) -> None:
+    data = [(torch.rand(3, 16, 16 + 8 * i), torch.randint(0, CLASSES, (16, 16 + 8 * i))) for i in range(3)]
+    for batch_size in (1, 2):
+        settings = config(steps=2, validation=Validation(every=2, batch_size=batch_size))
+        trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=data)  # type: ignore[arg-type]
+        if batch_size == 1:
+            trainer.run(tmp_path / "1", progress=False)
+            continue
+        with pytest.raises(ValueError, match=r"validation.batch_size must be 1 for images of different sizes"):
+            trainer.run(tmp_path / "2", progress=False)
+
+
+# --- how the same is computed otherwise -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ["basic", "fast-newton"])
+def test_channels_last_is_the_same_training(tmp_path: Path, arm: str) -> None:
+    formats = set()
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        formats.add((inputs[0].is_contiguous(memory_format=torch.channels_last), module.weight.is_contiguous()))
+
+    ends = []
+    for channels_last in (False, True):
+        model = tiny_model(dropout=0).double()
+        model[0].register_forward_pre_hook(look)
+        settings = config(arm=arm, channels_last=channels_last, monitor_every=0)
+        trainer = Trainer(settings, model, Squares(torch.float64))
+        trainer.run(tmp_path / str(channels_last), progress=False)
+        assert formats == {(channels_last, not channels_last)}
+        formats.clear()
+        ends.append(trainer.model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_network_is_trained_and_attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured by torch.compile and run without code generation, in float64: the same training."""
+    compiled = []
+
+    def compile_without_generation(model: nn.Module) -> Any:
+        compiled.append(model)
+        return torch._dynamo.optimize("eager", dynamic=True)(model)
+
+    ends = []
+    for compile in (False, True):
+        model = tiny_model(dropout=0).double()
+        monkeypatch.setattr(torch, "compile", compile_without_generation)
+        settings = config(arm="fgsm", steps=6, compile=compile, monitor_every=3)
+        trainer = Trainer(settings, model, Squares(torch.float64))
+        trainer.run(tmp_path / str(compile), progress=False)
+        ends.append(trainer.model.state_dict())
+        assert len(compiled) == int(compile)
+        assert trainer.attack is not None
+        assert (trainer.attack.model is trainer.model) is not compile
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_accumulation_takes_the_parts_one_after_the_other() -> None:
+    """The gradient is that of the whole batch, also where the attack draws; batch norm sees parts."""
+    sizes = []
+    model = tiny_model(dropout=0)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    trainer = Trainer(config(accumulation=2, arm="fgsm"), model, Squares())
+    images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
+    attack = Recorder()
+    trainer.attack = attack  # type: ignore[assignment]
+    result = trainer.step(images, labels, [1, 2, 3])
+    assert sizes == [2, 2]
+    assert [len(call[0]) for call in attack.calls] == [1, 2]
+    assert torch.equal(torch.cat([call[0] for call in attack.calls]), images[1:])
+    assert len(result.eps) == len(result.gain) == len(result.skipped) == 3
+    assert int(model[1].num_batches_tracked) == 2
+    sizes.clear()
+    trainer.step(images, labels, [0])
+    assert len(attack.calls) == 3
+
+
+@pytest.mark.parametrize("arm", ["random-fgsm"])
+def test_accumulated_run_resumes_to_the_same_bits(tmp_path: Path, arm: str) -> None:
+    whole = run(tmp_path / "whole", arm=arm, accumulation=2)
+    trainer = Trainer(config(arm=arm, accumulation=2, checkpoint_every=1), tiny_model(), Squares())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save", stop_after(trainer, 5))
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.run(tmp_path / "parts", progress=False)
+    assert_same_state(whole, run(tmp_path / "parts", arm=arm, accumulation=2))
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +717,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
         ({"log_every": 0}, "log_every"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"accumulation": 0}, "accumulation must be a whole number of at least 1, got 0"),
+        ({"accumulation": 3}, "batch_size must be divisible by accumulation, got 4 and 3"),
     ],
 )
 def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -561,11 +726,80 @@ def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> No
         config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": -1}, "validation.every must be a whole number of at least 0, got -1"),
+        ({"images": 1.5}, "validation.images"),
+        ({"batch_size": 0}, "validation.batch_size"),
+        ({"attacks": ("fgsm", "bmi")}, "validation.attacks must be names out of fgsm, bim-10, .*, got .*bmi"),
+        ({"attacks": ()}, "validation.attacks"),
+        ({"eps": (8.0,)}, r"validation.eps must be different numbers in \[0, 1\] \(8/255, not 8\), got"),
+        ({"eps": (0.1, 0.1)}, "validation.eps"),
+        ({"eps": ()}, "validation.eps"),
+    ],
+)
+def test_validation_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Validation(**changes)
+
+
+class Files(Squares):
+    """Reads files of its own, of which one is wrong."""
+
+    num_classes = CLASSES
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.label_paths = [f"/data/label {i}.png" for i in range(SAMPLES)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        if index == 9 and self.wrong == "label":
+            label = label.clone()
+            label[3, 4:6] = 17
+        if index == 9 and self.wrong == "size":
+            label = label[:-1]
+        if index == 9 and self.wrong == "type":
+            image = (image * 255).to(torch.uint8)
+        return image, label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("label", r"sample 9 \(/data/label 9.png\): labels must be classes 0 to 4 or 255, found \[17\]"),
+        (
+            "size",
+            r"sample 9 \(/data/label 9.png\): .* of the same size are needed, got float32 \[3, 20, 28\] and \[19, 28\]",
+        ),
+        ("type", r"sample 9 \(.*got uint8"),
+    ],
+)
+def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, workers: int) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(config(workers=workers), tiny_model(), Files(wrong)).run(tmp_path / "1", progress=False)
+    if workers == 0:
+        settings = config(steps=1, validation=Validation(every=1))
+        trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Files(wrong))
+        with pytest.raises(ValueError, match=message):
+            trainer.run(tmp_path / "2", progress=False)
+
+
+def test_number_of_classes_of_the_description_is_checked(tmp_path: Path) -> None:
+    trainer = Trainer(config(), tiny_model(), Squares(), description={"num_classes": 4})
+    with pytest.raises(ValueError, match=r"sample \d+: labels must be classes 0 to 3 or 255, found \[4\]"):
+        trainer.run(tmp_path, progress=False)
+
+
 def test_trainer_names_what_is_wrong() -> None:
     for changes, message in (
         ({"device": "abacus"}, 'device must be "auto" or a name'),
         ({"precision": "fp16"}, 'precision "fp16" needs a CUDA device'),
         ({"batch_size": 14}, "dataset must hold at least one batch of 14, got 13"),
+        ({"validation": Validation(every=2)}, "validation.every needs a validation_dataset"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(config(**changes), tiny_model(), Squares())

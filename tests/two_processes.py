@@ -141,15 +141,15 @@ def validated(out: Path) -> list[Any]:
 
 
 def interrupted(out: Path) -> dict[str, Any]:
-    """Ctrl-C in the second process only, while the third step's data are read; both stop after the sixth step."""
+    """Ctrl-C in the second process only, while the fourth step's data are read; both stop after the sixth step."""
     reads = Counter[int]()
 
     def press(index: int) -> None:
         reads["all"] += 1  # type: ignore[index]
-        if distributed.rank() == 1 and reads["all"] == 2 * 4 + 1:  # type: ignore[index]
+        if distributed.rank() == 1 and reads["all"] == 2 * 3 + 1:  # type: ignore[index]
             signal.raise_signal(signal.SIGINT)
 
-    stopped = trainer(on_read=press, checkpoint_every=100, log_every=6)
+    stopped = trainer(on_read=press, checkpoint_every=100)
     try:
         stopped.run(out, progress=False)
         raised = False

@@ -84,6 +84,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
         augmentation: what happens before the crop is taken.
 
     ``augmented[epoch, index]`` is (image float32 [3, h, w], label uint8 [h, w], index).
+
+    Raises:
+        ValueError: a crop below 1 x 1, a negative seed; image and label of different sizes (upon indexing).
     """
 
     def __init__(
@@ -109,6 +112,11 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
             image, label = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
         else:
             image, label = self.dataset[index]
+            if image.shape[1:] != label.shape:
+                raise ValueError(
+                    f"sample {index} of the data set: image must be [3, H, W] and label [H, W] of the same size, "
+                    f"got {list(image.shape)} and {list(label.shape)}"
+                )
         wanted = self.augmentation
         generator = seeded(self.seed, _AUGMENTATION, epoch, index)
         flip = generator.random() < 0.5 and wanted.flip

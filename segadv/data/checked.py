@@ -5,9 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .cityscapes import IGNORE_INDEX
+from .files import IGNORE_INDEX, SegmentationFiles
 
-__all__ = ["CheckedSamples"]
+__all__ = ["CheckedSamples", "checked"]
+
+
+def checked(dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None) -> Dataset[tuple[Tensor, Tensor]]:
+    """`CheckedSamples` of a data set that does not check its samples itself, as `SegmentationFiles` do."""
+    return dataset if isinstance(dataset, SegmentationFiles) else CheckedSamples(dataset, num_classes=num_classes)
 
 
 class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):

@@ -1,0 +1,172 @@
+"""What the trainer costs beside the mathematics: `python -m benchmarks.trainer [--steps 40] [--arm fast-newton]`.
+
+The demo's network, batches of 16 x 3 x 128 x 256 cropped from images in memory, on the CPU. `Trainer.run` itself is
+measured, by timers around what any loop has to do (attack, forward pass, loss, backward pass, optimiser step) and
+around reading the batch (crop, flip, collate; with workers other processes do it) and the checkpoint. What is left of
+the time from one step to the next is the trainer: coins, seeds, choosing and moving samples, zeroing gradients,
+schedule, metrics.
+
+Timers inside one run, because a difference of one percent between two loops drowns in the noise of a machine that
+others use too. On the CPU a call returns when its work is done, so that the parts add up to the whole. With one
+thread the processor's time for this thread is shown too, which other programs hardly change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from segadv import training
+from segadv.models import small_pspnet
+from segadv.training import TrainConfig, Trainer
+
+from .measure import commit, machine
+
+WARM_UP = 3
+
+
+class Scenes(Dataset[tuple[Tensor, Tensor]]):
+    """Noise of the demo's size, in memory."""
+
+    def __init__(self, length: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(length, 3, 160, 320, generator=generator)
+        self.labels = torch.randint(0, 19, (length, 160, 320), generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+def clocks() -> np.ndarray[Any, Any]:
+    return np.array([time.perf_counter(), time.thread_time()])
+
+
+class Timers:
+    """Seconds [by the clock, of this thread's processor] per kind of work, of every step.
+
+    A call inside another timed one counts with that one.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.current: dict[str, Any] = {}
+        self.inside = False
+        self.began = clocks()
+
+    def next_step(self) -> None:
+        now = clocks()
+        self.steps.append({**self.current, "whole": now - self.began})
+        self.current, self.began = {}, now
+
+    def around(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            if self.inside:
+                return call(*arguments, **keywords)
+            self.inside, begin = True, clocks()
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                self.inside = False
+                self.current[kind] = self.current.get(kind, 0.0) + clocks() - begin
+
+        return timed
+
+
+WORK = ("attack", "forward", "loss", "backward", "optimiser")
+
+
+def measure(config: TrainConfig) -> list[dict[str, Any]]:
+    """Seconds of every step after the warm-up: the kinds of `WORK`, batch, checkpoint, whole."""
+    timers = Timers()
+    torch.manual_seed(0)
+    trainer: Any = Trainer(config, small_pspnet(), Scenes(8 * config.batch_size))
+
+    class TimedLoader(DataLoader[Any]):
+        def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+            batches = timers.around("batch", super().__iter__)()
+            advance = timers.around("batch", lambda: next(batches, None))
+            timers.began = clocks()
+            while (batch := advance()) is not None:
+                yield batch
+                timers.next_step()
+
+    genuine = training.DataLoader, training.functional.cross_entropy, Tensor.backward
+    training.DataLoader = TimedLoader  # type: ignore[misc]
+    training.functional.cross_entropy = timers.around("loss", genuine[1])
+    Tensor.backward = timers.around("backward", genuine[2])  # type: ignore[method-assign]
+    if trainer.attack is not None:
+        trainer.attack = timers.around("attack", trainer.attack)
+    trainer._network = timers.around("forward", trainer._network)
+    trainer.optimizer.step = timers.around("optimiser", trainer.optimizer.step)
+    trainer.save = timers.around("checkpoint", trainer.save)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.run(folder, progress=False)
+    finally:
+        training.DataLoader, training.functional.cross_entropy, Tensor.backward = genuine  # type: ignore[misc]
+    return timers.steps[WARM_UP:]
+
+
+def spread(values: np.ndarray[Any, Any]) -> tuple[float, float, float, float]:
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return float(p20), float(median), float(p80), float(values.mean())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer", description=__doc__)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--arm", default="fast-newton")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--crop", type=int, nargs=2, default=[128, 256], metavar=("HEIGHT", "WIDTH"))
+    options = parser.parse_args(arguments)
+    config = TrainConfig(
+        arm=options.arm,
+        steps=options.steps + WARM_UP,
+        batch_size=options.batch_size,
+        crop=tuple(options.crop),
+        device="cpu",
+        monitor_every=0,
+        checkpoint_every=10,
+    )
+    steps = measure(config)
+    kinds = {kind: np.array([step.get(kind, np.zeros(2)) for step in steps]) for kind in (*WORK, "batch", "checkpoint")}
+    work = sum(kinds[kind] for kind in WORK)
+    rest = np.array([step["whole"] for step in steps]) - work - kinds["batch"] - kinds["checkpoint"]
+
+    size = f"{options.batch_size} x 3 x {options.crop[0]} x {options.crop[1]}"
+    print(f"{options.arm}, {size}, float32, {len(steps)} steps, {torch.get_num_threads()} threads")
+    print(f"{machine()}, commit {commit()}, torch {torch.__version__}")
+    print(f"load of the machine {os.getloadavg()[0]:.1f}\n")
+    rows = {kind: kinds[kind] for kind in WORK} | {"these together": work, "the trainer": rest}
+    rows |= {"reading the batch (no workers)": kinds["batch"]}
+    rows |= {"a checkpoint": kinds["checkpoint"][kinds["checkpoint"][:, 0] > 0]}
+    print(f"{'ms by the clock':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
+    for name, seconds in rows.items():
+        print(f"{name:34s}" + "".join(f"{1e3 * value:9.3f}" for value in spread(seconds[:, 0])))
+
+    print(f"\n{'percent of the work of the step':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
+    for name, seconds in (("the trainer", rest), ("and reading the batch", rest + kinds["batch"])):
+        for clock, column in (("by the clock", 0), ("of the processor", 1)):
+            if column == 0 or torch.get_num_threads() == 1:
+                share = 100 * seconds[:, column] / work[:, column]
+                print(f"{f'{name}, {clock}':34s}" + "".join(f"{value:9.2f}" for value in spread(share)))
+    amortised = 100 * np.median(rows["a checkpoint"][:, 0]) / np.median(work[:, 0]) / TrainConfig.checkpoint_every
+    print(f"{f'a checkpoint every {TrainConfig.checkpoint_every} steps':34s}{'':9s}{amortised:9.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

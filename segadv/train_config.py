@@ -1,0 +1,201 @@
+"""What a training run is made of: the arms, the config, the coins and the schedule."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
+from .attacks.base import Attack
+from .data import Augmentation
+from .evaluation import ATTACKS, EPS
+
+__all__ = ["ARMS", "EARLY_STOP", "PRECISIONS", "TrainConfig", "Validation", "adversarial_coins", "poly_learning_rate"]
+
+ARMS: Mapping[str, Callable[[nn.Module, torch.Generator], Attack | None]] = {
+    "basic": lambda model, generator: None,
+    "fgsm": lambda model, generator: FGSM(model, eps=0.03),
+    "random-fgsm": lambda model, generator: RandomFGSM(model, eps=0.03, generator=generator),
+    "bim-3": lambda model, generator: BIM(model, eps=0.03, alpha=0.01, steps=3),
+    "fast-newton": lambda model, generator: FastNewton(model),
+    "pgd-3": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
+    "pgd-7": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
+    "segpgd-3": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
+    "segpgd-7": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
+    # Wong et al. 2020 (arXiv 2001.03994): a random start and one step of 1.25 eps; with `EARLY_STOP`
+    "rs-fgsm": lambda model, generator: PGD(model, eps=0.03, alpha=1.25 * 0.03, steps=1, generator=generator),
+    "n-fgsm": lambda model, generator: NFGSM(model, eps=0.03, generator=generator),
+    "kim": lambda model, generator: CheckpointFGSM(model, eps=0.03),
+}
+"""name -> (model, generator of the random numbers) -> the attack this arm trains with, or None."""
+
+EARLY_STOP: Mapping[str, float] = {"rs-fgsm": 0.2}
+"""arm -> drop of PGD accuracy from one probe to the next that ends the training with the weights of the former.
+
+Wong et al. look once per epoch, with PGD-5 on a batch of training images; here the monitor's probe is looked at.
+"""
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_COINS = 2  # first word of a SeedSequence's spawn key: one stream per purpose; 0 and 1 belong to segadv.data
+
+
+@dataclass(frozen=True)
+class Validation:
+    """When and how a training run evaluates its model under attack, with `segadv.evaluation.evaluate`.
+
+    Args:
+        every: steps between evaluations, and one after the last step; 0 makes none.
+        images: the first so many of the validation data set; 0: all.
+        attacks: names out of `segadv.evaluation.ATTACKS`.
+        eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
+        batch_size: images at once; they are taken whole, so that 1 is needed where their sizes differ.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    every: int = 0
+    images: int = 0
+    attacks: tuple[str, ...] = ("fgsm", "bim-10")
+    eps: tuple[float, ...] = EPS
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
+        _check_whole(
+            ("validation.every", self.every, 0),
+            ("validation.images", self.images, 0),
+            ("validation.batch_size", self.batch_size, 1),
+        )
+        if not self.attacks or any(name not in ATTACKS for name in self.attacks):
+            raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
+        if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
+            raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
+
+
+def _check_whole(*entries: tuple[str, int, int]) -> None:
+    """(name, value, minimum) each."""
+    for name, value, minimum in entries:
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run is made of.
+
+    Args:
+        arm: name of the training method, a key of `ARMS`.
+        adversarial_share: probability of a sample to be made adversarial, 0 to 1.
+        steps: number of optimiser steps of the whole run.
+        batch_size: samples per step, over all processes and accumulated parts; at least 2 (batch normalisation).
+        accumulation: parts that a process works off one after the other for one step, to save memory. The gradient
+            is that of the whole batch; batch normalisation takes the statistics of each part.
+        crop: height and width of the training crops, in pixels.
+        learning_rate: of the first step; it falls as (1 - step / steps) ** power.
+        momentum: of SGD.
+        weight_decay: L2, on all parameters.
+        power: of the poly schedule.
+        augmentation: how samples are changed before they are cropped.
+        seed: decides the order of the data, augmentation, coins, dropout and the attack's random numbers (not
+            the initialisation, which came with the model).
+        workers: processes that load data; 0 loads in the training process.
+        precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
+        channels_last: keep images and convolution weights in the channels-last memory format.
+        compile: compile the network with `torch.compile`, for training and attack.
+        device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
+        log_every: steps per line of metrics.jsonl.
+        checkpoint_every: steps between checkpoints.
+        monitor_every: steps between probes for catastrophic overfitting; 0 makes none.
+        validation: evaluation under attack on the way.
+        allow_other_split: continue a checkpoint of another number of processes or of accumulated parts. The
+            batches stay the same; rounding, the random numbers of attack and dropout and, where batch normalisation
+            sees other parts, its statistics do not.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    arm: str = "fast-newton"
+    adversarial_share: float = 0.5
+    steps: int = 300
+    batch_size: int = 16
+    accumulation: int = 1
+    crop: tuple[int, int] = (128, 256)
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    power: float = 0.9
+    augmentation: Augmentation = field(default=Augmentation())
+    seed: int = 0
+    workers: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 100
+    monitor_every: int = 100
+    validation: Validation = Validation()
+    allow_other_split: bool = False
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            near = difflib.get_close_matches(self.arm, ARMS, n=1, cutoff=0.0)
+            raise ValueError(f"arm must be one of {', '.join(ARMS)}; got {self.arm!r}, did you mean {near[0]!r}?")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        if len(self.crop) != 2:
+            raise ValueError(f"crop must be (height, width), got {self.crop}")
+        _check_whole(
+            ("steps", self.steps, 1),
+            ("batch_size", self.batch_size, 2),
+            ("accumulation", self.accumulation, 1),
+            ("crop height", self.crop[0], 8),
+            ("crop width", self.crop[1], 8),
+            ("seed", self.seed, 0),
+            ("workers", self.workers, 0),
+            ("log_every", self.log_every, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("monitor_every", self.monitor_every, 1 if self.arm in EARLY_STOP else 0),
+        )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
+            )
+        for name, number, low, high in (
+            ("adversarial_share", self.adversarial_share, 0.0, 1.0),
+            ("learning_rate", self.learning_rate, 0.0, math.inf),
+            ("momentum", self.momentum, 0.0, 1.0),
+            ("weight_decay", self.weight_decay, 0.0, math.inf),
+            ("power", self.power, 0.0, math.inf),
+        ):
+            if not (low <= number <= high and math.isfinite(number)):
+                raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {number}")
+
+
+def adversarial_coins(seed: int, epoch: int, length: int, share: float) -> npt.NDArray[np.bool_]:
+    """Which samples of a data set are made adversarial in an epoch: bool [length], each with probability
+    share.
+
+    The coin of a sample is the index-th number of a stream that belongs to (seed, epoch): it depends neither
+    on the arm nor on the batch the sample is in, the number of workers or the length of the data set. Drawn
+    on the host, so that the choice of samples never waits for a GPU.
+    """
+    stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_COINS, epoch)))
+    return stream.random(length) < share
+
+
+def poly_learning_rate(step: int, *, steps: int, learning_rate: float = 0.01, power: float = 0.9) -> float:
+    """learning_rate * (1 - step / steps) ** power for step 0 ... steps - 1, and 0 from there on."""
+    return float(learning_rate * max(0.0, 1 - step / steps) ** power)

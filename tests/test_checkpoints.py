@@ -1,0 +1,334 @@
+"""Files of a run: killed at any moment it continues to the same bits; full disks; what others read from them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_training import FILES, Squares, assert_same_state, config, metrics_of, run, tiny_model
+from torch import nn
+
+from segadv import checkpoints, run_directory, training
+from segadv.training import Trainer, Validation
+
+VALIDATION = Validation(every=5, images=3, attacks=("fgsm",), eps=(0.0, 0.03))
+ALL_FILES = sorted([*FILES, "validation.jsonl", "curves.csv"])
+
+
+@pytest.fixture(scope="module")
+def forks() -> Any:
+    """From a server that has imported everything: they start at once, and have no threads of this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "tqdm", "test_checkpoints"])  # what an optimiser imports, too
+    with pytest.MonkeyPatch.context() as patch:  # the server does not get sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("TRITON_INTERPRET", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def trainer(**changes: Any) -> Trainer:
+    data = Squares()
+    settings = config(**{"arm": "random-fgsm", "monitor_every": 6, "validation": VALIDATION, **changes})
+    return Trainer(settings, tiny_model(), data, validation_dataset=data, description={"model": {"name": "tiny"}})
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until(out: Path, moment: str) -> None:
+    """In a process of its own, which is killed at the moment of that name, if it comes to that."""
+    torch.set_num_threads(1)
+    trained = trainer()
+    kind, _, count = moment.partition(" ")
+    left = [int(count or 0)]
+
+    def before_or_after(call: Any, *, before: Any = None, after: Any = None, of: str = "") -> Any:
+        def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            counts = not of or any(of in str(argument) for argument in arguments)
+            left[0] -= counts
+            if before and counts and left[0] == 0:
+                before(*arguments)
+                die()
+            result = call(*arguments, **keywords)
+            if after and counts and left[0] == 0:
+                die()
+            return result
+
+        return wrapper
+
+    def half(state: Any, file: Any) -> None:
+        with open(out / "whole", "wb") as whole:
+            SAVE(state, whole)
+        file.write((out / "whole").read_bytes()[:3000])
+        file.flush()
+        (out / "whole").unlink()
+
+    def half_a_line(path: Path, entry: Any) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry)[:20])
+
+    def nothing(*arguments: Any) -> None:
+        pass
+
+    if kind == "step":
+        trained.step = before_or_after(trained.step, before=nothing)  # type: ignore[method-assign]
+    elif kind == "backward":
+        trained.scaler.step = before_or_after(trained.scaler.step, before=nothing)  # type: ignore[method-assign]
+    elif kind == "half":
+        torch.save = before_or_after(SAVE, before=half)
+    elif kind == "written":
+        os.replace = before_or_after(REPLACE, before=nothing, of="last.pt")
+    elif kind == "replaced":
+        os.replace = before_or_after(REPLACE, after=True, of="last.pt")
+    elif kind == "shared":
+        os.replace = before_or_after(REPLACE, before=nothing, of="model.safetensors")
+    elif kind == "started":
+        os.replace = before_or_after(REPLACE, before=nothing, of="run.json")
+    elif kind == "curves":
+        os.replace = before_or_after(REPLACE, before=nothing, of="curves.csv")
+    elif kind in ("metrics", "validation"):
+        append = run_directory.RunDirectory.append
+        bound = before_or_after(append, before=lambda self, path, entry: half_a_line(path, entry), of=f"{kind}.jsonl")
+        run_directory.RunDirectory.append = bound  # type: ignore[method-assign]
+    trained.run(out, progress=False)
+
+
+SAVE, REPLACE = torch.save, os.replace
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    """The run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    trained = trainer()
+    trained.run(folder, progress=False)
+    return folder, trained
+
+
+def assert_same_run(out: Path, whole: tuple[Path, Trainer]) -> None:
+    resumed = trainer()
+    resumed.run(out, progress=False)
+    assert_same_state(whole[1], resumed)
+    assert metrics_of(out) == metrics_of(whole[0])
+    for name in ("validation.jsonl", "curves.csv"):
+        assert (out / name).read_bytes() == (whole[0] / name).read_bytes()
+    for name, value in checkpoints.read_checkpoint(out / "model.safetensors")["model"].items():
+        assert torch.equal(value, whole[1].model.state_dict()[name])
+    assert sorted(path.name for path in out.iterdir()) == ALL_FILES
+
+
+MOMENTS = [
+    "step 1", "step 6", "step 14", "backward 9", "half 1", "half 2", "half 4", "written 1", "written 3", "replaced 1",
+    "replaced 2", "replaced 4", "shared 1", "started 1", "metrics 1", "metrics 4", "validation 1", "validation 3",
+    "curves 2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_it_continues_to_the_same_bits(
+    tmp_path: Path, whole: tuple[Path, Trainer], forks: Any, moment: str
+) -> None:
+    child = forks.Process(target=train_until, args=(tmp_path, moment))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, "the moment never came"
+    if moment in ("half 2", "written 3"):
+        assert (tmp_path / "last.pt.tmp").exists()
+    if (tmp_path / "last.pt").exists():
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] in (4, 8, 12, 14)
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_at_random_again_and_again_it_continues_to_the_same_bits(
+    tmp_path: Path, whole: tuple[Path, Trainer], forks: Any
+) -> None:
+    chance = random.Random(4)
+    kills = 0
+    for _ in range(60):
+        child = forks.Process(target=train_until, args=(tmp_path, "never"))
+        child.start()
+        time.sleep(chance.uniform(0, 0.5))
+        child.kill()
+        child.join(120)
+        kills += child.exitcode == -signal.SIGKILL
+        if kills >= 10 and (tmp_path / "last.pt").exists():
+            break
+    assert kills
+    assert_same_run(tmp_path, whole)
+
+
+# --- full disks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 1_200_000, 2_000_500])
+def test_a_limit_on_files_leaves_the_previous_ones(tmp_path: Path, limit: int) -> None:
+    """The system refuses to write on, at the beginning, in the middle and at the end of a file of 2 MB."""
+    model = nn.Linear(1000, 500)
+    paths = tmp_path / "last.pt", tmp_path / "model.safetensors"
+    checkpoints.write_checkpoint(paths[0], {"model": model.state_dict()})
+    checkpoints.share(paths[1], model, {"arm": "basic"}, 3)
+    before = [path.read_bytes() for path in paths]
+    writers = (
+        lambda: checkpoints.write_checkpoint(paths[0], {"model": model.state_dict()}),
+        lambda: checkpoints.share(paths[1], model, {"arm": "basic"}, 4),
+    )
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    messages = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, previous[1]))
+    try:
+        for writer in writers:
+            try:
+                writer()
+            except OSError as error:
+                messages.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, handler)
+    for message, path in zip(messages, paths, strict=True):
+        assert f"{path} could not be written: " in message
+        assert "File too large" in message
+        assert "free some space there and give the same command again: it continues from the last" in message
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "validation.jsonl", "curves.csv", "last.pt"])
+def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, whole: tuple[Path, Trainer], file: str) -> None:
+    """A folder of that name in its place stands for whatever keeps it from being written."""
+    (tmp_path / file).mkdir()
+    (tmp_path / file / "in the way").touch()
+    with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
+        trainer().run(tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) -> None:
+    folder, trained = whole
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["arm"]) == "random-fgsm"
+    assert json.loads(metadata["steps"]) == 14
+    assert json.loads(metadata["description"]) == {"model": {"name": "tiny"}}
+    configs = [training.read_config(folder / name) for name in ("last.pt", "model.safetensors")]
+    assert configs[0] == configs[1]
+    assert configs[0]["description"] == {"model": {"name": "tiny"}}
+    assert configs[0]["crop"] == [16, 24]
+    for name in ("last.pt", "model.safetensors"):
+        model = training.load_model(folder / name, nn.Sequential(*tiny_model().children()))
+        for key, value in trained.model.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value)
+    with pytest.raises(ValueError, match="another architecture"):
+        training.load_model(folder / "model.safetensors", nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="holds weights only, to continue a run"):
+        trainer().load(folder / "model.safetensors")
+
+
+def test_shared_weights_of_someone_else_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    for content in (path.read_bytes(), b"", b"no weights"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"other\.safetensors cannot be read as a checkpoint of segadv"):
+            training.load_model(path, tiny_model())
+
+
+def test_tied_and_sliced_weights_are_shared(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model.register_buffer("view", torch.arange(12.0).view(3, 4).T)
+    path = tmp_path / "model.safetensors"
+    checkpoints.share(path, model, {}, 1)
+    for name, value in checkpoints.read_checkpoint(path)["model"].items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_every_start_is_in_run_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = trainer()
+    monkeypatch.setattr(stopped, "save", lambda path: (Trainer.save(stopped, path), die_softly()))
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        stopped.run(tmp_path, progress=False)
+    first = json.loads((tmp_path / "run.json").read_text())
+    trainer(log_every=5).run(tmp_path, progress=False)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["starts"][0] == first["starts"][0]
+    assert {name: content[name] for name in ("config", "description")} == {
+        name: first[name] for name in ("config", "description")
+    }
+    assert content["config"] | {"description": content["description"]} == training.read_config(tmp_path / "last.pt") | {
+        "log_every": 3
+    }
+    assert [start["steps_done"] for start in content["starts"]] == [0, 4]
+    assert [start["different"] for start in content["starts"]] == [{}, {"log_every": 5}]
+    for start in content["starts"]:
+        assert start["command"] == shlex.join(sys.orig_argv)
+        found = start["environment"]
+        assert {"segadv", "torch", "numpy", "python", "torch_build", "build_info", "processor"} <= found.keys()
+        assert (found["torch"], found["device"]) == (torch.__version__, "cpu")
+        assert found["threads"] == torch.get_num_threads()
+        assert start["time"].endswith("+00:00")
+    # with nothing left to do nothing is started
+    trainer().run(tmp_path, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text()) == content
+
+
+def die_softly() -> None:
+    raise RuntimeError("the power is gone")
+
+
+def test_a_run_that_is_started_anew_forgets_the_former(tmp_path: Path) -> None:
+    trainer().run(tmp_path, progress=False)
+    (tmp_path / "last.pt").unlink()
+    trainer(seed=8, validation=Validation()).run(tmp_path, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 8
+    assert training.read_config(tmp_path / "model.safetensors")["seed"] == 8
+    assert [line["step"] for line in metrics_of(tmp_path)] == [3, 6, 9, 12, 14]
+    assert (tmp_path / "validation.jsonl").read_text() == ""
+    assert not (tmp_path / "curves.csv").exists()
+
+
+def test_commit_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert run_directory.git_commit() is None
+    person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").write_text("one")
+    for command in (["init", "-q"], ["add", "file"], [*person, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert run_directory.git_commit() == head
+    (tmp_path / "file").write_text("two")
+    assert run_directory.git_commit() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_directory.git_commit() is None
+
+
+def test_another_description_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    other = Trainer(config(steps=4), tiny_model(), Squares(), description={"model": {"name": "tiny", "size": (1, 2)}})
+    with pytest.raises(ValueError, match=r"differs in description.model.name \(None there, 'tiny' here\), desc.*size"):
+        other.run(tmp_path, progress=False)
+    assert other.description == {"model": {"name": "tiny", "size": [1, 2]}}
+    with pytest.raises(TypeError, match="JSON"):
+        Trainer(config(), tiny_model(), Squares(), description={"model": tiny_model()})
