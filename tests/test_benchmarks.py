@@ -270,7 +270,10 @@ def test_the_targets_are_judged_by_their_limits() -> None:
                     record_of("overhead", OURS, "fgsm, p = 0.5", 30, 28, 32),
                     record_of(overhead.NEWTON_OVER_FGSM, OURS, "fast-newton, p = 0.5", newton - 30, -1, 1),
                     record_of("over conventional basic", OURS, "fast-newton, p = 0.5", total, total - 1, total + 1),
-                    record_of(overhead.LOSS_SHARE, CONVENTIONAL, "basic", loss, loss, loss),
+                    record_of("part: forward", CONVENTIONAL, "basic", 60 - loss, 0, 0),
+                    record_of("part: loss", CONVENTIONAL, "basic", loss, 0, 0),
+                    record_of("part: backward", CONVENTIONAL, "basic", 35, 0, 0),
+                    record_of("part: optimiser", CONVENTIONAL, "basic", 5, 0, 0),
                 ]
             ),
         )[1:]
@@ -284,7 +287,9 @@ def test_the_targets_are_judged_by_their_limits() -> None:
     assert glue.endswith("not met, by less than the interval")
     assert newton.endswith("not met, above")
     assert ": not met." in total
-    assert "20.0 % would remain by the cost model, so it cannot be met here" in total  # 4 / 3 of 90 % is 120 %
+    assert "The loss is 10.0 % of" in total
+    # 4 / 3 of the network's 85 %, and the optimiser's 5 %
+    assert "18.3 % would remain by the cost model, so it cannot be met here" in total
     glue, newton, _ = lines(glue=11.5, newton=20, total=8, loss=30)
     assert glue.endswith(": met, by less than the interval")
     assert newton.endswith("met, below")
