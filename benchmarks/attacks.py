@@ -1,4 +1,4 @@
-"""What attacks cost: `python -m benchmarks.attacks [--images 16] [--size 128 256] [--rounds 15]`.
+"""What attacks cost: `python -m benchmarks.attacks [--images 16] [--size 128 256] [--rounds 15] [--write]`.
 
 The demo's network, 16 x 3 x 128 x 256 in float32. The bare pass is a forward and an input gradient from a given
 gradient of the logits: what no attack can do without. An attack's step is measured as the difference between a run of
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +21,18 @@ from segadv.attacks.base import frozen
 from segadv.evaluation import evaluate
 from segadv.models import small_pspnet
 
-from .measure import commit, interleaved, machine
+from .measure import commit, machine
+from .overhead import destination
+from .records import Record, Samples, Where, median, milliseconds_of, percent_over, write_records
 
-BUDGET = {"eps": 0.03, "alpha": 0.03}
+BUDGET: dict[str, Any] = {"eps": 0.03, "alpha": 0.03}
+ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
+CPU = torch.device("cpu")
+
+RUN, OVER_BARE = "attack", "attack, over the bare pass"
+STEP, STEP_OVER_BARE, STEP_OVER_PGD = "further step", "further step, over the bare pass", "further step, over PGD's"
+PASSES = "passes of a curve"
+CURVES = {"0 and 4 eps above": [0.0, 0.01, 0.02, 0.03, 0.04], "5 eps above 0": [0.01, 0.02, 0.03, 0.04, 0.05]}
 
 
 def bare_pass(model: nn.Module, images: Tensor, logits_grad: Tensor) -> Tensor:
@@ -49,54 +61,81 @@ class Passes(nn.Module):
         self.backwards += 1
 
 
+def further_step(three: Samples, one: Samples) -> Samples:
+    """Time of one more step, from runs of three and of one."""
+    return (median(three) - median(one)) / 2
+
+
+def further_step_over(three: Samples, one: Samples, base: Samples) -> Samples:
+    return 100 * (further_step(three, one) / median(base) - 1)
+
+
+def further_step_over_step(three: Samples, one: Samples, base_three: Samples, base_one: Samples) -> Samples:
+    return 100 * (further_step(three, one) / further_step(base_three, base_one) - 1)
+
+
+def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
+    torch.manual_seed(0)
+    model = small_pspnet().eval()
+    batch = torch.rand(images, 3, *size)
+    labels = torch.randint(0, 19, (images, *size)).to(torch.uint8)
+    logits_grad = torch.randn_like(model(batch).detach())
+    attacks: dict[tuple[str, int], Attack] = {("FGSM", 1): FGSM(model, eps=0.03), ("FastNewton", 1): FastNewton(model)}
+    attacks |= {(kind.__name__, steps): kind(model, steps=steps, **BUDGET) for kind in ITERATIVE for steps in (1, 3)}
+    calls: dict[tuple[str, int], Any] = {("bare pass", 0): partial(bare_pass, model, batch, logits_grad)}
+    calls |= {key: partial(attack, batch, labels) for key, attack in attacks.items()}
+    for call in (*calls.values(), *calls.values()):
+        call()
+    times = milliseconds_of(calls, CPU, rounds=rounds)
+    bare = times["bare pass", 0]
+
+    where = Where(f"small, {images} x 3 x {size[0]} x {size[1]}", torch.float32, CPU)
+    rows = [where.record(RUN, "bare pass", "", [bare], unit="ms")]
+    for name, steps in attacks:
+        own, mode = times[name, steps], f"{steps} step{'s' * (steps > 1)}"
+        rows.append(where.record(RUN, name, mode, [own], unit="ms"))
+        rows.append(where.record(OVER_BARE, name, mode, [own, bare], unit="%", statistic=percent_over))
+    pgd = times["PGD", 3], times["PGD", 1]
+    for name in (kind.__name__ for kind in ITERATIVE):
+        runs = times[name, 3], times[name, 1]
+        rows += [
+            where.record(STEP, name, "", runs, unit="ms", statistic=further_step),
+            where.record(STEP_OVER_BARE, name, "", [*runs, bare], unit="%", statistic=further_step_over),
+            where.record(STEP_OVER_PGD, name, "", [*runs, *pgd], unit="%", statistic=further_step_over_step),
+        ]
+    for curve, eps in CURVES.items():
+        counted = Passes(model)
+        evaluate(counted, [(batch, labels)], ["fgsm"], eps)
+        for what, count in (("forward", counted.forwards), ("backward", counted.backwards)):
+            rows.append(where.record(PASSES, "FGSM", f"{what}, {curve}", [np.array([count])], unit="batches"))
+    return rows
+
+
+def shown(rows: list[Record]) -> str:
+    lines = [f"{'':54s}{'median':>16s}{'p20':>10s}{'p80':>10s}{'95 % interval':>22s}"]
+    for row in rows:
+        name = ", ".join(part for part in (row.operation, row.provider, row.mode) if part)
+        line = f"{name:54s}{row.p50:>8.1f} {row.unit:<7s}"
+        if row.rounds > 1:
+            line += f"{row.p20:>10.1f}{row.p80:>10.1f}{f'{row.low:.1f} to {row.high:.1f}':>22s}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=[128, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--write", metavar="CSV", nargs="?", const="")
     options = parser.parse_args(arguments)
-    torch.manual_seed(0)
-    model = small_pspnet().eval()
-    images = torch.rand(options.images, 3, *options.size)
-    labels = torch.randint(0, 19, (options.images, *options.size)).to(torch.uint8)
-    logits_grad = torch.randn_like(model(images).detach())
-
-    attacks: dict[str, Attack] = {"FGSM": FGSM(model, eps=0.03), "FastNewton": FastNewton(model)}
-    for kind in (BIM, PGD, SegPGD, CosPGD):
-        for steps in (1, 3):
-            attacks[f"{kind.__name__}, {steps} steps"] = kind(model, steps=steps, **BUDGET)
-    calls = {"bare pass": lambda: bare_pass(model, images, logits_grad)}
-    calls |= {name: lambda attack=attack: attack(images, labels) for name, attack in attacks.items()}
-    timings = interleaved(calls, rounds=options.rounds)
-    bare = timings["bare pass"].p50
-
-    size = "x".join(map(str, images.shape))
+    rows = measured(options.images, tuple(options.size), options.rounds)
     print(
-        f"{size}, float32, {torch.get_num_threads()} threads, {machine()}, commit {commit()}, torch {torch.__version__}"
+        f"{rows[0].case}, float32, {torch.get_num_threads()} threads, {machine()}, commit {commit()}, "
+        f"torch {torch.__version__}\n{shown(rows)}"
     )
-    print(f"{'':20s}{'median':>10s}{'p20':>10s}{'p80':>10s}{'against the bare pass':>24s}")
-    for name, timing in timings.items():
-        print(
-            f"{name:20s}{timing.p50:>7.1f} ms{timing.p20:>7.1f} ms{timing.p80:>7.1f} ms"
-            f"{100 * (timing.p50 / bare - 1):>+22.1f} %"
-        )
-    step = {
-        kind: (timings[f"{kind}, 3 steps"].p50 - timings[f"{kind}, 1 steps"].p50) / 2
-        for kind in ("BIM", "PGD", "SegPGD", "CosPGD")
-    }
-    print("\none more step of")
-    for kind, milliseconds in step.items():
-        print(
-            f"  {kind:18s}{milliseconds:>7.1f} ms{100 * (milliseconds / bare - 1):>+7.1f} % against the bare pass"
-            f"{100 * (milliseconds / step['PGD'] - 1):>+7.1f} % against a step of PGD"
-        )
-
-    counted = Passes(model)
-    evaluate(counted, [(images, labels)], ["fgsm"], [0.0, 0.01, 0.02, 0.03, 0.04])
-    print(f"\nFGSM at 5 eps, 0 among them: {counted.backwards} backward and {counted.forwards} forward passes")
-    counted.forwards = counted.backwards = 0
-    evaluate(counted, [(images, labels)], ["fgsm"], [0.01, 0.02, 0.03, 0.04, 0.05])
-    print(f"FGSM at 5 eps above 0: {counted.backwards} backward and {counted.forwards} forward passes")
+    if path := destination("attacks", options.write, CPU, quick=False):
+        write_records(path, rows)
     return 0
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import segadv
+from segadv.results import atomic_write, csv_text
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         return
     table = {tuple(row[name] for name in _KEY): row for row in read_rows(path) + new}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, new[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table[key] for key in sorted(table))
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: segadv demo | train | evaluate | data | doctor.
+"""The command line: segadv demo | train | evaluate | reproduce | data | doctor.
 
 `segadv doctor`, `--help` and `--version` need the base dependencies only: the other commands import what they
 need when they run.
@@ -6,6 +6,7 @@ need when they run.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -15,20 +16,28 @@ import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
 
 from . import __version__, build_info
+from .comparison import ARMS as PAPER_ARMS
+from .data import DATASETS
 from .evaluation import ATTACKS, EPS
+from .models import MODELS, ModelConfig
 from .ops import backends
+from .recipes import ConfigFile, nearest, recipe_file, recipes
+from .reproduce import RECIPES as REPRODUCED
+from .reproduce import Evaluation
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
 
-_RESUMABLE = ("demo", "train", "evaluate", "data")
+_RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": _demo,
         "train": _train,
         "evaluate": _evaluate,
+        "reproduce": _reproduce,
         "data": _data,
         "doctor": _doctor,
     }
     command = None
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser().parse_args(_arranged(sys.argv[1:] if argv is None else argv))
         command = arguments.command
         commands[command](arguments[command])
     except KeyboardInterrupt:
@@ -64,8 +74,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _arranged(argv: Sequence[str]) -> list[str]:
+    """--config first, so that the options beside it override the file, whatever their order; - in names becomes _."""
+    if not argv or argv[0] not in ("train", "reproduce"):
+        return list(argv)
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    configs.add_argument("--config", action="append", default=[])
+    found, options = configs.parse_known_args(argv[1:])
+    if argv[0] == "reproduce" and "--quick" in options:
+        found.config.append("quick")
+    names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
+    # behind the setting that reproduce has
+    at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
+    return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
+
+
+class _Parser(ArgumentParser):
+    """Tells of a mistyped option which one is meant, and writes types as a reader would."""
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, flags=re.IGNORECASE | re.DOTALL)
+        if unknown and "did you mean" not in message:
+            known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            message += f"; did you mean --{nearest(unknown[1], known)}?"
+        message = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"a value of type \1", message)
+        message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
+        message = message.replace("a value of type tuple", "a list, such as [0.5, 2]")
+        super().error(message, ex)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
+        allow_abbrev=False,
         prog="segadv",
         version=__version__,
         exit_on_error=False,
@@ -79,32 +119,24 @@ def _parser() -> ArgumentParser:
         "--quick", action="store_true", help="a check that all works: the same code on so little that nothing is learnt"
     )
     demo.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
+    demo.add_argument(
+        "--seeds", type=int, default=1, help="trainings of every arm, with seed, seed + 1, ...: shows mean and range"
+    )
     commands.add_subcommand("demo", demo, help="the whole comparison in one command")
 
-    train = _subparser("Trains small_pspnet on the split 'train' of a folder in the layout of Cityscapes.")
-    train.add_argument("--config", action="config", help="YAML file with any of the options below")
-    train.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
-    train.add_argument(
-        "--out", required=True, help="folder for last.pt, metrics.jsonl, training.png; continues last.pt"
+    train = _subparser(
+        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, "
+        "which overrides the file; their names may be written with - for _."
     )
-    types = typing.get_type_hints(TrainConfig)
-    explained = _explained(TrainConfig) | {
-        "arm": f"training method: {', '.join(ARMS)}",
-        "crop": "height x width of the training crops",
-        "seed": "of the initialisation, the order of the data, augmentation, coins, dropout and attack",
-    }
-    for field in dataclasses.fields(TrainConfig):
-        train.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=str if field.name == "crop" else types[field.name],
-            default="{}x{}".format(*TrainConfig.crop) if field.name == "crop" else field.default,
-            help=explained[field.name],
-        )
+    _add_training_options(train)
     commands.add_subcommand("train", train, help="train one arm")
 
     evaluate = _subparser("Attacks trained models and writes a report: tables, pictures, gradient-masking checks.")
     evaluate.add_argument("checkpoints", nargs="+", help="last.pt of training runs; several are compared")
-    evaluate.add_argument("--data", required=True, help="folder with leftImg8bit/ and gtFine/")
+    evaluate.add_argument("--data", required=True, help="folder of the data set")
+    evaluate.add_argument(
+        "--dataset", default="", help=f"kind of data set: {', '.join(DATASETS)}; that of the training unless given"
+    )
     evaluate.add_argument("--out", required=True, help="folder for report.md and all else; a stopped one is continued")
     evaluate.add_argument("--split", default="val", help="of the data")
     evaluate.add_argument("--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"out of {', '.join(ATTACKS)}")
@@ -124,6 +156,15 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of the attacks' random starts")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     commands.add_subcommand("evaluate", evaluate, help="attack checkpoints and report")
+
+    reproduce = _subparser(
+        "Repeats the comparison of Wiens & Hammer 2022: trains its five arms, attacks them with FGSM and BIM-10, times "
+        "their steps, and writes its figures and tables with ours beside them. A stopped command continues."
+    )
+    commands.add_subcommand("reproduce", reproduce, help="the paper's comparison on its data sets")
+    settings = reproduce.add_subcommands(dest="setting")
+    for name in REPRODUCED:
+        settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {REPRODUCED[name]}")
 
     data = _subparser("Makes and checks data.")
     commands.add_subcommand("data", data, help="generate street scenes, check a data set")
@@ -147,8 +188,60 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _subparser(description: str) -> ArgumentParser:
-    return ArgumentParser(description=description, exit_on_error=False)
+def _subparser(description: str, **options: Any) -> ArgumentParser:
+    return _Parser(description=description, exit_on_error=False, allow_abbrev=False, **options)
+
+
+def _reproduce_parser(setting: str) -> ArgumentParser:
+    recipe = REPRODUCED[setting]
+    parser = _subparser(
+        f"Trains with the recipe {recipe} unless options say otherwise. Their names may be written with - for _.",
+        default_config_files=[str(recipe_file(recipe))],
+    )
+    _add_training_options(parser, without={"arm"})
+    parser.add_argument("--arms", default=",".join(PAPER_ARMS), help="those to train now, with commas between them")
+    parser.add_class_arguments(Evaluation, "evaluation")
+    parser.add_argument("--overhead_steps", type=int, default=25, help="timed steps of each arm")
+    parser.add_argument(
+        "--quick", action="store_true", help="--config quick, few images and steps: only shows that everything works"
+    )
+    _explain(parser, {"evaluation": Evaluation})
+    return parser
+
+
+def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """--config, --data, --out, and every field of TrainConfig and ModelConfig."""
+    parser.add_argument(
+        "--config", action=ConfigFile, help=f"YAML file, or the name of a recipe: {', '.join(recipes())}"
+    )
+    parser.add_argument("--dataset", default="cityscapes", help=f"kind of data set: {', '.join(DATASETS)}")
+    parser.add_argument("--data", required=True, help="folder of the data set")
+    parser.add_argument("--out", required=True, help="folder for the run; one that was stopped there is continued")
+    parser.add_argument("--crop", type=HeightxWidth, default="{}x{}".format(*TrainConfig.crop))
+    parser.add_class_arguments(TrainConfig, skip={"crop", *without})
+    parser.add_class_arguments(ModelConfig, "model")
+    explained = _explained(TrainConfig) | {
+        "arm": f"training method: {', '.join(ARMS)}",
+        "crop": "height x width of the training crops, such as 128x256",
+        "seed": "of the initialisation, the order of the data, augmentation, coins, dropout and attack",
+    }
+    nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
+    _explain(parser, {"model": ModelConfig, **nested})
+    explained["model.name"] = f"network: {', '.join(MODELS)}"
+    for action in parser._actions:
+        action.help = explained.get(action.dest, action.help)
+    for group in parser._action_groups:
+        group.title = "training" if group.title == str(TrainConfig) else group.title
+
+
+def _explain(parser: ArgumentParser, groups: Mapping[str, Any]) -> None:
+    """The help of options that come from dataclasses: prefix -> class."""
+    explained = {f"{name}.{field}": text for name, kind in groups.items() for field, text in _explained(kind).items()}
+    titles = {str(kind): name for name, kind in groups.items()}
+    for action in parser._actions:
+        action.help = explained.get(action.dest, action.help)
+    for group in parser._action_groups:
+        group.title = titles.get(group.title or "", group.title)
 
 
 def _explained(config: type) -> dict[str, str]:
@@ -156,6 +249,26 @@ def _explained(config: type) -> dict[str, str]:
     arguments = (config.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, flags=re.MULTILINE)
     return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
+
+
+class HeightxWidth(tuple[int, int]):
+    """(height, width), written as 160x320."""
+
+
+def _parsed_size(value: Any) -> HeightxWidth:
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)x(\d+)", value)):
+        return HeightxWidth((int(match[1]), int(match[2])))
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return HeightxWidth(value)
+    raise ValueError(f"must be height x width, such as 160x320, got {value!r}")
+
+
+register_type(
+    HeightxWidth,
+    serializer="{0[0]}x{0[1]}".format,
+    deserializer=_parsed_size,
+    deserializer_exceptions=(ValueError, TypeError),
+)
 
 
 def _size(name: str, value: str) -> tuple[int, int]:
@@ -175,37 +288,82 @@ def _demo(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
     from .demo import run_demo
 
-    run_demo(arguments.out, quick=arguments.quick, seed=arguments.seed)
+    run_demo(arguments.out, quick=arguments.quick, seed=arguments.seed, seeds=arguments.seeds)
 
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .data import NUM_CLASSES, Cityscapes
-    from .models import ModelConfig, build_model
-    from .plots import plot_training
+    from .comparison import describe, read_rows
+    from .data import open_dataset
+    from .distributed import process_group, rank
+    from .models import build_model
+    from .plots import plot_robustness, plot_training
+    from .results import atomic_write
     from .training import Trainer
 
-    values = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig(**{**values, "crop": _size("crop", arguments.crop)})
-    model = build_model(ModelConfig(), num_classes=NUM_CLASSES, seed=config.seed)
-    trainer = Trainer(config, model, Cityscapes(arguments.data, "train"))
+    config, model_config = _configs(arguments)
     out = Path(arguments.out)
-    trainer.run(out)
+    dataset = open_dataset(arguments.dataset, arguments.data, "train")
+    validation = open_dataset(arguments.dataset, arguments.data, "val") if config.validation.every else None
+    model = build_model(model_config, num_classes=dataset.num_classes, seed=config.seed)
+    description = describe(arguments.dataset, model_config, dataset.num_classes)
+    with process_group(config.device):
+        trainer = Trainer(config, model, dataset, validation_dataset=validation, description=description)
+        if (out / "last.pt").exists():
+            trainer.load(out / "last.pt")  # refuses another run's before anything is written
+        if rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            with atomic_write(out / "config.yaml") as temporary:
+                temporary.write_text(_effective(arguments), encoding="utf-8")
+        trainer.run(out)
+        if rank() != 0:
+            return
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    plot_training(lines, out / "training.png", title=f"trained with {config.arm}")
-    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {out / 'training.png'}")
+    pictures = [out / "training.png"]
+    plot_training(lines, pictures[0], title=f"trained with {config.arm}")
+    if (out / "curves.csv").exists():  # of the last validation
+        pictures.append(out / "robustness.png")
+        plot_robustness(read_rows(out / "curves.csv"), pictures[1])
+    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
+
+
+def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:
+    """What the options of `_add_training_options` say."""
+    types = typing.get_type_hints(TrainConfig)
+    values = {}
+    for field in dataclasses.fields(TrainConfig):
+        value = arguments.get(field.name, field.default)  # reproduce has no arm
+        if dataclasses.is_dataclass(types[field.name]):
+            value = _built(types[field.name], field.name, value)
+        values[field.name] = value
+    return TrainConfig(**values | {"crop": tuple(arguments.crop)}), _built(ModelConfig, "model", arguments.model)
+
+
+def _built(kind: Any, name: str, value: Any) -> Any:
+    if not isinstance(value, Namespace):
+        first = dataclasses.fields(kind)[0].name
+        raise ValueError(f"{name} consists of several options, such as {name}.{first}; got {value!r}")
+    return kind(**vars(value))
+
+
+def _effective(arguments: Namespace) -> str:
+    """All options but those of the folder and of other files as YAML, for --config."""
+    left_out = ("config", "out", "quick", "__default_config__")
+    options = {name: value for name, value in arguments.as_dict().items() if name not in left_out}
+    options["crop"] = "{}x{}".format(*arguments.crop)
+    plain = json.loads(json.dumps(options))  # tuples become lists
+    text: str = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
+    return text
 
 
 def _evaluate(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from torch.utils.data import DataLoader, Subset
-
-    from .data import Cityscapes
+    from .comparison import load_trained, whole_images
+    from .data import open_dataset
     from .evaluation import EvaluationResult, evaluate
     from .masking import masking_checks
-    from .models import small_pspnet
     from .report import write_report
-    from .training import _resolve_device, load_model
+    from .training import _resolve_device
 
     start = time.perf_counter()
     for name, least in (("images", 0), ("check_images", 0), ("batch_size", 1), ("seed", 0)):
@@ -215,25 +373,47 @@ def _evaluate(arguments: Namespace) -> None:
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    models = {name: load_model(path, small_pspnet()).to(device) for name, path in _arms(arguments.checkpoints).items()}
-    dataset = Cityscapes(arguments.data, arguments.split)
+    trained = {name: load_trained(path) for name, path in _arms(arguments.checkpoints).items()}
+    models = {name: model.to(device) for name, (model, _) in trained.items()}
+    descriptions = [config.get("description") or {} for _, config in trained.values()]
+    dataset = open_dataset(arguments.dataset or _dataset(descriptions), arguments.data, arguments.split)
+    _check_classes(dataset, arguments.checkpoints, descriptions)
     out = Path(arguments.out)
 
-    def loader(images: int) -> DataLoader[Any]:
-        return DataLoader(Subset(dataset, range(min(images, len(dataset)))), batch_size=arguments.batch_size)
+    def loader(images: int) -> Any:
+        return whole_images(dataset, images=images, batch_size=arguments.batch_size)
 
-    images = arguments.images or len(dataset)
     shared: dict[str, Any] = {"seed": arguments.seed, "records": out / "records"}
     results, checks = {}, {}
     for arm, model in models.items():
-        results[arm] = evaluate(model, loader(images), attacks, eps, steps=steps, progress=True, **shared)
-        if arguments.check_images:
+        results[arm] = evaluate(model, loader(arguments.images), attacks, eps, steps=steps, progress=True, **shared)
+        if checked := arguments.check_images:
             others = {name: other for name, other in models.items() if name != arm}
-            checks[arm] = masking_checks(model, loader(min(images, arguments.check_images)), sources=others, **shared)
+            few = loader(min(checked, arguments.images or checked))
+            checks[arm] = masking_checks(model, few, sources=others, **shared)
         print(f"{arm}: attacked, after {(time.perf_counter() - start) / 60:.1f} minutes in all", flush=True)
     command = shlex.join(["segadv", "evaluate", *_given(arguments)])
-    print(write_report(out, EvaluationResult.merge(results), checks, command=command))
+    merged = EvaluationResult.merge(results)
+    print(write_report(out, merged, checks, class_names=dataset.class_names, command=command))
     print(f"{out / 'report.md'}; {(time.perf_counter() - start) / 60:.1f} minutes on {device}")
+
+
+def _dataset(descriptions: Sequence[dict[str, Any]]) -> str:
+    """The kind of data set that the checkpoints were trained on; before descriptions there was one kind."""
+    names: list[str] = sorted({description.get("dataset", "cityscapes") for description in descriptions})
+    if len(names) > 1:
+        raise ValueError(f"the checkpoints were trained on different data sets ({', '.join(names)}): give --dataset")
+    return names[0]
+
+
+def _check_classes(dataset: Any, checkpoints: Sequence[str], descriptions: Sequence[dict[str, Any]]) -> None:
+    for path, description in zip(checkpoints, descriptions, strict=True):
+        classes = description.get("num_classes", dataset.num_classes)
+        if classes != dataset.num_classes:
+            raise ValueError(
+                f"{path} was trained on {classes} classes ({description.get('dataset', 'another data set')}), "
+                f"the data set has {dataset.num_classes}: give the --dataset that fits"
+            )
 
 
 def _arms(checkpoints: Sequence[str]) -> dict[str, str]:
@@ -266,8 +446,34 @@ def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
 
 def _given(arguments: Namespace) -> list[str]:
     """The arguments of the command line that gives these."""
-    values = {name: value for name, value in vars(arguments).items() if name != "checkpoints"}
+    values = {name: value for name, value in vars(arguments).items() if name != "checkpoints" and value != ""}
     return [*arguments.checkpoints, *(text for n, v in values.items() for text in (f"--{n.replace('_', '-')}", str(v)))]
+
+
+def _reproduce(arguments: Namespace) -> None:
+    _require("PIL", "matplotlib", "tqdm")
+    from .reproduce import reproduce
+
+    setting = arguments.setting
+    options = arguments[setting]
+    if options.quick:
+        options.evaluation.images = options.evaluation.images or 2
+        options.overhead_steps = min(options.overhead_steps, 2)
+    config, model = _configs(options)
+    reproduce(
+        setting,
+        config,
+        model,
+        dataset=options.dataset,
+        data=options.data,
+        out=options.out,
+        options=_effective(options),
+        arms=[arm.strip() for arm in options.arms.split(",")],
+        evaluation=_built(Evaluation, "evaluation", options.evaluation),
+        overhead_steps=options.overhead_steps,
+        command=shlex.join(["segadv", "reproduce", setting, "--config", str(Path(options.out) / "config.yaml")])
+        + f" --out {shlex.quote(options.out)}",
+    )
 
 
 def _data(arguments: Namespace) -> None:

@@ -6,7 +6,6 @@ figures 3 and 4 (mIoU against eps) and tables 1 and 2 (additional training time)
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from . import __version__, build_info, functional
-from .attacks import BIM
-from .attacks.base import frozen
+from . import __version__, build_info
+from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_rows
+from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
@@ -34,22 +33,7 @@ from .training import TrainConfig, Trainer
 
 __all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]
 
-ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
-"""The arms of the paper."""
-
-PAPER_OVERHEAD: dict[str, dict[str, float]] = {
-    "paper, Cityscapes": {"fgsm": 12.52, "random-fgsm": 12.34, "bim-3": 45.92, "fast-newton": 11.98},
-    "paper, PASCAL VOC": {"fgsm": 31.76, "random-fgsm": 34.71, "bim-3": 98.24, "fast-newton": 31.18},
-    "cost model": {"fgsm": 100 / 3, "random-fgsm": 100 / 3, "bim-3": 100.0, "fast-newton": 100 / 3},
-}
-"""Additional training time in percent: tables 1 and 2 of the paper, and what counting passes gives.
-
-A clean step is 3 passes (forward, data gradient, weight gradient); an attack step on half the batch adds one.
-"""
-
 _ATTACKS = ("fgsm", "bim-10")
-_SHOWN_EPS = 0.03
-_WARM_UP_STEPS = 2
 _MEANINGFUL_STEPS = 100
 
 
@@ -104,22 +88,29 @@ def run_demo(
     *,
     quick: bool = False,
     seed: int = 0,
+    seeds: int = 1,
     sizes: DemoSizes | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Generates data, trains all arms, evaluates them, measures their overhead, draws and prints the result.
 
-    All arms start from the same weights and see the same data in the same order. Called again with the same
-    arguments, it continues where it stopped.
+    All arms of a seed start from the same weights and see the same data in the same order. Called again with the
+    same arguments, it continues where it stopped; with more `seeds`, it adds to what is there.
+
+    Several seeds share the scenes, which are those of the first: they differ in initialisation, order of the data,
+    augmentation, dropout, coins and random attacks. So their range is that of training, not of data.
 
     Writes to `out`: ``data/`` (the scenes), ``<arm>/`` (checkpoint, metrics, evaluation), ``curves.csv``,
     ``overhead.csv``, ``results.json`` (all that is needed to repeat it), ``robustness.png``,
-    ``overhead.png``, ``qualitative.png``.
+    ``overhead.png``, ``qualitative.png``. With several seeds the arms of the further ones are in
+    ``seed-<seed>/``, the rows of the curves end with their seed, and ``robustness.png`` and the printed table show
+    mean and range; overhead and ``qualitative.png`` are those of the first.
 
     Args:
         out: a folder that is new, empty, or holds a demo of the same arguments.
         quick: `QUICK` instead of `FULL`: the same work on less.
         seed: of data, initialisation and training.
+        seeds: number of trainings of every arm, with seed, seed + 1, ...
         sizes: replaces both.
         progress: shows progress bars.
 
@@ -128,8 +119,10 @@ def run_demo(
 
     Raises:
         FileExistsError: `out` holds something else.
-        ValueError: `out` holds a demo of other arguments.
+        ValueError: `out` holds a demo of other arguments, or `seeds` is not positive.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     out = Path(out)
     sizes = sizes or (QUICK if quick else FULL)
     record = _Record(out, {"segadv": __version__, "seed": seed, **dataclasses.asdict(sizes)})
@@ -142,61 +135,90 @@ def run_demo(
         )
         train, val = (_InMemory(Cityscapes(root, split)) for split in ("train", "val"))
 
-    configs = {
-        arm: TrainConfig(
-            arm=arm,
-            steps=sizes.steps,
-            batch_size=sizes.batch_size,
-            crop=sizes.crop,
-            learning_rate=sizes.learning_rate,
-            seed=seed,
-            checkpoint_every=25,
-        )
-        for arm in ARMS
-    }
-    models, results = {}, {}
-    for arm, config in configs.items():
-        with record.stage(f"train {arm}"):
-            print(f"training: {arm}", flush=True)
-            trainer = Trainer(config, _initial_model(seed), train)
-            trainer.run(out / arm, progress=progress)
-            models[arm] = trainer.model
-    for arm, model in models.items():
-        evaluation = out / arm / "evaluation.json"
-        if not evaluation.exists():
-            with record.stage(f"evaluate {arm}"):
-                print(f"evaluation: {arm}", flush=True)
-                loader = DataLoader(val, batch_size=min(8, sizes.val_images))
-                evaluate(model, loader, _ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
-        results[arm] = EvaluationResult.from_json(evaluation)
-    curves = EvaluationResult.merge(results)
-    curves.to_csv(out / "curves.csv")
+    configs = {arm: _config(arm, sizes, seed) for arm in ARMS}
+    models, curves = _train_and_evaluate(out, configs, train, val, record, progress=progress)
+    rows = curves.rows
+    if seeds > 1:
+        rows = [row | {"seed": seed} for row in rows]
+        for further in range(seed + 1, seed + seeds):
+            of_seed = {arm: _config(arm, sizes, further) for arm in ARMS}
+            folder = out / f"seed-{further}"
+            _, result = _train_and_evaluate(folder, of_seed, train, val, record, f", seed {further}", progress=progress)
+            rows += [row | {"seed": further} for row in result.rows]
+    _write_csv(rows, out / "curves.csv")
 
     if not (out / "overhead.csv").exists():
         with record.stage("overhead"):
             print("overhead: steps of all arms in turn", flush=True)
-            rows = _measure_overhead(configs, train, sizes.overhead_steps)
-            with atomic_write(out / "overhead.csv") as temporary:
-                temporary.write_text(csv_text(rows), encoding="utf-8")
-    overhead = _read_overhead(out / "overhead.csv")
+            measured = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
+            _write_csv(measured, out / "overhead.csv")
+    overhead = read_rows(out / "overhead.csv")
 
     with record.stage("figures"):
         from . import plots
 
-        curves.plot(out / "robustness.png")
+        plots.plot_robustness(rows, out / "robustness.png")
         plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
-        examples = _examples({arm: models[arm] for arm in ("basic", "fast-newton")}, val)
-        plots.plot_qualitative(examples, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
+        samples = [val[index] for index in sorted({0, len(val) // 2})]
+        shown = examples({arm: models[arm] for arm in ("basic", "fast-newton")}, samples)
+        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
         evaluation={"attacks": _ATTACKS, "eps": EPS},
-        curves=curves.rows,
+        curves=rows,
         overhead=overhead,
         overhead_references=PAPER_OVERHEAD,
+        **({"seeds": list(range(seed, seed + seeds))} if seeds > 1 else {}),
     )
-    print(_report(curves.rows, overhead, record.content["seconds"], sizes.steps))
+    print(_report(rows, overhead, record.content["seconds"], sizes.steps))
     print(f"\nIn {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
     return record.content
+
+
+def _config(arm: str, sizes: DemoSizes, seed: int) -> TrainConfig:
+    return TrainConfig(
+        arm=arm,
+        steps=sizes.steps,
+        batch_size=sizes.batch_size,
+        crop=sizes.crop,
+        learning_rate=sizes.learning_rate,
+        seed=seed,
+        checkpoint_every=25,
+    )
+
+
+def _train_and_evaluate(
+    folder: Path,
+    configs: Mapping[str, TrainConfig],
+    train: _InMemory,
+    val: _InMemory,
+    record: _Record,
+    suffix: str = "",
+    *,
+    progress: bool,
+) -> tuple[dict[str, nn.Module], EvaluationResult]:
+    """The arms' models and how they stand the attacks; `suffix` is for the names of the stages."""
+    models, results = {}, {}
+    for arm, config in configs.items():
+        with record.stage(f"train {arm}{suffix}"):
+            print(f"training: {arm}{suffix}", flush=True)
+            trainer = Trainer(config, _initial_model(config.seed), train)
+            trainer.run(folder / arm, progress=progress)
+            models[arm] = trainer.model
+    for arm, model in models.items():
+        evaluation = folder / arm / "evaluation.json"
+        if not evaluation.exists():
+            with record.stage(f"evaluate {arm}{suffix}"):
+                print(f"evaluation: {arm}{suffix}", flush=True)
+                loader = DataLoader(val, batch_size=min(8, len(val)))
+                evaluate(model, loader, _ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
+        results[arm] = EvaluationResult.from_json(evaluation)
+    return models, EvaluationResult.merge(results)
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(csv_text(rows), encoding="utf-8")
 
 
 def _initial_model(seed: int) -> nn.Module:
@@ -243,7 +265,8 @@ class _Record:
             self._write()
 
     def finish(self, **results: Any) -> None:
-        self.content |= {**results, "finished": True}
+        kept = ("arguments", "finished", "seconds", "machine", "build_info")
+        self.content = {name: self.content[name] for name in kept} | results | {"finished": True}
         self._write()
 
     def _write(self) -> None:
@@ -280,89 +303,28 @@ class _InMemory(Dataset[tuple[Tensor, Tensor]]):
         return self.samples[index]
 
 
-def _measure_overhead(configs: Mapping[str, TrainConfig], dataset: _InMemory, steps: int) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own."""
-    trainers = {arm: Trainer(config, _initial_model(config.seed), dataset) for arm, config in configs.items()}
-    basic = trainers["basic"]
-    batch_size = basic.config.batch_size
-    samples = [basic.dataset[0, i] for i in range(batch_size)]
-    images = torch.stack([image for image, _, _ in samples]).to(basic.device)
-    labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
-    chosen = list(range(0, batch_size, 2))
-    milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
-    for _ in range(_WARM_UP_STEPS + steps):
-        for arm, trainer in trainers.items():
-            _synchronize(trainer.device)
-            start = time.perf_counter()
-            trainer.step(images, labels, chosen)
-            _synchronize(trainer.device)
-            milliseconds[arm].append((time.perf_counter() - start) * 1000)
-    basic_p50 = float(np.median(milliseconds["basic"][_WARM_UP_STEPS:]))
-    rows = []
-    for arm, times in milliseconds.items():
-        p20, p50, p80 = np.percentile(times[_WARM_UP_STEPS:], (20, 50, 80)).tolist()
-        rows.append(
-            {
-                "arm": arm,
-                "step_ms_p20": round(p20, 3),
-                "step_ms_p50": round(p50, 3),
-                "step_ms_p80": round(p80, 3),
-                "overhead_percent": round((p50 / basic_p50 - 1) * 100, 2),
-            }
-        )
-    return rows
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _read_overhead(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: value if key == "arm" else float(value) for key, value in row.items()} for row in rows]
-
-
-def _examples(models: Mapping[str, nn.Module], val: _InMemory) -> list[dict[str, Any]]:
-    """What BIM-10 does to two validation images under each model."""
-    examples = []
-    for index in sorted({0, len(val) // 2}):
-        for arm, model in models.items():
-            device = next(model.parameters()).device
-            image, label = (tensor[None].to(device) for tensor in val[index])
-            adversarial = BIM(model, eps=_SHOWN_EPS, alpha=0.004, steps=10)(image, label)
-            example = {
-                "image": image,
-                "label": label,
-                "prediction": _predict(model, image),
-                "adversarial": adversarial,
-                "adversarial_prediction": _predict(model, adversarial),
-            }
-            examples.append({"arm": arm, **{key: tensor[0].cpu() for key, tensor in example.items()}})
-    return examples
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    with frozen(model):
-        return functional.argmax_labels(model(images), (height, width))
-
-
 def _report(
     curves: Sequence[Mapping[str, Any]],
     overhead: Sequence[Mapping[str, Any]],
     seconds: Mapping[str, float],
     steps: int,
 ) -> str:
-    """The tables, and what they say about BIM-10 at eps 0.03."""
-    score = {(row["arm"], row["attack"], row["eps"]): row["miou"] for row in curves}
+    """The tables, and what they say about BIM-10 at eps 0.03; of several seeds mean and range."""
+    scores: dict[tuple[str, str, float], list[float]] = {}
+    for row in curves:
+        scores.setdefault((row["arm"], row["attack"], row["eps"]), []).append(row["miou"])
+    score = {key: sum(values) / len(values) for key, values in scores.items()}
+    seeds = len(next(iter(scores.values())))
     columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
     titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
     lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
     for arm in ARMS:
         lines.append(f"{arm:<14}" + "".join(f"{score[arm, *column]:>13.3f}" for column in columns))
+        if seeds > 1:
+            ranges = ((min(scores[arm, *column]), max(scores[arm, *column])) for column in columns)
+            lines.append(" " * 14 + "".join(f"{f'{low:.3f}-{high:.3f}':>13}" for low, high in ranges))
+    if seeds > 1:
+        lines += ["", f"mIoU: mean, and below it the range, of {seeds} trainings on the same scenes."]
 
     lines += [
         "",
@@ -385,6 +347,19 @@ def _report(
         f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
         f"The paper finds fast-newton above {', '.join(rivals)} there; "
         + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
+        *_overlapping(scores, rivals),
         f"Time: {sum(seconds.values()) / 60:.1f} minutes.",
     ]
     return "\n".join(lines)
+
+
+def _overlapping(scores: Mapping[tuple[str, str, float], Sequence[float]], rivals: Sequence[str]) -> list[str]:
+    """Which arms the seeds do not tell from fast-newton; nothing with one seed."""
+    ours = scores["fast-newton", "bim-10", _SHOWN_EPS]
+    if len(ours) == 1:
+        return []
+    theirs = {arm: scores[arm, "bim-10", _SHOWN_EPS] for arm in rivals}
+    same = [arm for arm, values in theirs.items() if min(values) <= max(ours) and min(ours) <= max(values)]
+    return [
+        f"These are means; the range of fast-newton overlaps that of {', '.join(same) if same else 'none of them'}."
+    ]

@@ -24,6 +24,7 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, model_logits, unwrapped
 from .ops import backends
+from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
 from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
 
@@ -289,10 +290,8 @@ def _progress_bar(loader: Iterable[Any], passes: int, progress: bool) -> Any:
     """Counts passes of a batch through the model, so that the time left is right in spite of unequal attacks."""
     if not progress:
         return _NoProgress()
-    from tqdm import tqdm
-
     total = len(loader) * passes if isinstance(loader, Sized) else None
-    return tqdm(desc="evaluate", total=total, unit="pass", disable=None)  # None: on a terminal only
+    return progress_bar("evaluate", total=total, unit="pass")
 
 
 class _NoProgress(contextlib.nullcontext[Any]):
@@ -348,7 +347,8 @@ def evaluate(
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. Attacks from
             factories are recorded where they are a `segadv.attacks.Attack` without a generator.
-        progress: shows a progress bar with the time left where stderr is a terminal; needs tqdm.
+        progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
+            tqdm.
         sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
             are added up, and all get the result. Every process of the group has to call it.
 

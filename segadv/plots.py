@@ -44,6 +44,7 @@ _ATTACKS = {
     "worst-case": "the worst for each image",
 }
 _COLUMNS = 3
+_UNLABELLED = (255, 255, 255)  # no class has it; black is VOC's background
 _REFERENCE_MARKERS = (("o", False), ("D", False), ("s", True))
 _RC: dict[Any, Any] = {
     "font.size": 12,
@@ -103,10 +104,12 @@ def _arms_legend(figure: Figure, axes: Any) -> None:
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """mIoU against eps, one panel per attack, one line per arm.
+    """mIoU against eps, one panel per attack, one line per arm: of several seeds the mean, in a band from the least
+    to the greatest.
 
     Args:
-        rows: dicts with attack, eps, miou and, where there are several models, arm.
+        rows: dicts with attack, eps, miou and, where there are several models, arm; those that agree in arm, attack
+            and eps are of different seeds.
         path: the PNG file to write.
     """
     from matplotlib import rc_context
@@ -118,11 +121,16 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         axes = _panels(figure, len(attacks), sharey=True)
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
-                line = sorted(
-                    (row["eps"], row["miou"]) for row in rows if row["attack"] == attack and row.get("arm", "") == arm
-                )
-                eps, miou = zip(*line, strict=True)
-                panel.plot(eps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
+                line: dict[float, list[float]] = {}
+                for row in rows:
+                    if row["attack"] == attack and row.get("arm", "") == arm:
+                        line.setdefault(row["eps"], []).append(row["miou"])
+                eps = sorted(line)
+                if max(map(len, line.values())) > 1:
+                    low, high = ([edge(line[x]) for x in eps] for edge in (min, max))
+                    panel.fill_between(eps, low, high, color=color, alpha=0.18, lw=0)
+                mean = [float(np.mean(line[x])) for x in eps]
+                panel.plot(eps, mean, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
             panel.set_title(f"attack: {attack_title(attack)}")
             panel.set_xlabel("eps")
             panel.set_xticks(sorted({row["eps"] for row in rows}))
@@ -175,18 +183,24 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
         _save(figure, path)
 
 
-def plot_per_class(tables: Mapping[str, Mapping[str, Sequence[float | None]]], path: str | os.PathLike[str]) -> None:
+def plot_per_class(
+    tables: Mapping[str, Mapping[str, Sequence[float | None]]],
+    path: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """IoU of the classes: one table of coloured cells below the other, one row per arm, one column per class.
 
     Args:
         tables: title -> arm -> IoU of each class, None where it is absent. Classes absent from everything are
-            left out; 19 classes have Cityscapes' names, others their numbers.
+            left out.
         path: the PNG file to write.
+        class_names: those of the data set; None: numbers.
     """
     from matplotlib import rc_context
 
     count = len(next(iter(next(iter(tables.values())).values())))
-    names = CLASSES if count == len(CLASSES) else [str(i) for i in range(count)]
+    names = class_names or [str(i) for i in range(count)]
     shown = [i for i in range(count) if any(row[i] is not None for table in tables.values() for row in table.values())]
     arms = len(next(iter(tables.values())))
     with rc_context({**_RC, "axes.grid": False}):
@@ -310,18 +324,22 @@ def plot_overhead(
         axes.set_xticks(range(len(bars)), [style[row["arm"]][0] for row in bars])
         axes.set_ylabel("additional training time in %")
         axes.set_title(
-            f"a step of the basic arm takes {basic:.0f} ms; bars: medians measured here, whiskers p20 to p80"
+            f"a step of the basic arm takes {basic:.0f} ms\nbars: medians measured here, whiskers p20 to p80"
         )
         figure.legend(loc="outside lower center", ncols=len(references))
         _save(figure, path)
 
 
-def _painted(labels: Tensor) -> npt.NDArray[np.uint8]:
-    """Labels [H, W] in Cityscapes' colours: uint8 [H, W, 3]; black where there is no class."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(COLORS)] = COLORS
+def _painted(labels: Tensor, colors: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.uint8]:
+    """Labels [H, W] in the classes' colours: uint8 [H, W, 3]; where there is no class as `_UNLABELLED`."""
+    palette = np.full((256, 3), _UNLABELLED, np.uint8)
+    palette[: len(colors)] = colors
     painted: npt.NDArray[np.uint8] = palette[labels.cpu().numpy()]
     return painted
+
+
+def _hexadecimal(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _pixels(image: Tensor) -> npt.NDArray[np.float32]:
@@ -330,7 +348,13 @@ def _pixels(image: Tensor) -> npt.NDArray[np.float32]:
 
 
 def plot_qualitative(
-    examples: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, attack: str, eps: float
+    examples: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    attack: str,
+    eps: float,
+    class_names: Sequence[str] = CLASSES,
+    colors: Sequence[tuple[int, int, int]] = COLORS,
 ) -> None:
     """One row per example: image, label, prediction, adversarial image, its prediction, perturbation x10.
 
@@ -339,6 +363,7 @@ def plot_qualitative(
             adversarial_prediction, uint8 [H, W] (255: no class).
         path: the PNG file to write.
         attack, eps: what made the adversarial images, for the titles.
+        class_names, colors: of the data set; the colours are RGB, 0 to 255.
     """
     from matplotlib import rc_context
     from matplotlib.patches import Patch
@@ -361,7 +386,7 @@ def plot_qualitative(
         for line, example in zip(cells, examples, strict=True):
             image, adversarial = example["image"], example["adversarial"]
             maps = [example[key] for key in ("label", "prediction", "adversarial_prediction")]
-            label, prediction, adversarial_prediction = map(_painted, maps)
+            label, prediction, adversarial_prediction = (_painted(values, colors) for values in maps)
             present.update(value for values in maps for value in values.unique().tolist())
             perturbation = _pixels(0.5 + 10 * (adversarial - image))
             attacked = (_pixels(adversarial), adversarial_prediction, perturbation)
@@ -374,9 +399,9 @@ def plot_qualitative(
         for axes, title in zip(cells[0], titles, strict=True):
             axes.set_title(title)
         patches = [
-            Patch(facecolor="#{:02x}{:02x}{:02x}".format(*COLORS[i]), label=CLASSES[i])
+            Patch(facecolor=_hexadecimal(colors[i]), label=class_names[i])
             for i in sorted(present)
-            if i < len(CLASSES)
-        ] + [Patch(facecolor="k", label="not labelled")] * (255 in present)
+            if i < len(class_names)
+        ] + [Patch(facecolor=_hexadecimal(_UNLABELLED), edgecolor="#999999", label="not labelled")] * (255 in present)
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=10)
         _save(figure, path)

@@ -20,6 +20,7 @@ def write_report(
     result: EvaluationResult,
     checks: Mapping[str, Sequence[Check]],
     *,
+    class_names: Sequence[str] | None = None,
     command: str | None = None,
 ) -> str:
     """Writes ``curves.csv``, ``details.csv``, ``results.json``, pictures and ``report.md``, and returns its text.
@@ -31,6 +32,7 @@ def write_report(
         folder: made where it does not exist.
         result: of one or several models, after `EvaluationResult.merge`.
         checks: arm -> what `segadv.masking.masking_checks` found; empty where it was not asked.
+        class_names: those of the data set, for ``per_class.png``; None: numbers.
         command: what repeats it, for the reader.
     """
     out = Path(folder)
@@ -44,7 +46,7 @@ def write_report(
     with_steps = _with_steps(result, shown)
     if with_steps:
         plots.plot_steps([entry.row for entry in result.measurements], out / "steps.png", eps=shown)
-    _plot_per_class(result, shown, out / "per_class.png")
+    _plot_per_class(result, shown, out / "per_class.png", class_names)
     text = "\n".join(_lines(result, checks, shown, with_steps, command)) + "\n"
     with atomic_write(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -69,7 +71,7 @@ def _strongest(result: EvaluationResult) -> str:
     return result.measurements[-1].attack
 
 
-def _plot_per_class(result: EvaluationResult, shown: float, path: Path) -> None:
+def _plot_per_class(result: EvaluationResult, shown: float, path: Path, class_names: Sequence[str] | None) -> None:
     tables: dict[str, dict[str, list[float | None]]] = {}
     attack = _strongest(result)
     for entry in result.final:
@@ -78,7 +80,7 @@ def _plot_per_class(result: EvaluationResult, shown: float, path: Path) -> None:
                 f"IoU under attack: {plots.attack_title(attack)}, eps {shown:g}" if entry.eps else "IoU of clean images"
             )
             tables.setdefault(title, {})[entry.arm] = entry.row["class_iou"]
-    plots.plot_per_class(tables, path)
+    plots.plot_per_class(tables, path, class_names=class_names)
 
 
 def _lines(
@@ -114,14 +116,14 @@ def _lines(
         "",
         f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
         "",
-        *_table(
+        *table(
             ["trained with", *("clean" if value == 0 else f"eps {value:g}" for value in eps)],
             [[arm, *(_three(final[arm, strongest, value]) for value in eps)] for arm in arms],
         ),
         "",
         f"## mIoU at eps {shown:g}, attack by attack",
         "",
-        *_table(
+        *table(
             [
                 "trained with",
                 *(f"{plots.attack_title(name)}, {_steps(final[arms[0], name, shown])}" for name in attacks),
@@ -147,7 +149,7 @@ def _lines(
     if checks:
         lines += ["## Signs of gradient masking", "", "Accuracy is pixel accuracy on a few of the images.", ""]
         verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
-        lines += _table(
+        lines += table(
             ["trained with", "check", "", "figures"],
             [[arm, check.name, verdict[check.passed], check.finding] for arm in arms for check in checks.get(arm, ())],
         )
@@ -160,7 +162,7 @@ def _lines(
         + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
         + ". All attack arguments are in results.json.",
         "",
-        *_table(
+        *table(
             ["trained with", "model", "SHA-256 of the weights"],
             [[arm, result.run[arm]["model"], f"`{result.run[arm]['model_sha256'][:16]}`"] for arm in arms],
         ),
@@ -168,7 +170,7 @@ def _lines(
     return lines
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 

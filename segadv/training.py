@@ -35,6 +35,7 @@ from .data.checked import checked
 from .evaluation import EvaluationResult, evaluate
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
+from .progress import progress_bar
 from .results import csv_text
 from .run_directory import RunDirectory
 from .train_config import ARMS, EARLY_STOP, PRECISIONS, TrainConfig, Validation, adversarial_coins, poly_learning_rate
@@ -291,7 +292,7 @@ class Trainer:
         raises KeyboardInterrupt; several processes go on to the next line of metrics, where all stop together.
 
         Args:
-            progress: show a progress bar, where the standard error stream is a terminal.
+            progress: show a progress bar; a line per minute where the standard error stream is no terminal.
 
         Raises:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read.
@@ -320,9 +321,10 @@ class Trainer:
             generator=torch.Generator(),  # else it would draw from the global one
             worker_init_fn=_ignore_interrupts,
         )
-        first = distributed.rank() == 0
         alone = self.processes == 1
-        with _progress_bar(config, self.steps_done, progress and first) as bar, contextlib.ExitStack() as stack:
+        show = progress and distributed.rank() == 0
+        bar = progress_bar(config.arm, total=config.steps, initial=self.steps_done, unit="step", show=show)
+        with bar, contextlib.ExitStack() as stack:
             if not alone:
                 self._interrupts = stack.enter_context(_interrupts_held())
             self._clock = (self.steps_done, time.perf_counter())
@@ -655,21 +657,6 @@ def _interrupts_held() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
     if received:
         signal.raise_signal(signal.SIGINT)
-
-
-def _progress_bar(config: TrainConfig, steps_done: int, progress: bool) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
-    # None: shown on a terminal only, so that log files stay readable
-    return tqdm(
-        desc=config.arm,
-        total=config.steps,
-        initial=steps_done,
-        unit="step",
-        disable=None if progress else True,
-    )
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# For benchmarks/; as the last place, so that it is the installed segadv that is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 GPU = torch.cuda.is_available()
 if not GPU:  # Triton reads it when it is imported: then its kernels run in its interpreter

@@ -54,20 +54,24 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "one of {demo,train,evaluate,data,doctor}"),
+        ("", "one of {demo,train,evaluate,reproduce,data"),
         ("trian", "invalid choice: 'trian'"),
         ("train --out x", "train.data"),
         ("train --data x --out y --stepz 3", "--stepz"),
         ("train --data x --out y --steps few", '"steps"'),
         ("train --data x --out y --steps 0", "got 0"),
         ("train --data x --out y --arm newton", "did you mean"),
-        ("train --data x --out y --crop 128", "crop must be height x width, such as 160x320, got '128'"),
+        ("train --data x --out y --crop 128", "must be height x width, such as 160x320, got '128'"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
         ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),
         ("data generate-streets x --size big", "size must be height x width"),
         ("data generate-streets x --seed -1", "seed must be at least 0, got -1"),
         ("demo", "demo.out"),
+        ("reproduce", "one of {cityscapes,voc}"),
+        ("reproduce vok --data x --out y", "invalid choice: 'vok'"),
+        ("reproduce voc --out y", "reproduce.voc.data"),
+        ("evaluate x --dta y", "did you mean --data?"),
     ],
 )
 def test_wrong_use_is_told_in_one_message(
@@ -111,6 +115,18 @@ def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str])
     assert explained["checkpoint_every"] == "steps between checkpoints"
     assert explained["checkpoint_every"] in text
     assert all(arm in text.replace("- ", "-") for arm in training.ARMS)  # lines break at hyphens
+
+
+def test_every_option_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "reproduce voc"):
+        with pytest.raises(SystemExit):
+            run(f"{command} --help")
+        text = capsys.readouterr().out
+        # an option without help shows its type alone; a dataclass without title its Python name
+        assert not re.search(r"^ +--\S+( [A-Z_]+| [{\[]\S+)?\s+\(type", text, flags=re.MULTILINE)
+        for told in ("to either side", "validation:", "augmentation:", "network: small_pspnet, pspnet50"):
+            assert told in " ".join(text.split())
+        assert "<class" not in text.replace("<class 'HeightxWidth'>", "")
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,229 @@
+"""Rounds of measurements in random order, medians with bootstrap intervals, and keyed rows of them."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import platform
+import random
+import re
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import segadv
+from segadv.results import atomic_write, csv_text
+
+from .measure import commit, device_name, driver_version, machine, package_version, peak_bytes, timing_on_device
+
+Samples = npt.NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One keyed measurement, a line of a CSV file.
+
+    p20, p50 and p80 are of the rounds (p50 of an overhead is the ratio of the medians); low and high bound the
+    95 % interval of p50. Figures that do not vary, such as counts, have p50 alone, the others NaN.
+    """
+
+    operation: str
+    provider: str
+    mode: str
+    case: str
+    dtype: str
+    device: str
+    threads: int
+    thp: int
+    p20: float
+    p50: float
+    p80: float
+    low: float
+    high: float
+    unit: str
+    rounds: int
+    commit: str
+    versions: str
+    machine: str
+
+
+def in_rounds(measure: Callable[[K], T], keys: Sequence[K], *, rounds: int, seed: int = 0) -> dict[K, list[T]]:
+    """Measures every key once in every round, in an order drawn anew for each, so that a drift hits all alike."""
+    order = list(keys)
+    results: dict[K, list[T]] = {key: [] for key in keys}
+    shuffle = random.Random(seed).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for key in order:
+                results[key].append(measure(key))
+    finally:
+        gc.enable()
+    return results
+
+
+def milliseconds_of(
+    calls: Mapping[K, Callable[[], object]], device: torch.device, *, rounds: int, seed: int = 0
+) -> dict[K, Samples]:
+    """Time of every call in every round [rounds]; on a GPU until it has nothing more to do."""
+
+    def measure(key: K) -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        result = calls[key]()
+        synchronize(device)
+        milliseconds = 1e3 * (time.perf_counter() - begin)
+        del result
+        return milliseconds
+
+    return {key: np.array(values) for key, values in in_rounds(measure, list(calls), rounds=rounds, seed=seed).items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """Bytes at the peak of a call beyond those before it: resident memory on the CPU, PyTorch's own on a GPU."""
+    return peak_bytes(call) if device.type == "cpu" else timing_on_device([0.0], call, device).peak_bytes
+
+
+def median(samples: Samples) -> Samples:
+    """Over the last axis."""
+    return np.asarray(np.median(samples, axis=-1))
+
+
+def percent_over(samples: Samples, base: Samples) -> Samples:
+    """100 * (median / median of the base - 1), over the last axis."""
+    return 100 * (median(samples) / median(base) - 1)
+
+
+def interval(
+    statistic: Callable[..., Samples], *samples: Samples, resamples: int = 4000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap (Efron 1979) of a statistic of one or more series measured in the same rounds.
+
+    Whole rounds are drawn with replacement: what the series of a round share, such as a machine that is slow just
+    then, stays shared. The rounds have to be independent of one another.
+
+    Args:
+        statistic: takes arrays [..., rounds], as many as there are samples, and gives [...].
+        samples: arrays [rounds].
+        resamples: number of draws.
+        level: of the interval.
+        seed: of the draws.
+    """
+    rounds = len(samples[0])
+    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    values = statistic(*(np.asarray(series)[drawn] for series in samples))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What all rows of a run have in common."""
+
+    case: str
+    dtype: torch.dtype
+    device: torch.device
+    packages: tuple[str, ...] = ()
+    """Whose versions matter, beside torch and segadv."""
+
+    def record(
+        self,
+        operation: str,
+        provider: str,
+        mode: str,
+        samples: Sequence[Samples],
+        *,
+        unit: str,
+        statistic: Callable[..., Samples] = median,
+    ) -> Record:
+        """A row: the statistic of the samples [rounds], with its interval; of one figure the figure alone.
+
+        With several samples, p20 and p80 are those of the statistic of each single round.
+        """
+        p20 = p80 = low = high = float("nan")
+        value = float(statistic(*samples))
+        if (rounds := len(samples[0])) > 1:
+            p20, p80 = np.percentile(statistic(*(series[:, None] for series in samples)), [20, 80]).tolist()
+            low, high = interval(statistic, *samples)
+        cuda = self.device.type == "cuda"
+        return Record(
+            operation=operation,
+            provider=provider,
+            mode=mode,
+            case=self.case,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.type,
+            threads=0 if cuda else torch.get_num_threads(),
+            thp=int(os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1"),
+            p20=round(p20, 4),
+            p50=round(value, 4),
+            p80=round(p80, 4),
+            low=round(low, 4),
+            high=round(high, 4),
+            unit=unit,
+            rounds=rounds,
+            commit=commit(),
+            versions=_versions(self.packages),
+            machine=_machine(self.device),
+        )
+
+
+@cache
+def _versions(packages: tuple[str, ...]) -> str:
+    own = f"torch {torch.__version__}, segadv {segadv.__version__}"
+    return ", ".join(
+        (own, *(f"{name} {package_version(name)}" for name in packages), f"Python {platform.python_version()}")
+    )
+
+
+@cache
+def _machine(device: torch.device) -> str:
+    return f"{device_name(device)}, driver {driver_version()}" if device.type == "cuda" else machine()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The rows of a file, none where there is no file. ValueError: it has other columns."""
+    if not path.exists():
+        return []
+    kinds = {"int": int, "float": float, "str": str}
+    convert = {name: kinds[str(kind)] for name, kind in Record.__annotations__.items()}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(convert):
+            raise ValueError(f"{path} has the columns {reader.fieldnames}; {list(convert)} are needed")
+        return [Record(**{name: convert[name](value) for name, value in row.items()}) for row in reader]
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Adds rows to a CSV file, sorted by key; a row of the same key replaces the old one."""
+    rows = [asdict(record) for record in (*read_records(path), *records)]
+    table = {tuple(row[name] for name in KEY): row for row in rows}
+    if table:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
+
+
+def results_file(name: str, device: torch.device) -> Path:
+    """Where the rows of a device go by default: <name>-cpu.csv, <name>-nvidia-h100.csv."""
+    suffix = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{name}-{suffix}.csv"

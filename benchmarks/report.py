@@ -1,0 +1,702 @@
+"""The tables and pictures of the README files, from the rows in results/: `python -m benchmarks.report [--check]`.
+
+A document holds a table between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; everything between them is written
+here. `--check` writes nothing, says what is out of step, and fails then. A table whose rows are missing is an error.
+A picture carries the hash of the file that it was drawn from.
+
+`--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from segadv import plots
+from segadv.comparison import ARMS, PAPER_OVERHEAD
+from segadv.results import atomic_write, csv_text
+
+from . import attacks, overhead, peers, scaling
+from .cases import CASES
+from .measure import DeviceRow, commit, read_rows
+from .ops import PIXEL_SPACE
+from .records import Record, read_records
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "benchmarks/README.md")
+RESULTS = "benchmarks/results"
+
+# Markers have lines of their own.
+_BLOCK = re.compile(r"^(<!-- begin: ([\w-]+) -->\n)(.*?)^(<!-- end: \2 -->)$", re.DOTALL | re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (?:begin|end):", re.MULTILINE)
+_NAN = float("nan")
+THREADS = 2
+
+
+class ReportError(Exception):
+    """Rows are missing, or a document's markers make no sense."""
+
+
+# --- cells --------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Markdown; all columns but the first ones are aligned to the right."""
+    rules = ["---" if i < text_columns else "---:" for i in range(len(header))]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rules)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def three_digits(value: float) -> str:
+    """As many digits as the measurements deserve: 305, 74.6, 4.8."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
+
+def interval(record: Record, digits: int = 1) -> str:
+    return f"{record.p50:.{digits}f} [{record.low:.{digits}f}, {record.high:.{digits}f}]"
+
+
+def provenance(machines: Iterable[str], versions: Iterable[str], commits: Iterable[str]) -> str:
+    """Where and with what the rows of a table were measured."""
+    told = [", ".join(sorted(set(values))) for values in (machines, versions, commits)]
+    several = "s" if "," in told[2] else ""
+    return f"({told[0]}; {told[1]}; commit{several} {told[2]})"
+
+
+def provenance_of(records: Sequence[Record]) -> str:
+    threads = "threads {}".format(", ".join(str(count) for count in sorted({r.threads for r in records})))
+    versions = [record.versions for record in records] + ([threads] if records[0].device == "cpu" else [])
+    return provenance((r.machine for r in records), versions, (r.commit for r in records))
+
+
+def records_in(path: Path) -> list[Record]:
+    records = read_records(path)
+    if not records:
+        raise ReportError(f"{path.name}: no such file or no rows; measure first")
+    return records
+
+
+def comparable(path: Path) -> list[Record]:
+    """The rows of a GPU, or of `THREADS` threads, with torch's own way of taking memory."""
+    return [record for record in records_in(path) if record.threads in (0, THREADS) and record.thp == 0]
+
+
+def files(results: Path, name: str) -> list[Path]:
+    """That of the CPU, which must be there, and those of GPUs."""
+    first = results / f"{name}-cpu.csv"
+    return [first, *sorted(path for path in results.glob(f"{name}-*.csv") if path != first)]
+
+
+def one(records: Sequence[Record], **key: Any) -> Record:
+    """The only row of these values."""
+    found = [record for record in records if all(getattr(record, name) == value for name, value in key.items())]
+    if len(found) != 1:
+        raise ReportError(f"{len(found)} rows of {', '.join(f'{name} {value!r}' for name, value in key.items())}")
+    return found[0]
+
+
+# --- operations on the CPU: cpu.csv -------------------------------------------------------------------------------
+
+Row = Mapping[str, str]
+VALUE, BOTH = "forward", "forward + backward"
+
+# What the README shows: (operation, mode, case)
+_SHOWN = [
+    *(("upsample + averaged_gain", BOTH, case) for case in CASES),
+    ("upsample + averaged_gain", VALUE, "cityscapes19"),
+    *(("upsample + cross_entropy", BOTH, case) for case in CASES),
+    ("upsample + cross_entropy", VALUE, "cityscapes19"),
+    *(("upsample + confusion_matrix", VALUE, case) for case in CASES),
+    ("averaged_gain", BOTH, "cityscapes19"),
+    ("cross_entropy", BOTH, "cityscapes19"),
+    ("confusion_matrix", VALUE, "cityscapes19"),
+    ("newton_step", VALUE, "cityscapes19"),
+    ("sign_step", VALUE, "cityscapes19"),
+]
+
+
+class Operations:
+    """The rows of cpu.csv: float32 and `THREADS` threads."""
+
+    def __init__(self, results: Path) -> None:
+        self.path = results / "cpu.csv"
+        rows = [row for row in read_rows(self.path) if (row["dtype"], row["threads"]) == ("float32", str(THREADS))]
+        keys = ("operation", "mode", "case", "provider", "thp")
+        self.rows = {tuple(row[key] for key in keys): row for row in rows}
+
+    def get(self, operation: str, mode: str, case: str, provider: str, *, thp: bool = False) -> Row:
+        key = (operation, mode, case, provider, str(int(thp)))
+        if key not in self.rows:
+            raise ReportError(f"{self.path.name}: no row of {', '.join(key[:-1])}, THP_MEM_ALLOC_ENABLE={key[-1]}")
+        return self.rows[key]
+
+    def eager(self, operation: str, mode: str, case: str, *, thp: bool = False) -> Row:
+        """The faster way of writing it: the runner-up of the averaged gain is found with amax or with max."""
+        providers = ("eager", "eager, max") if operation.endswith("averaged_gain") else ("eager",)
+        rows = [self.get(operation, mode, case, provider, thp=thp) for provider in providers]
+        return min(rows, key=lambda row: float(row["ms_p50"]))
+
+    def faster(self, operation: str, mode: str, case: str, *, thp: bool = False) -> float:
+        """By how much ours is faster than the better of eager and torch.compile."""
+        others = self.eager(operation, mode, case, thp=thp), self.get(operation, mode, case, "compile", thp=thp)
+        ours = self.get(operation, mode, case, "segadv", thp=thp)
+        return min(float(row["ms_p50"]) for row in others) / float(ours["ms_p50"])
+
+
+def _title(operation: str, mode: str) -> str:
+    if operation.endswith(("averaged_gain", "cross_entropy")):
+        return f"{operation}, {'value and gradient' if mode == BOTH else 'value'}"
+    return operation
+
+
+def _shape(operation: str, case_name: str) -> str:
+    case = CASES[case_name]
+    if operation in PIXEL_SPACE:
+        return f"{case.images} x 3 x {case.size}²"
+    if operation.startswith("upsample"):
+        return f"{case.images} x {case.classes} x {case.own}² → {case.size}²"
+    return f"{case.images} x {case.classes} x {case.size}²"
+
+
+def _time_and_memory(row: Row) -> str:
+    memory = float(row["peak_mb"])
+    return f"{three_digits(float(row['ms_p50']))} ms, {three_digits(memory) if memory >= 0.1 else '< 0.1'} MB"
+
+
+def operations(results: Path) -> str:
+    measured = Operations(results)
+    lines, used = [], []
+    for operation, mode, case in _SHOWN:
+        key = (operation, mode, case)
+        eager, compiled, ours = measured.eager(*key), measured.get(*key, "compile"), measured.get(*key, "segadv")
+        used += [eager, compiled, ours]
+        least = min(float(eager["peak_mb"]), float(compiled["peak_mb"]))
+        own = float(ours["peak_mb"])
+        less = f"{three_digits(least / own)} x" if own >= 0.1 else f"> {three_digits(least / 0.1)} x"
+        cells = [_time_and_memory(row) for row in (eager, compiled, ours)]
+        lines.append([_title(operation, mode), _shape(operation, case), *cells, f"{measured.faster(*key):.1f} x", less])
+    header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "less memory"]
+    notes = paragraph(f"{_operations_notes(measured)} {_provenance_of_rows(used)}")
+    return f"{table(header, lines, text_columns=2)}\n\n{notes}"
+
+
+def _operations_notes(measured: Operations) -> str:
+    def ms(operation: str, provider: str, mode: str = BOTH) -> float:
+        return float(measured.get(operation, mode, "cityscapes19", provider)["ms_p50"])
+
+    up, full = "upsample + averaged_gain", "averaged_gain"
+    amax = [
+        f"{three_digits(ms(name, 'eager'))} ms instead of {three_digits(ms(name, 'eager, max'))} ms"
+        for name in (up, full)
+    ]
+    floors = [f"{ms(name, 'segadv') / ms(name, 'floor'):.1f} (`{name}`)" for name in ("averaged_gain", "cross_entropy")]
+    huge = [
+        f"{measured.faster(operation, mode, case, thp=True):.1f} ({operation})"
+        for operation, mode, case in _SHOWN
+        if case == "cityscapes19" and (mode == BOTH or not operation.endswith(("averaged_gain", "cross_entropy")))
+    ]
+    return (
+        "Medians of interleaved rounds; memory is the peak beyond the inputs, results included; *faster* and *less "
+        "memory* are against the better of eager and `torch.compile`. Eager's averaged gain is the faster of two: "
+        f"with `amax`, whose backward divides the gradient among ties, value and gradient take {amax[0]} with `max` in "
+        f"the first row and {amax[1]} at full resolution. There memory decides: value "
+        f"and gradient take {' and '.join(floors)} times as long as copying the logits into memory allocated the same "
+        "way. Part of eager's time is page faults of its large buffers: with `THP_MEM_ALLOC_ENABLE=1` on both sides "
+        f"the ratios on cityscapes19 are {', '.join(huge)}."
+    )
+
+
+def _provenance_of_rows(rows: Sequence[Row]) -> str:
+    versions = [f"torch {row['torch']}" for row in rows] + [f"{THREADS} threads, float32"]
+    return provenance((row["machine"] for row in rows), versions, (row["commit"] for row in rows))
+
+
+def all_operations(results: Path) -> str:
+    """Every row of cpu.csv, what is compared under one another."""
+    measured = Operations(results)
+    order = ("eager", "eager, max", "compile", "segadv", "segadv one pass", "floor")
+    lines = []
+    for row in sorted(
+        measured.rows.values(),
+        key=lambda row: (
+            list(CASES).index(row["case"]),
+            row["operation"],
+            row["mode"],
+            row["thp"],
+            order.index(row["provider"]),
+        ),
+    ):
+        spread = f"[{three_digits(float(row['ms_p20']))}, {three_digits(float(row['ms_p80']))}]"
+        lines.append([
+            row["case"], row["operation"], "value" if row["mode"] == VALUE else "value and gradient",
+            "yes" if row["thp"] == "1" else "", row["provider"],
+            f"{three_digits(float(row['ms_p50']))} {spread}", three_digits(float(row["peak_mb"])), row["commit"],
+        ])  # fmt: skip
+    header = ["case", "operation", "mode", "huge pages", "provider", "ms, p50 [p20, p80]", "peak MB", "commit"]
+    return table(header, lines, text_columns=5)
+
+
+def training_samples(results: Path) -> str:
+    """Decoding and augmenting, of cpu.csv."""
+    path = results / "cpu.csv"
+    rows = {row["provider"]: row for row in read_rows(path) if row["operation"] in ("augment", "decode")}
+    titles = {
+        "fused": "`Augmented`, one affine map, crop only",
+        "v2": "torchvision v2, whole image",
+        "v2, blur last": "the same, blur after the crop",
+        "v2, crop first": "torchvision v2, cropped as early as can be",
+        "decode": "decoding the PNG files",
+        "decode + fused": "decoding and `Augmented`",
+    }
+    if missing := titles.keys() - rows.keys():
+        raise ReportError(f"{path.name}: no rows of {', '.join(sorted(missing))}; python -m benchmarks.data --write")
+    fused = float(rows["fused"]["ms_p50"])
+    lines = []
+    for name, title in titles.items():
+        ms = float(rows[name]["ms_p50"])
+        spread = f"[{three_digits(float(rows[name]['ms_p20']))}, {three_digits(float(rows[name]['ms_p80']))}]"
+        against = "" if "decode" in name else f"{ms / fused:.1f} x"
+        lines.append([title, f"{three_digits(ms)} {spread}", against])
+    used = list(rows.values())
+    told = provenance(
+        (row["machine"] for row in used), [f"one thread, torch {used[0]['torch']}"], (row["commit"] for row in used)
+    )
+    notes = paragraph(f"{rows['fused']['case']} pixels. {told}")
+    return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
+
+
+# --- operations on a GPU: <gpu>.csv -------------------------------------------------------------------------------
+
+
+def gpus(results: Path) -> str:
+    """A table for every file that benchmarks.device has written; nothing where there is none."""
+    names = [field.name for field in fields(DeviceRow)]
+    blocks = []
+    for path in sorted(results.glob("*.csv")):
+        rows = read_rows(path)
+        if rows and list(rows[0]) == names:
+            blocks.append(_gpu(path, rows))
+    return "\n\n".join(blocks)
+
+
+def _gpu(path: Path, rows: Sequence[Row]) -> str:
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("case", "operation", "mode", "dtype"))
+        groups.setdefault(key, {})[row["provider"]] = row
+    lines = []
+    for (case, operation, mode, dtype), providers in sorted(groups.items()):
+        usual = [row for name, row in providers.items() if name.startswith(("eager", "compile"))]
+        ours = [row for name, row in providers.items() if name in ("native", "triton")]
+        if not usual or not ours or operation.startswith("enqueueing"):
+            continue
+        best = min(ours, key=lambda row: float(row["ms_p50"]))
+        cells = []
+        for start in ("eager", "compile", "triton", "native"):
+            times = [float(row["ms_p50"]) for name, row in providers.items() if name.startswith(start)]
+            cells.append(f"{min(times):.3f}" if times else "")
+        ratio = min(float(row["ms_p50"]) for row in usual) / float(best["ms_p50"])
+        memory = [f"{min(float(row['extra_mb']) for row in group):.1f}" for group in (usual, ours)]
+        lines.append([case, operation, mode, dtype, *cells, f"{ratio:.1f} x", f"{float(best['of_copy']):.2f}", *memory])
+    header = ["case", "operation", "mode", "dtype", "eager", "compile", "triton", "native", "faster", "of copy"]
+    told = provenance(
+        (row["machine"] for row in rows), (f"torch {row['torch']}" for row in rows), (row["commit"] for row in rows)
+    )
+    title = f"### {rows[0]['machine'].partition(', driver')[0]}"
+    body = table([*header, "MB extra, usual", "MB extra, ours"], lines, text_columns=4)
+    return f"{title}\n\nMilliseconds, p50. {told} All rows: [{path.stem}.md](results/{path.stem}.md).\n\n{body}"
+
+
+# --- training overhead: overhead-*.csv ----------------------------------------------------------------------------
+
+
+def _by_case(path: Path) -> dict[str, list[Record]]:
+    """In the order in which benchmarks.overhead knows the networks."""
+    cases: dict[str, list[Record]] = {}
+    for record in comparable(path):
+        cases.setdefault(record.case, []).append(record)
+    if not cases:
+        raise ReportError(f"{path.name}: no rows of {THREADS} threads")
+    networks = list(overhead.MODELS)
+    return {case: cases[case] for case in sorted(cases, key=lambda case: networks.index(case.partition(",")[0]))}
+
+
+def training_overhead(results: Path) -> str:
+    """p = 0.5, beside the paper."""
+    blocks = []
+    columns = {
+        overhead.CONVENTIONAL: "conventional eager",
+        overhead.EFFICIENT: "efficient eager",
+        overhead.OURS: "segadv",
+    }
+    for path in files(results, "overhead"):
+        for case, records in _by_case(path).items():
+            key = {"operation": "overhead", "case": case}
+            lines = []
+            for arm in overhead.ARMS:
+                mode = f"{arm}, p = 0.5"
+                cells = [interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
+                against = one(records, operation="over conventional basic", provider=overhead.OURS, mode=mode)
+                passes = one(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
+                papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
+                lines.append([arm, *cells, f"{interval(against)} %", f"{passes.p50:.1f} %", *papers])
+            header = ["arm", *columns.values(), "segadv over conventional basic", "cost model"]
+            header += ["paper, Cityscapes", "paper, VOC"]
+            steps = [
+                f"{title} {three_digits(one(records, operation='training step', provider=column, mode='basic').p50)} ms"
+                for column, title in columns.items()
+            ]
+            blocks.append(
+                f"{case}; a basic step: {', '.join(steps)}.\n\n{table(header, lines)}\n\n"
+                + paragraph(f"Medians with 95 % intervals. {provenance_of(records)}")
+            )
+    return "\n\n".join(blocks)
+
+
+def overhead_details(results: Path) -> str:
+    """All that benchmarks.overhead prints: both shares, parts of a step, passes, memory, targets."""
+    blocks = ["![Additional time of a training step](results/overhead-cpu.png)"]
+    for path in files(results, "overhead"):
+        for case, records in _by_case(path).items():
+            blocks.append(f"```\n{overhead.report(case, records).strip()}\n```\n\n{paragraph(provenance_of(records))}")
+    return "\n\n".join(blocks)
+
+
+# --- other packages: peers-cpu.csv --------------------------------------------------------------------------------
+
+_PEERS_TITLES = {
+    "fgsm": "FGSM",
+    "pgd": "PGD without random start",
+    "segpgd": "SegPGD without random start",
+    "cospgd": "CosPGD without random start",
+    "jaccard": "upsampling and mIoU",
+    "segformer": "SegFormer-B0, forward, loss and backward",
+}
+
+
+def other_packages(results: Path) -> str:
+    """A row for every comparison; that a package's or eager's row is missing is an error, compile's may be."""
+    return "\n\n".join(_peers_on_a_device(path) for path in files(results, "peers"))
+
+
+def _peers_on_a_device(path: Path) -> str:
+    records = comparable(path)
+    own = ("eager", "compile", "segadv", "segadv, compile")
+    lines = []
+    for operation in peers.COMPARISONS:
+        of_operation = [record for record in records if record.operation == operation]
+        packages = [record.provider for record in of_operation if record.provider not in own]
+        if len(packages) != 1:
+            raise ReportError(f"{path.name}: {operation} needs the rows of one other package, there are {packages}")
+        cells = []
+        for provider in (packages[0], *own):
+            if not (provider.endswith("compile") and provider not in {record.provider for record in of_operation}):
+                time = one(of_operation, provider=provider).p50
+                memory = one(records, operation=f"{operation}, peak memory", provider=provider).p50
+                cells.append(f"{three_digits(time)} ms, {three_digits(memory)} MB")
+            else:
+                cells.append("")
+        by_ours = one(records, operation=f"{operation}, time by segadv's", provider=packages[0])
+        mode = of_operation[0].mode and f", {of_operation[0].mode}"
+        title = f"{_PEERS_TITLES[operation]}{mode}"
+        lines.append([title, of_operation[0].case, packages[0], *cells, f"{interval(by_ours, 2)} x"])
+    header = ["what", "on", "package", "the package", "eager", "eager, compiled", "segadv", "segadv, compiled network"]
+    notes = paragraph(f"Medians; intervals 95 %. {provenance_of(records)}")
+    return f"{table([*header, 'the package / segadv'], lines, text_columns=3)}\n\n{notes}"
+
+
+# --- attacks: attacks-cpu.csv -------------------------------------------------------------------------------------
+
+
+def attack_steps(results: Path) -> str:
+    records = comparable(results / "attacks-cpu.csv")
+    bare = one(records, operation=attacks.RUN, provider="bare pass")
+    lines = [["bare pass", f"{interval(bare)} ms", "", "", "", ""]]
+    iterative = [kind.__name__ for kind in attacks.ITERATIVE]
+    for name in ("FGSM", "FastNewton", *iterative):
+        run = one(records, operation=attacks.RUN, provider=name, mode="1 step")
+        over = one(records, operation=attacks.OVER_BARE, provider=name, mode="1 step")
+        cells = [f"{interval(run)} ms", f"{interval(over)} %"]
+        for operation, unit in ((attacks.STEP, "ms"), (attacks.STEP_OVER_BARE, "%"), (attacks.STEP_OVER_PGD, "%")):
+            known = name in iterative and not (name == "PGD" and operation == attacks.STEP_OVER_PGD)
+            cells.append(f"{interval(one(records, operation=operation, provider=name))} {unit}" if known else "")
+        lines.append([name, *cells])
+    header = ["attack", "one step", "over the bare pass", "one more step", "over the bare pass", "over a step of PGD"]
+    passes = []
+    for what in attacks.CURVES:
+        forward, backward = (
+            one(records, operation=attacks.PASSES, mode=f"{name}, {what}").p50 for name in ("forward", "backward")
+        )
+        passes.append(f"{what}: {forward:g} forward and {backward:g} backward passes")
+    return f"{bare.case}; medians with 95 % intervals.\n\n{table(header, lines)}\n\n" + paragraph(
+        f"A curve of FGSM shares its gradient: {'; '.join(passes)}. {provenance_of(records)}"
+    )
+
+
+# --- how cost grows: scaling-cpu.csv ------------------------------------------------------------------------------
+
+
+def call_ladder(results: Path) -> str:
+    records = [record for record in comparable(results / "scaling-cpu.csv") if record.operation == scaling.LADDER]
+    if not records:
+        raise ReportError("scaling-cpu.csv: no rows of the ladder")
+    lines = [[name, f"{interval(one(records, provider=name))} us"] for name in scaling.RUNGS]
+    notes = paragraph(f"Medians with 95 % intervals. {provenance_of(records)}")
+    return f"{table(['averaged gain of 1 x 2 x 4 x 4', 'a call'], lines)}\n\n{notes}"
+
+
+def growth(results: Path) -> str:
+    records = [record for record in records_in(results / "scaling-cpu.csv") if record.mode in scaling.AXES]
+    if missing := scaling.AXES.keys() - {record.mode for record in records}:
+        raise ReportError(f"scaling-cpu.csv: no rows of {', '.join(sorted(missing))}")
+    return f"![Time and memory per pixel](results/scaling-cpu.png)\n\n{paragraph(provenance_of(records))}"
+
+
+# --- the demo's outcome: demo.csv ---------------------------------------------------------------------------------
+
+MIOU, STEP, MINUTES = "mIoU", "training step", "time of the demo"
+_COLUMNS = (("fgsm", 0.0), ("fgsm", 0.01), ("fgsm", 0.03), ("bim-10", 0.01), ("bim-10", 0.03))
+_CASE = re.compile(r"eps ([\d.]+), seed (\d+)")
+
+
+def demo_records(results_json: Path, commit: str) -> list[Record]:
+    """Rows of what a finished demo wrote, every seed by itself."""
+    content = json.loads(results_json.read_text(encoding="utf-8"))
+    if not content.get("finished"):
+        raise ReportError(f"{results_json}: this demo is not finished")
+    machine, seed = content["machine"], content["arguments"]["seed"]
+    shared = {
+        "dtype": "float32",
+        "device": "cuda" if machine["gpu"] else "cpu",
+        "threads": machine["threads"],
+        "thp": 0,
+        "low": _NAN,
+        "high": _NAN,
+        "commit": commit,
+        "versions": f"torch {machine['torch']}, segadv {content['arguments']['segadv']}, Python {machine['python']}",
+        "machine": f"{machine['gpu'] or machine['processor']}, {machine['cpu_count']} cores",
+    }
+    records = [
+        Record(
+            operation=MIOU, provider=row["arm"], mode=row["attack"],
+            case=f"eps {row['eps']:g}, seed {row.get('seed', seed)}",
+            p20=_NAN, p50=row["miou"], p80=_NAN, unit="", rounds=1, **shared,
+        )
+        for row in content["curves"]
+    ]  # fmt: skip
+    rounds = content["arguments"]["overhead_steps"]
+    records += [
+        Record(
+            operation=STEP, provider=row["arm"], mode="p = 0.5", case="demo", p20=row["step_ms_p20"],
+            p50=row["step_ms_p50"], p80=row["step_ms_p80"], unit="ms", rounds=rounds, **shared,
+        )
+        for row in content["overhead"]
+    ]  # fmt: skip
+    minutes = sum(content["seconds"].values()) / 60
+    records.append(
+        Record(
+            operation=MINUTES, provider="demo", mode="", case="demo", p20=_NAN, p50=round(minutes, 1), p80=_NAN,
+            unit="minutes", rounds=1, **shared,
+        )
+    )  # fmt: skip
+    return sorted(records, key=lambda record: (record.operation, record.provider, record.mode, record.case))
+
+
+def _miou_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """As in the demo's curves, in the order of the arms."""
+    rows = []
+    for record in records:
+        if record.operation == MIOU:
+            match = _CASE.fullmatch(record.case)
+            if match is None:
+                raise ReportError(f"demo.csv: {record.case!r} is not like 'eps 0.01, seed 0'")
+            rows.append(
+                {
+                    "arm": record.provider,
+                    "attack": record.mode,
+                    "eps": float(match[1]),
+                    "seed": int(match[2]),
+                    "miou": record.p50,
+                }
+            )
+    attacks_in_order = list(dict.fromkeys(attack for attack, _ in _COLUMNS))
+    return sorted(
+        rows, key=lambda row: (ARMS.index(row["arm"]), attacks_in_order.index(row["attack"]), row["eps"], row["seed"])
+    )
+
+
+def demo_outcome(results: Path) -> str:
+    records = records_in(results / "demo.csv")
+    rows = _miou_rows(records)
+    seeds = sorted({row["seed"] for row in rows})
+    basic = one(records, operation=STEP, provider="basic").p50
+    lines = []
+    for arm in ARMS:
+        cells = []
+        for attack, eps in _COLUMNS:
+            values = [row["miou"] for row in rows if (row["arm"], row["attack"], row["eps"]) == (arm, attack, eps)]
+            if len(values) != len(seeds):
+                raise ReportError(f"demo.csv: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(seeds)} seeds")
+            mean = f"{sum(values) / len(values):.3f}"
+            cells.append(f"{mean} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else mean)
+        step = one(records, operation=STEP, provider=arm).p50
+        shares = [f"{source[arm]:.2f} %" if arm in source else "" for source in PAPER_OVERHEAD.values()]
+        percent = "" if arm == "basic" else f"{100 * (step / basic - 1):.0f} %"
+        lines.append([arm, *cells, f"{three_digits(step)} ms", percent, *shares])
+    titles = [f"{plots.attack_title(attack)} {eps:g}" if eps else "clean" for attack, eps in _COLUMNS]
+    header = ["trained with", *titles, "training step", "overhead", *PAPER_OVERHEAD]
+    which = f"seeds {', '.join(map(str, seeds))}: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
+    minutes = one(records, operation=MINUTES).p50
+    notes = paragraph(f"mIoU of {which}; the run took {minutes:.0f} minutes. {provenance_of(records)}")
+    return f"{table(header, lines)}\n\n{notes}"
+
+
+# --- documents and pictures ---------------------------------------------------------------------------------------
+
+BLOCKS: Mapping[str, Callable[[Path], str]] = {
+    "operations": operations,
+    "operations-all": all_operations,
+    "data": training_samples,
+    "gpu": gpus,
+    "overhead": training_overhead,
+    "overhead-details": overhead_details,
+    "peers": other_packages,
+    "attacks": attack_steps,
+    "scaling": growth,
+    "calls": call_ladder,
+    "demo": demo_outcome,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Belongs to a block: where that is in a document, the picture is drawn from the rows in `source`."""
+
+    block: str
+    path: str
+    source: str
+    draw: Callable[[list[Record], Path], None]
+
+
+PICTURES = (
+    Picture(
+        "demo", "docs/robustness.png", "demo.csv", lambda rows, path: plots.plot_robustness(_miou_rows(rows), path)
+    ),
+    Picture("overhead-details", f"{RESULTS}/overhead-cpu.png", "overhead-cpu.csv", overhead.plot),
+    Picture("scaling", f"{RESULTS}/scaling-cpu.png", "scaling-cpu.csv", scaling.plot),
+)
+_STAMP = "segadv-source"
+
+
+def filled(text: str, results: Path) -> str:
+    """A document with its blocks written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in BLOCKS:
+            raise ReportError(f"no table is called {name!r}; there are {', '.join(BLOCKS)}")
+        content = BLOCKS[name](results)
+        return f"{match[1]}{content}\n{match[4]}" if content else match[1] + match[4]
+
+    result, count = _BLOCK.subn(block, text)
+    if len(_MARKER.findall(text)) != 2 * count:
+        raise ReportError("markers do not come in pairs of <!-- begin: NAME --> and <!-- end: NAME -->")
+    return result
+
+
+def blocks_in(root: Path) -> list[str]:
+    return [match[2] for name in DOCUMENTS for match in _BLOCK.finditer((root / name).read_text(encoding="utf-8"))]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def stamp_of(picture: Path) -> str | None:
+    """The hash of what it was drawn from; None where it does not tell."""
+    from PIL import Image
+
+    if not picture.exists():
+        return None
+    with Image.open(picture) as image:
+        return image.info.get(_STAMP)
+
+
+def draw(picture: Picture, root: Path) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    source, target = root / RESULTS / picture.source, root / picture.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as temporary:
+        picture.draw(records_in(source), temporary)
+        information = PngInfo()
+        information.add_text(_STAMP, digest(source))
+        with Image.open(temporary) as image:
+            image.load()
+        image.save(temporary, pnginfo=information)
+
+
+def outdated(root: Path) -> list[str]:
+    """What the rows in results/ do not give: documents and pictures."""
+    stale = []
+    for name in DOCUMENTS:
+        text = (root / name).read_text(encoding="utf-8")
+        if filled(text, root / RESULTS) != text:
+            stale.append(name)
+    shown = blocks_in(root)
+    for picture in PICTURES:
+        source = root / RESULTS / picture.source
+        if picture.block in shown and stamp_of(root / picture.path) != digest(source):
+            stale.append(picture.path)
+    return stale
+
+
+def regenerate(root: Path) -> list[str]:
+    """Writes what is out of step, and tells what that was."""
+    stale = outdated(root)
+    for name in DOCUMENTS:
+        if name in stale:
+            text = filled((root / name).read_text(encoding="utf-8"), root / RESULTS)
+            with atomic_write(root / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    for picture in PICTURES:
+        if picture.path in stale:
+            draw(picture, root)
+    return stale
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of step")
+    parser.add_argument("--demo", type=Path, metavar="RESULTS_JSON", help="a demo's results.json, for demo.csv")
+    parser.add_argument("--commit", help="the commit that ran that demo; the clone's unless given")
+    options = parser.parse_args(arguments)
+    try:
+        if options.demo:
+            rows = [asdict(record) for record in demo_records(options.demo, options.commit or commit())]
+            with atomic_write(root / RESULTS / "demo.csv") as temporary:
+                temporary.write_text(csv_text(rows), encoding="utf-8")
+        stale = outdated(root) if options.check else regenerate(root)
+    except (ReportError, OSError, ValueError, KeyError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    for name in stale:
+        print(f"{name}: {'out of step with the rows in benchmarks/results' if options.check else 'written'}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

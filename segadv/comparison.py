@@ -1,0 +1,197 @@
+"""Comparing trained networks: reading them, whole images of a split, the time of a training step, examples.
+
+What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import distributed, functional
+from .attacks import BIM
+from .attacks.base import frozen, model_logits
+from .data import NUM_CLASSES
+from .models import ModelConfig, build_model
+from .training import TrainConfig, Trainer, Validation, load_model, read_config
+
+__all__ = [
+    "ARMS",
+    "PAPER_OVERHEAD",
+    "SHOWN_EPS",
+    "describe",
+    "examples",
+    "load_trained",
+    "measure_overhead",
+    "read_rows",
+    "whole_images",
+]
+
+ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
+"""The arms of Wiens & Hammer 2022 (doi 10.5220/0010788400003122)."""
+
+PAPER_OVERHEAD: dict[str, dict[str, float]] = {
+    "paper, Cityscapes": {"fgsm": 12.52, "random-fgsm": 12.34, "bim-3": 45.92, "fast-newton": 11.98},
+    "paper, PASCAL VOC": {"fgsm": 31.76, "random-fgsm": 34.71, "bim-3": 98.24, "fast-newton": 31.18},
+    "cost model": {"fgsm": 100 / 3, "random-fgsm": 100 / 3, "bim-3": 100.0, "fast-newton": 100 / 3},
+}
+"""Additional training time in percent: tables 1 and 2 of the paper, and what counting passes gives.
+
+A clean step is 3 passes (forward, data gradient, weight gradient); an attack step on half the batch adds one.
+"""
+
+SHOWN_EPS = 0.03
+_WARM_UP_STEPS = 2
+
+
+def describe(dataset: str, model: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network."""
+    return {"dataset": dataset, "model": dataclasses.asdict(model), "num_classes": num_classes}
+
+
+def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint that `segadv train` wrote, and what `read_config` tells of it.
+
+    A checkpoint without a description is taken for one of `small_pspnet` on Cityscapes' classes, the only network
+    that `segadv train` knew before it wrote descriptions.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or holds another network than it says.
+    """
+    config = read_config(path)
+    description = config.get("description") or {}
+    model_config = description.get("model", {})
+    # its weights come from the checkpoint: those it started with need not be at hand
+    known = {name: value for name, value in model_config.items() if name not in ("pretrained", "backbone")}
+    model = build_model(ModelConfig(**known), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
+    try:
+        return load_model(path, model), config
+    except ValueError as error:
+        if description:
+            raise
+        raise ValueError(
+            f"{error}. It does not say which network it holds, so small_pspnet was tried; for a network of your own "
+            "use segadv.training.load_model and segadv.evaluation.evaluate"
+        ) from error
+
+
+def whole_images(dataset: Any, *, images: int = 0, batch_size: int = 1) -> DataLoader[Any]:
+    """Batches of the first images of a data set (0: all), whole, so that a batch holds images of one size only.
+
+    Args:
+        dataset: with ``image_paths``, from whose files the sizes are read.
+    """
+    from PIL import Image
+
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index in range(min(images or len(dataset), len(dataset))):
+        with Image.open(dataset.image_paths[index]) as image:
+            by_size.setdefault(image.size, []).append(index)
+    batches = [
+        indices[start : start + batch_size]
+        for indices in by_size.values()
+        for start in range(0, len(indices), batch_size)
+    ]
+    return DataLoader(dataset, batch_sampler=batches)
+
+
+def measure_overhead(
+    configs: Mapping[str, TrainConfig],
+    initial_model: Callable[[], nn.Module],
+    dataset: Dataset[tuple[Tensor, Tensor]],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own.
+
+    With several processes all call it; each has its share of the batch.
+
+    Args:
+        configs: arm -> its run; one arm is "basic".
+        initial_model: gives a network.
+        dataset: as `Trainer` takes it.
+        steps: timed steps of each arm, after two that are not.
+
+    Returns:
+        a row for each arm: arm, step_ms_p20, step_ms_p50, step_ms_p80, overhead_percent (of p50, against basic).
+    """
+    trainers = {
+        arm: Trainer(dataclasses.replace(config, validation=Validation()), initial_model(), dataset)
+        for arm, config in configs.items()
+    }
+    basic = trainers["basic"]
+    share = basic.config.batch_size // distributed.world_size()
+    samples = [basic.dataset[0, distributed.rank() * share + i] for i in range(share)]
+    images = torch.stack([image for image, _, _ in samples]).to(basic.device)
+    labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
+    chosen = list(range(0, share, 2))
+    milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
+    for _ in range(_WARM_UP_STEPS + steps):
+        for arm, trainer in trainers.items():
+            _synchronize(trainer.device)
+            start = time.perf_counter()
+            trainer.step(images, labels, chosen)
+            _synchronize(trainer.device)
+            milliseconds[arm].append((time.perf_counter() - start) * 1000)
+    basic_p50 = float(np.median(milliseconds["basic"][_WARM_UP_STEPS:]))
+    rows = []
+    for arm, times in milliseconds.items():
+        p20, p50, p80 = np.percentile(times[_WARM_UP_STEPS:], (20, 50, 80)).tolist()
+        rows.append(
+            {
+                "arm": arm,
+                "step_ms_p20": round(p20, 3),
+                "step_ms_p50": round(p50, 3),
+                "step_ms_p80": round(p80, 3),
+                "overhead_percent": round((p50 / basic_p50 - 1) * 100, 2),
+            }
+        )
+    return rows
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of curves.csv or overhead.csv: words in the columns arm and attack, numbers in the others."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value if key in ("arm", "attack") else float(value) for key, value in row.items()} for row in rows]
+
+
+def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+    """What BIM-10 at `SHOWN_EPS` does to images under each model, for `segadv.plots.plot_qualitative`."""
+    found = []
+    for sample in samples:
+        for arm, model in models.items():
+            device = next(model.parameters()).device
+            image, label = (tensor[None].to(device) for tensor in sample)
+            adversarial = BIM(model, eps=SHOWN_EPS, alpha=0.004, steps=10)(image, label)
+            example = {
+                "image": image,
+                "label": label,
+                "prediction": _predict(model, image),
+                "adversarial": adversarial,
+                "adversarial_prediction": _predict(model, adversarial),
+            }
+            found.append({"arm": arm, **{key: tensor[0].cpu() for key, tensor in example.items()}})
+    return found
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    with frozen(model):
+        return functional.argmax_labels(model_logits(model(images)), (height, width))

@@ -1,0 +1,43 @@
+"""Progress of long work on the standard error stream: a bar on a terminal, a line per minute in a log file."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+__all__ = ["progress_bar"]
+
+_SECONDS = 60.0
+"""Between two lines where the standard error stream is no terminal."""
+
+
+class _Lines(io.TextIOBase):
+    """Where tqdm would draw over its bar, a line of its own."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+        return len(text)
+
+
+def progress_bar(desc: str, *, total: int | None, initial: int = 0, unit: str, show: bool = True) -> Any:
+    """A tqdm bar; lines where the standard error stream is no terminal; nothing unless `show`.
+
+    Raises:
+        ImportError: tqdm is missing.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
+    options: dict[str, Any] = {"desc": desc, "total": total, "initial": initial, "unit": unit}
+    if not show or sys.stderr.isatty():
+        return tqdm(**options, disable=not show)
+    return tqdm(
+        **options,
+        file=_Lines(),
+        mininterval=_SECONDS,
+        miniters=1,  # a number that tqdm may not choose: its monitor would add lines
+        bar_format="{desc}: {unit} {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}",
+    )

@@ -1,0 +1,78 @@
+"""Recipes: configurations of `segadv train` that are installed with the package, YAML files in segadv/configs.
+
+Keys are checked here, because a mistyped one must be named with its file and the nearest key there is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
+
+__all__ = ["ConfigFile", "flat", "nearest", "recipe_file", "recipes"]
+
+_FOLDER = Path(__file__).with_name("configs")
+
+
+def recipes() -> list[str]:
+    """The names of the installed recipes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe, or the YAML file of that name.
+
+    Raises:
+        ValueError: neither exists.
+    """
+    if name in recipes():
+        return _FOLDER / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    raise ValueError(
+        f"config must be a YAML file or a recipe ({', '.join(recipes())}); "
+        f"{name!r} is neither, did you mean {nearest(name, recipes())!r}?"
+    )
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The one of `names` that looks most like `name`."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+
+
+class ConfigFile(ActionConfigFile):
+    """The option --config: a recipe's name or a YAML file. Errors name the file."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = recipe_file(values)
+        _check_keys(path, [action.dest for action in parser._actions])
+        try:
+            super().__call__(parser, cfg, str(path), option_string)
+        except (TypeError, ValueError, KeyError, ArgumentError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _check_keys(path: Path, known: Collection[str]) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values such as 'steps: 300', it holds {content!r}")
+    for key, value in flat(content).items():
+        if key not in known:
+            raise ValueError(f"{path}: there is no option {key!r}, did you mean {nearest(key, known)!r}?")
+        if parts := [name for name in known if name.startswith(f"{key}.")]:
+            raise ValueError(f"{path}: {key} consists of {', '.join(parts)}; got {value!r}")
+
+
+def flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values

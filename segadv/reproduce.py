@@ -1,0 +1,452 @@
+"""The comparison of Wiens & Hammer 2022 (doi 10.5220/0010788400003122) on its own data sets, in one call.
+
+Five arms are trained with a recipe, attacked with FGSM and BIM-10 (figures 3 and 4 of the paper) and timed (tables 1
+and 2). The figures have no numbers in the paper's text: what it says of them in words is looked for in ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import distributed
+from .comparison import (
+    ARMS,
+    PAPER_OVERHEAD,
+    SHOWN_EPS,
+    describe,
+    examples,
+    load_trained,
+    measure_overhead,
+    whole_images,
+)
+from .data import open_dataset
+from .evaluation import ATTACKS, EPS, EvaluationResult, evaluate
+from .models import ModelConfig, build_model
+from .recipes import flat, recipe_file
+from .records import model_hash
+from .report import table
+from .results import atomic_write, csv_text
+from .run_directory import environment
+from .training import _FREE_TO_CHANGE, TrainConfig, Trainer, _resolve_device
+
+__all__ = ["RECIPES", "Claim", "Evaluation", "claims", "reproduce"]
+
+RECIPES = {"cityscapes": "cityscapes_pspnet50", "voc": "voc_pspnet50"}
+"""setting -> recipe."""
+
+_TITLES = {"cityscapes": ("Cityscapes", "table 1"), "voc": ("PASCAL VOC", "table 2")}
+_PAPER_ATTACKS = ("fgsm", "bim-10")
+_EQUAL = 0.02
+"""Difference of mIoU that still counts as equal."""
+_FREE = {*_FREE_TO_CHANGE, "accumulation", "data", "arms", "evaluation", "overhead_steps", "quick"}
+"""Options in which a command may differ from the one it continues; what a run allows, `Trainer.load` judges."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the trained networks are attacked, beside FGSM and BIM-10 at the paper's eps.
+
+    Args:
+        stronger: further attacks, such as pgd, segpgd, cospgd; with them comes the worst case for each image.
+        steps: of these.
+        images: the first so many of the validation split; 0: all.
+        batch_size: images at once, as far as their sizes are equal.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    stronger: tuple[str, ...] = ()
+    steps: int = 100
+    images: int = 0
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.stronger if name not in ATTACKS]:
+            raise ValueError(f"evaluation.stronger must be names out of {', '.join(ATTACKS)}, got {unknown}")
+        for name, least in (("steps", 1), ("images", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def attacks(self) -> list[str]:
+        """All of them."""
+        return list(dict.fromkeys([*_PAPER_ATTACKS, *self.stronger]))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says in words, and what was measured.
+
+    Attributes:
+        text: the claim.
+        holds: whether ours agrees; None where not all it needs was measured.
+        finding: the figures.
+    """
+
+    text: str
+    holds: bool | None
+    finding: str
+
+
+def reproduce(
+    setting: str,
+    config: TrainConfig,
+    model: ModelConfig,
+    *,
+    dataset: str,
+    data: str,
+    out: str | Path,
+    options: str,
+    arms: Sequence[str] = ARMS,
+    evaluation: Evaluation = Evaluation(),
+    overhead_steps: int = 25,
+    command: str = "",
+) -> dict[str, Any]:
+    """Trains, attacks and times the arms, and writes the paper's figures and tables with ours beside them.
+
+    Called again with the same `out`, it does what is missing. Several machines can share the arms: each trains its
+    own into a folder; their ``<arm>/`` are then put into one, and the call with all arms writes the report.
+
+    Writes to `out`: ``config.yaml`` (the options), ``<arm>/`` (what `Trainer.run` writes, evaluation.json, records/),
+    ``overhead.json``, ``overhead.csv``, ``overhead.png``, ``curves.csv``, ``robustness.png``, ``qualitative.png``,
+    ``results.json`` and ``report.md``, these of the arms that are evaluated so far.
+
+    Args:
+        setting: a key of `RECIPES`.
+        config: of the training; its arm is not looked at.
+        model: the network.
+        dataset, data: kind and folder of the data set.
+        options: all options as YAML, for config.yaml and the comparison with the one that is there.
+        arms: those to train and attack now.
+        evaluation: further attacks, number of images.
+        overhead_steps: timed steps of each arm.
+        command: what repeats it, for the report.
+
+    Returns:
+        what ``results.json`` holds.
+
+    Raises:
+        FileExistsError: `out` holds something else.
+        ValueError: `out` holds a run with other options, an unknown arm; else as `Trainer`.
+    """
+    out = Path(out)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"arms must be names out of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    if overhead_steps < 1:
+        raise ValueError(f"overhead_steps must be at least 1, got {overhead_steps}")
+    train, val = (open_dataset(dataset, data, split) for split in ("train", "val"))
+    with distributed.process_group(config.device):
+        distributed.from_first(lambda: _prepare(out, options))
+        for arm in arms:
+            say(f"training: {arm}")
+            network = build_model(model, num_classes=train.num_classes, seed=config.seed)
+            trainer = Trainer(
+                dataclasses.replace(config, arm=arm),
+                network,
+                train,
+                validation_dataset=val if config.validation.every else None,
+                description=describe(dataset, model, train.num_classes),
+            )
+            trainer.run(out / arm)
+            del trainer, network
+        if distributed.from_first(lambda: not (out / "overhead.json").exists()):
+            say("overhead: steps of all arms in turn")
+            rows = measure_overhead(
+                {arm: dataclasses.replace(config, arm=arm) for arm in ARMS},
+                lambda: build_model(model, num_classes=train.num_classes, seed=config.seed),
+                train,
+                overhead_steps,
+            )
+            measured = {
+                "rows": rows,
+                "processes": distributed.world_size(),
+                "environment": environment(_resolve_device(config.device)),
+            }
+            distributed.from_first(lambda: _write_json(out / "overhead.json", measured))
+        first = distributed.rank() == 0
+    # What follows needs one process, and may take longer than the others would wait for it
+    return _attack_and_report(setting, config, dataset, val, out, arms, evaluation, command) if first else {}
+
+
+def say(text: str) -> None:
+    """A line on the standard output, from the first process."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def _prepare(out: Path, options: str) -> None:
+    """Makes the folder, or makes sure that it holds a run of the same options."""
+    path = out / "config.yaml"
+    if path.exists():
+        here, there = yaml.safe_load(options), yaml.safe_load(path.read_text(encoding="utf-8"))
+        here, there = flat(here), flat(there) if isinstance(there, dict) else {}
+        differing = [
+            f"{key} {there.get(key)} there and {here.get(key)} here"
+            for key in here | there
+            if key.partition(".")[0] not in _FREE and there.get(key) != here.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"out: {out} holds a run with other options ({', '.join(differing)}); choose another folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out must be a new or empty folder or an earlier reproduction's; {out} is neither")
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(options, encoding="utf-8")
+
+
+def _attack_and_report(
+    setting: str,
+    config: TrainConfig,
+    dataset: str,
+    val: Any,
+    out: Path,
+    arms: Sequence[str],
+    evaluation: Evaluation,
+    command: str,
+) -> dict[str, Any]:
+    from . import plots
+
+    device = _resolve_device(config.device)
+    loader = whole_images(val, images=evaluation.images, batch_size=evaluation.batch_size)
+    results, shown, new = {}, {}, False
+    for arm in ARMS:
+        path = out / arm / "evaluation.json"
+        if arm not in arms and not path.exists():
+            continue
+        network, _ = load_trained(out / arm / "last.pt")
+        previous = EvaluationResult.from_json(path) if path.exists() else None
+        arguments = {"evaluation": json.loads(json.dumps(dataclasses.asdict(evaluation))), "seed": config.seed}
+        wanted = arguments | {"model_sha256": model_hash(network)}
+        if previous and {name: previous.run.get(name) for name in wanted} == wanted:
+            results[arm] = previous
+        elif arm in arms:
+            say(f"evaluation: {arm}")
+            results[arm] = evaluate(
+                network.to(device),
+                loader,
+                evaluation.attacks,
+                EPS,
+                steps=evaluation.steps,
+                worst_case=bool(evaluation.stronger),
+                seed=config.seed,
+                records=out / arm / "records",
+                progress=True,
+            )
+            results[arm].run.update(arguments)
+            results[arm].to_json(path)
+            new = True
+        else:
+            say(f"evaluation: {arm} has another one in {path}; it is left out until --arms names it")
+            continue
+        if arm in ("basic", "fast-newton"):
+            shown[arm] = network.to(device)
+    curves = EvaluationResult.merge(results)
+    curves.to_csv(out / "curves.csv")
+    curves.plot(out / "robustness.png")
+    overhead = json.loads((out / "overhead.json").read_text(encoding="utf-8"))
+    with atomic_write(out / "overhead.csv") as temporary:
+        temporary.write_text(csv_text(overhead["rows"]), encoding="utf-8")
+    plots.plot_overhead(overhead["rows"], out / "overhead.png", references=PAPER_OVERHEAD)
+    if shown and (new or not (out / "qualitative.png").exists()):
+        samples = [val[index] for index in sorted({0, len(val) // 2})]
+        plots.plot_qualitative(
+            examples(shown, samples),
+            out / "qualitative.png",
+            attack="bim-10",
+            eps=SHOWN_EPS,
+            class_names=val.class_names,
+            colors=val.colors,
+        )
+    found = claims(curves.rows)
+    content = {
+        "setting": setting,
+        "recipe": RECIPES[setting],
+        "differs_from_recipe": _differences(setting, out),
+        "options": yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")),
+        "command": command,
+        "curves": curves.rows,
+        "claims": [dataclasses.asdict(claim) for claim in found],
+        "overhead": overhead,
+        "overhead_references": PAPER_OVERHEAD,
+        "step_ms_as_trained": {arm: _step_ms_as_trained(out / arm / "metrics.jsonl") for arm in results},
+        "evaluations": curves.run,
+        "environment": environment(device),
+    }
+    _write_json(out / "results.json", content)
+    text = "\n".join(_report(content, list(results), evaluation, "qualitative.png" if shown else None)) + "\n"
+    with atomic_write(out / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _step_ms_as_trained(path: Path) -> float:
+    """Median of the time of a step in metrics.jsonl: with the loading of the data, as the machine went."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return round(float(statistics.median(1000 / json.loads(line)["steps_per_s"] for line in lines)), 3)
+
+
+def _differences(setting: str, out: Path) -> list[str]:
+    """Where the options differ from the recipe, but for what changes no number."""
+    recipe = flat(yaml.safe_load(recipe_file(RECIPES[setting]).read_text(encoding="utf-8")))
+    here = flat(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
+    return [
+        f"{key} {here[key]} instead of {value}"
+        for key, value in recipe.items()
+        if key.partition(".")[0] not in _FREE and here[key] != value
+    ]
+
+
+def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """The paper's claims about its figures, looked for in the rows of the curves (arm, attack, eps, miou).
+
+    It gives no figures for "small", "larger" and "equal": read here as eps 0.01 and 0.02, 0.03 and 0.04, and a
+    difference of mIoU of at most 0.02.
+    """
+    score = {(row["arm"], row["attack"], row["eps"]): row["miou"] for row in rows}
+
+    def claim(
+        text: str, attack: str, pairs: Sequence[tuple[tuple[str, float], tuple[str, float]]], equal: bool
+    ) -> Claim:
+        """`pairs`: (arm, eps) whose mIoU is above, or equal to, that of the other (arm, eps)."""
+        told, holds = [], True
+        for (arm, eps), (other, other_eps) in pairs:
+            left, right = score.get((arm, attack, eps)), score.get((other, attack, other_eps))
+            if left is None or right is None:
+                return Claim(text, None, "not all of it was measured")
+            agrees = abs(left - right) <= _EQUAL if equal else left > right
+            holds &= agrees
+            what = f"{other} {right:.3f}" if other != arm else f"{right:.3f} at {other_eps:g}"
+            told.append(f"eps {eps:g}: {left:.3f}, {what}{'' if agrees else ' (no)'}")
+        return Claim(text, holds, "; ".join(told))
+
+    found = [
+        claim(
+            f"under BIM-10, Fast Newton is above {other}",
+            "bim-10",
+            [(("fast-newton", eps), (other, eps)) for eps in EPS if eps > 0],
+            False,
+        )
+        for other in ("random-fgsm", "fgsm", "basic")
+    ]
+    below = [(("fast-newton", eps), ("bim-3", eps)) for eps in (0.01, 0.02)]
+    above = [(("fast-newton", eps), ("bim-3", eps)) for eps in (0.03, 0.04)]
+    peaks = [(("fgsm", eps), ("fgsm", other)) for eps, other in ((0.0, 0.01), (0.03, 0.02), (0.03, 0.04))]
+    return [
+        *found,
+        claim("under BIM-10, for small eps, Fast Newton is above bim-3", "bim-10", below, False),
+        claim("under BIM-10, for larger eps, Fast Newton is equal to bim-3", "bim-10", above, True),
+        claim("under FGSM, fgsm peaks at eps 0 and 0.03 (catastrophic overfitting)", "fgsm", peaks, False),
+    ]
+
+
+def _report(
+    content: Mapping[str, Any], arms: Sequence[str], evaluation: Evaluation, qualitative: str | None
+) -> list[str]:
+    name, paper_table = _TITLES[content["setting"]]
+    options, overhead = content["options"], content["overhead"]
+    rows = {(row["arm"], row["attack"], row["eps"]): row for row in content["curves"]}
+    attacks = list(dict.fromkeys(row["attack"] for row in content["curves"]))
+    verdict = {True: "agrees", False: "**does not agree**", None: "not measured"}
+    missing = [arm for arm in ARMS if arm not in arms]
+    differs = content["differs_from_recipe"]
+    run = content["evaluations"][arms[0]]
+    lines = [
+        f"# Wiens & Hammer 2022 on {name}, repeated",
+        "",
+        f"{options['model']['name']}, {options['steps']} steps of {options['batch_size']} samples, crops of "
+        f"{options['crop']}, {options['precision']}; {run['images']} validation images, whole"
+        + (f" (the first {evaluation.images} of the split)." if evaluation.images else "."),
+        f"One training of each arm, seed {options['seed']}.",
+        "",
+        f"Differs from the recipe {content['recipe']}: {', '.join(differs)}. What is below "
+        "holds for this training, not for the paper's."
+        if differs
+        else f"Every number is that of the recipe {content['recipe']}.",
+        *(["", f"Still missing: {', '.join(missing)}."] if missing else []),
+        "",
+        "## Figures 3 and 4: mIoU against eps",
+        "",
+        "![mIoU against eps](robustness.png)",
+        "",
+        *table(
+            ["attack", "trained with", *(f"eps {eps:g}" for eps in EPS)],
+            [
+                [attack, arm, *(f"{rows[arm, attack, eps]['miou']:.3f}" for eps in EPS)]
+                for attack in attacks
+                for arm in arms
+            ],
+        ),
+        "",
+        'What the paper says of them. It gives no numbers in its text, nor for "small", "larger" and "equal": read '
+        f"here as eps 0.01 and 0.02, 0.03 and 0.04, and a difference of at most {_EQUAL:g}.",
+        "",
+        *table(
+            ["claim", "ours", "figures"],
+            [[claim["text"], verdict[claim["holds"]], claim["finding"]] for claim in content["claims"]],
+        ),
+        "",
+    ]
+    if evaluation.stronger:
+        lines += [
+            f"The attacks beside FGSM and BIM-10 have {evaluation.steps} steps; the worst case takes of each image the "
+            "attack with the most wrong pixels.",
+            "",
+        ]
+    device, processes = overhead["environment"]["device"], overhead["processes"]
+    lines += [
+        "## Tables 1 and 2: additional training time",
+        "",
+        f"Steps of the arms in turn, a batch in memory, on {device}"
+        + (f" ({processes} processes)" if processes > 1 else "")
+        + f"; medians. The paper's {paper_table} is the one for {name}. As trained: with the loading of data, each arm "
+        "at its own time.",
+        "",
+        "![additional training time](overhead.png)",
+        "",
+        *table(
+            ["trained with", "step", "here", *PAPER_OVERHEAD, "step as trained"],
+            [
+                [
+                    row["arm"],
+                    f"{row['step_ms_p50']:.1f} ms",
+                    f"{row['overhead_percent']:.2f} %" if row["arm"] != "basic" else "",
+                    *(
+                        f"{percent[row['arm']]:.2f} %" if row["arm"] in percent else ""
+                        for percent in PAPER_OVERHEAD.values()
+                    ),
+                    f"{content['step_ms_as_trained'][row['arm']]:.1f} ms" if row["arm"] in arms else "",
+                ]
+                for row in overhead["rows"]
+            ],
+        ),
+        "",
+    ]
+    if qualitative:
+        lines += ["## Examples", "", f"![what BIM-10 does to two images]({qualitative})", ""]
+    return [
+        *lines,
+        "## To repeat it",
+        "",
+        *(["```bash", content["command"], "```", ""] if content["command"] else []),
+        f"Data SHA-256 of the evaluation `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
+        + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+        + ". Everything else is in results.json and <arm>/run.json.",
+    ]

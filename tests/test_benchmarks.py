@@ -1,0 +1,361 @@
+"""benchmarks.overhead and benchmarks.peers on tiny sizes: statistics, counted passes, rows, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import overhead, peers, records
+from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
+from benchmarks.records import Record, Where
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    return Training(overhead.MODELS["small"], CPU, quick=True)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
+    """Of many independent values: mean -+ 1.96 standard errors."""
+    values = np.random.default_rng(0).gamma(2.0, size=400)
+    low, high = records.interval(lambda x: np.mean(x, -1), values, resamples=20_000)
+    error = values.std() / math.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.12 * error)
+
+
+@pytest.mark.parametrize(("drift", "most"), [(0.0, 0.985), (0.3, 1.0)])
+def test_the_interval_covers_the_true_overhead_as_often_as_it_says(drift: float, most: float) -> None:
+    """The true overhead is 30 %. Where a drift is shared by a round's series, the interval is too wide, not too narrow:
+    the medians are then those of one and the same round."""
+    draws = np.random.default_rng(1)
+    covered, trials = 0, 300
+    for _ in range(trials):
+        machine = draws.lognormal(0, drift, 25)
+        basic = 100 * machine * draws.lognormal(0, 0.03, 25)
+        arm = 130 * machine * draws.lognormal(0, 0.03, 25)
+        low, high = records.interval(records.percent_over, arm, basic, resamples=400)
+        covered += low <= 30 <= high
+    assert 0.91 <= covered / trials <= most
+
+
+def test_rounds_stay_together() -> None:
+    """Two series that are equal in every round have a ratio without any uncertainty, however much the rounds differ."""
+    series = np.random.default_rng(2).lognormal(0, 1, 15)
+    assert records.interval(records.percent_over, 1.5 * series, series) == pytest.approx((50.0, 50.0))
+    other = np.random.default_rng(3).permutation(series)
+    low, high = records.interval(records.percent_over, other, series)
+    assert high - low > 20
+
+
+def test_a_row_of_two_series() -> None:
+    arm, basic = np.array([3.0, 3.0, 6.0, 9.0]), np.array([2.0, 2.0, 2.0, 4.0])
+    row = Where("case", torch.float32, CPU).record(
+        "overhead", "segadv", "fgsm", (arm, basic), unit="%", statistic=records.percent_over
+    )
+    assert row.p50 == 125.0  # median 4.5 of median 2
+    assert (row.p20, row.p80) == pytest.approx(np.percentile([50, 50, 200, 125], [20, 80]))
+    assert row.low <= row.p50 <= row.high
+    assert row.rounds == 4
+    alone = Where("case", torch.float32, CPU).record("passes", "segadv", "fgsm", (np.array([1.5]),), unit="batches")
+    assert (alone.p50, alone.rounds) == (1.5, 1)
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.p80)
+
+
+def test_every_key_is_measured_once_in_every_round_in_changing_order() -> None:
+    calls: list[str] = []
+
+    def measure(key: str) -> float:
+        calls.append(key)
+        return float(len(calls))
+
+    found = records.in_rounds(measure, "abcde", rounds=12, seed=0)
+    rounds = [calls[i : i + 5] for i in range(0, 60, 5)]
+    assert all(sorted(order) == list("abcde") for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 6
+    assert [found[key][3] for key in rounds[3]] == [16, 17, 18, 19, 20]
+    assert records.in_rounds(measure, "abcde", rounds=12, seed=0).keys() == found.keys()
+    assert calls[60:] == calls[:60]  # the same seed, the same order
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[Record]:
+    where = Where("case", torch.float32, CPU)
+    return [
+        where.record("step", "segadv", "fgsm", (np.array([1.0, 2.0, 4.0]),), unit="ms"),
+        where.record("passes", "segadv", "fgsm, with a comma", (np.array([1.5]),), unit="batches"),
+    ]
+
+
+def test_rows_are_read_as_written_and_replaced_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.csv"
+    first, second = rows()
+    records.write_records(path, [first, second])
+    records.write_records(path, [replace(first, p50=9.0), replace(first, thp=1 - first.thp)])
+    found = records.read_records(path)
+    assert len(found) == 3
+    assert repr(sorted(found, key=repr)) == repr(  # repr, because NaN is not equal to itself
+        sorted([replace(first, p50=9.0), second, replace(first, thp=1 - first.thp)], key=repr)
+    )
+
+
+def test_a_write_that_fails_leaves_the_rows_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    first, second = rows()
+    records.write_records(path, [first])
+    before = path.read_bytes()
+
+    def full(self: Path, *arguments: Any, **options: Any) -> int:
+        with open(self, "w") as file:
+            file.write("half a r")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        records.write_records(path, [second])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_another_kind_are_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("operation,provider\na,b\n")
+    with pytest.raises(ValueError, match="columns"):
+        records.write_records(path, rows())
+    assert path.read_text() == "operation,provider\na,b\n"
+
+
+# --- overhead -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "arm", "share", "expected"),
+    [
+        (CONVENTIONAL, "basic", 0.0, (1, 1, 1)),
+        (OURS, "basic", 0.0, (1, 1, 1)),
+        (CONVENTIONAL, "fgsm", 0.5, (2, 2, 2)),  # the whole batch, and weight gradients
+        (EFFICIENT, "fgsm", 0.5, (1.5, 1.5, 1)),
+        (OURS, "fgsm", 0.5, (1.5, 1.5, 1)),
+        (OURS, "fast-newton", 0.5, (1.5, 1.5, 1)),
+        (OURS, "fast-newton", 1.0, (2, 2, 1)),
+        (OURS, "bim-3", 0.5, (2.5, 2.5, 1)),
+        (EFFICIENT, "segpgd-3", 1.0, (4, 4, 1)),
+        (CONVENTIONAL, "pgd-3", 0.5, (4, 4, 4)),
+    ],
+)
+def test_counted_passes(training: Training, column: str, arm: str, share: float, expected: tuple[float, ...]) -> None:
+    passes = Passes(training).count(Step(column, arm, share))
+    assert (passes.forward, passes.backward, passes.weights) == expected
+
+
+def test_the_parts_make_up_the_step(training: Training) -> None:
+    begin = overhead.time.perf_counter()
+    parts = overhead.phases_of(training, Step(OURS, "fast-newton", 0.5))
+    milliseconds = 1e3 * (overhead.time.perf_counter() - begin)
+    assert set(parts) == set(overhead.PHASES)
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) < milliseconds
+    basic = overhead.phases_of(training, Step(CONVENTIONAL, "basic", 0.0))
+    assert [name for name, value in basic.items() if value == 0] == list(overhead.PHASES[:3])
+
+
+def test_parts_belong_to_the_mark_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 1.5, 3.5, 7.5, 7.75])
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(times))
+    clock = overhead.Clock(CPU)
+    for phase in ("attack glue", "attack forward", "attack glue", "loss", "end"):
+        clock.mark(phase)
+    found = {name: value for name, value in clock.milliseconds().items() if value}
+    assert found == {"attack glue": 4500.0, "attack forward": 2000.0, "loss": 250.0}
+
+
+def test_a_step_changes_no_weight_and_leaves_no_gradient(training: Training) -> None:
+    before = [p.detach().clone() for p in training.model.parameters()]
+    for column in overhead.COLUMNS:
+        training.step(column, "bim-3", 0.5)
+    assert all(
+        torch.equal(p, old) and p.grad is None for p, old in zip(training.model.parameters(), before, strict=True)
+    )
+    assert training.model.training
+
+
+@pytest.mark.parametrize("column", overhead.COLUMNS)
+def test_exactly_the_chosen_images_are_attacked(training: Training, column: str) -> None:
+    for share, chosen in ((0.5, [True, False]), (1.0, [True, True])):
+        images = training.with_adversarial(column, "fgsm", share)
+        assert (images != training.images).flatten(1).any(1).tolist() == chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_columns_agree(training: Training, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In bfloat16, as on a GPU, too."""
+    monkeypatch.setattr(training, "dtype", dtype)
+    overhead.check(training, overhead.ARMS, overhead.COLUMNS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_attack_is_not_timed(training: Training, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(training, "dtype", dtype)
+    right = overhead.usual_newton_step
+    monkeypatch.setattr(overhead, "usual_newton_step", lambda *tensors: (tensors[0] + right(*tensors)) / 2)
+    with pytest.raises(RuntimeError, match=r"fast-newton, segadv .* elements agree"):
+        overhead.check(training, ["fast-newton"], [OURS])
+
+
+def test_a_wrong_loss_is_not_timed(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = training.losses[OURS]
+    monkeypatch.setitem(training.losses, OURS, lambda logits, labels: 1.01 * ours(logits, labels))
+    with pytest.raises(RuntimeError, match="loss, segadv"):
+        overhead.check(training, [], [OURS])
+    # the right value with a wrong gradient
+    monkeypatch.setitem(
+        training.losses, OURS, lambda logits, labels: ours(logits.detach() + 1.01 * (logits - logits.detach()), labels)
+    )
+    with pytest.raises(RuntimeError, match="weight gradients, segadv"):
+        overhead.check(training, [], [OURS])
+
+
+def test_overhead_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "overhead.csv"
+    arms = ["fgsm", "fast-newton"]
+    assert overhead.main(["--quick", "--device", "cpu", "--arms", *arms, "--write", str(path)]) == 0
+    found = {(r.operation, r.provider, r.mode): r for r in records.read_records(path)}
+    modes = [f"{arm}, p = {share}" for arm in arms for share in ("0.5", "1")]
+    parts = {f"part: {phase}" for phase in overhead.PHASES}
+    for column in overhead.COLUMNS:
+        assert found["training step", column, "basic"].p50 > 0
+        for mode in modes:
+            step = found["training step", column, mode]
+            assert step.low <= step.p50 <= step.high
+            assert parts <= {name for name, *rest in found if rest == [column, mode]}
+            basic = found["training step", column, "basic"]
+            assert found["overhead", column, mode].p50 == pytest.approx(100 * (step.p50 / basic.p50 - 1), abs=0.1)
+            assert found["peak memory", column, mode].p50 >= 0
+    expected = {(CONVENTIONAL, "0.5"): 100, (EFFICIENT, "0.5"): 100 / 3, (OURS, "0.5"): 100 / 3, (OURS, "1"): 200 / 3}
+    for (column, share), percent in expected.items():
+        assert found["cost model", column, f"fgsm, p = {share}"].p50 == pytest.approx(percent, abs=1e-3)
+    printed = capsys.readouterr().out
+    assert "12.52 %, 31.76 %" in printed  # the paper's FGSM
+    assert printed.count("glue of Fast Newton") == printed.count("overhead of Fast Newton") == 2
+    assert "less than 12 % over conventional basic training" in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def record_of(operation: str, column: str, mode: str, value: float, low: float, high: float) -> Record:
+    (row, _) = rows()
+    return replace(row, operation=operation, provider=column, mode=mode, p50=value, low=low, high=high, unit="%")
+
+
+def test_the_targets_are_judged_by_their_limits() -> None:
+    def lines(glue: float, newton: float, total: float, loss: float) -> list[str]:
+        return overhead.targets(
+            "small, 8 x 3",
+            overhead.Table(
+                [
+                    record_of(overhead.GLUE_SHARE, OURS, "fast-newton, p = 0.5", glue, glue - 1, glue + 1),
+                    record_of("overhead", OURS, "fast-newton, p = 0.5", newton, newton - 1, newton + 1),
+                    record_of("overhead", OURS, "fgsm, p = 0.5", 30, 28, 32),
+                    record_of(overhead.NEWTON_OVER_FGSM, OURS, "fast-newton, p = 0.5", newton - 30, -1, 1),
+                    record_of("over conventional basic", OURS, "fast-newton, p = 0.5", total, total - 1, total + 1),
+                    record_of("part: forward", CONVENTIONAL, "basic", 60 - loss, 0, 0),
+                    record_of("part: loss", CONVENTIONAL, "basic", loss, 0, 0),
+                    record_of("part: backward", CONVENTIONAL, "basic", 35, 0, 0),
+                    record_of("part: optimiser", CONVENTIONAL, "basic", 5, 0, 0),
+                ]
+            ),
+        )[1:]
+
+    glue, newton, total = lines(glue=5, newton=31, total=8, loss=30)
+    assert glue.endswith("%: met")
+    assert newton.endswith("met, within")
+    assert ": met." in total
+    assert "cannot" not in total
+    glue, newton, total = lines(glue=12.5, newton=33, total=20, loss=10)
+    assert glue.endswith("not met, by less than the interval")
+    assert newton.endswith("not met, above")
+    assert ": not met." in total
+    assert "The loss is 10.0 % of" in total
+    # 4 / 3 of the network's 85 %, and the optimiser's 5 %
+    assert "18.3 % would remain by the cost model, so it cannot be met here" in total
+    glue, newton, _ = lines(glue=11.5, newton=20, total=8, loss=30)
+    assert glue.endswith(": met, by less than the interval")
+    assert newton.endswith("met, below")
+
+
+def test_quick_figures_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (overhead, peers):
+        with pytest.raises(SystemExit, match="not kept"):
+            module.main(["--quick", "--write"])
+
+
+# --- peers --------------------------------------------------------------------------------------------------------
+
+
+def test_peers_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "peers.csv"
+    assert peers.main(["--quick", "--device", "cpu", "--no-compile", "--steps", "3", "--write", str(path)]) == 0
+    found = {(r.operation, r.provider): r for r in records.read_records(path)}
+    printed = capsys.readouterr().out
+    expected = {name: ["eager", "segadv"] for name in peers.COMPARISONS}
+    for name, peer in [("jaccard", "torchmetrics"), ("segformer", "transformers")]:
+        expected[name].append(peer)  # the tests have these
+    for name, peer in [("fgsm", "torchattacks"), ("pgd", "torchattacks"), ("segpgd", "cospgd"), ("cospgd", "cospgd")]:
+        if f"{peer} is left out" not in printed:
+            expected[name].append(peer)
+    for name, providers in expected.items():
+        assert {provider for operation, provider in found if operation == name} == set(providers)
+        for provider in providers:
+            time, ours = found[name, provider], found[name, "segadv"]
+            assert 0 < time.low <= time.p50 <= time.high
+            by_ours = found[f"{name}, time by segadv's", provider]
+            assert by_ours.p50 == pytest.approx(time.p50 / ours.p50, rel=1e-2)
+            assert found[f"{name}, peak memory", provider].p50 >= 0
+    assert "3 steps" in found["pgd", "eager"].mode
+
+
+def test_a_peer_with_other_images_is_not_timed() -> None:
+    compared = peers.comparison("pgd", CPU, quick=True, steps=3, compiled=False)
+    (right,) = compared.calls["eager"]()
+    images = peers.Attacks.on(CPU, quick=True, steps=3).images
+    for wrong in (images, images + 0.9 * (right - images), right * math.nan, right.double(), right[:1]):
+        checked = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)}).checked()
+        assert checked.calls.keys() == compared.calls.keys()
+        assert "pgd, wrong against eager" in checked.differing[0]
+    with pytest.raises(RuntimeError, match="pgd, segadv against eager"):
+        replace(compared, calls={**compared.calls, "segadv": lambda: (images,)}).checked()
+
+
+def test_a_metric_that_differs_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compared = peers.jaccard(CPU, quick=True)
+    (right,) = compared.calls["eager"]()
+    assert 0 < right < 1
+    assert not compared.checked().differing
+    for wrong in (1.001 * right, right * math.nan):
+        broken = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)})
+        monkeypatch.setattr(peers, "jaccard", lambda device, *, quick, broken=broken: broken)
+        path = tmp_path / "peers.csv"
+        assert peers.main(["--quick", "--device", "cpu", "--only", "jaccard", "--write", str(path)]) == 1
+        assert "not timed, its results differ: jaccard, wrong against eager" in capsys.readouterr().out
+        assert {row.provider for row in records.read_records(path)} == set(compared.calls)
+
+
+def test_a_peer_that_is_missing_is_named() -> None:
+    calls, missing = peers.with_peers({}, {"other": lambda: peers.package("no_such_package", "pip install other")})
+    assert calls == {}
+    assert "no_such_package is left out" in missing[0]
+    assert missing[0].endswith("pip install other")

@@ -1,0 +1,194 @@
+"""The demo over several seeds; with one seed it is tested in test_cli.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segadv import demo, plots
+from segadv.cli import main
+from segadv.demo import ARMS, DemoSizes, run_demo
+from segadv.training import Trainer
+
+pytest.importorskip("PIL.Image")
+
+TWO = ("basic", "fast-newton")
+TINY = DemoSizes(
+    train_images=4,
+    val_images=2,
+    image_size=(64, 64),
+    crop=(32, 32),
+    batch_size=4,
+    steps=2,
+    learning_rate=0.05,
+    overhead_steps=1,
+)
+
+
+@pytest.fixture
+def two_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less to train: only the arms that the pictures need."""
+    monkeypatch.setattr(demo, "ARMS", TWO)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def counting(trained: list[tuple[str, int]]) -> Callable[..., Any]:
+    """Trainer.step, which notes the arm and the seed."""
+    genuine = Trainer.step
+
+    def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        trained.append((self.config.arm, self.config.seed))
+        return genuine(self, *args, **kwargs)
+
+    return step
+
+
+@pytest.mark.usefixtures("two_arms")
+def test_seeds_extend_a_finished_demo_and_come_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = run_demo(tmp_path, sizes=TINY, seed=5, progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "seeds" not in single
+
+    trained: list[tuple[str, int]] = []
+    drawn: list[Sequence[Any]] = []
+    draw = plots.plot_robustness
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", counting(trained))
+        patched.setattr(plots, "plot_robustness", lambda rows, path: (drawn.append(rows), draw(rows, path)))
+        several = run_demo(tmp_path, sizes=TINY, seed=5, seeds=2, progress=False)
+    # what was there was neither trained nor timed again; the others on the same scenes
+    assert sorted(trained) == sorted((arm, 6) for arm in TWO for _ in range(TINY.steps))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(["data", *TWO, "seed-6"])
+    assert (tmp_path / "overhead.csv").read_bytes() == before["overhead.csv"]
+    assert (tmp_path / "qualitative.png").read_bytes() == before["qualitative.png"]
+    assert (tmp_path / "robustness.png").read_bytes() != before["robustness.png"]
+
+    assert several["seeds"] == [5, 6]
+    assert several["finished"] is True
+    assert several["arguments"] == single["arguments"]
+    assert {"train basic", "train basic, seed 6", "evaluate basic, seed 6"} <= several["seconds"].keys()
+    assert drawn == [several["curves"]]
+    by_seed = {
+        seed: [{k: v for k, v in row.items() if k != "seed"} for row in several["curves"] if row["seed"] == seed]
+        for seed in (5, 6)
+    }
+    assert by_seed[5] == single["curves"]
+    assert [(row["arm"], row["attack"], row["eps"]) for row in by_seed[6]] == [
+        (row["arm"], row["attack"], row["eps"]) for row in single["curves"]
+    ]
+    evaluated = json.loads((tmp_path / "seed-6" / "fast-newton" / "evaluation.json").read_text())["rows"]
+    assert [row["miou"] for row in evaluated] == [row["miou"] for row in by_seed[6] if row["arm"] == "fast-newton"]
+    clean = [row["miou"] for row in several["curves"] if (row["arm"], row["eps"]) == ("basic", 0)]
+    assert len(set(clean[::2])) == 2, "two seeds are the same"
+    written = read(tmp_path / "curves.csv")
+    assert list(written[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy", "seed"]
+    assert [{k: str(v) for k, v in row.items()} for row in several["curves"]] == written
+
+    run_demo(tmp_path, sizes=TINY, seed=5, progress=False)
+    for name in ("curves.csv", "overhead.csv", "robustness.png"):
+        assert (tmp_path / name).read_bytes() == before[name]
+    assert "seeds" not in json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.usefixtures("two_arms")
+def test_interrupted_in_a_further_seed_continues_to_the_same_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_demo(tmp_path / "whole", sizes=TINY, seeds=2, progress=False)
+    trained: list[tuple[str, int]] = []
+    step = counting(trained)
+
+    def interrupted(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if trained.count(("fast-newton", 1)) == 1:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(tmp_path / "parts", sizes=TINY, seeds=2, progress=False)
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["finished"] is False
+    assert not (tmp_path / "parts" / "curves.csv").exists()
+    trained.clear()
+    monkeypatch.setattr(Trainer, "step", counting(trained))
+    run_demo(tmp_path / "parts", sizes=TINY, seeds=2, progress=False)
+    of_training = [(arm, seed) for arm, seed in trained if seed == 1]
+    assert [of_training.count((arm, 1)) for arm in TWO] == [0, TINY.steps - 1]
+    assert (tmp_path / "parts" / "curves.csv").read_bytes() == (tmp_path / "whole" / "curves.csv").read_bytes()
+
+
+def test_wrong_number_of_seeds_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--quick", "--seeds", "0", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == "segadv: error: seeds must be at least 1, got 0\n"
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_hands_the_seeds_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, **options: calls.append(options))
+    assert main(["demo", "--out", str(tmp_path / "x")]) == 0
+    assert main(["demo", "--seed", "4", "--seeds", "3", "--out", str(tmp_path / "x")]) == 0
+    assert [(call["seed"], call["seeds"]) for call in calls] == [(0, 1), (4, 3)]
+
+
+MIOU = {"basic": 0.1, "fgsm": 0.28, "random-fgsm": 0.3, "bim-3": 0.4, "fast-newton": 0.35}
+
+
+def curves(miou: dict[str, float], spread: float) -> list[dict[str, Any]]:
+    """Three seeds, `spread` around the mean."""
+    return [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": miou[arm] + difference, "seed": seed}
+        for seed, difference in enumerate((spread, 0.0, -spread))
+        for arm in ARMS
+        for attack in ("fgsm", "bim-10")
+        for eps in (0.0, 0.01, 0.03)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spread", "ranges", "overlapping"),
+    [
+        (0.0, "0.350-0.350", "none of them"),
+        (0.026, "0.324-0.376", "random-fgsm"),
+        (0.04, "0.310-0.390", "random-fgsm, fgsm"),
+        (0.13, "0.220-0.480", "random-fgsm, fgsm, basic"),
+    ],
+)
+def test_the_tables_show_mean_and_range_of_the_seeds(spread: float, ranges: str, overlapping: str) -> None:
+    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in ARMS]
+    text = demo._report(curves(MIOU, spread), overhead, {"train": 60.0}, 400)
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("fast-newton"))
+    assert lines[row].split() == ["fast-newton", *["0.350"] * 5]
+    assert lines[row + 1].split() == [ranges] * 5
+    assert len(lines[row]) == len(lines[row + 1])
+    assert "of 3 trainings" in text
+    assert f"the range of fast-newton overlaps that of {overlapping}.\n" in text
+    single = demo._report([row for row in curves(MIOU, spread) if row["seed"] == 1], overhead, {"train": 60.0}, 400)
+    assert "range" not in single
+
+
+def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.plot_robustness(curves(MIOU, 0.02), tmp_path / "x.png")
+    plots.plot_robustness([row for row in curves(MIOU, 0.02) if row["seed"] == 1], tmp_path / "x.png")
+    several, single = figures
+    for panel in several.axes:
+        bands = [collection.get_paths()[0].vertices for collection in panel.collections]
+        assert len(bands) == len(panel.lines) == len(ARMS)
+        for line, band, arm in zip(panel.lines, bands, ARMS, strict=True):
+            assert line.get_xdata().tolist() == [0.0, 0.01, 0.03]
+            assert line.get_ydata() == pytest.approx([MIOU[arm]] * 3)
+            assert (band[:, 0].min(), band[:, 0].max()) == (0.0, 0.03)
+            assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((MIOU[arm] - 0.02, MIOU[arm] + 0.02))
+    assert all(not panel.collections for panel in single.axes)

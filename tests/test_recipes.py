@@ -1,0 +1,716 @@
+"""Recipes, --config and dotted options, training and evaluation on both data sets, `segadv reproduce`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from segadv import cli, comparison, plots, progress, recipes, reproduce, results
+from segadv.cli import main
+from segadv.data import DATASETS, open_dataset
+from segadv.models import ModelConfig, small_pspnet
+from segadv.reproduce import Evaluation, claims
+from segadv.training import TrainConfig, Trainer, Validation, load_model, read_config
+
+ROOT = Path(__file__).parents[1]
+FOLDER = importlib.resources.files("segadv") / "configs"
+OF_THE_PAPER = ("cityscapes_pspnet50", "voc_pspnet50")
+SMALL = "--config quick --device cpu --monitor-every 0 --validation.every 0"
+
+
+def run(command: str) -> int:
+    return main(command.split())
+
+
+def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The message that a wrong use prints."""
+    capsys.readouterr()
+    assert run(command) == 2
+    _, start, message = capsys.readouterr().err.rpartition("segadv: error: ")
+    assert start
+    return message
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def _errors_are_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEGADV_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streets")
+    assert run(f"data generate-streets {folder} --train 5 --val 2 --size 64x80") == 0
+    return folder
+
+
+def make_voc(root: Path) -> Path:
+    """A tree in the layout of VOC2012 with SegmentationClassAug: 4 + 2 training and 4 validation images."""
+    voc = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[:21] = DATASETS["voc"].colors  # type: ignore[attr-defined]
+    palette[255] = (224, 224, 192)
+    generator = np.random.default_rng(0)
+    for split, year, count in (("train", 2007, 4), ("val", 2008, 4), ("", 2009, 2)):
+        names = [f"{year}_{number:06d}" for number in range(count)]
+        if split:
+            (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names) + "\n")
+        for name, size in zip(names, [(60, 80), (80, 60), (60, 80), (50, 80)], strict=False):
+            mask = np.zeros(size, np.uint8)
+            mask[10:32, 12:42] = 255
+            mask[12:30, 14:40] = generator.integers(1, 21)
+            Image.fromarray(palette[mask] // 2 + 60).save(voc / "JPEGImages" / f"{name}.jpg")
+            picture = Image.fromarray(mask).convert("P")
+            picture.putdata(mask.flatten().tolist())
+            picture.putpalette(palette.flatten().tolist())
+            picture.save(voc / ("SegmentationClass" if split else "SegmentationClassAug") / f"{name}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_voc(tmp_path_factory.mktemp("voc"))
+
+
+# --- the recipes --------------------------------------------------------------------------------------------
+
+
+def parsed(*arguments: str) -> tuple[TrainConfig, ModelConfig, Any]:
+    """What `segadv train` makes of a command line."""
+    arguments = ("train", *arguments, "--data", "x", "--out", "y")
+    found = cli._parser().parse_args(cli._arranged(arguments)).train
+    return *cli._configs(found), found
+
+
+def test_wheel_holds_the_recipes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    build = subprocess.run(
+        command, env={**os.environ, "SEGADV_NATIVE": "OFF"}, capture_output=True, text=True, check=False
+    )
+    assert build.returncode == 0, build.stdout + build.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"segadv/configs/{name}.yaml" for name in recipes.recipes()} <= set(names)
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_every_key_is_documented(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    keys = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    bare = [line for line in keys if not re.match(r" *\w+:( .+)?  +# .+", line)]
+    assert [line for line in bare if not re.fullmatch(r"\w+:", line)] == []
+    assert text.startswith("# ")
+    assert "segadv train" in text.split("\n\n")[0]
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_recipes_of_the_paper_name_every_option(name: str) -> None:
+    """So that an option that is added later is decided on, and documented, here too."""
+    keys = recipes.flat(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    config, model, _ = parsed("--config", name)
+    options = recipes.flat({"dataset": "", "model": dataclasses.asdict(model), **dataclasses.asdict(config)})
+    assert options.keys() - keys.keys() == {"arm", "allow_other_split"}
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "crop"), [(OF_THE_PAPER[0], "cityscapes", 712), (OF_THE_PAPER[1], "trainaug", 472)]
+)
+def test_recipes_of_the_paper_say_what_it_says(name: str, dataset: str, crop: int) -> None:
+    config, model, arguments = parsed("--config", name, "--arm", "bim-3")
+    assert arguments.dataset == dataset
+    assert (model.name, model.pretrained, model.backbone) == ("pspnet50", False, "")
+    said = {
+        "arm": "bim-3", "adversarial_share": 0.5, "batch_size": 16, "accumulation": 1, "crop": (crop, crop),
+        "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "power": 0.9,
+    }  # fmt: skip
+    assert {key: getattr(config, key) for key in said} == said
+    augmentation = config.augmentation
+    assert (augmentation.flip, augmentation.scale, augmentation.rotation) == (True, (0.5, 2.0), 10)
+    assert augmentation.blur > 0
+    assert config.validation.attacks == ("fgsm", "bim-10")
+    assert config.validation.eps == (0, 0.01, 0.02, 0.03, 0.04)
+    # VOC's images differ in size, and validation takes batches of one size
+    assert config.validation.batch_size == 1 or dataset == "cityscapes"
+
+
+def test_a_recipe_is_found_by_name_and_a_file_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipes.recipe_file("quick").parent == Path(str(FOLDER))
+    Path("mine.yaml").write_text("steps: 3")
+    assert recipes.recipe_file("mine.yaml") == Path("mine.yaml")
+    with pytest.raises(ValueError, match=r"voc_pspnet50\); 'voc_pspnet' is neither, did you mean 'voc_pspnet50'"):
+        recipes.recipe_file("voc_pspnet")
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_overrides_the_file_whatever_the_order(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("steps: 7\nlearning_rate: 1.0e-3\naugmentation:\n  rotation: 3\n  scale: [0.5, 2]\n")
+    for order in (1, -1):
+        config, _, _ = parsed(*[f"--config={file}", "--steps=9", "--augmentation.rotation=5"][::order])
+        assert (config.steps, config.learning_rate) == (9, 1e-3)
+        assert config.augmentation == dataclasses.replace(TrainConfig.augmentation, rotation=5.0, scale=(0.5, 2.0))
+
+
+def test_later_files_override_earlier_ones(tmp_path: Path) -> None:
+    for name, steps in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"steps: {steps}\nworkers: {steps}\n")
+    (tmp_path / "b.yaml").write_text("steps: 2\n")
+    config, _, _ = parsed("--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"))
+    assert (config.steps, config.workers) == (2, 1)
+
+
+def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
+    config, model, _ = parsed(
+        "--batch-size=6", "--validation.batch-size", "2", "--arm", "n-fgsm", "--model.name=small_pspnet"
+    )
+    assert (config.batch_size, config.validation.batch_size, config.arm) == (6, 2, "n-fgsm")
+    assert model == ModelConfig("small_pspnet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--augmentation.rotate 3", "--augmentation.rotate 3; did you mean --augmentation.rotation?"),
+        ("--btach-size 3", "--btach_size 3; did you mean --batch_size?"),
+        ("--augmentation.scale 3", 'key "augmentation.scale": Expected a list, such as [0.5, 2]. Got value: 3'),
+        ("--augmentation.scale [1,2,3]", "Expected a tuple with 2 elements. Got value: [1, 2, 3]"),
+        ("--precision fp64", "key \"precision\": Expected one of 'fp32', 'bf16', 'fp16'. Got value: fp64"),
+        ("--steps 1.5", 'key "steps": Expected a value of type int. Got value: 1.5'),
+        ("--crop 3", "must be height x width, such as 160x320, got '3'"),
+        ("--dataset vok", "dataset must be one of cityscapes, voc, trainaug; got 'vok', did you mean 'voc'?"),
+        ("--model.name pspnet5", "got 'pspnet5', did you mean 'pspnet50'?"),
+        ("--arm fast-newtn", "got 'fast-newtn', did you mean 'fast-newton'?"),
+        ("--validation.every 1 --validation.attacks [pdg]", "validation.attacks must be names out of"),
+        ("--config voc_pspnet5", "is neither, did you mean 'voc_pspnet50'?"),
+        ("--config wrong-key.yaml", "wrong-key.yaml: there is no option 'stepz', did you mean 'steps'?"),
+        ("--config wrong-part.yaml", "'augmentation.rot', did you mean 'augmentation.rotation'?"),
+        ("--config wrong-type.yaml", 'wrong-type.yaml: Parser key "steps": Expected a value of type int'),
+        ("--config no-parts.yaml", "no-parts.yaml: model consists of model.name, model.pretrained, "),
+        ("--config not.yaml", "not.yaml is no YAML file"),
+        ("--config empty.yaml", "empty.yaml must hold keys and values such as 'steps: 300', it holds None"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_what_is_right(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "wrong-key": "stepz: 7", "wrong-part": "augmentation:\n  rot: 3", "wrong-type": "steps: many",
+        "no-parts": "model: pspnet50", "not": "a: [", "empty": "# nothing",
+    }  # fmt: skip
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
+    assert message in failure(f"train --data . --out out {options}", capsys)
+    assert not Path("out").exists()
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_config_of_a_run_gives_the_same_run(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = "--arm random-fgsm --steps 2 --augmentation.rotation 7 --validation.every 2 --validation.eps [0,0.02]"
+    assert run(f"train --config voc_pspnet50 {SMALL} --data {voc} --out {first} {options}") == 0
+    assert run(f"train --config {first}/config.yaml --out {second}") == 0
+    assert (first / "config.yaml").read_bytes() == (second / "config.yaml").read_bytes()
+    weights = [torch.load(run / "last.pt", weights_only=True)["model"] for run in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    effective = yaml.safe_load((first / "config.yaml").read_text())
+    options = {**dataclasses.asdict(TrainConfig()), "model": dataclasses.asdict(ModelConfig())}
+    assert recipes.flat(effective).keys() == recipes.flat(options).keys() | {"dataset", "data"}
+    assert (effective["arm"], effective["crop"], effective["data"]) == ("random-fgsm", "64x64", str(voc))
+    assert effective["augmentation"] == {"flip": True, "scale": [0.5, 2.0], "rotation": 7.0, "blur": 1.0}
+    config = read_config(first / "last.pt")
+    assert config["description"] == {
+        "dataset": "trainaug",
+        "model": dataclasses.asdict(ModelConfig("small_pspnet")),
+        "num_classes": 21,
+    }
+    assert config["dataset_length"] == 6
+    assert drawn(first / "training.png")
+    assert drawn(first / "robustness.png")
+    assert not capsys.readouterr().err.count("Traceback")
+
+
+def test_out_of_another_run_is_left_as_it_is(streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"train {SMALL} --data {streets} --out {tmp_path}/run --steps 2"
+    assert run(f"{command} --arm basic") == 0
+    before = content(tmp_path)
+    for option, told in (
+        ("--arm fgsm", "differs in arm ('basic' there, 'fgsm' here)"),
+        ("--arm basic --augmentation.blur 1", "augmentation.blur"),
+        ("--arm basic --seed 1", "seed"),
+    ):
+        message = failure(f"{command} {option}", capsys)
+        assert "run/last.pt belongs to another run" in message
+        assert told in message
+    assert content(tmp_path) == before
+    assert run(f"{command} --arm basic --log-every 9 --workers 0") == 0, "what changes no number may change"
+
+
+def test_interrupted_training_continues_to_the_same_weights(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"train {SMALL} --data {streets} --arm fast-newton --out {tmp_path}"
+    assert run(f"{command}/whole") == 0
+    genuine = Trainer.step
+
+    def step(self: Trainer, *args: Any) -> Any:
+        if self.steps_done == 3:
+            raise KeyboardInterrupt
+        return genuine(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        assert run(f"{command}/parts") == 130
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+    assert run(f"{command}/parts") == 0
+    whole, parts = (load_model(tmp_path / name / "last.pt", small_pspnet()).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_voc(tmp_path / "voc")
+    mask = data / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000002.png"
+    mask.unlink()
+    assert str(mask) in failure(f"train --config voc_pspnet50 {SMALL} --data {data} --out {tmp_path}/x", capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_pspnet50_takes_a_step(voc: Path, tmp_path: Path) -> None:
+    options = "--steps 1 --batch-size 2 --crop 32x32 --workers 0 --monitor-every 0 --validation.every 0 --device cpu"
+    assert run(f"train --config voc_pspnet50 --arm fast-newton --data {voc} --out {tmp_path}/run {options}") == 0
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["loss"] < 100
+    model, config = comparison.load_trained(tmp_path / "run" / "last.pt")
+    assert config["precision"] == "bf16"
+    with torch.inference_mode():
+        assert model.eval()(torch.rand(1, 3, 40, 48)).shape == (1, 21, 5, 6)
+
+
+def test_two_processes(streets: Path, tmp_path: Path) -> None:
+    """The second process neither prints nor writes what the first one does."""
+    processes = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "segadv"]
+    for command in (
+        f"train {SMALL} --steps 2 --data {streets} --out {tmp_path}/train --arm fgsm",
+        reproduction("cityscapes", streets, tmp_path / "both", "--arms basic --steps 1 --overhead-steps 1"),
+    ):
+        found = subprocess.run(
+            [*processes, *command.split()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        last = "last.pt: fgsm, 2 steps" if command.startswith("train") else "(2 processes); medians"
+        assert found.stdout.count(last) == 1
+    assert read_config(tmp_path / "train" / "last.pt")["processes"] == 2
+    assert (tmp_path / "train" / "config.yaml").exists()
+    assert drawn(tmp_path / "train" / "training.png")
+    assert json.loads((tmp_path / "both" / "results.json").read_text())["overhead"]["processes"] == 2
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_in_lines_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress.progress_bar("fgsm", total=3, initial=1, unit="step") as bar:
+        for loss in (2, 1):
+            bar.set_postfix_str(f"loss {loss}", refresh=False)
+            bar.update()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "fgsm: step 1/3",
+        "fgsm: step 2/3",
+        "fgsm: step 3/3",
+        "fgsm: step 3/3",
+    ]
+    assert lines[1].endswith("left, loss 2")
+    assert "\r" not in stream.getvalue()
+    with progress.progress_bar("fgsm", total=3, unit="step", show=False) as bar:
+        bar.update()
+    assert stream.getvalue().splitlines() == lines
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with progress.progress_bar("fgsm", total=2, unit="step") as bar:
+        bar.update(2)
+    assert "\r" in stream.getvalue()
+    assert "100%" in stream.getvalue()
+
+
+def test_lines_come_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress.progress_bar("fgsm", total=3, unit="step") as bar:
+        for _ in range(3):
+            time.sleep(0.15)  # longer than between two drawings of a bar
+            bar.update()
+    assert stream.getvalue().count("\n") == 2  # at the start and in the end
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(voc: Path, streets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    for dataset, data in (("voc", voc), ("cityscapes", streets)):
+        assert (
+            run(f"train {SMALL} --steps 1 --arm basic --dataset {dataset} --data {data} --out {folder}/{dataset}") == 0
+        )
+    return folder
+
+
+def test_evaluate_takes_data_set_classes_and_network_from_the_checkpoint(
+    voc: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    genuine = plots.plot_per_class
+
+    def seen(*args: Any, **kwargs: Any) -> None:
+        names.append(kwargs["class_names"])
+        genuine(*args, **kwargs)
+
+    monkeypatch.setattr(plots, "plot_per_class", seen)
+    options = "--attacks fgsm --eps 0,0.02 --check-images 0 --device cpu"
+    # images of three sizes
+    assert run(f"evaluate {trained}/voc/last.pt --data {voc} --out {tmp_path}/out {options}") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["run"]["basic"]["images"] == 4
+    confusion = torch.tensor(found["measurements"][0]["confusion"])
+    assert confusion.shape == (21, 21)
+    labels = torch.cat([label.flatten() for _, label in (open_dataset("voc", voc, "val")[i] for i in range(4))])
+    assert confusion.sum(1).tolist() == torch.bincount(labels[labels != 255].long(), minlength=21).tolist()
+    assert names == [DATASETS["voc"].class_names]  # type: ignore[attr-defined]
+    assert drawn(tmp_path / "out" / "per_class.png")
+
+    # one image at a time gives the same
+    again = f"evaluate {trained}/voc/last.pt --data {voc} --out {tmp_path}/ones {options} --batch-size 1"
+    assert run(again) == 0
+    ones = json.loads((tmp_path / "ones" / "results.json").read_text())
+    for one, several in zip(ones["measurements"], found["measurements"], strict=True):
+        assert one["pixel_accuracy"] == pytest.approx(several["pixel_accuracy"], abs=1e-3)
+
+    mixed = f"evaluate {trained}/voc/last.pt {trained}/cityscapes/last.pt --data {voc} --out {tmp_path}/x {options}"
+    assert "folders of different names" not in failure(mixed, capsys)
+    assert "different data sets (cityscapes, voc): give --dataset" in failure(mixed, capsys)
+    message = failure(f"{mixed} --dataset voc", capsys)
+    assert "cityscapes/last.pt was trained on 19 classes (cityscapes), the data set has 21" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_checkpoint_without_description(
+    trained: Path, streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they were written before there were descriptions, or by a program of one's own."""
+    state = torch.load(trained / "cityscapes" / "last.pt", weights_only=True)
+    del state["config"]["description"]
+    torch.save(state, tmp_path / "old.pt")
+    options = "--attacks fgsm --eps 0 --check-images 0 --device cpu"
+    assert run(f"evaluate {tmp_path}/old.pt --data {streets} --out {tmp_path}/out {options}") == 0
+    state["model"] = {"weight": torch.zeros(3)}
+    torch.save(state, tmp_path / "own.pt")
+    message = failure(f"evaluate {tmp_path}/own.pt --data {streets} --out {tmp_path}/out {options}", capsys)
+    assert "own.pt belongs to another architecture" in message
+    assert "does not say which network it holds, so small_pspnet was tried" in message
+
+
+def test_the_weights_of_a_trained_network_come_from_its_checkpoint_alone(trained: Path, tmp_path: Path) -> None:
+    """The file its backbone started with need not be there any more."""
+    state = torch.load(trained / "cityscapes" / "last.pt", weights_only=True)
+    state["config"]["description"]["model"]["backbone"] = "/nowhere/backbone.pth"
+    torch.save(state, tmp_path / "last.pt")
+    model, _ = comparison.load_trained(tmp_path / "last.pt")
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("images", "batch_size", "expected"), [
+    (0, 4, [[0, 2], [1], [3]]), (0, 1, [[0], [2], [1], [3]]), (3, 2, [[0, 2], [1]]), (99, 4, [[0, 2], [1], [3]]),
+])  # fmt: skip
+def test_batches_of_whole_images_have_one_size(
+    voc: Path, images: int, batch_size: int, expected: list[list[int]]
+) -> None:
+    dataset = open_dataset("voc", voc, "val")
+    loader = comparison.whole_images(dataset, images=images, batch_size=batch_size)
+    assert list(loader.batch_sampler) == expected  # type: ignore[arg-type]
+    for indices, (pictures, labels) in zip(expected, loader, strict=True):
+        assert torch.equal(pictures, torch.stack([dataset[i][0] for i in indices]))
+        assert torch.equal(labels, torch.stack([dataset[i][1] for i in indices]))
+
+
+def test_pictures_have_the_data_sets_colours(tmp_path: Path) -> None:
+    dataset: Any = DATASETS["voc"]
+    person = dataset.class_names.index("person")
+    label = torch.full((40, 60), person, dtype=torch.uint8)
+    label[:, 30:] = 255
+    image = torch.full((3, 40, 60), 0.3)
+    example = {
+        "arm": "basic", "image": image, "adversarial": image, "label": label,
+        "prediction": label, "adversarial_prediction": torch.zeros_like(label),
+    }  # fmt: skip
+    names = {"class_names": dataset.class_names, "colors": dataset.colors}
+    plots.plot_qualitative([example], tmp_path / "voc.png", attack="bim-10", eps=0.03, **names)
+    plots.plot_qualitative([example], tmp_path / "cityscapes.png", attack="bim-10", eps=0.03)
+
+    def pixels(name: str, color: tuple[int, int, int]) -> int:
+        found = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        return int((found == np.array(color)).all(-1).sum())
+
+    # the halves of two of six pictures, and the legend
+    assert pixels("voc.png", (192, 128, 128)) > 20_000
+    assert pixels("cityscapes.png", (192, 128, 128)) == 0
+    assert pixels("cityscapes.png", (0, 60, 100)) > 20_000  # bus
+
+
+# --- reproduce ----------------------------------------------------------------------------------------------
+
+FILES = {
+    "config.yaml", "curves.csv", "overhead.csv", "overhead.json", "overhead.png", "qualitative.png", "report.md",
+    "results.json", "robustness.png",
+}  # fmt: skip
+
+
+def drawn(path: Path) -> bool:
+    """Whether it opens as a picture that is not blank."""
+    with Image.open(path) as image:
+        return image.width >= 700 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def reproduction(setting: str, data: Path, out: Path, options: str = "") -> str:
+    cheap = "--quick --device cpu --monitor-every 0 --validation.every 0"
+    return f"reproduce {setting} {cheap} --data {data} --out {out} {options}"
+
+
+def test_reproduce_from_end_to_end(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = reproduction("voc", voc, out, "--steps 2 --evaluation.stronger [segpgd] --evaluation.steps 3")
+    assert run(command) == 0
+    assert {path.name for path in out.iterdir() if path.is_file()} == FILES
+    assert all(drawn(out / name) for name in FILES if name.endswith(".png"))
+    text = (out / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    for arm in comparison.ARMS:
+        config = read_config(out / arm / "last.pt")
+        assert (config["arm"], config["steps"], config["description"]["num_classes"]) == (arm, 2, 21)
+        assert json.loads((out / arm / "evaluation.json").read_text())["run"]["images"] == 2
+    found = json.loads((out / "results.json").read_text())
+    seen = [(row["arm"], row["attack"], row["eps"]) for row in found["curves"]]
+    attacks = ("fgsm", "bim-10", "segpgd", "worst-case")
+    assert seen == [(arm, a, eps) for arm in comparison.ARMS for a in attacks for eps in (0, 0.01, 0.02, 0.03, 0.04)]
+    assert comparison.read_rows(out / "curves.csv") == found["curves"]
+    assert comparison.read_rows(out / "overhead.csv") == found["overhead"]["rows"]
+    assert [row["arm"] for row in found["overhead"]["rows"]] == list(comparison.ARMS)
+    assert len(found["claims"]) == 6
+
+    # The paper's figures of table 2, those of table 1, ours, the difference from the recipe
+    for arm, percent in (
+        ("fgsm", "31.76 %"),
+        ("random-fgsm", "34.71 %"),
+        ("fast-newton", "31.18 %"),
+        ("bim-3", "98.24 %"),
+    ):
+        assert re.search(rf"^\| {arm} \| [\d.]+ ms \| -?[\d.]+ % \| [\d.]+ % \| {percent} ", text, flags=re.MULTILINE)
+    assert "steps 2 instead of 30000" in text
+    assert "model.name small_pspnet instead of pspnet50" in text
+    assert "segpgd" in text
+
+    # The command of the report, which is the same, trains, attacks and times nothing
+    before = content(out)
+    with monkeypatch.context() as patched:
+        for owner, name in ((Trainer, "step"), (reproduce, "evaluate"), (reproduce, "measure_overhead")):
+            patched.setattr(owner, name, None)
+        repeated = re.search(r"^segadv (reproduce .*)$", text, flags=re.MULTILINE)
+        assert repeated
+        assert run(repeated[1]) == 0
+    changed = {name for name, value in content(out).items() if before[name] != value}
+    assert changed <= FILES - {"overhead.json", "curves.csv"}, "the pictures and the report are drawn anew"
+    assert json.loads((out / "results.json").read_text())["curves"] == found["curves"]
+
+    # Other attacks are computed, training stays; other options are refused
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", None)
+        assert run(command.replace("--evaluation.stronger [segpgd]", "--evaluation.stronger []")) == 0
+    assert "segpgd" not in (out / "report.md").read_text()
+    before = content(out)
+    assert "holds a run with other options (steps 2 there and 3 here)" in failure(f"{command} --steps 3", capsys)
+    assert content(out) == before
+
+
+def test_reproduce_continues_where_it_was_stopped_and_in_parts(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = "--steps 2 --overhead-steps 1"
+    assert run(reproduction("cityscapes", streets, whole, options)) == 0
+    command = reproduction("cityscapes", streets, parts, options)
+    genuine, evaluate, steps = Trainer.step, reproduce.evaluate, []
+
+    def step(self: Trainer, *args: Any) -> Any:
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(self.config.arm)
+        return genuine(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", step)
+        assert run(f"{command} --arms basic,fgsm") == 130
+    assert steps == ["basic", "basic", "fgsm"]
+    assert "the same command continues" in capsys.readouterr().err
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        evaluate(*args, **kwargs)
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reproduce, "evaluate", full)
+        assert "No space left" in failure(f"{command} --arms basic,fgsm", capsys)
+    records = {path: path.stat().st_mtime_ns for path in (parts / "basic" / "records").iterdir()}
+    assert records
+    assert run(f"{command} --arms basic,fgsm") == 0
+    assert {path: path.stat().st_mtime_ns for path in records} == records, "records were made anew"
+    text = (parts / "report.md").read_text()
+    assert "Still missing: random-fgsm, bim-3, fast-newton." in text
+    assert text.count("| not measured |") == 5  # all but the one about fgsm alone
+    assert "unknown" not in text
+    assert run(f"{command} --arms random-fgsm,bim-3,fast-newton") == 0
+    assert "Still missing" not in (parts / "report.md").read_text()
+    assert (parts / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+
+
+def test_reproduce_writes_whole_files(streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file cannot be replaced, the others and the old one stay whole, and the next call makes it."""
+    command = reproduction("cityscapes", streets, tmp_path, "--arms basic --steps 1 --batch-size 2 --overhead-steps 1")
+    assert run(command) == 0
+    before = content(tmp_path)
+    for name in ("config.yaml", "overhead.csv", "results.json", "report.md"):
+        genuine = os.replace
+
+        def replace(source: Any, target: Any, name: str = name, genuine: Any = genuine) -> None:
+            if Path(target).name == name:
+                raise OSError(f"no space left for {name}")
+            genuine(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(results.os, "replace", replace)
+            assert run(command) == 2
+        assert content(tmp_path).keys() == before.keys(), "a half-written file stayed"
+        assert (tmp_path / name).read_bytes() == before[name]
+    assert run(command) == 0
+
+
+def test_reproduce_leaves_foreign_folders_alone(
+    voc: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "out must be a new or empty folder" in failure(reproduction("voc", voc, tmp_path), capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    message = failure(reproduction("voc", voc, trained / "voc"), capsys)
+    assert "holds a run with other options" in message
+    assert "arm basic there and None here" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--arms basic,fgms", "arms must be names out of basic, fgsm, random-fgsm, bim-3, fast-newton, got fgms"),
+        ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
+        ("--evaluation.steps 0", "evaluation.steps must be at least 1, got 0"),
+        ("--overhead-steps 0", "overhead_steps must be at least 1, got 0"),
+        ("--arm fgsm", "did you mean --arms?"),
+        ("--stepz 3", "did you mean --steps?"),
+        ("--evaluation.imges 3", "did you mean --evaluation.images?"),
+    ],
+)
+def test_wrong_use_of_reproduce(
+    options: str, message: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failure(reproduction("voc", voc, tmp_path / "out", options), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def curves(arms: dict[tuple[str, str], tuple[float, ...]]) -> list[dict[str, Any]]:
+    """(arm, attack) -> mIoU at the five eps."""
+    return [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": value}
+        for (arm, attack), values in arms.items()
+        for eps, value in zip((0.0, 0.01, 0.02, 0.03, 0.04), values, strict=True)
+    ]
+
+
+AS_THE_PAPER_SAYS = {
+    ("fast-newton", "bim-10"): (0.7, 0.6, 0.5, 0.4, 0.3), ("random-fgsm", "bim-10"): (0.7, 0.5, 0.4, 0.3, 0.2),
+    ("fgsm", "bim-10"): (0.7, 0.4, 0.3, 0.2, 0.1), ("basic", "bim-10"): (0.8, 0.3, 0.2, 0.1, 0.0),
+    ("bim-3", "bim-10"): (0.6, 0.55, 0.45, 0.41, 0.29), ("fgsm", "fgsm"): (0.7, 0.4, 0.3, 0.6, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, [True] * 6),
+        ({("random-fgsm", "bim-10"): (0.7, 0.5, 0.4, 0.4, 0.2)}, [False, True, True, True, True, True]),
+        ({("fgsm", "bim-10"): (0.9, 0.4, 0.3, 0.2, 0.31)}, [True, False, True, True, True, True]),
+        ({("basic", "bim-10"): (0.8, 0.61, 0.2, 0.1, 0.0)}, [True, True, False, True, True, True]),
+        ({("bim-3", "bim-10"): (0.6, 0.55, 0.5, 0.41, 0.29)}, [True, True, True, False, True, True]),
+        ({("bim-3", "bim-10"): (0.6, 0.55, 0.45, 0.41, 0.33)}, [True, True, True, True, False, True]),
+        ({("fgsm", "fgsm"): (0.7, 0.65, 0.62, 0.6, 0.5)}, [True, True, True, True, True, False]),
+        ({("bim-3", "bim-10"): None}, [True, True, True, None, None, True]),
+    ],
+)
+def test_claims_are_judged_by_the_numbers(changed: dict[str, Any], expected: list[bool | None]) -> None:
+    arms = {name: values for name, values in {**AS_THE_PAPER_SAYS, **changed}.items() if values is not None}
+    found = claims(curves(arms))
+    assert [claim.holds for claim in found] == expected
+    for claim in found:
+        assert ("(no)" in claim.finding) == (claim.holds is False)
+
+
+def test_overhead_is_measured_without_validation(streets: Path) -> None:
+    """Whose data set is not at hand there; and of the configs' own arms."""
+    config = TrainConfig(
+        steps=3, batch_size=2, crop=(32, 32), device="cpu", validation=Validation(every=1, images=1), arm="fgsm"
+    )
+    configs = {"basic": dataclasses.replace(config, arm="basic"), "fgsm": config}
+    rows = comparison.measure_overhead(configs, small_pspnet, open_dataset("cityscapes", streets, "train"), 2)
+    assert [row["arm"] for row in rows] == ["basic", "fgsm"]
+    assert rows[0]["overhead_percent"] == 0
+    expected = (rows[1]["step_ms_p50"] / rows[0]["step_ms_p50"] - 1) * 100
+    assert rows[1]["overhead_percent"] == pytest.approx(expected, abs=0.1)
+
+
+def test_evaluation_checks_its_values() -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.images must be at least 0, got -1"):
+        Evaluation(images=-1)
+    assert Evaluation(stronger=("pgd", "fgsm")).attacks == ["fgsm", "bim-10", "pgd"]

@@ -1,0 +1,654 @@
+"""benchmarks.report: the committed tables are those of the committed rows, and what is wrong is told."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import attacks, overhead, peers, report, scaling
+from benchmarks import test_bench_cpu as guard
+from benchmarks.measure import DeviceRow, Row, Timing, read_rows, write_rows
+from benchmarks.records import Record, read_records, write_records
+from segadv.comparison import ARMS
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+
+NAN = float("nan")
+
+
+def record(
+    operation: str, provider: str = "", mode: str = "", case: str = "a case", p50: float = 1.0, **values: Any
+) -> Record:
+    known = {
+        "dtype": "float32", "device": "cpu", "threads": 2, "thp": 0, "p20": p50 - 0.1, "p80": p50 + 0.1,
+        "low": p50 - 0.5, "high": p50 + 0.5, "unit": "", "rounds": 9, "commit": "c0ffee", "versions": "torch 2.13.0",
+        "machine": "a machine",
+    }  # fmt: skip
+    return Record(operation=operation, provider=provider, mode=mode, case=case, p50=p50, **known | values)
+
+
+def cells(text: str, start: str) -> list[str]:
+    """Of the only row of a Markdown table that begins so."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of what the report reads and writes."""
+    for name in (*report.DOCUMENTS, *(picture.path for picture in report.PICTURES)):
+        if (report.ROOT / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(report.ROOT / name, tmp_path / name)
+    shutil.copytree(report.ROOT / report.RESULTS, tmp_path / report.RESULTS, dirs_exist_ok=True)
+    return tmp_path
+
+
+def with_block(root: Path, name: str) -> None:
+    """Puts an empty table into the benchmarks' README."""
+    path = root / "benchmarks/README.md"
+    path.write_text(f"{path.read_text()}\n<!-- begin: {name} -->\n<!-- end: {name} -->\n")
+
+
+def edited(text: str) -> str:
+    """With another digit in a ratio of the operations' table."""
+    return re.sub(
+        r"\d( x \| [\d.]+ x \|)", lambda match: ("2" if match[0][0] == "1" else "1") + match[1], text, count=1
+    )
+
+
+# --- in step ------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_documents_are_in_step_with_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--check"]) == 0, capsys.readouterr()
+    assert "operations" in report.blocks_in(report.ROOT)
+
+
+def test_a_changed_row_is_found_and_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / report.RESULTS / "cpu.csv"
+    rows = read_rows(path)
+    for row in rows:
+        if (row["operation"], row["provider"], row["thp"]) == ("newton_step", "segadv", "0"):
+            row["ms_p50"] = "0.918"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    documents = {name: (root / name).read_text() for name in report.DOCUMENTS}
+    assert report.main(["--check"], root) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name}: out of step with the rows in benchmarks/results" for name in report.DOCUMENTS
+    ]
+    assert {name: (root / name).read_text() for name in report.DOCUMENTS} == documents, "--check has written"
+    assert report.main([], root) == 0
+    assert report.main(["--check"], root) == 0
+    assert cells((root / "README.md").read_text(), "newton_step")[4].startswith("0.9 ms, ")
+    # the lines outside the table are as before
+    outside = [re.sub(r"(<!-- begin: operations -->).*(<!-- end: operations -->)", r"\1\2", text, flags=re.DOTALL)
+               for text in (documents["README.md"], (root / "README.md").read_text())]  # fmt: skip
+    assert outside[0] == outside[1]
+
+
+def test_a_table_edited_by_hand_is_found(root: Path) -> None:
+    path = root / "README.md"
+    text = path.read_text()
+    path.write_text(edited(text))
+    assert report.main(["--check"], root) == 1
+    assert report.main([], root) == 0
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("marked", "message"),
+    [
+        ("<!-- begin: nonsense -->\n<!-- end: nonsense -->", "no table is called 'nonsense'"),
+        ("<!-- begin: operations -->", "markers do not come in pairs"),
+        ("<!-- end: operations -->", "markers do not come in pairs"),
+        ("<!-- begin: gpu -->\n<!-- end: data -->", "markers do not come in pairs"),
+        ("<!-- begin: peers -->\n<!-- end: peers -->", "peers-cpu.csv: no such file"),
+    ],
+)
+def test_markers_that_make_no_sense(marked: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / report.RESULTS / "peers-cpu.csv").unlink(missing_ok=True)
+    path = root / "benchmarks/README.md"
+    path.write_text(f"{path.read_text()}\n{marked}\n")
+    before = path.read_text()
+    for arguments in ([], ["--check"]):
+        assert report.main(arguments, root) == 1
+        assert message in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_a_document_is_written_whole_or_not_at_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = root / "README.md"
+    path.write_text(edited(path.read_text()))
+    before = path.read_bytes()
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert report.main([], root) == 1
+    assert path.read_bytes() == before
+    assert [entry.name for entry in root.iterdir() if entry.name.startswith(".")] == []
+
+
+# --- operations ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_the_operations_from_the_file_itself() -> None:
+    """One row worked out by itself: time and memory of each, ratios to the better of the others."""
+    found: dict[str, tuple[float, float]] = {}
+    with (report.ROOT / report.RESULTS / "cpu.csv").open() as file:
+        for row in csv.DictReader(file):
+            key = (row["operation"], row["mode"], row["case"], row["thp"], row["dtype"], row["threads"])
+            if key == ("upsample + cross_entropy", "forward + backward", "voc21", "0", "float32", "2"):
+                found[row["provider"]] = float(row["ms_p50"]), float(row["peak_mb"])
+    text = report.operations(report.ROOT / report.RESULTS)
+    (line,) = [line for line in text.splitlines() if "cross_entropy, value and g" in line and "16 x 21 x 59²" in line]
+    shown = re.findall(r"([\d.]+) ms, ([\d.]+) MB", line)
+    for provider, (ms, megabytes) in zip(("eager", "compile", "segadv"), shown, strict=True):
+        assert (float(ms), float(megabytes)) == pytest.approx(found[provider], rel=0.02, abs=0.051)
+    faster, less = map(float, re.findall(r"([\d.]+) x \|", line))
+    assert faster == pytest.approx(min(found["eager"][0], found["compile"][0]) / found["segadv"][0], abs=0.051)
+    assert less == pytest.approx(min(found["eager"][1], found["compile"][1]) / found["segadv"][1], abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("operation", "mode", "case", "provider", "thp"),
+    [
+        ("upsample + averaged_gain", "forward + backward", "ade150", "compile", "0"),
+        ("upsample + averaged_gain", "forward", "cityscapes19", "eager, max", "0"),
+        ("sign_step", "forward", "cityscapes19", "segadv", "0"),
+        ("cross_entropy", "forward + backward", "cityscapes19", "floor", "0"),
+        ("newton_step", "forward", "cityscapes19", "compile", "1"),
+    ],
+)
+def test_a_missing_row_of_the_operations_is_an_error(
+    operation: str, mode: str, case: str, provider: str, thp: str, root: Path
+) -> None:
+    path = root / report.RESULTS / "cpu.csv"
+    rows = read_rows(path)
+    names = ("operation", "mode", "case", "provider", "thp")
+    kept = [row for row in rows if tuple(row[name] for name in names) != (operation, mode, case, provider, thp)]
+    assert len(kept) == len(rows) - 1
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    with pytest.raises(report.ReportError, match=re.escape(f"no row of {operation}, {mode}, {case}, {provider}")):
+        report.operations(path.parent)
+
+
+def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
+    shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", tmp_path)
+    assert report.gpus(tmp_path) == ""
+
+    def row(provider: str, ms: float, **values: Any) -> DeviceRow:
+        known = {
+            "operation": "confusion_matrix", "mode": "forward", "case": "voc21", "dtype": "bfloat16", "device": "cuda",
+            "threads": 0, "thp": 0, "ms_p20": ms, "ms_p80": ms, "peak_mb": 9.0, "commit": "c0ffee", "torch": "2.11",
+            "machine": "NVIDIA X1, driver 1.2", "gb_per_s": 1.0, "of_copy": 0.25, "extra_mb": ms * 10, "note": "",
+        }  # fmt: skip
+        return DeviceRow(provider=provider, ms_p50=ms, **known | values)
+
+    rows = [
+        row("eager", 0.8),
+        row("eager, max", 0.6),
+        row("compile", 0.5),
+        row("triton", 0.2),
+        row("native", 0.1, of_copy=0.75),
+    ]
+    others = [row("native", 0.01, operation="enqueueing confusion_matrix"), row("copy", 1.0, operation="copy")]
+    write_rows(tmp_path / "nvidia-x1.csv", [*rows, *others])
+    text = report.gpus(tmp_path)
+    assert "### NVIDIA X1\n" in text
+    assert "2.11" in text
+    assert "c0ffee" in text
+    assert text.count("\n| ") == 2, "a header and one row"
+    assert cells(text, "voc21")[4:] == ["0.600", "0.500", "0.200", "0.100", "5.0 x", "0.75", "5.0", "1.0"]
+
+
+def test_training_samples(tmp_path: Path) -> None:
+    times = {"fused": 20.0, "v2": 180.0, "v2, blur last": 150.0, "v2, crop first": 90.0, "decode": 40.0}
+    rows = [
+        Row(
+            operation="decode" if name == "decode" else "augment", provider=name, mode="per image",
+            case="8x16 to 4x4", dtype="uint8", device="cpu", threads=1, thp=0, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 1,
+            peak_mb=1.0, commit="c0ffee", torch="2.13", machine="a machine",
+        )
+        for name, ms in (times | {"decode + fused": 60.0}).items()
+    ]  # fmt: skip
+    write_rows(tmp_path / "cpu.csv", rows)
+    text = report.training_samples(tmp_path)
+    assert cells(text, "torchvision v2, whole image")[1:] == ["180 [179, 181]", "9.0 x"]
+    assert cells(text, "decoding the PNG files")[1:] == ["40.0 [39.0, 41.0]", ""]
+    assert "8x16 to 4x4 pixels. (a machine; one thread, torch 2.13; commit c0ffee)" in text
+    for row in rows:
+        (tmp_path / "cpu.csv").unlink()
+        write_rows(tmp_path / "cpu.csv", [other for other in rows if other is not row])
+        with pytest.raises(report.ReportError, match=re.escape(f"no rows of {row.provider};")):
+            report.training_samples(tmp_path)
+
+
+# --- other tables: rows made up -----------------------------------------------------------------------------------
+
+
+def overhead_rows() -> list[Record]:
+    """Of one network; every value is another one."""
+    case = "small, 8 x 3 x 256 x 512, 19 classes"
+    columns = (overhead.CONVENTIONAL, overhead.EFFICIENT, overhead.OURS)
+    rows = [record("training step", column, "basic", case, 100.0 + i) for i, column in enumerate(columns)]
+    for i, arm in enumerate(overhead.ARMS):
+        mode = f"{arm}, p = 0.5"
+        rows += [record("overhead", column, mode, case, 10.0 * j + i, unit="%") for j, column in enumerate(columns, 1)]
+        rows.append(record("over conventional basic", overhead.OURS, mode, case, 40.0 + i, unit="%"))
+        rows.append(record(overhead.COST_MODEL, overhead.OURS, mode, case, 50.0 + i, unit="%", rounds=1))
+    return rows
+
+
+def peer_rows() -> list[Record]:
+    rows = []
+    for i, operation in enumerate(peers.COMPARISONS):
+        for j, provider in enumerate(("eager", "segadv", f"package {i}")):
+            rows += [
+                record(operation, provider, "3 steps", "a case", 10.0 * i + j + 1, unit="ms"),
+                record(f"{operation}, time by segadv's", provider, "3 steps", "a case", 1.5 + j, unit="x"),
+                record(f"{operation}, peak memory", provider, "3 steps", "a case", 200.0 + i + j, unit="MB"),
+            ]
+    return [row for row in rows if "time by" not in row.operation or row.provider.startswith("package")]
+
+
+def attack_rows() -> list[Record]:
+    rows = [record(attacks.RUN, "bare pass", p50=95.0, unit="ms")]
+    iterative = [kind.__name__ for kind in attacks.ITERATIVE]
+    for i, name in enumerate(("FGSM", "FastNewton", *iterative)):
+        rows += [
+            record(attacks.RUN, name, "1 step", p50=100.0 + i),
+            record(attacks.OVER_BARE, name, "1 step", p50=5.0 + i),
+        ]
+    for i, name in enumerate(iterative):
+        rows += [record(attacks.STEP, name, p50=110.0 + i), record(attacks.STEP_OVER_BARE, name, p50=15.0 + i)]
+        if name != "PGD":
+            rows.append(record(attacks.STEP_OVER_PGD, name, p50=1.0 + i))
+    for i, curve in enumerate(attacks.CURVES):
+        rows += [record(attacks.PASSES, "FGSM", f"{what}, {curve}", p50=5.0 + i) for what in ("forward", "backward")]
+    return rows
+
+
+def ladder_rows() -> list[Record]:
+    return [record(scaling.LADDER, name, p50=2.0 * i + 1, unit="us") for i, name in enumerate(scaling.RUNGS)]
+
+
+def growth_rows() -> list[Record]:
+    rows = []
+    for axis, (values, case) in scaling.AXES.items():
+        for value in values:
+            threads = value if axis == "threads" else 2
+            for i, (operation, provider) in enumerate(
+                [("fewest bytes", "floor")]
+                + [(f"upsample + {name}", who) for name in scaling.OPERATIONS for who in ("segadv", "eager")]
+            ):
+                for what in (scaling.TIME, scaling.MEMORY):
+                    rows.append(
+                        record(f"{operation}, {what}", provider, axis, case(value).name, 1.0 + i, threads=threads)
+                    )
+    return rows
+
+
+def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
+    """The means are multiples of 0.05, the ranges 0.01 to each side."""
+    rows = [
+        record(report.MIOU, arm, attack, f"eps {eps:g}, seed {seed}", 0.05 * (i + 1) + 0.01 * (seed - 1), rounds=1)
+        for i, arm in enumerate(ARMS)
+        for attack in ("fgsm", "bim-10")
+        for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
+        for seed in seeds
+    ]
+    rows += [record(report.STEP, arm, "p = 0.5", "demo", 100.0 + 10 * i, unit="ms") for i, arm in enumerate(ARMS)]
+    return [*rows, record(report.MINUTES, "demo", "", "demo", 31.4, unit="minutes", rounds=1)]
+
+
+TABLES: dict[str, tuple[str, Callable[[], list[Record]]]] = {
+    "overhead": ("overhead-cpu.csv", overhead_rows),
+    "peers": ("peers-cpu.csv", peer_rows),
+    "attacks": ("attacks-cpu.csv", attack_rows),
+    "calls": ("scaling-cpu.csv", ladder_rows),
+    "demo": ("demo.csv", demo_rows),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_needed(name: str, tmp_path: Path) -> None:
+    """Any one that is missing is an error, and every one is shown or counted; of the demo, what the table shows."""
+    file, made = TABLES[name]
+    rows = made()
+    path = tmp_path / file
+    write_records(path, rows)
+    whole = report.BLOCKS[name](tmp_path)
+    assert "a machine" in whole
+    assert "c0ffee" in whole
+    shown = [row for row in rows if row.operation != report.MIOU or (row.mode, row.case.split(",")[0]) in SHOWN_OF_DEMO]
+    for row in shown:
+        path.unlink()
+        write_records(path, [other for other in rows if other is not row])
+        with pytest.raises(report.ReportError):
+            report.BLOCKS[name](tmp_path)
+    for row in shown[:: max(1, len(shown) // 8)]:
+        path.unlink()
+        changed = replace(row, p50=row.p50 + 3, low=row.low + 3, high=row.high + 3)
+        write_records(path, [changed if other is row else other for other in rows])
+        assert report.BLOCKS[name](tmp_path) != whole, row
+    path.unlink()
+    with pytest.raises(report.ReportError, match=re.escape(f"{file}: no such file")):
+        report.BLOCKS[name](tmp_path)
+
+
+SHOWN_OF_DEMO = {
+    ("fgsm", "eps 0"),
+    ("fgsm", "eps 0.01"),
+    ("fgsm", "eps 0.03"),
+    ("bim-10", "eps 0.01"),
+    ("bim-10", "eps 0.03"),
+}
+
+
+@pytest.mark.parametrize("name", ["overhead", "peers", "attacks", "calls"])
+def test_rows_of_other_threads_or_memory_stand_aside(name: str, tmp_path: Path) -> None:
+    file, made = TABLES[name]
+    write_records(tmp_path / file, made())
+    whole = report.BLOCKS[name](tmp_path)
+    others = [replace(row, threads=1, p50=77.0) for row in made()] + [replace(row, thp=1, p50=77.0) for row in made()]
+    write_records(tmp_path / file, others)
+    assert report.BLOCKS[name](tmp_path) == whole
+
+
+def test_cells_of_the_overhead(tmp_path: Path) -> None:
+    write_records(tmp_path / "overhead-cpu.csv", overhead_rows())
+    text = report.training_overhead(tmp_path)
+    i = overhead.ARMS.index("fast-newton")
+    columns = [f"{value + i:.1f} [{value + i - 0.5:.1f}, {value + i + 0.5:.1f}] %" for value in (10, 20, 30, 40)]
+    assert cells(text, "fast-newton") == ["fast-newton", *columns, f"{50 + i:.1f} %", "11.98 %", "31.18 %"]
+    assert cells(text, "segpgd-3")[-2:] == ["", ""]
+    assert "conventional eager 100 ms, efficient eager 101 ms, segadv 102 ms" in text
+
+
+def test_cells_of_peers(tmp_path: Path) -> None:
+    write_records(
+        tmp_path / "peers-cpu.csv",
+        [
+            *peer_rows(),
+            record("pgd", "compile", "3 steps", p50=55.0),
+            record("pgd, peak memory", "compile", "3 steps", p50=66.0),
+        ],
+    )
+    text = report.other_packages(tmp_path)
+    assert cells(text, "PGD without random start, 3 steps") == [
+        "PGD without random start, 3 steps", "a case", "package 1", "13.0 ms, 203 MB", "11.0 ms, 201 MB",
+        "55.0 ms, 66.0 MB", "12.0 ms, 202 MB", "", "3.50 [3.00, 4.00] x",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["overhead", "peers"])
+def test_a_gpu_has_a_table_of_its_own(name: str, tmp_path: Path) -> None:
+    file, made = TABLES[name]
+    write_records(tmp_path / file, made())
+    cpu = report.BLOCKS[name](tmp_path)
+    on_gpu = [replace(row, device="cuda", threads=0, machine="another machine") for row in made()]
+    write_records(tmp_path / file.replace("cpu", "nvidia-x1"), on_gpu)
+    both = report.BLOCKS[name](tmp_path)
+    assert both.startswith(cpu)
+    assert "another machine" in both.removeprefix(cpu)
+
+
+# --- the demo -----------------------------------------------------------------------------------------------------
+
+
+def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
+    """A results.json as segadv demo writes it, of these numbers."""
+    curves = [
+        {
+            "arm": arm,
+            "attack": attack,
+            "eps": eps,
+            "miou": round(0.1 * (i + 1) + 0.02 * k + eps, 6),
+            "pixel_accuracy": 0.5,
+        }
+        | ({"seed": seed} if len(seeds) > 1 else {})
+        for k, seed in enumerate(seeds)
+        for i, arm in enumerate(ARMS)
+        for attack in ("fgsm", "bim-10")
+        for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
+    ]
+    overhead_of_arms = [
+        {
+            "arm": arm,
+            "step_ms_p20": 90.0 + i,
+            "step_ms_p50": 100.0 + 10 * i,
+            "step_ms_p80": 150.0 + i,
+            "overhead_percent": 10.0 * i,
+        }
+        for i, arm in enumerate(ARMS)
+    ]
+    content = {
+        "arguments": {"segadv": "0.1.0", "seed": seeds[0], "overhead_steps": 25},
+        "finished": True,
+        "seconds": {"data": 30.0, "train basic": 90.0},
+        "machine": {
+            "processor": "AMD EPYC",
+            "cpu_count": 2,
+            "threads": 2,
+            "gpu": None,
+            "torch": "2.13.0",
+            "python": "3.11",
+        },
+        "curves": curves,
+        "overhead": overhead_of_arms,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("seeds", [(4,), (4, 5, 6)])
+def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root: Path, tmp_path: Path) -> None:
+    with_block(root, "demo")
+    rows_file = root / report.RESULTS / "demo.csv"
+    # rows of an earlier demo do not stay
+    write_records(rows_file, [record(report.MIOU, "basic", "fgsm", "eps 0, seed 99", 0.5)])
+    results = finished_demo(tmp_path / "results.json", seeds)
+    assert report.main(["--demo", str(results), "--commit", "c0ffee"], root) == 0
+    assert len(read_records(rows_file)) == 5 * 2 * 5 * len(seeds) + 5 + 1
+    text = (root / "benchmarks/README.md").read_text()
+    if len(seeds) == 1:
+        expected = ["0.300", "0.310", "0.330", "0.310", "0.330"]
+    else:
+        expected = [
+            "0.320 (0.300-0.340)",
+            "0.330 (0.310-0.350)",
+            "0.350 (0.330-0.370)",
+            "0.330 (0.310-0.350)",
+            "0.350 (0.330-0.370)",
+        ]
+    assert cells(text, "random-fgsm")[1:] == [*expected, "120 ms", "20 %", "12.34 %", "34.71 %", "33.33 %"]
+    assert "took 2 minutes" in text.replace("\n", " ")
+    assert "commit c0ffee" in text.replace("\n", " ")
+    picture = root / "docs/robustness.png"
+    assert report.stamp_of(picture) == report.digest(rows_file)
+    assert report.main(["--check"], root) == 0
+    # other rows: the picture is out of step, and nothing else where the table does not show them
+    rows = [
+        replace(row, p50=row.p50 + 0.01) if row.case.startswith("eps 0.04") else row for row in read_records(rows_file)
+    ]
+    write_records(rows_file, rows)
+    assert report.outdated(root) == ["docs/robustness.png"]
+    before = picture.read_bytes()
+    assert report.main([], root) == 0
+    assert picture.read_bytes() != before
+    with Image.open(picture) as image:
+        assert image.width >= 700
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+    picture.unlink()
+    assert report.outdated(root) == ["docs/robustness.png"]
+
+
+def test_an_unfinished_or_foreign_demo_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = finished_demo(tmp_path / "results.json", (0,))
+    results.write_text(results.read_text().replace('"finished": true', '"finished": false'))
+    rows_file = root / report.RESULTS / "demo.csv"
+    rows_file.write_text("as before")
+    for text, message in (
+        (None, "is not finished"),
+        ("{}", "is not finished"),
+        ("[", "Expecting"),
+        ('{"finished": true}', "machine"),
+    ):
+        if text is not None:
+            results.write_text(text)
+        assert report.main(["--demo", str(results)], root) == 1
+        assert message in capsys.readouterr().err
+    assert rows_file.read_text() == "as before"
+
+
+# --- pictures and commands ----------------------------------------------------------------------------------------
+
+
+def test_the_growth_is_drawn_from_all_axes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    path = root / report.RESULTS / "scaling-cpu.csv"
+    path.unlink(missing_ok=True)
+    write_records(path, growth_rows())
+    with_block(root, "scaling")
+    figures: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    assert report.main([], root) == 0
+    (figure,) = figures
+    assert len(figure.axes) == 2 * len(scaling.AXES)
+    for panel, (axis, (values, _)) in zip(figure.axes, scaling.AXES.items(), strict=False):
+        places = [value**2 for value in values] if axis == "pixels" else list(values)
+        assert len(panel.lines) == 5
+        assert all(list(line.get_xdata()) == places for line in panel.lines), axis
+    assert report.outdated(root) == []
+    for axis in scaling.AXES:
+        path.unlink()
+        write_records(path, [row for row in growth_rows() if row.mode != axis])
+        with pytest.raises(report.ReportError, match=f"no rows of {axis}"):
+            report.growth(path.parent)
+
+
+def test_attacks_write_what_their_table_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "attacks-cpu.csv"
+    assert attacks.main(["--images", "1", "--size", "16", "16", "--rounds", "2", "--write", str(path)]) == 0
+    assert "further step" in capsys.readouterr().out
+    rows = [replace(row, threads=2) for row in read_records(path)]
+    path.unlink()
+    write_records(path, rows)
+    text = report.attack_steps(tmp_path)
+    # one gradient serves all eps; eps 0 is the forward pass of the gradient
+    assert "0 and 4 eps above: 5 forward and 1 backward" in text.replace("\n", " ")
+    assert "5 eps above 0: 6 forward and 1 backward" in text.replace("\n", " ")
+
+
+def test_scaling_writes_what_its_table_and_picture_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "QUICK", {"pixels": [16, 32], "classes": [2, 3], "batch": [1, 3], "threads": [1]})
+    path = tmp_path / "scaling-cpu.csv"
+    assert scaling.main(["--quick", "--write", str(path)]) == 0
+    capsys.readouterr()
+    rows = read_records(path)
+    assert {row.mode for row in rows} == {*scaling.AXES, ""}
+    at = {(row.operation, row.provider, row.mode, row.case): row for row in rows}
+    floor = at["fewest bytes, peak memory per pixel", "floor", "classes", "2 x 3 x 32 x 32 to 256 x 256"]
+    assert floor.p50 == pytest.approx(4 * 3 / 64, abs=1e-3)
+    assert all(row.p50 > 0 for row in rows)
+    assert Image.open(path.with_suffix(".png")).width > 700
+    path.unlink()
+    write_records(path, [replace(row, threads=2) for row in rows])
+    assert "autograd" in report.call_ladder(tmp_path)
+    with pytest.raises(SystemExit, match="its figures mean nothing"):
+        scaling.main(["--quick", "--write"])
+
+
+def test_a_further_step_is_half_of_what_two_more_cost() -> None:
+    three, one, base = np.array([31.0, 30.0, 29.0]), np.array([10.0, 10.0, 12.0]), np.array([8.0, 8.0, 9.0])
+    assert attacks.further_step(three, one) == 10
+    assert attacks.further_step_over(three, one, base) == pytest.approx(25)
+    assert attacks.further_step_over_step(three, one, one + 16, one) == pytest.approx(25)
+
+
+def test_two_rows_where_one_is_meant_are_an_error() -> None:
+    rows = [record("overhead", "segadv"), record("overhead", "segadv", dtype="bfloat16")]
+    assert report.one(rows, operation="overhead", dtype="bfloat16") is rows[1]
+    with pytest.raises(report.ReportError, match="2 rows of operation 'overhead'"):
+        report.one(rows, operation="overhead")
+
+
+def test_the_floor_reads_logits_and_labels_and_writes_the_gradient() -> None:
+    logits, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)
+    assert scaling.floor_bytes(logits, labels) == 2 * (2 * 3 * 4 * 4 * 4) + 2 * 8 * 8 * 8
+
+
+def test_the_cases_of_the_growth() -> None:
+    sizes = [scaling.pixels_of(case(value).name) for values, case in [scaling.AXES["pixels"]] for value in values]
+    assert sizes == [128**2, 256**2, 512**2, 1024**2]
+    assert sizes[-1] == 64 * sizes[0]
+    assert scaling.pixels_of(scaling.scaled(images=3, classes=5, size=64).name) == 3 * 64 * 64
+
+
+# --- the guard of the leads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "fails"), [([8.0], False), ([5.0], False), ([4.99, 4.9], True), ([4.0, 5.1], False), ([0.1, 0.2], True)]
+)
+def test_the_guard_fails_when_half_of_the_lead_is_lost_twice(found: list[float], fails: bool) -> None:
+    measured = iter(found)
+    if fails:
+        with pytest.raises(AssertionError, match=r"more than half of the lead is lost"):
+            guard.assert_lead_kept("x", lambda: next(measured), 10.0)
+    else:
+        guard.assert_lead_kept("x", lambda: next(measured), 10.0)
+    assert next(measured, None) is None
+
+
+def test_a_lead_is_eagers_time_by_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = {"eager": Timing(1.0, 12.0, 99.0, 0.0), "segadv": Timing(0.1, 4.0, 9.0, 0.0)}
+    monkeypatch.setattr(guard, "interleaved", lambda providers, rounds: timings)
+    assert guard.lead({}) == 3.0
+
+
+def test_every_guarded_operation_has_a_recorded_lead(root: Path) -> None:
+    leads = {measurement.name: guard.recorded_lead(measurement) for measurement in guard.MEASUREMENTS}
+    assert len(guard.MEASUREMENTS) == 12
+    assert all(value > 1 for value in leads.values()), leads
+    first = guard.MEASUREMENTS[0]
+    path = root / report.RESULTS / "cpu.csv"
+    rows = {
+        (r["operation"], r["mode"], r["case"], r["provider"], r["thp"]): float(r["ms_p50"]) for r in read_rows(path)
+    }
+    key = (first.name, first.mode, "cityscapes19")
+    assert guard.recorded_lead(first) == rows[*key, "eager", "0"] / rows[*key, "segadv", "0"]
+    path.write_text(
+        "\n".join(line for line in path.read_text().splitlines() if not line.startswith(f"{first.name},segadv,"))
+    )
+    with pytest.raises(KeyError, match="has no rows of eager and segadv"):
+        guard.recorded_lead(first, path)
