@@ -1,10 +1,10 @@
 """What the trainer costs beside the mathematics: `python -m benchmarks.trainer [--steps 40] [--arm fast-newton]`.
 
 The demo's network, batches of 16 x 3 x 128 x 256 cropped from images in memory, on the CPU. `Trainer.run` itself is
-measured, by timers around what any loop has to do (attack, forward pass, loss, backward pass, optimiser step) and
+measured, by timers around what any loop has to do (attack, forward pass, loss, backward pass, optimiser) and
 around reading the batch (crop, flip, collate; with workers other processes do it) and the checkpoint. What is left of
-the time from one step to the next is the trainer: coins, seeds, choosing and moving samples, zeroing gradients,
-schedule, metrics.
+the time from one step to the next is the trainer: coins, seeds, choosing and moving samples, schedule,
+metrics.
 
 Timers inside one run, because a difference of one percent between two loops drowns in the noise of a machine that
 others use too. On the CPU a call returns when its work is done, so that the parts add up to the whole. With one
@@ -110,7 +110,8 @@ def measure(config: TrainConfig) -> list[dict[str, Any]]:
     if trainer.attack is not None:
         trainer.attack = timers.around("attack", trainer.attack)
     trainer._network = timers.around("forward", trainer._network)
-    trainer.optimizer.step = timers.around("optimiser", trainer.optimizer.step)
+    for name in ("step", "zero_grad"):
+        setattr(trainer.optimizer, name, timers.around("optimiser", getattr(trainer.optimizer, name)))
     trainer.save = timers.around("checkpoint", trainer.save)
     try:
         with tempfile.TemporaryDirectory() as folder:

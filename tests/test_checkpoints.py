@@ -87,7 +87,7 @@ def train_until(out: Path, moment: str) -> None:
         pass
 
     if kind == "step":
-        trained.step = before_or_after(trained.step, before=nothing)  # type: ignore[method-assign]
+        trained.step_in_place = before_or_after(trained.step_in_place, before=nothing)  # type: ignore[method-assign]
     elif kind == "backward":
         trained.scaler.step = before_or_after(trained.scaler.step, before=nothing)  # type: ignore[method-assign]
     elif kind == "half":

@@ -54,14 +54,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped_after_four(folder: Path) -> None:
     """A run of one process whose power goes."""
     stopped = trainer()
-    real_step = stopped.step
+    real_step = stopped.step_in_place
 
     def step(*arguments: Any) -> Any:
         if stopped.steps_done == 4:
             raise RuntimeError("the power is gone")
         return real_step(*arguments)
 
-    stopped.step = step  # type: ignore[method-assign]
+    stopped.step_in_place = step  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="power"):
         stopped.run(folder, progress=False)
 

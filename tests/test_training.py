@@ -179,13 +179,13 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
     for arm in training.ARMS:
         trainer = Trainer(config(arm=arm), tiny_model(), Squares())
         chosen: list[list[int]] = []
-        real_step = trainer.step
+        real_step = trainer.step_in_place
 
         def step(images: Tensor, labels: Tensor, positions: list[int], real: Any = real_step) -> Any:
             chosen.append(positions)  # noqa: B023
             return real(images, labels, positions)
 
-        monkeypatch.setattr(trainer, "step", step)
+        monkeypatch.setattr(trainer, "step_in_place", step)
         trainer.run(tmp_path / arm, progress=False)
         seen[arm] = chosen
     assert all(chosen == seen["basic"] for chosen in seen.values())
@@ -290,14 +290,14 @@ def test_resumed_run_after_a_crash_has_the_same_bits(
 ) -> None:
     whole = run(tmp_path / "whole", arm=arm)
     crashing = Trainer(config(arm=arm), tiny_model(), Squares())
-    real_step = crashing.step
+    real_step = crashing.step_in_place
 
     def step(*arguments: Any) -> Any:
         if crashing.steps_done == crash_after:
             raise RuntimeError("the power is gone")
         return real_step(*arguments)
 
-    monkeypatch.setattr(crashing, "step", step)
+    monkeypatch.setattr(crashing, "step_in_place", step)
     with pytest.raises(RuntimeError, match="the power is gone"):
         crashing.run(tmp_path / "parts", progress=False)
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
@@ -522,7 +522,7 @@ def test_time_of_validation_and_probes_is_not_that_of_steps(tmp_path: Path, monk
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     settings = config(log_every=2, validation=Validation(every=3, images=2), monitor_every=0)
     trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares())
-    real_step = trainer.step
+    real_step = trainer.step_in_place
 
     def step(*arguments: Any) -> Any:
         clock[0] += 1
@@ -532,7 +532,7 @@ def test_time_of_validation_and_probes_is_not_that_of_steps(tmp_path: Path, monk
         clock[0] += 100
         return evaluate(*arguments, **keywords)
 
-    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "step_in_place", step)
     monkeypatch.setattr(training, "evaluate", slow)
     trainer.run(tmp_path, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -680,13 +680,13 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(config(), tiny_model(), Squares())
-    real_step = trainer.step
+    real_step = trainer.step_in_place
 
     def step(*arguments: Any) -> Any:
         result = real_step(*arguments)
         return dataclasses.replace(result, loss=result.loss * (torch.nan if trainer.steps_done == 8 else 1))
 
-    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "step_in_place", step)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7 \(counted from 0\)"):
         trainer.run(tmp_path, progress=False)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] == 4
