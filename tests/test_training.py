@@ -167,7 +167,7 @@ class Recorder:
 
     def __call__(self, images: Tensor, labels: Tensor, *, return_info: bool) -> tuple[Tensor, AttackInfo]:
         assert return_info
-        self.calls.append((images, labels))
+        self.calls.append((images.clone(), labels))
         eps = torch.full((len(images),), 0.5)
         return 1 - images, AttackInfo(eps=eps, gain=eps - 1)
 
