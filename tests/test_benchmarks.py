@@ -187,7 +187,12 @@ def test_the_order_of_the_parts(training: Training, monkeypatch: pytest.MonkeyPa
     """What follows the gradient of an attack's images is glue again."""
     marks: list[str] = []
     mark = overhead.Clock.mark
-    monkeypatch.setattr(overhead.Clock, "mark", lambda clock, phase: (marks.append(phase), mark(clock, phase)))
+
+    def noted(clock: overhead.Clock, phase: str) -> None:
+        marks.append(phase)
+        mark(clock, phase)
+
+    monkeypatch.setattr(overhead.Clock, "mark", noted)
     overhead.phases_of(training, Step(column, "bim-3", 0.5))
     attack = ["attack forward", "attack glue", "attack backward", "attack glue"]
     assert marks == ["attack glue", *3 * attack, "forward", "loss", "backward", "optimiser", "end"]
