@@ -325,6 +325,8 @@ def check(training: Training, arms: Sequence[str], columns: Sequence[str]) -> No
     results = {}
     for column in {EFFICIENT: None, **dict.fromkeys(columns)}:
         training.optimizer.zero_grad()
+        for arm in arms[:1]:
+            training.attack(column, arm, images, labels)  # has to leave no gradients behind
         loss = training.loss_and_weight_gradients(column, training.images)
         gradients = [p.grad.flatten() for p in training.model.parameters() if p.grad is not None]
         results[column] = loss, torch.cat(gradients)

@@ -161,6 +161,16 @@ def test_counted_passes(training: Training, column: str, arm: str, share: float,
     assert (passes.forward, passes.backward, passes.weights) == expected
 
 
+def test_weight_gradients_of_half_a_batch_count_half(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_one_image(column: str, arm: str, share: float) -> torch.Tensor:
+        training.attack(column, arm, training.images[:1], training.labels[:1])
+        return training.images
+
+    monkeypatch.setattr(training, "with_adversarial", of_one_image)
+    passes = Passes(training).count(Step(CONVENTIONAL, "fgsm", 0.5))
+    assert (passes.forward, passes.backward, passes.weights) == (1.5, 1.5, 1.5)
+
+
 def test_the_parts_make_up_the_step(training: Training) -> None:
     begin = overhead.time.perf_counter()
     parts = overhead.phases_of(training, Step(OURS, "fast-newton", 0.5))
@@ -170,6 +180,22 @@ def test_the_parts_make_up_the_step(training: Training) -> None:
     assert sum(parts.values()) < milliseconds
     basic = overhead.phases_of(training, Step(CONVENTIONAL, "basic", 0.0))
     assert [name for name, value in basic.items() if value == 0] == list(overhead.PHASES[:3])
+
+
+@pytest.mark.parametrize("column", overhead.COLUMNS)
+def test_the_order_of_the_parts(training: Training, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    """What follows the gradient of an attack's images is glue again."""
+    marks: list[str] = []
+    mark = overhead.Clock.mark
+
+    def noted(clock: overhead.Clock, phase: str) -> None:
+        marks.append(phase)
+        mark(clock, phase)
+
+    monkeypatch.setattr(overhead.Clock, "mark", noted)
+    overhead.phases_of(training, Step(column, "bim-3", 0.5))
+    attack = ["attack forward", "attack glue", "attack backward", "attack glue"]
+    assert marks == ["attack glue", *3 * attack, "forward", "loss", "backward", "optimiser", "end"]
 
 
 def test_parts_belong_to_the_mark_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +252,15 @@ def test_a_wrong_loss_is_not_timed(training: Training, monkeypatch: pytest.Monke
     )
     with pytest.raises(RuntimeError, match="weight gradients, segadv"):
         overhead.check(training, [], [OURS])
+
+
+def test_an_attack_that_leaves_its_weight_gradients_is_not_timed(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.model, "zero_grad", lambda: None)
+    with pytest.raises(RuntimeError, match="weight gradients, conventional"):
+        overhead.check(training, ["fgsm"], [CONVENTIONAL])
+    training.optimizer.zero_grad()
 
 
 def test_overhead_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
