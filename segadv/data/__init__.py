@@ -28,6 +28,7 @@ __all__ = [
     "SegmentationFiles",
     "TrainAug",
     "check_files",
+    "dataset_class",
     "generate_streets",
     "open_dataset",
 ]

@@ -67,7 +67,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
     centre, cut a crop at a random place of that canvas, flip the crop, blur it. But all of it up to the flip is one
     affine map from the crop's pixel centres to the image, and only what the crop sees is sampled, once: the image
     bilinearly, the label at the nearest pixel. A pixel whose centre is mapped beyond the image is 0, and `IGNORE_INDEX`
-    in the label; a crop larger than the canvas has the canvas at a random place in it.
+    in the label; a crop larger than the canvas has it at a random place, where the flip leaves it.
 
     Where the size shrinks, the part of the image that the crop sees is first resized with antialiasing, as
     ``torch.nn.functional.interpolate(antialias=True)`` and torchvision's Resize do it, and the map starts from there:
