@@ -149,14 +149,16 @@ def interrupted(out: Path) -> dict[str, Any]:
         if distributed.rank() == 1 and reads["all"] == 2 * 3 + 1:  # type: ignore[index]
             signal.raise_signal(signal.SIGINT)
 
-    stopped = trainer(on_read=press, checkpoint_every=100)
+    stopped = trainer(torch.float32, "batch", on_read=press, checkpoint_every=100)
     try:
         stopped.run(out, progress=False)
         raised = False
     except KeyboardInterrupt:
         raised = True
     handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    return {"raised": raised, "stopped_after": stopped.steps_done, "handler": handler} | trained(out)
+    return {"raised": raised, "stopped_after": stopped.steps_done, "handler": handler} | trained(
+        out, torch.float32, "batch"
+    )
 
 
 def full_disk(out: Path) -> dict[str, Any]:
