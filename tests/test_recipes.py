@@ -121,6 +121,7 @@ def test_every_key_is_documented(name: str) -> None:
     bare = [line for line in keys if not re.match(r" *\w+:( .+)?  +# .+", line)]
     assert [line for line in bare if not re.fullmatch(r"\w+:", line)] == []
     assert text.startswith("# ")
+    parsed("--config", name)
     assert "segadv train" in text.split("\n\n")[0]
 
 
