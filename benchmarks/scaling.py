@@ -140,7 +140,7 @@ def ladder() -> dict[str, Callable[[], object]]:
     leaf = logits.clone().requires_grad_()
     calls = (
         core_call(logits, labels),
-        partial(native.gain_and_grad, logits, labels, 255, False),
+        partial(native.CPU.gain_and_grad, logits, labels, 255, False),
         partial(library.gain_and_grad, logits, labels, 255, False),
         partial(F.gain_and_grad, logits, labels),
         partial(F.averaged_gain, leaf, labels),
@@ -155,7 +155,7 @@ def core_call(logits: Tensor, labels: Tensor) -> Callable[[], object]:
     """The compiled function with the arguments that the native backend gives it, made once."""
     core: Any = vars(native)["core"]
     with mock.patch.object(native, "core", wraps=core) as recorder:
-        result = native.gain_and_grad(logits, labels, 255, False)
+        result = native.CPU.gain_and_grad(logits, labels, 255, False)
     ((name, arguments, keywords),) = recorder.mock_calls
     function = partial(getattr(core, name), *arguments, **keywords)
     kept = (result, logits, labels)  # the arguments are pointers into them

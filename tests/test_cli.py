@@ -294,7 +294,7 @@ def test_quick_demo_from_end_to_end(
 
     # a second call finds everything done
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Trainer, "step", None)
+    monkeypatch.setattr(Trainer, "step_in_place", None)
     monkeypatch.setattr(demo, "evaluate", None)
     assert run(f"demo --quick --out {out}") == 0
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
@@ -307,7 +307,7 @@ def test_quick_demo_from_end_to_end(
 def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_demo(tmp_path / "whole", sizes=TINY, seed=2, progress=False)
     steps = []
-    genuine = Trainer.step
+    genuine = Trainer.step_in_place
 
     def step(self: Trainer, *args: object, **kwargs: object) -> object:
         if len(steps) == 2 * TINY.steps + 2:  # inside the third arm
@@ -316,7 +316,7 @@ def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypat
         return genuine(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step_in_place", step)
         with pytest.raises(KeyboardInterrupt):
             run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
     assert steps[-1] == list(ARMS)[2]
@@ -329,7 +329,7 @@ def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypat
         trained.append(self.config.arm)
         return genuine(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(Trainer, "step_in_place", counted)
     results = run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
     overhead_steps = 2 + TINY.overhead_steps
     counts = [trained.count(arm) - overhead_steps for arm in ARMS]

@@ -42,8 +42,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def counting(trained: list[tuple[str, int]]) -> Callable[..., Any]:
-    """Trainer.step, which notes the arm and the seed."""
-    genuine = Trainer.step
+    """Trainer.step_in_place, which notes the arm and the seed."""
+    genuine = Trainer.step_in_place
 
     def step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         trained.append((self.config.arm, self.config.seed))
@@ -62,7 +62,7 @@ def test_seeds_extend_a_finished_demo_and_come_back_to_it(tmp_path: Path, monkey
     drawn: list[Sequence[Any]] = []
     draw = plots.plot_robustness
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", counting(trained))
+        patched.setattr(Trainer, "step_in_place", counting(trained))
         patched.setattr(plots, "plot_robustness", lambda rows, path: (drawn.append(rows), draw(rows, path)))
         several = run_demo(tmp_path, sizes=TINY, seed=5, seeds=2, progress=False)
     # what was there was neither trained nor timed again; the others on the same scenes
@@ -113,13 +113,13 @@ def test_interrupted_in_a_further_seed_continues_to_the_same_curves(
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", interrupted)
+        patched.setattr(Trainer, "step_in_place", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_demo(tmp_path / "parts", sizes=TINY, seeds=2, progress=False)
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["finished"] is False
     assert not (tmp_path / "parts" / "curves.csv").exists()
     trained.clear()
-    monkeypatch.setattr(Trainer, "step", counting(trained))
+    monkeypatch.setattr(Trainer, "step_in_place", counting(trained))
     run_demo(tmp_path / "parts", sizes=TINY, seeds=2, progress=False)
     of_training = [(arm, seed) for arm, seed in trained if seed == 1]
     assert [of_training.count((arm, 1)) for arm in TWO] == [0, TINY.steps - 1]

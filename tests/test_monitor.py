@@ -114,14 +114,14 @@ def test_warning_comes_once_also_over_a_resumption(
     script = Script([0.5, 0.6, 0.1, 0.05, 0.0], [0.5, 0.6, 0.8, 0.9, 0.9])
     monkeypatch.setattr(training, "probe", script)
     trainer = Trainer(config(arm="fgsm", monitor_every=2, checkpoint_every=2), tiny_model(), Squares())
-    real_step = trainer.step
+    real_step = trainer.step_in_place
 
     def step(*arguments: Any) -> Any:
         if trainer.steps_done == 9:
             raise RuntimeError("the power is gone")
         return real_step(*arguments)
 
-    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "step_in_place", step)
     with pytest.raises(RuntimeError, match="power"):
         trainer.run(tmp_path, progress=False)
     messages = [str(warning.message) for warning in recwarn if "catastrophic" in str(warning.message)]
@@ -182,14 +182,14 @@ def test_early_stop_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.warns(RuntimeWarning, match="stops after 12"):
         whole = run(tmp_path / "whole", **arguments)
     crashing = Trainer(config(**arguments), tiny_model(), Squares())
-    real_step = crashing.step
+    real_step = crashing.step_in_place
 
     def step(*args: Any) -> Any:
         if crashing.steps_done == crash_after:
             raise RuntimeError("the power is gone")
         return real_step(*args)
 
-    monkeypatch.setattr(crashing, "step", step)
+    monkeypatch.setattr(crashing, "step_in_place", step)
     with pytest.raises(RuntimeError, match="power"):
         crashing.run(tmp_path / "parts", progress=False)
     with pytest.warns(RuntimeWarning, match="stops after 12"):

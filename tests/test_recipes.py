@@ -279,7 +279,7 @@ def test_interrupted_training_continues_to_the_same_weights(
 ) -> None:
     command = f"train {SMALL} --data {streets} --arm fast-newton --out {tmp_path}"
     assert run(f"{command}/whole") == 0
-    genuine = Trainer.step
+    genuine = Trainer.step_in_place
 
     def step(self: Trainer, *args: Any) -> Any:
         if self.steps_done == 3:
@@ -287,7 +287,7 @@ def test_interrupted_training_continues_to_the_same_weights(
         return genuine(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step_in_place", step)
         assert run(f"{command}/parts") == 130
     assert "interrupted; the same command continues" in capsys.readouterr().err
     assert run(f"{command}/parts") == 0
@@ -550,7 +550,7 @@ def test_reproduce_from_end_to_end(
     # The command of the report, which is the same, trains, attacks and times nothing
     before = content(out)
     with monkeypatch.context() as patched:
-        for owner, name in ((Trainer, "step"), (reproduce, "evaluate"), (reproduce, "measure_overhead")):
+        for owner, name in ((Trainer, "step_in_place"), (reproduce, "evaluate"), (reproduce, "measure_overhead")):
             patched.setattr(owner, name, None)
         repeated = re.search(r"^segadv (reproduce .*)$", text, flags=re.MULTILINE)
         assert repeated
@@ -561,7 +561,7 @@ def test_reproduce_from_end_to_end(
 
     # Other attacks are computed, training stays; other options are refused
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", None)
+        patched.setattr(Trainer, "step_in_place", None)
         assert run(command.replace("--evaluation.stronger [segpgd]", "--evaluation.stronger []")) == 0
     assert "segpgd" not in (out / "report.md").read_text()
     before = content(out)
@@ -576,7 +576,7 @@ def test_reproduce_continues_where_it_was_stopped_and_in_parts(
     options = "--steps 2 --overhead-steps 1"
     assert run(reproduction("cityscapes", streets, whole, options)) == 0
     command = reproduction("cityscapes", streets, parts, options)
-    genuine, evaluate, steps = Trainer.step, reproduce.evaluate, []
+    genuine, evaluate, steps = Trainer.step_in_place, reproduce.evaluate, []
 
     def step(self: Trainer, *args: Any) -> Any:
         if len(steps) == 3:
@@ -585,7 +585,7 @@ def test_reproduce_continues_where_it_was_stopped_and_in_parts(
         return genuine(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", step)
+        patched.setattr(Trainer, "step_in_place", step)
         assert run(f"{command} --arms basic,fgsm") == 130
     assert steps == ["basic", "basic", "fgsm"]
     assert "the same command continues" in capsys.readouterr().err
