@@ -153,8 +153,8 @@ def ladder() -> dict[str, Callable[[], object]]:
 
 def core_call(logits: Tensor, labels: Tensor) -> Callable[[], object]:
     """The compiled function with the arguments that the native backend gives it, made once."""
-    core: Any = vars(native)["core"]
-    with mock.patch.object(native, "core", wraps=core) as recorder:
+    core = native.CPU.core
+    with mock.patch.object(native.CPU, "core", wraps=core) as recorder:
         result = native.CPU.gain_and_grad(logits, labels, 255, False)
     ((name, arguments, keywords),) = recorder.mock_calls
     function = partial(getattr(core, name), *arguments, **keywords)
