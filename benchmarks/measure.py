@@ -132,7 +132,11 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=10") or "unknown"
+    """That of the clone, marked where its code, not its rows, tables and pictures, differs from it."""
+    name = _output("git", "rev-parse", "--short=10", "HEAD")
+    made = (":(top,exclude)benchmarks/results", ":(top,exclude)*.md", ":(top,exclude)docs/*.png")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *made)
+    return name + "-dirty" * bool(changed) if name else "unknown"
 
 
 def _output(*command: str) -> str:
