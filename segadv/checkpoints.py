@@ -9,15 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 __all__ = [
@@ -136,12 +135,8 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
     metadata = {name: json.dumps(value) for name, value in (values | {"config": entries}).items()}
     # copies: the format takes no two tensors in one memory
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    with replacing(path, durable=True) as temporary:
-        try:
-            save_file(weights, temporary, metadata=metadata)
-        except SafetensorError as error:  # this is how it reports a full disk
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+    with replacing(path, durable=True) as temporary:  # save_file would make a file that others cannot read
+        temporary.write_bytes(save(weights, metadata=metadata))
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -233,6 +233,7 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
     assert configs[0] == configs[1]
     assert configs[0]["description"] == {"model": {"name": "tiny"}}
     assert configs[0]["crop"] == [16, 24]
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "last.pt").stat().st_mode
     for name in ("last.pt", "model.safetensors"):
         model = training.load_model(folder / name, nn.Sequential(*tiny_model().children()))
         for key, value in trained.model.state_dict().items():
