@@ -293,10 +293,9 @@ def _demo(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .comparison import describe, read_rows
+    from .comparison import describe, read_rows, untrained
     from .data import open_dataset
-    from .distributed import process_group, rank
-    from .models import build_model
+    from .distributed import from_first, process_group, rank
     from .plots import plot_robustness, plot_training
     from .results import atomic_write
     from .training import Trainer
@@ -305,11 +304,11 @@ def _train(arguments: Namespace) -> None:
     out = Path(arguments.out)
     dataset = open_dataset(arguments.dataset, arguments.data, "train")
     validation = open_dataset(arguments.dataset, arguments.data, "val") if config.validation.every else None
-    model = build_model(model_config, num_classes=dataset.num_classes, seed=config.seed)
     description = describe(arguments.dataset, model_config, dataset.num_classes)
     with process_group(config.device):
+        model = untrained(model_config, out / "last.pt", num_classes=dataset.num_classes, seed=config.seed)
         trainer = Trainer(config, model, dataset, validation_dataset=validation, description=description)
-        if (out / "last.pt").exists():
+        if from_first((out / "last.pt").exists):
             trainer.load(out / "last.pt")  # refuses another run's before anything is written
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,21 @@ _WARM_UP_STEPS = 2
 
 
 def describe(dataset: str, model: ModelConfig, num_classes: int) -> dict[str, Any]:
-    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network."""
-    return {"dataset": dataset, "model": dataclasses.asdict(model), "num_classes": num_classes}
+    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network.
+
+    It does not tell where the initial weights came from: a run goes on without them.
+    """
+    return {"dataset": dataset, "model": {"name": model.name}, "num_classes": num_classes}
+
+
+def untrained(model: ModelConfig, checkpoint: Path, *, num_classes: int, seed: int) -> nn.Module:
+    """The network to be trained; where there is a checkpoint to go on from, without fetching its initial weights.
+
+    Of several processes each has to call it.
+    """
+    if distributed.from_first(checkpoint.exists):
+        model = ModelConfig(model.name)
+    return build_model(model, num_classes=num_classes, seed=seed)
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:

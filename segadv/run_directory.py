@@ -93,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(),
         "torch_build": torch.__config__.show().strip(),
         "build_info": dict(build_info()),
-        "device": torch.cuda.get_device_name() if cuda else str(device),
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "processor": processors[0] if processors else platform.processor(),
