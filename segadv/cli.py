@@ -293,11 +293,11 @@ def _demo(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .comparison import describe, read_rows, untrained
+    from .comparison import describe, untrained
     from .data import open_dataset
     from .distributed import from_first, process_group, rank
-    from .plots import plot_robustness, plot_training
     from .results import atomic_write
+    from .run_directory import RunDirectory
     from .training import Trainer
 
     config, model_config = _configs(arguments)
@@ -317,12 +317,7 @@ def _train(arguments: Namespace) -> None:
         trainer.run(out)
         if rank() != 0:
             return
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    pictures = [out / "training.png"]
-    plot_training(lines, pictures[0], title=f"trained with {config.arm}")
-    if (out / "curves.csv").exists():  # of the last validation
-        pictures.append(out / "robustness.png")
-        plot_robustness(read_rows(out / "curves.csv"), pictures[1])
+    pictures = RunDirectory(out).draw(f"trained with {config.arm}")
     print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
 
 

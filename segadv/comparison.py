@@ -5,7 +5,6 @@ What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import time
@@ -33,7 +32,6 @@ __all__ = [
     "examples",
     "load_trained",
     "measure_overhead",
-    "read_rows",
     "whole_images",
 ]
 
@@ -175,13 +173,6 @@ def measure_overhead(
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of curves.csv or overhead.csv: words in the columns arm and attack, numbers in the others."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: value if key in ("arm", "attack") else float(value) for key, value in row.items()} for row in rows]
 
 
 def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:

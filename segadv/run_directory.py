@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from .checkpoints import drop_lines_after, explained, replacing
 from .ops.native import build_info
 from .records import versions
+from .results import read_rows
 
 __all__ = ["RunDirectory", "environment", "git_commit"]
 
@@ -76,6 +78,21 @@ class RunDirectory:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
         return {}
+
+    def draw(self, title: str) -> list[Path]:
+        """Pictures of the metrics and of the last validation, where matplotlib is installed. Returns their paths."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return []
+        from .plots import plot_robustness, plot_training
+
+        pictures = []
+        if self.metrics.exists() and (lines := self.metrics.read_text(encoding="utf-8").splitlines()):
+            pictures.append(self.path / "training.png")
+            plot_training([json.loads(line) for line in lines], pictures[-1], title=title)
+        if self.curves.exists():
+            pictures.append(self.path / "robustness.png")
+            plot_robustness(read_rows(self.curves), pictures[-1])
+        return pictures
 
     def append(self, path: Path, entry: Mapping[str, Any]) -> None:
         """One more line, a JSON object."""

@@ -308,7 +308,8 @@ class Trainer:
           of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the probe before, when PGD
           accuracy drops by more than 0.2 between two probes.
         * ``validation.jsonl``, one JSON object every config.validation.every steps: step, and rows as
-          `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them.
+          `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them; where matplotlib is installed
+          ``training.png`` and ``robustness.png`` of all that so far.
         * ``run.json``: see `segadv.run_directory.RunDirectory`.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
@@ -393,6 +394,7 @@ class Trainer:
                 directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
                 with replacing(directory.curves) as temporary:
                     temporary.write_text(csv_text(EvaluationResult.merge({config.arm: result}).rows), encoding="utf-8")
+                directory.draw(f"trained with {config.arm}")
         if ends or interrupted or self._due(config.checkpoint_every):
             self.save(directory.checkpoint)
         if interrupted:

@@ -543,6 +543,8 @@ def test_validation_is_an_evaluation_on_the_way_and_changes_nothing(
     lines = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 14]
     assert [line["rows"] for line in lines] == expected
+    for name in ("training.png", "robustness.png"):
+        assert (tmp_path / "with" / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "with" / "curves.csv").read_text()
     assert text.splitlines()[0] == "arm,attack,eps,miou,pixel_accuracy"
     found = [line.split(",") for line in text.splitlines()[1:]]
