@@ -102,9 +102,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
             return state
         problem = "it holds something else"
-    except (OSError, MemoryError):  # the file may well be whole
+    except MemoryError:  # the file may well be whole, here and below
         raise
     except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a damaged file names odd positions
+            raise OSError(error.errno or errno.EIO, f"{path} cannot be read: {error.strerror or error}") from error
         problem, cause = f"it is damaged or something else ({type(error).__name__})", error
     raise ValueError(
         f"{path} cannot be read as a checkpoint of segadv (last.pt or model.safetensors): {problem}"

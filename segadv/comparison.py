@@ -83,9 +83,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
     config = read_config(path)
     description = config.get("description") or {}
     model_config = description.get("model", {})
-    # its weights come from the checkpoint: those it started with need not be at hand
-    known = {name: value for name, value in model_config.items() if name not in ("pretrained", "backbone")}
-    model = build_model(ModelConfig(**known), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
+    model = build_model(ModelConfig(**model_config), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
     try:
         return load_model(path, model), config
     except ValueError as error:

@@ -47,6 +47,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
                 path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            for path in self.path.glob(".*.png"):
+                path.unlink()
         return self.checkpoint.exists()
 
     def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:

@@ -221,10 +221,9 @@ def test_a_step_communicates_gradients_and_a_count(out: Path) -> None:
 def test_only_the_first_process_writes(out: Path) -> None:
     first, second = of(out, "only_the_first_writes")
     folder = out / "only_the_first_writes"
-    assert {"last.pt", "model.safetensors", "metrics.jsonl", "validation.jsonl", "curves.csv", "run.json"} == {
-        path.name for path in folder.iterdir()
-    }
-    assert {Path(name).name.removesuffix(".tmp") for name in first} >= {path.name for path in folder.iterdir()}
+    files = {"last.pt", "model.safetensors", "metrics.jsonl", "validation.jsonl", "curves.csv", "run.json"}
+    assert files | {"training.png", "robustness.png"} == {path.name for path in folder.iterdir()}
+    assert {Path(name).name.removesuffix(".tmp") for name in first} >= files
     assert second == []
 
 
