@@ -343,6 +343,8 @@ def training_overhead(results: Path) -> str:
     }
     for path in files(results, "overhead"):
         for case, records in _by_case(path).items():
+            if not columns.keys() <= {record.provider for record in records}:
+                continue  # measured for its parts alone, which are among the details
             key = {"operation": "overhead", "case": case}
             lines = []
             for arm in overhead.ARMS:

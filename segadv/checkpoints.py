@@ -91,6 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or holds something else.
         FileNotFoundError: there is no such file.
+        OSError: the file may not be read, or the disk fails.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist")
@@ -101,8 +102,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
             return state
         problem = "it holds something else"
+    except MemoryError:  # the file may well be whole, here and below
+        raise
     except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
-        problem, cause = "it is damaged or something else", error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a damaged file names odd positions
+            raise OSError(error.errno or errno.EIO, f"{path} cannot be read: {error.strerror or error}") from error
+        problem, cause = f"it is damaged or something else ({type(error).__name__})", error
     raise ValueError(
         f"{path} cannot be read as a checkpoint of segadv (last.pt or model.safetensors): {problem}"
     ) from cause

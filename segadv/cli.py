@@ -293,23 +293,22 @@ def _demo(arguments: Namespace) -> None:
 
 def _train(arguments: Namespace) -> None:
     _require("PIL", "matplotlib", "tqdm")
-    from .comparison import describe, read_rows
+    from .comparison import describe, untrained
     from .data import open_dataset
-    from .distributed import process_group, rank
-    from .models import build_model
-    from .plots import plot_robustness, plot_training
+    from .distributed import from_first, process_group, rank
     from .results import atomic_write
+    from .run_directory import RunDirectory
     from .training import Trainer
 
     config, model_config = _configs(arguments)
     out = Path(arguments.out)
     dataset = open_dataset(arguments.dataset, arguments.data, "train")
     validation = open_dataset(arguments.dataset, arguments.data, "val") if config.validation.every else None
-    model = build_model(model_config, num_classes=dataset.num_classes, seed=config.seed)
     description = describe(arguments.dataset, model_config, dataset.num_classes)
     with process_group(config.device):
+        model = untrained(model_config, out / "last.pt", num_classes=dataset.num_classes, seed=config.seed)
         trainer = Trainer(config, model, dataset, validation_dataset=validation, description=description)
-        if (out / "last.pt").exists():
+        if from_first((out / "last.pt").exists):
             trainer.load(out / "last.pt")  # refuses another run's before anything is written
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -318,12 +317,7 @@ def _train(arguments: Namespace) -> None:
         trainer.run(out)
         if rank() != 0:
             return
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    pictures = [out / "training.png"]
-    plot_training(lines, pictures[0], title=f"trained with {config.arm}")
-    if (out / "curves.csv").exists():  # of the last validation
-        pictures.append(out / "robustness.png")
-        plot_robustness(read_rows(out / "curves.csv"), pictures[1])
+    pictures = RunDirectory(out).draw(f"trained with {config.arm}")
     print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
 
 

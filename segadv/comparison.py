@@ -5,7 +5,6 @@ What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import time
@@ -33,7 +32,6 @@ __all__ = [
     "examples",
     "load_trained",
     "measure_overhead",
-    "read_rows",
     "whole_images",
 ]
 
@@ -55,8 +53,21 @@ _WARM_UP_STEPS = 2
 
 
 def describe(dataset: str, model: ModelConfig, num_classes: int) -> dict[str, Any]:
-    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network."""
-    return {"dataset": dataset, "model": dataclasses.asdict(model), "num_classes": num_classes}
+    """The description that `Trainer` puts into checkpoints, and from which `load_trained` builds the network.
+
+    It does not tell where the initial weights came from: a run goes on without them.
+    """
+    return {"dataset": dataset, "model": {"name": model.name}, "num_classes": num_classes}
+
+
+def untrained(model: ModelConfig, checkpoint: Path, *, num_classes: int, seed: int) -> nn.Module:
+    """The network to be trained; where there is a checkpoint to go on from, without fetching its initial weights.
+
+    Of several processes each has to call it.
+    """
+    if distributed.from_first(checkpoint.exists):
+        model = ModelConfig(model.name)
+    return build_model(model, num_classes=num_classes, seed=seed)
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -72,9 +83,7 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
     config = read_config(path)
     description = config.get("description") or {}
     model_config = description.get("model", {})
-    # its weights come from the checkpoint: those it started with need not be at hand
-    known = {name: value for name, value in model_config.items() if name not in ("pretrained", "backbone")}
-    model = build_model(ModelConfig(**known), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
+    model = build_model(ModelConfig(**model_config), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
     try:
         return load_model(path, model), config
     except ValueError as error:
@@ -162,13 +171,6 @@ def measure_overhead(
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of curves.csv or overhead.csv: words in the columns arm and attack, numbers in the others."""
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: value if key in ("arm", "attack") else float(value) for key, value in row.items()} for row in rows]
 
 
 def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead, read_rows
+from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead
 from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
-from .results import atomic_write, csv_text
+from .results import atomic_write, csv_text, read_rows
 from .training import TrainConfig, Trainer
 
 __all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]

@@ -384,7 +384,8 @@ def evaluate(
             data.update(content.encode())
             images_seen += len(images)
             images, labels = images.to(device), labels.to(device)
-            batch_seed = int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1)[0])
+            number = index * distributed.world_size() + distributed.rank() if sharded else index
+            batch_seed = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)[0])
             finals: dict[float, list[Tensor]] = {value: [] for value in positive}
             for work in works:
                 depends_on = [[arguments, work.steps, index, content] for arguments in work.arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from typing import Any
@@ -21,19 +22,34 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
+class _Nothing(contextlib.nullcontext[Any]):
+    """Takes what a bar takes."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+
 def progress_bar(desc: str, *, total: int | None, initial: int = 0, unit: str, show: bool = True) -> Any:
     """A tqdm bar; lines where the standard error stream is no terminal; nothing unless `show`.
 
     Raises:
-        ImportError: tqdm is missing.
+        ImportError: tqdm is missing, where it is shown.
     """
+    if not show:
+        return _Nothing()
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
     options: dict[str, Any] = {"desc": desc, "total": total, "initial": initial, "unit": unit}
-    if not show or sys.stderr.isatty():
-        return tqdm(**options, disable=not show)
+    if sys.stderr.isatty():
+        return tqdm(**options)
     return tqdm(
         **options,
         file=_Lines(),

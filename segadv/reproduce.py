@@ -25,6 +25,7 @@ from .comparison import (
     examples,
     load_trained,
     measure_overhead,
+    untrained,
     whole_images,
 )
 from .data import open_dataset
@@ -148,7 +149,7 @@ def reproduce(
         distributed.from_first(lambda: _prepare(out, options))
         for arm in arms:
             say(f"training: {arm}")
-            network = build_model(model, num_classes=train.num_classes, seed=config.seed)
+            network = untrained(model, out / arm / "last.pt", num_classes=train.num_classes, seed=config.seed)
             trainer = Trainer(
                 dataclasses.replace(config, arm=arm),
                 network,
@@ -162,7 +163,7 @@ def reproduce(
             say("overhead: steps of all arms in turn")
             rows = measure_overhead(
                 {arm: dataclasses.replace(config, arm=arm) for arm in ARMS},
-                lambda: build_model(model, num_classes=train.num_classes, seed=config.seed),
+                lambda: build_model(ModelConfig(model.name), num_classes=train.num_classes, seed=config.seed),
                 train,
                 overhead_steps,
             )
@@ -227,7 +228,8 @@ def _attack_and_report(
         network, _ = load_trained(out / arm / "last.pt")
         previous = EvaluationResult.from_json(path) if path.exists() else None
         arguments = {"evaluation": json.loads(json.dumps(dataclasses.asdict(evaluation))), "seed": config.seed}
-        wanted = arguments | {"model_sha256": model_hash(network)}
+        images = min(evaluation.images or len(val), len(val))
+        wanted = arguments | {"model_sha256": model_hash(network), "images": images}
         if previous and {name: previous.run.get(name) for name in wanted} == wanted:
             results[arm] = previous
         elif arm in arms:

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EvaluationResult", "Measurement", "atomic_write", "class_iou", "csv_text", "miou", "pixel_accuracy"]
+__all__ = [
+    "EvaluationResult",
+    "Measurement",
+    "atomic_write",
+    "class_iou",
+    "csv_text",
+    "miou",
+    "pixel_accuracy",
+    "read_rows",
+]
 
 
 def class_iou(confusion: Tensor) -> Tensor:
@@ -67,6 +76,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of curves.csv or overhead.csv: words in the columns arm and attack, numbers in the others."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value if key in ("arm", "attack") else float(value) for key, value in row.items()} for row in rows]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from .checkpoints import drop_lines_after, explained, replacing
 from .ops.native import build_info
 from .records import versions
+from .results import read_rows
 
 __all__ = ["RunDirectory", "environment", "git_commit"]
 
@@ -45,6 +47,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
                 path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            for path in self.path.glob(".*.png"):
+                path.unlink()
         return self.checkpoint.exists()
 
     def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:
@@ -77,6 +81,21 @@ class RunDirectory:
             pass
         return {}
 
+    def draw(self, title: str) -> list[Path]:
+        """Pictures of the metrics and of the last validation, where matplotlib is installed. Returns their paths."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return []
+        from .plots import plot_robustness, plot_training
+
+        pictures = []
+        if self.metrics.exists() and (lines := self.metrics.read_text(encoding="utf-8").splitlines()):
+            pictures.append(self.path / "training.png")
+            plot_training([json.loads(line) for line in lines], pictures[-1], title=title)
+        if self.curves.exists():
+            pictures.append(self.path / "robustness.png")
+            plot_robustness(read_rows(self.curves), pictures[-1])
+        return pictures
+
     def append(self, path: Path, entry: Mapping[str, Any]) -> None:
         """One more line, a JSON object."""
         with explained(path), open(path, "a", encoding="utf-8") as file:
@@ -93,7 +112,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(),
         "torch_build": torch.__config__.show().strip(),
         "build_info": dict(build_info()),
-        "device": torch.cuda.get_device_name() if cuda else str(device),
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "processor": processors[0] if processors else platform.processor(),

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
@@ -64,6 +66,9 @@ _SPLIT = {"processes", "accumulation"}
 
 _STEP = 3  # first word of a SeedSequence's spawn key: one stream per purpose; 0 to 2 are taken
 
+_STEPS_TO_STOP = 2
+"""From Ctrl-C in one of several processes to the stop of all: what they told so long ago is there without waiting."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -90,7 +95,8 @@ class Trainer:
     step is that of one process with the whole batch, and all processes have the same weights at any time. Batch
     normalisation is synchronised on GPUs; on the CPU, where PyTorch cannot do that, each process takes the
     statistics of its share and the running ones are averaged. With `TrainConfig.accumulation` its statistics are
-    those of a part. Only the first process writes files.
+    those of a part. Only the first process writes files. With several processes the loss has to reach every parameter
+    that requires a gradient: freeze, or remove, what the logits do not depend on, such as an auxiliary head.
 
     Args:
         config: the run.
@@ -139,6 +145,12 @@ class Trainer:
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
         self._batches(start_step=0)  # raises where the batch cannot be divided
+        part = config.batch_size // (self.processes * config.accumulation)
+        if part < 2 and not (cuda and self.processes > 1) and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise ValueError(
+                f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
+                f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
+            )
         self.dataset = Augmented(
             self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
         )
@@ -172,7 +184,10 @@ class Trainer:
         # the steps since the last line of metrics: of all processes, and of this one since they were last gathered
         self._window: list[StepResult] = []
         self._own_window: list[StepResult] = []
-        self._interrupts: list[int] = []  # Ctrl-C in this process, while several agree on where to stop
+        # Ctrl-C in this process, while several agree on where to stop, and how often it was pressed in all of them in
+        # the last steps, the oldest first
+        self._interrupts: list[int] = []
+        self._interrupts_told: deque[Tensor] = deque(maxlen=_STEPS_TO_STOP + 1)
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
 
@@ -201,11 +216,18 @@ class Trainer:
         """`step` with images and labels on the training device, which overwrites the chosen images: no copy."""
         config = self.config
         divided = self.processes * config.accumulation > 1
-        pixels = distributed.add_up((labels != IGNORE_INDEX).sum()).clamp(min=1) if divided else None
+        pixels = None
+        if divided:
+            valid = (labels != IGNORE_INDEX).sum()
+            told = distributed.add_up(torch.stack([valid, torch.full_like(valid, len(self._interrupts))]))
+            pixels = told[0].clamp(min=1)
+            self._interrupts_told.append(told[1])
         self.model.train()
         self.optimizer.zero_grad()
         results = []
-        size = len(images) // config.accumulation
+        size, rest = divmod(len(images), config.accumulation)
+        if rest:
+            raise ValueError(f"images must be divisible into {config.accumulation} equal parts, got {len(images)}")
         for part in range(config.accumulation):
             own = slice(part * size, (part + 1) * size)
             positions = [i - own.start for i in chosen if own.start <= i < own.stop]
@@ -286,13 +308,15 @@ class Trainer:
           of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the probe before, when PGD
           accuracy drops by more than 0.2 between two probes.
         * ``validation.jsonl``, one JSON object every config.validation.every steps: step, and rows as
-          `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them.
+          `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them; where matplotlib is installed
+          ``training.png`` and ``robustness.png`` of all that so far.
         * ``run.json``: see `segadv.run_directory.RunDirectory`.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
         interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
         gradients are added up belongs to the run). Ctrl-C ends the step that is running, writes a checkpoint and
-        raises KeyboardInterrupt; several processes go on to the next line of metrics, where all stop together.
+        raises KeyboardInterrupt; several processes stop together two steps later. (torchrun kills them after 30 s: a
+        validation that is running when Ctrl-C is pressed may take longer, and then the last checkpoint continues.)
 
         Args:
             progress: show a progress bar; a line per minute where the standard error stream is no terminal.
@@ -354,9 +378,9 @@ class Trainer:
         config, first = self.config, distributed.rank() == 0
         last = self.steps_done == config.steps
         probed = self._due(config.monitor_every)
-        interrupted = False
+        interrupted = self._is_interrupted()
         if last or probed or self._due(config.log_every):
-            interrupted = self._gather_window()
+            self._gather_window()
             metrics = self._take_metrics(epoch)
             if probed:
                 metrics |= self._take_probe()
@@ -370,6 +394,7 @@ class Trainer:
                 directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
                 with replacing(directory.curves) as temporary:
                     temporary.write_text(csv_text(EvaluationResult.merge({config.arm: result}).rows), encoding="utf-8")
+                directory.draw(f"trained with {config.arm}")
         if ends or interrupted or self._due(config.checkpoint_every):
             self.save(directory.checkpoint)
         if interrupted:
@@ -434,14 +459,17 @@ class Trainer:
         self._check_identity(state["config"], path)
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type == "cuda"  # that of the checkpoint's device until here
         self.scaler.load_state_dict(state["scaler"])
         self.steps_done = state["steps_done"]
         self._probes = state["probes"]
         self._probed_weights = state["probed_weights"]
         self.stopped_at = state["stopped_at"]
         self._own_window = []
+        device = torch.device("cpu") if self.processes > 1 else self.device  # as `_gather_window` leaves it
         self._window = [
-            StepResult(**{name: value.to(self.device) for name, value in result.items()}) for result in state["window"]
+            StepResult(**{name: value.to(device) for name, value in result.items()}) for result in state["window"]
         ]
 
     def _identity(self) -> dict[str, Any]:
@@ -478,19 +506,22 @@ class Trainer:
         config = self.config
         return poly_learning_rate(step, steps=config.steps, learning_rate=config.learning_rate, power=config.power)
 
-    def _gather_window(self) -> bool:
-        """Puts together what the processes measured. Returns whether Ctrl-C was pressed at one of several."""
+    def _is_interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed at one of several processes, the same answer in all of them."""
+        told = self._interrupts_told
+        return self.processes > 1 and len(told) == told.maxlen and bool(told[0])
+
+    def _gather_window(self) -> None:
+        """Puts together what the processes measured."""
         own, self._own_window = self._own_window, []
         if self.processes == 1:
             self._window += own
-            return False
+            return
         on_cpu = [{name: value.cpu() for name, value in vars(result).items()} for result in own]
-        shares = distributed.gather((on_cpu, bool(self._interrupts)))
-        for parts in zip(*(results for results, _ in shares), strict=True):
+        for parts in zip(*distributed.gather(on_cpu), strict=True):
             loss = torch.stack([part["loss"] for part in parts]).sum()
             rest = {name: torch.cat([part[name] for part in parts]) for name in ("eps", "gain", "skipped")}
             self._window.append(StepResult(loss=loss, **rest))
-        return any(interrupted for _, interrupted in shares)
 
     def _check_finite(self) -> Tensor:
         """The losses of the window, on the CPU; FloatingPointError where one is not finite."""

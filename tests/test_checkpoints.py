@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,18 @@ from segadv.training import Trainer, Validation
 
 VALIDATION = Validation(every=5, images=3, attacks=("fgsm",), eps=(0.0, 0.03))
 ALL_FILES = sorted([*FILES, "validation.jsonl", "curves.csv"])
+
+
+def without_pictures(self: run_directory.RunDirectory, title: str) -> list[Path]:
+    """They take longer than all the rest of these runs."""
+    return []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory.RunDirectory, "draw", without_pictures)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +67,7 @@ def die() -> None:
 def train_until(out: Path, moment: str) -> None:
     """In a process of its own, which is killed at the moment of that name, if it comes to that."""
     torch.set_num_threads(1)
+    run_directory.RunDirectory.draw = without_pictures  # type: ignore[method-assign]
     trained = trainer()
     kind, _, count = moment.partition(" ")
     left = [int(count or 0)]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import torch
 from test_attacks import CLASSES, IGNORE, Net, every_attack, make, sample
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import segadv
 from segadv import functional as F
 from segadv.attacks import FastNewton
+from segadv.models import small_pspnet
 from segadv.ops import backends
+from segadv.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -446,3 +453,51 @@ def test_steps_on_more_than_2_to_31_elements() -> None:
     assert count * 3 * side**2 > 2**31
     require_memory(36)
     check_large_steps(count, side)
+
+
+# --- the trainer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": "bf16", "channels_last": True},
+        {"precision": "fp16"},
+        {"precision": "fp16", "accumulation": 2},
+        {"compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arm", ["basic", "fast-newton", "segpgd-3"])
+def test_training_and_continuing(tmp_path: Path, options: dict[str, Any], arm: str) -> None:
+    """The second half, from a checkpoint, has the coins, data and schedule of the uninterrupted run."""
+    settings = {"arm": arm, "batch_size": 8, "crop": (64, 64), "device": "cuda", "log_every": 2, "monitor_every": 0}
+
+    def trainer(**changes: Any) -> Trainer:
+        torch.manual_seed(0)
+        dataset = TensorDataset(torch.rand(16, 3, 80, 80), torch.randint(0, 19, (16, 80, 80), dtype=torch.uint8))
+        config = TrainConfig(**settings, **options, steps=6, **changes)
+        return Trainer(config, small_pspnet(), dataset)
+
+    whole, stopped = trainer(), trainer(checkpoint_every=4)
+    whole.run(tmp_path / "whole", progress=False)
+    save = stopped.save
+
+    def save_and_stop(path: str) -> None:
+        save(path)
+        raise RuntimeError("stop")
+
+    stopped.save = save_and_stop  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped.run(tmp_path / "parts", progress=False)
+    trainer().run(tmp_path / "parts", progress=False)
+    lines = [
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("whole", "parts")
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert (one["step"], one["learning_rate"]) == (other["step"], other["learning_rate"])
+        assert one["share_adversarial"] == other["share_adversarial"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)  # atomic additions of cuDNN and of half precision
+        assert math.isfinite(one["loss"])

@@ -470,6 +470,45 @@ def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
         training.load_model(tmp_path / "other.pt", tiny_model())
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, steps=4)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "last.pt"))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError, match=r"last\.pt cannot be read: Permission denied"):
+        training.load_model(tmp_path / "last.pt", tiny_model())
+
+
+def test_a_checkpoint_of_another_device_fits_this_one(tmp_path: Path) -> None:
+    """The optimiser's way of working belongs to the device; what several processes gathered stays on the CPU."""
+    run(tmp_path, steps=4, log_every=3, checkpoint_every=4)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True
+    torch.save(state, tmp_path / "last.pt")
+    trainer = Trainer(config(steps=4, allow_other_split=True), tiny_model(), Squares())
+    trainer.processes = 2
+    trainer.device = torch.device("meta")
+    trainer.load(tmp_path / "last.pt")
+    assert [group["fused"] for group in trainer.optimizer.param_groups] == [False]
+    assert not trainer._window
+    state["window"] = [{name: torch.ones(2) for name in ("loss", "eps", "gain", "skipped")}]
+    torch.save(state, tmp_path / "last.pt")
+    trainer.load(tmp_path / "last.pt")
+    assert {value.device.type for value in vars(trainer._window[0]).values()} == {"cpu"}
+
+
+def test_no_progress_bar_needs_no_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    run(tmp_path, steps=2)
+    with pytest.raises(ImportError, match="pip install tqdm"):
+        Trainer(config(steps=4), tiny_model(), Squares()).run(tmp_path / "shown")
+
+
 # --- validation -------------------------------------------------------------------------------------------
 
 
@@ -504,6 +543,8 @@ def test_validation_is_an_evaluation_on_the_way_and_changes_nothing(
     lines = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 14]
     assert [line["rows"] for line in lines] == expected
+    for name in ("training.png", "robustness.png"):
+        assert (tmp_path / "with" / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "with" / "curves.csv").read_text()
     assert text.splitlines()[0] == "arm,attack,eps,miou,pixel_accuracy"
     found = [line.split(",") for line in text.splitlines()[1:]]
@@ -617,6 +658,14 @@ def test_accumulation_takes_the_parts_one_after_the_other() -> None:
     sizes.clear()
     trainer.step(images, labels, [0])
     assert len(attack.calls) == 3
+    with pytest.raises(ValueError, match="divisible into 2 equal parts, got 3"):
+        trainer.step(images[:3], labels[:3], [])
+
+
+def test_batch_norm_needs_two_images_in_each_part() -> None:
+    with pytest.raises(ValueError, match="one image to each of 1 processes and 4 accumulated parts"):
+        Trainer(config(accumulation=4), tiny_model(), Squares())
+    Trainer(config(accumulation=4), nn.Conv2d(3, CLASSES, 1), Squares())
 
 
 @pytest.mark.parametrize("arm", ["random-fgsm"])

@@ -141,12 +141,12 @@ def validated(out: Path) -> list[Any]:
 
 
 def interrupted(out: Path) -> dict[str, Any]:
-    """Ctrl-C in the second process only, while the fourth step's data are read; both stop after the sixth step."""
+    """Ctrl-C in the second process only, while the fifth step's data are read; both stop after the seventh step."""
     reads = Counter[int]()
 
     def press(index: int) -> None:
         reads["all"] += 1  # type: ignore[index]
-        if distributed.rank() == 1 and reads["all"] == 2 * 3 + 1:  # type: ignore[index]
+        if distributed.rank() == 1 and reads["all"] == 2 * 4 + 1:  # type: ignore[index]
             signal.raise_signal(signal.SIGINT)
 
     stopped = trainer(torch.float32, "batch", on_read=press, checkpoint_every=100)
