@@ -222,7 +222,8 @@ class Trainer:
             told = distributed.add_up(torch.stack([valid, torch.full_like(valid, len(self._interrupts))]))
             pixels = told[0].clamp(min=1)
             self._interrupts_told.append(told[1])
-        self.model.train()
+        if not self.model.training:  # a layer that someone froze in eval mode stays there
+            self.model.train()
         self.optimizer.zero_grad()
         results = []
         size, rest = divmod(len(images), config.accumulation)
@@ -254,7 +255,11 @@ class Trainer:
         number = part * self.processes + distributed.rank()
         key = (_STEP, self.steps_done, number) if number else (_STEP, self.steps_done)
         model_seed, attack_seed = np.random.SeedSequence(self.config.seed, spawn_key=key).generate_state(2, np.uint64)
-        torch.manual_seed(int(model_seed))
+        # as torch.manual_seed, which asks every kind of device there might be and takes a millisecond
+        torch.default_generator.manual_seed(int(model_seed))
+        if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.default_generators[index].manual_seed(int(model_seed))
         self.generator.manual_seed(int(attack_seed))
 
     def _accumulate(self, images: Tensor, labels: Tensor, chosen: list[int], pixels: Tensor | None) -> StepResult:

@@ -532,6 +532,7 @@ def test_validation_is_an_evaluation_on_the_way_and_changes_nothing(
         assert torch.equal(before[0], torch.get_rng_state())
         assert all(torch.equal(value, before[1][name]) for name, value in trainer.model.state_dict().items())
         assert modes(trainer.model) == before[2]
+        trainer.model[3].train()
         loader = [(data.images[:4], data.labels[:4]), (data.images[4:6], data.labels[4:6])]
         expected.append(evaluate(trainer.model, loader, ["fgsm", "pgd"], [0.0, 0.02], worst_case=False).rows)
         return result
@@ -660,6 +661,20 @@ def test_accumulation_takes_the_parts_one_after_the_other() -> None:
     assert len(attack.calls) == 3
     with pytest.raises(ValueError, match="divisible into 2 equal parts, got 3"):
         trainer.step(images[:3], labels[:3], [])
+
+
+def test_a_frozen_layer_stays_frozen_and_a_model_in_eval_mode_is_trained() -> None:
+    images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
+    model = tiny_model()
+    model[1].eval()
+    trainer = Trainer(config(arm="fgsm"), model, Squares())
+    trainer.step(images, labels, [0])
+    assert modes(model) == [True, True, False, True, True, True]
+    assert int(model[1].num_batches_tracked) == 0
+    model.eval()
+    trainer.step(images, labels, [0])
+    assert all(modes(model))
+    assert int(model[1].num_batches_tracked) == 1
 
 
 def test_batch_norm_needs_two_images_in_each_part() -> None:
