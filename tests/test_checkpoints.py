@@ -36,6 +36,15 @@ def without_pictures(self: run_directory.RunDirectory, title: str) -> list[Path]
 
 
 @pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the other processes: the same bits come from the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory.RunDirectory, "draw", without_pictures)

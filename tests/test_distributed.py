@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def torchrun(out: Path, *names: str, processes: int = 2) -> subprocess.Completed
         check=False,
         timeout=300,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the other processes: the same bits come from the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,6 @@ def stopped_after_four(folder: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One process, float64, accumulation 1."""
     folder = tmp_path_factory.mktemp("alone")
-    torch.set_num_threads(1)
     return folder, trained(folder, validation=VALIDATION)
 
 
