@@ -1,7 +1,9 @@
-"""`python -m segadv` is the command line."""
+"""`python -m segadv` is the command `segadv`; `torchrun -m segadv` runs it in several processes."""
 
-import sys
+from __future__ import annotations
 
 from .cli import main
+from .distributed import leave
 
-sys.exit(main())
+if __name__ == "__main__":
+    leave(main())

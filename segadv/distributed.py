@@ -5,8 +5,10 @@ Without a group all of it is there and means one process.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,7 @@ __all__ = [
     "explained",
     "from_first",
     "gather",
+    "leave",
     "process_group",
     "rank",
     "started",
@@ -76,7 +79,23 @@ def process_group(device: str = "auto") -> Iterator[None]:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
     yield
+    # What is left of a DistributedDataParallel keeps the group's threads, and one of these that wants the interpreter
+    # while that ends aborts the process.
+    gc.collect()
     dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
+
+
+def leave(status: int) -> None:
+    """Ends this process; one of several at once, when its work is done and written.
+
+    A thread of gloo that wants the interpreter while that ends would abort the process, and torchrun call the whole
+    job failed.
+    """
+    if started() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager

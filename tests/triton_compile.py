@@ -66,10 +66,10 @@ def operations(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Any]]:
             )
             yield (
                 f"cross_entropy {name}",
-                lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(z, y, w, 255, False, True),
+                lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(z, y, w, 255, False, True, True),
             )
-            yield f"segpgd_loss {name}", lambda z=z, y=y: cross_entropy.segpgd_loss(z, y, 0.25, False, 255, False)
-            yield f"cospgd_loss {name}", lambda z=z, y=y: cross_entropy.cospgd_loss(z, y, True, 255, False)
+            yield f"segpgd_loss {name}", lambda z=z, y=y: cross_entropy.segpgd_loss(z, y, 0.25, False, 255, False, True)
+            yield f"cospgd_loss {name}", lambda z=z, y=y: cross_entropy.cospgd_loss(z, y, True, 255, False, True)
             yield (
                 f"cross_entropy_backward {name}",
                 lambda z=z, y=y, m=wide, w=weight: cross_entropy.cross_entropy_backward(
