@@ -323,6 +323,12 @@ def test_a_process_that_is_killed_stops_the_job_and_the_same_command_continues(o
     assert validation[0] == validation[1]
 
 
+def test_a_single_process_leaves_as_usual() -> None:
+    with pytest.raises(SystemExit) as exit_of_one:
+        distributed.leave(3)
+    assert exit_of_one.value.code == 3
+
+
 def test_processes_without_a_group_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would train by itself, into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
