@@ -270,8 +270,8 @@ class Trainer:
             if self.attack is not None and chosen:
                 pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
                 index = pinned.to(self.device, non_blocking=True)
-                clean = images[index].contiguous(memory_format=self._memory_format)
-                adversarial, info = self.attack(clean, labels[index], return_info=True)
+                clean = images.index_select(0, index).contiguous(memory_format=self._memory_format)
+                adversarial, info = self.attack(clean, labels.index_select(0, index), return_info=True)
                 images.index_copy_(0, index, adversarial)
                 eps = info.eps
                 gain = gain if info.gain is None else info.gain
@@ -360,11 +360,14 @@ class Trainer:
             if not alone:
                 self._interrupts = stack.enter_context(_interrupts_held())
             self._clock = (self.steps_done, time.perf_counter())
+            coins_epoch = -1
             try:
                 for images, labels, indices in loader:
                     with _interrupts_held():
                         epoch = self.steps_done // sampler.batches_per_epoch
-                        coins = adversarial_coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
+                        if epoch != coins_epoch:
+                            coins = adversarial_coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
+                            coins_epoch = epoch
                         chosen = np.flatnonzero(coins[indices.numpy()]).tolist()
                         images = images.to(self.device, non_blocking=True, memory_format=self._memory_format)
                         labels = labels.to(self.device, non_blocking=True)
