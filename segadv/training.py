@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,9 @@ _STEP = 3  # first word of a SeedSequence's spawn key: one stream per purpose; 0
 
 _STEPS_TO_STOP = 2
 """From Ctrl-C in one of several processes to the stop of all: what they told so long ago is there without waiting."""
+
+
+_coins = functools.lru_cache(maxsize=2)(adversarial_coins)  # two epochs: the loader is some batches ahead
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,9 @@ class Trainer:
         # the steps since the last line of metrics: of all processes, and of this one since they were last gathered
         self._window: list[StepResult] = []
         self._own_window: list[StepResult] = []
-        # Ctrl-C in this process, while several agree on where to stop, and how often it was pressed in all of them in
+        # Ctrl-C in this process, and, while several agree on where to stop, how often it was pressed in all of them in
         # the last steps, the oldest first
-        self._interrupts: list[int] = []
+        self._interrupts = _Interrupts()
         self._interrupts_told: deque[Tensor] = deque(maxlen=_STEPS_TO_STOP + 1)
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
@@ -213,13 +218,16 @@ class Trainer:
         return self.step_in_place(moved, labels.to(self.device, non_blocking=True), chosen)
 
     def step_in_place(self, images: Tensor, labels: Tensor, chosen: Sequence[int]) -> StepResult:
-        """`step` with images and labels on the training device, which overwrites the chosen images: no copy."""
+        """`step` with images and labels on the training device, which overwrites the chosen images: no copy.
+
+        Where the chosen come first in each part, as `run` arranges it, the attack reads them where they are.
+        """
         config = self.config
         divided = self.processes * config.accumulation > 1
         pixels = None
         if divided:
             valid = (labels != IGNORE_INDEX).sum()
-            told = distributed.add_up(torch.stack([valid, torch.full_like(valid, len(self._interrupts))]))
+            told = distributed.add_up(torch.stack([valid, torch.full_like(valid, self._interrupts.received)]))
             pixels = told[0].clamp(min=1)
             self._interrupts_told.append(told[1])
         if not self.model.training:  # a layer that someone froze in eval mode stays there
@@ -264,19 +272,28 @@ class Trainer:
 
     def _accumulate(self, images: Tensor, labels: Tensor, chosen: list[int], pixels: Tensor | None) -> StepResult:
         """Adds the gradient of a part of the batch; pixels: [] valid ones of the whole batch, None: of the images."""
-        eps = gain = images.new_empty(0)
-        skipped = eps.bool()
         with self._autocast():
-            if self.attack is not None and chosen:
-                pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
-                index = pinned.to(self.device, non_blocking=True)
-                clean = images.index_select(0, index).contiguous(memory_format=self._memory_format)
-                adversarial, info = self.attack(clean, labels.index_select(0, index), return_info=True)
-                images.index_copy_(0, index, adversarial)
+            if self.attack is None or not chosen:
+                eps = gain = images.new_empty(0)
+                skipped = eps.bool()
+            else:
+                in_front = chosen == list(range(len(chosen)))
+                if in_front:
+                    clean, clean_labels = images[: len(chosen)], labels[: len(chosen)]
+                else:
+                    pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
+                    index = pinned.to(self.device, non_blocking=True)
+                    clean = images.index_select(0, index).contiguous(memory_format=self._memory_format)
+                    clean_labels = labels.index_select(0, index)
+                adversarial, info = self.attack(clean, clean_labels, return_info=True)
                 eps = info.eps
-                gain = gain if info.gain is None else info.gain
+                gain = eps[:0] if info.gain is None else info.gain
                 # in place: on the CPU fresh memory costs more than the comparison
                 skipped = clean.eq_(adversarial).amin((1, 2, 3)).bool()
+                if in_front:
+                    clean.copy_(adversarial)
+                else:
+                    images.index_copy_(0, index, adversarial)
             logits = model_logits(self._network(images), None)
             if pixels is None:
                 loss = own_loss = functional.cross_entropy(logits, labels)
@@ -347,7 +364,7 @@ class Trainer:
         sampler = self._batches(start_step=self.steps_done)
         loader = DataLoader(
             self.dataset,
-            batch_sampler=sampler,
+            batch_sampler=self._chosen_first(sampler),  # type: ignore[arg-type]
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one
@@ -357,18 +374,16 @@ class Trainer:
         show = progress and distributed.rank() == 0
         bar = progress_bar(config.arm, total=config.steps, initial=self.steps_done, unit="step", show=show)
         with bar, contextlib.ExitStack() as stack:
+            stack.enter_context(self._interrupts)
             if not alone:
-                self._interrupts = stack.enter_context(_interrupts_held())
+                stack.enter_context(self._interrupts.held())
             self._clock = (self.steps_done, time.perf_counter())
-            coins_epoch = -1
             try:
                 for images, labels, indices in loader:
-                    with _interrupts_held():
+                    with self._interrupts.held():
                         epoch = self.steps_done // sampler.batches_per_epoch
-                        if epoch != coins_epoch:
-                            coins = adversarial_coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
-                            coins_epoch = epoch
-                        chosen = np.flatnonzero(coins[indices.numpy()]).tolist()
+                        coins = _coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
+                        chosen = coins[indices.numpy()].nonzero()[0].tolist()
                         images = images.to(self.device, non_blocking=True, memory_format=self._memory_format)
                         labels = labels.to(self.device, non_blocking=True)
                         self._own_window.append(self.step_in_place(images, labels, chosen))
@@ -423,6 +438,15 @@ class Trainer:
             processes=self.processes,
             accumulation=config.accumulation,
         )
+
+    def _chosen_first(self, sampler: EpochSampler) -> Iterator[list[tuple[int, int]]]:
+        """The sampler's batches, of each part the chosen first: then they are a view of the batch, not a copy."""
+        config = self.config
+        size = config.batch_size // (self.processes * config.accumulation)
+        for keys in sampler:
+            coins = _coins(config.seed, keys[0][0], self.dataset_length, config.adversarial_share)
+            parts = (keys[start : start + size] for start in range(0, len(keys), size))
+            yield [key for part in parts for key in sorted(part, key=lambda key: not coins[key[1]])]
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -687,20 +711,49 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[list[int]]:
-    """Holds Ctrl-C back until the block has ended, so that no state is saved from the middle of a step."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
-        yield received
-        return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        signal.raise_signal(signal.SIGINT)
+class _Interrupts:
+    """Ctrl-C while entered: kept back inside `held`, so that no state is saved from the middle of a step.
+
+    Elsewhere it goes where it went before. Entered once a run, because to change the handler takes 0.1 ms.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """How often it was pressed inside the `held` that is running."""
+        self._depth = 0
+        self._before: Any = None  # the handler replaced
+
+    def __enter__(self) -> _Interrupts:
+        self.received = 0
+        if threading.current_thread() is threading.main_thread():  # only there do signals arrive
+            self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not None:  # None also for a handler that Python does not know
+            signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._depth:
+            self.received += 1
+        elif callable(self._before):
+            self._before(number, frame)
+        elif self._before == signal.SIG_DFL:
+            signal.signal(number, self._before)
+            signal.raise_signal(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        if self.received and not self._depth:
+            self.received = 0  # however often: it interrupts once
+            self._receive(signal.SIGINT, None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

@@ -178,11 +178,11 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
     seen = {}
     for arm in training.ARMS:
         trainer = Trainer(config(arm=arm), tiny_model(), Squares())
-        chosen: list[list[int]] = []
+        chosen: list[tuple[list[int], list[list[float]]]] = []
         real_step = trainer.step_in_place
 
         def step(images: Tensor, labels: Tensor, positions: list[int], real: Any = real_step) -> Any:
-            chosen.append(positions)  # noqa: B023
+            chosen.append((positions, images.mean((1, 2, 3)).tolist()))  # noqa: B023
             return real(images, labels, positions)
 
         monkeypatch.setattr(trainer, "step_in_place", step)
@@ -190,13 +190,15 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
         seen[arm] = chosen
     assert all(chosen == seen["basic"] for chosen in seen.values())
     sampler = EpochSampler(SAMPLES, batch_size=4, seed=7, steps=14)
-    expected = [
-        [i for i, (e, index) in enumerate(keys) if training.adversarial_coins(7, e, SAMPLES, 0.5)[index]]
-        for keys in sampler
-    ]
-    assert seen["basic"] == expected
+    data = Augmented(Squares(), crop=(16, 24), seed=7)
+    for keys, (positions, means) in zip(sampler, seen["basic"], strict=True):
+        coins = [training.adversarial_coins(7, epoch, SAMPLES, 0.5)[index] for epoch, index in keys]
+        order = [key for wanted in (True, False) for key, coin in zip(keys, coins, strict=True) if coin == wanted]
+        assert positions == list(range(sum(coins)))
+        assert means == torch.stack([data[key][0] for key in order]).mean((1, 2, 3)).tolist()
+        assert len(set(means)) == 4
     line = metrics_of(tmp_path / "fgsm")[0]
-    assert line["share_adversarial"] == sum(len(positions) for positions in expected[:3]) / 12
+    assert line["share_adversarial"] == sum(len(positions) for positions, _ in seen["basic"][:3]) / 12
     assert metrics_of(tmp_path / "basic")[0]["share_adversarial"] == 0
 
 
@@ -222,6 +224,37 @@ def test_attack_gets_the_chosen_samples_and_the_model_their_adversarial_versions
     assert not trainer.step(images, labels, []).eps.numel()
     assert len(attack.calls) == 1
     assert trainer.steps_done == 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_where_the_chosen_images_come_first_the_attack_reads_them_where_they_are(channels_last: bool) -> None:
+    """And does to them what it does to copies, when they come last."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 16, 24, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (4, 16, 24), generator=generator)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    ends = []
+    for order, chosen in (([0, 1, 2, 3], [0, 1]), ([3, 2, 0, 1], [2, 3])):
+        trainer = Trainer(config(arm="fast-newton", channels_last=channels_last), tiny_model(dropout=0), Squares())
+        trainer.model.double()
+        attack, places = trainer.attack, []
+        assert attack is not None
+
+        def recording(images: Tensor, labels: Tensor, *, return_info: bool, attack: Any = attack) -> Any:
+            places.append(images.data_ptr())  # noqa: B023
+            return attack(images, labels, return_info=return_info)
+
+        trainer.attack = recording  # type: ignore[assignment]
+        batch = images[order].contiguous(memory_format=layout)
+        result = trainer.step_in_place(batch, labels[order], chosen)
+        assert (places == [batch.data_ptr()]) == (order == [0, 1, 2, 3])
+        attacked = batch[[order.index(i) for i in range(4)]]
+        assert torch.equal(attacked[2:], images[2:])
+        assert not result.skipped.any()
+        assert ((attacked[:2] - images[:2]).abs().amax((1, 2, 3)) > 0.1 * result.eps.abs()).all()
+        ends.append([result.loss, result.eps, result.gain, attacked, *trainer.model.state_dict().values()])
+    for there, here in zip(*ends, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-12)
 
 
 # --- one step -----------------------------------------------------------------------------------------------
@@ -693,6 +726,57 @@ def test_accumulated_run_resumes_to_the_same_bits(tmp_path: Path, arm: str) -> N
             trainer.run(tmp_path / "parts", progress=False)
     assert_same_state(whole, run(tmp_path / "parts", arm=arm, accumulation=2))
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -> None:
+    received: list[str] = []
+    interrupts = training._Interrupts()
+
+    def press_twice_in_a_step() -> None:
+        with interrupts.held():
+            with interrupts.held():
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            assert interrupts.received == 2
+            received.append("end of the step")
+        received.append("after the step")
+
+    def fail_in_a_step() -> None:
+        with interrupts.held():
+            signal.raise_signal(signal.SIGINT)
+            raise OSError("in the step")
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append("handled"))
+    try:
+        with interrupts:
+            press_twice_in_a_step()
+            signal.raise_signal(signal.SIGINT)
+        assert received == ["end of the step", "handled", "after the step", "handled"]
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        received.clear()
+        with pytest.raises(KeyboardInterrupt), interrupts:
+            press_twice_in_a_step()
+        assert received == ["end of the step"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with interrupts, pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with interrupts, pytest.raises(OSError, match="in the step"):
+            fail_in_a_step()
+        with interrupts, interrupts.held():  # a run that failed leaves nothing to the next
+            assert interrupts.received == 0
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup, or behind "&" in a script
+        received.clear()
+        with interrupts:
+            press_twice_in_a_step()
+        assert received == ["end of the step", "after the step"]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
