@@ -4,7 +4,8 @@ A document holds a table between `<!-- begin: NAME -->` and `<!-- end: NAME -->`
 here. `--check` writes nothing, says what is out of step, and fails then. A table whose rows are missing is an error.
 A picture carries the hash of the file that it was drawn from.
 
-`--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote.
+`--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote, `--robustness RESULTS_JSON ...`
+results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 from segadv import plots
 from segadv.comparison import ARMS, PAPER_OVERHEAD
-from segadv.results import atomic_write, csv_text
+from segadv.results import EvaluationResult, atomic_write, csv_text
 
-from . import attacks, overhead, peers, scaling
+from . import attacks, overhead, peers, scaling, trainer
 from .cases import CASES
-from .measure import DeviceRow, commit, read_rows
+from .measure import DeviceRow, commit, machine, read_rows
 from .ops import PIXEL_SPACE
 from .records import Record, read_records
 
@@ -447,6 +448,24 @@ def attack_steps(results: Path) -> str:
     )
 
 
+# --- the trainer: trainer-cpu.csv ---------------------------------------------------------------------------------
+
+
+def trainer_cost(results: Path) -> str:
+    records = comparable(results / "trainer-cpu.csv")
+    parts = ("these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT)
+    lines = [
+        [name, f"{interval(one(records, operation=trainer.PART, provider=name), 2)} ms"]
+        for name in (*trainer.WORK, *parts)
+    ]
+    share = one(records, operation=trainer.SHARE, provider=trainer.TRAINER)
+    notes = paragraph(
+        f"{share.mode}, {share.case}; medians with 95 % intervals. The trainer takes {interval(share, 2)} % of the "
+        f"work of a step. {provenance_of(records)}"
+    )
+    return f"{table(['part of a step', 'ms'], lines)}\n\n{notes}"
+
+
 # --- how cost grows: scaling-cpu.csv ------------------------------------------------------------------------------
 
 
@@ -551,8 +570,7 @@ def demo_outcome(results: Path) -> str:
             values = [row["miou"] for row in rows if (row["arm"], row["attack"], row["eps"]) == (arm, attack, eps)]
             if len(values) != len(seeds):
                 raise ReportError(f"demo.csv: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(seeds)} seeds")
-            mean = f"{sum(values) / len(values):.3f}"
-            cells.append(f"{mean} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else mean)
+            cells.append(mean_and_range(values))
         step = one(records, operation=STEP, provider=arm).p50
         shares = [f"{source[arm]:.2f} %" if arm in source else "" for source in PAPER_OVERHEAD.values()]
         percent = "" if arm == "basic" else f"{100 * (step / basic - 1):.0f} %"
@@ -563,6 +581,83 @@ def demo_outcome(results: Path) -> str:
     minutes = one(records, operation=MINUTES).p50
     notes = paragraph(f"mIoU of {which}; the run took {minutes:.0f} minutes. {provenance_of(records)}")
     return f"{table(header, lines)}\n\n{notes}"
+
+
+# --- how robust its networks are: robustness.csv ------------------------------------------------------------------
+
+UNDER_ATTACK = "mIoU under attack"
+_UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
+_ROBUST_EPS, _OTHER_EPS = 0.03, (0.02, 0.04)
+_WORST = "worst-case"
+
+
+def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record]:
+    """Rows of what segadv evaluate wrote, a file for every training of the arms."""
+    records = []
+    for training, path in enumerate(results_json):
+        result = EvaluationResult.from_json(path)
+        for entry in result.final:
+            run = result.run[entry.arm]
+            versions = run["versions"]
+            case = f"eps {entry.eps:g}, {entry.steps} steps, {run['images']} images, training {training}"
+            records.append(
+                Record(
+                    operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
+                    device=run["device"], threads=0, thp=0, p20=_NAN, p50=entry.row["miou"], p80=_NAN, low=_NAN,
+                    high=_NAN, unit="", rounds=1, commit=commit,
+                    versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
+                    machine=machine(),
+                )
+            )  # fmt: skip
+    return records
+
+
+def robustness(results: Path) -> str:
+    """Attack by attack at one eps, the worst case at others."""
+    records = records_in(results / "robustness.csv")
+    found: dict[tuple[str, str, float], list[float]] = {}
+    steps: dict[float, int] = {}
+    images, trainings = set(), set()
+    for record in records:
+        match = _UNDER_ATTACK_CASE.fullmatch(record.case)
+        if match is None:
+            raise ReportError(
+                f"robustness.csv: {record.case!r} is not like 'eps 0.03, 20 steps, 32 images, training 0'"
+            )
+        eps = float(match[1])
+        found.setdefault((record.provider, record.mode, eps), []).append(record.p50)
+        steps[eps] = max(steps.get(eps, 0), int(match[2]))
+        images.add(match[3])
+        trainings.add(match[4])
+    attacks = [attack for attack in dict.fromkeys(attack for _, attack, _ in found) if attack not in ("fgsm", _WORST)]
+    columns = [(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in (*attacks, _WORST))]
+    columns += [(_WORST, eps) for eps in _OTHER_EPS]
+    lines = []
+    for arm in dict.fromkeys(record.provider for record in records):
+        cells = []
+        for attack, eps in columns:
+            values = found.get((arm, attack, eps), [])
+            if len(values) != len(trainings):
+                raise ReportError(
+                    f"robustness.csv: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(trainings)} trainings"
+                )
+            cells.append(mean_and_range(values))
+        lines.append([arm, *cells])
+    titles = ["clean", *(plots.attack_title(attack) for attack in (*attacks, _WORST))]
+    titles += [f"worst case at {eps:g}" for eps in _OTHER_EPS]
+    how = f"mean and range of {len(trainings)} trainings" if len(trainings) > 1 else "one training"
+    others = " and ".join(f"{eps:g}" for eps in _OTHER_EPS)
+    notes = paragraph(
+        f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; the iterative attacks "
+        f"have {steps[_ROBUST_EPS]} steps, {max(steps[eps] for eps in _OTHER_EPS)} at {others}. "
+        f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
+    )
+    return f"{table(['trained with', *titles], lines)}\n\n{notes}"
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    mean = f"{sum(values) / len(values):.3f}"
+    return f"{mean} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else mean
 
 
 # --- documents and pictures ---------------------------------------------------------------------------------------
@@ -576,9 +671,11 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "overhead-details": overhead_details,
     "peers": other_packages,
     "attacks": attack_steps,
+    "trainer": trainer_cost,
     "scaling": growth,
     "calls": call_ladder,
     "demo": demo_outcome,
+    "robustness": robustness,
 }
 
 
@@ -680,17 +777,31 @@ def regenerate(root: Path) -> list[str]:
     return stale
 
 
+def write_anew(path: Path, records: Sequence[Record]) -> None:
+    """Rows of what was measured before do not stay."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(csv_text([asdict(record) for record in records]), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of step")
     parser.add_argument("--demo", type=Path, metavar="RESULTS_JSON", help="a demo's results.json, for demo.csv")
-    parser.add_argument("--commit", help="the commit that ran that demo; the clone's unless given")
+    parser.add_argument(
+        "--robustness",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS_JSON",
+        help="evaluations' results.json, for robustness.csv",
+    )
+    parser.add_argument("--commit", help="the commit that ran these; the clone's unless given")
     options = parser.parse_args(arguments)
     try:
         if options.demo:
-            rows = [asdict(record) for record in demo_records(options.demo, options.commit or commit())]
-            with atomic_write(root / RESULTS / "demo.csv") as temporary:
-                temporary.write_text(csv_text(rows), encoding="utf-8")
+            write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit or commit()))
+        if options.robustness:
+            records = robustness_records(options.robustness, options.commit or commit())
+            write_anew(root / RESULTS / "robustness.csv", records)
         stale = outdated(root) if options.check else regenerate(root)
     except (ReportError, OSError, ValueError, KeyError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the trainer costs beside the mathematics: `python -m benchmarks.trainer [--steps 40] [--arm fast-newton]`.
+"""What the trainer costs beside the mathematics: `python -m benchmarks.trainer [--arm fast-newton] [--write]`.
 
 The demo's network, batches of 16 x 3 x 128 x 256 cropped from images in memory, on the CPU. `Trainer.run` itself is
 measured, by timers around what any loop has to do (attack, forward pass, loss, backward pass, optimiser) and
@@ -31,8 +31,12 @@ from segadv.models import small_pspnet
 from segadv.training import TrainConfig, Trainer
 
 from .measure import commit, machine
+from .overhead import destination, require_native_core
+from .records import Where, write_records
 
 WARM_UP = 3
+PART, SHARE = "part of a training step", "share of a training step"
+TRAINER, READING, CHECKPOINT = "the trainer", "reading the batch (no workers)", "a checkpoint"
 
 
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
@@ -132,7 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arm", default="fast-newton")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--crop", type=int, nargs=2, default=[128, 256], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--write", metavar="CSV", nargs="?", const="", help="adds the rows to a file")
     options = parser.parse_args(arguments)
+    require_native_core()
+    cpu = torch.device("cpu")
+    path = destination("trainer", options.write, cpu, quick=False)
     config = TrainConfig(
         arm=options.arm,
         steps=options.steps + WARM_UP,
@@ -151,21 +159,28 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.arm}, {size}, float32, {len(steps)} steps, {torch.get_num_threads()} threads")
     print(f"{machine()}, commit {commit()}, torch {torch.__version__}")
     print(f"load of the machine {os.getloadavg()[0]:.1f}\n")
-    rows = {kind: kinds[kind] for kind in WORK} | {"these together": work, "the trainer": rest}
-    rows |= {"reading the batch (no workers)": kinds["batch"]}
-    rows |= {"a checkpoint": kinds["checkpoint"][kinds["checkpoint"][:, 0] > 0]}
+    rows = {kind: kinds[kind] for kind in WORK} | {"these together": work, TRAINER: rest, READING: kinds["batch"]}
+    rows |= {CHECKPOINT: kinds["checkpoint"][kinds["checkpoint"][:, 0] > 0]}
     print(f"{'ms by the clock':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
     for name, seconds in rows.items():
         print(f"{name:34s}" + "".join(f"{1e3 * value:9.3f}" for value in spread(seconds[:, 0])))
 
     print(f"\n{'percent of the work of the step':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
-    for name, seconds in (("the trainer", rest), ("and reading the batch", rest + kinds["batch"])):
+    for name, seconds in ((TRAINER, rest), ("and reading the batch", rest + kinds["batch"])):
         for clock, column in (("by the clock", 0), ("of the processor", 1)):
             if column == 0 or torch.get_num_threads() == 1:
                 share = 100 * seconds[:, column] / work[:, column]
                 print(f"{f'{name}, {clock}':34s}" + "".join(f"{value:9.2f}" for value in spread(share)))
-    amortised = 100 * np.median(rows["a checkpoint"][:, 0]) / np.median(work[:, 0]) / TrainConfig.checkpoint_every
+    amortised = 100 * np.median(rows[CHECKPOINT][:, 0]) / np.median(work[:, 0]) / TrainConfig.checkpoint_every
     print(f"{f'a checkpoint every {TrainConfig.checkpoint_every} steps':34s}{'':9s}{amortised:9.2f}")
+    if path is not None:
+        where = Where(f"small, {size}, 19 classes", torch.float32, cpu)
+        records = [
+            where.record(PART, name, options.arm, [1e3 * seconds[:, 0]], unit="ms") for name, seconds in rows.items()
+        ]
+        share = 100 * rest[:, 0] / work[:, 0]
+        write_records(path, [*records, where.record(SHARE, TRAINER, options.arm, [share], unit="%")])
+        print(f"\nin {path}")
     return 0
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attacks, overhead, peers, report, scaling
+from benchmarks import attacks, overhead, peers, report, scaling, trainer
 from benchmarks import test_bench_cpu as guard
 from benchmarks.measure import DeviceRow, Row, Timing, read_rows, write_rows
 from benchmarks.records import Record, read_records, write_records
 from segadv.comparison import ARMS
+from segadv.results import EvaluationResult, Measurement
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -325,12 +326,39 @@ def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
     return [*rows, record(report.MINUTES, "demo", "", "demo", 31.4, unit="minutes", rounds=1)]
 
 
+def trainer_rows() -> list[Record]:
+    names = (*trainer.WORK, "these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT)
+    rows = [record(trainer.PART, name, "fast-newton", p50=1.0 + i, unit="ms") for i, name in enumerate(names)]
+    return [*rows, record(trainer.SHARE, trainer.TRAINER, "fast-newton", p50=0.7, unit="%")]
+
+
+ROBUST_ARMS = ("basic", "fast-newton")
+
+
+def robust_rows(trainings: Sequence[int] = (0, 1, 2)) -> list[Record]:
+    """What the table shows: its means are multiples of 0.01, the ranges 0.002 to each side."""
+    shown = [("worst-case", 0.0), *((attack, 0.03) for attack in ("bim-10", "pgd", "cospgd", "worst-case"))]
+    shown += [("worst-case", 0.02), ("worst-case", 0.04)]
+    return [
+        record(
+            report.UNDER_ATTACK, arm, attack,
+            f"eps {eps:g}, {100 if eps == 0.03 else 20 if eps else 0} steps, 32 images, training {training}",
+            0.1 * (1 + i) + 0.01 * j + 0.002 * (training - 1), rounds=1,
+        )
+        for training in trainings
+        for i, arm in enumerate(ROBUST_ARMS)
+        for j, (attack, eps) in enumerate(shown)
+    ]  # fmt: skip
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[Record]]]] = {
     "overhead": ("overhead-cpu.csv", overhead_rows),
     "peers": ("peers-cpu.csv", peer_rows),
     "attacks": ("attacks-cpu.csv", attack_rows),
     "calls": ("scaling-cpu.csv", ladder_rows),
     "demo": ("demo.csv", demo_rows),
+    "robustness": ("robustness.csv", robust_rows),
+    "trainer": ("trainer-cpu.csv", trainer_rows),
 }
 
 
@@ -369,7 +397,7 @@ SHOWN_OF_DEMO = {
 }
 
 
-@pytest.mark.parametrize("name", ["overhead", "peers", "attacks", "calls"])
+@pytest.mark.parametrize("name", ["overhead", "peers", "attacks", "calls", "trainer"])
 def test_rows_of_other_threads_or_memory_stand_aside(name: str, tmp_path: Path) -> None:
     file, made = TABLES[name]
     write_records(tmp_path / file, made())
@@ -655,3 +683,64 @@ def test_every_guarded_operation_has_a_recorded_lead(root: Path) -> None:
     )
     with pytest.raises(KeyError, match="has no rows of eager and segadv"):
         guard.recorded_lead(first, path)
+
+
+# --- robustness ---------------------------------------------------------------------------------------------------
+
+
+def evaluated(path: Path, shift: float) -> Path:
+    """A results.json as segadv evaluate writes it, of two classes; its mIoU are made of `shift`."""
+    results = {}
+    for i, arm in enumerate(ROBUST_ARMS):
+        measurements = []
+        for eps in (0.0, 0.02, 0.03, 0.04):
+            steps = 100 if eps == 0.03 else 20 if eps else 0
+            for j, attack in enumerate(("fgsm", "bim-10", "pgd", "worst-case")):
+                for done in sorted({steps // 2, steps}):  # also judged on its way
+                    wrong = 100 * (i + j) + int(1000 * eps) + int(shift * 1000) + (steps - done)
+                    confusion = torch.tensor([[1000 - wrong, wrong], [wrong, 1000 - wrong]])
+                    measurements.append(Measurement("", attack, eps, done, 0.5, confusion))
+        versions = {"segadv": "0.1.0", "torch": "2.13.0", "numpy": "2.4", "python": "3.11"}
+        results[arm] = EvaluationResult(measurements, {"images": 32, "device": "cpu", "versions": versions})
+    EvaluationResult.merge(results).to_json(path)
+    return path
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_evaluations_become_rows_and_a_table(count: int, root: Path, tmp_path: Path) -> None:
+    with_block(root, "robustness")
+    shifts = [0.0, 0.05, 0.01][:count]
+    files = [evaluated(tmp_path / f"{i}.json", shift) for i, shift in enumerate(shifts)]
+    for _ in range(2):  # rows of an earlier evaluation do not stay
+        assert report.main(["--robustness", *map(str, files), "--commit", "c0ffee"], root) == 0
+    assert report.main(["--check"], root) == 0
+    rows = read_records(root / report.RESULTS / "robustness.csv")
+    assert len(rows) == count * len(ROBUST_ARMS) * 4 * 4  # eps, attacks; what was judged on the way is left out
+    assert {row.commit for row in rows} == {"c0ffee"}
+
+    def miou(arm: int, attack: int, eps: float) -> str:
+        values = []
+        for shift in shifts:
+            wrong = 100 * (arm + attack) + int(1000 * eps) + int(shift * 1000)
+            values.append((1000 - wrong) / (1000 + wrong))
+        mean = f"{np.mean(values):.3f}"
+        return mean if count == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
+
+    text = report.robustness(root / report.RESULTS)
+    for i, arm in enumerate(ROBUST_ARMS):
+        wanted = [(3, 0.0), (1, 0.03), (2, 0.03), (3, 0.03), (3, 0.02), (3, 0.04)]
+        assert cells(text, arm) == [arm, *(miou(i, attack, eps) for attack, eps in wanted)]
+    assert "mean and range of 3 trainings" in text or count == 1
+    assert "32 validation scenes" in text
+    assert "have 100 steps, 20 at 0.02 and 0.04" in text.replace("\n", " ")
+
+
+def test_what_is_no_evaluation_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows_file = root / report.RESULTS / "robustness.csv"
+    before = rows_file.read_bytes() if rows_file.exists() else None
+    foreign = tmp_path / "results.json"
+    foreign.write_text("{}")
+    for path, message in ((foreign, "no result of an evaluation"), (tmp_path / "none.json", "No such file")):
+        assert report.main(["--robustness", str(evaluated(tmp_path / "good.json", 0.0)), str(path)], root) == 1
+        assert message in capsys.readouterr().err
+    assert (rows_file.read_bytes() if rows_file.exists() else None) == before
