@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -41,7 +42,8 @@ _RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C.
+    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C, 141 where the reader
+    of its output left (`segadv doctor | head -3`).
 
     SEGADV_DEBUG=1 lets errors through with their traceback.
     """
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(_arranged(sys.argv[1:] if argv is None else argv))
         command = arguments.command
         commands[command](arguments[command])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         continues = "; the same command continues" if command in _RESUMABLE else ""
         print(f"\nsegadv: interrupted{continues}", file=sys.stderr)
@@ -67,11 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"segadv: error: {' '.join(str(error).split())} (segadv --help tells more)", file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141  # as a shell tells of SIGPIPE
         if os.environ.get("SEGADV_DEBUG") == "1":
             raise
         print(f"segadv: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the standard output any more; then nothing more is written to it."""
+    output = select.poll()
+    output.register(1, 0)
+    if left := any(event & select.POLLERR for _, event in output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush when Python ends
+    return left
 
 
 def _arranged(argv: Sequence[str]) -> list[str]:

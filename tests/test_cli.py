@@ -137,6 +137,28 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in segadv.build_info())
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `segadv doctor | head -3`, whether a write or the last flush finds out."""
+    for more in ("", "import segadv.cli; segadv.cli._doctor = lambda _: print('x' * 1_000_000); "):
+        program = f"{more}import sys; from segadv.cli import main; sys.exit(main(['doctor']))"
+        reader, writer = os.pipe()
+        os.close(reader)
+        run = subprocess.run(
+            [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+        os.close(writer)
+        assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(arguments: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("segadv.cli._doctor", broken)
+    assert run("doctor") == 2
+    assert "Broken pipe" in capsys.readouterr().err
+
+
 def test_base_dependencies_are_enough_for_doctor_and_help() -> None:
     program = (
         "import sys\n"
