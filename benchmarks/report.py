@@ -463,7 +463,7 @@ def trainer_cost(results: Path) -> str:
         f"{share.mode}, {share.case}; medians with 95 % intervals. The trainer takes {interval(share, 2)} % of the "
         f"work of a step. {provenance_of(records)}"
     )
-    return f"{table(['part of a step', 'ms'], lines)}\n\n{notes}"
+    return f"{table(['part of a step', 'time'], lines)}\n\n{notes}"
 
 
 # --- how cost grows: scaling-cpu.csv ------------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def robustness(results: Path) -> str:
                 )
             cells.append(mean_and_range(values))
         lines.append([arm, *cells])
-    titles = ["clean", *(plots.attack_title(attack) for attack in (*attacks, _WORST))]
+    titles = ["clean", *(plots.attack_title(attack) for attack in attacks), "worst case"]
     titles += [f"worst case at {eps:g}" for eps in _OTHER_EPS]
     how = f"mean and range of {len(trainings)} trainings" if len(trainings) > 1 else "one training"
     others = " and ".join(f"{eps:g}" for eps in _OTHER_EPS)
