@@ -734,6 +734,7 @@ class _Interrupts:
     def __exit__(self, *exception: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+        self._before = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._depth:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -749,6 +750,10 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             signal.raise_signal(signal.SIGINT)
             raise OSError("in the step")
 
+    def press_nothing() -> None:
+        with interrupts, interrupts.held():
+            pass
+
     before = signal.signal(signal.SIGINT, lambda number, frame: received.append("handled"))
     try:
         with interrupts:
@@ -775,6 +780,9 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             press_twice_in_a_step()
         assert received == ["end of the step", "after the step"]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+        with ThreadPoolExecutor(1) as pool:  # where no signal arrives, and none may be changed
+            pool.submit(press_nothing).result()
     finally:
         signal.signal(signal.SIGINT, before)
 
