@@ -592,7 +592,7 @@ _WORST = "worst-case"
 
 
 def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record]:
-    """Rows of what segadv evaluate wrote, a file for every training of the arms."""
+    """Rows of what segadv evaluate wrote, a file for every training of the arms, on this machine."""
     records = []
     for training, path in enumerate(results_json):
         result = EvaluationResult.from_json(path)

@@ -92,3 +92,12 @@ def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     # The order of the emulated threads: every test has its own, the same on every run.
     emulated.load().seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For comparing bits with other processes, which have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

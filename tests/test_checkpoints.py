@@ -26,6 +26,8 @@ from torch import nn
 from segadv import checkpoints, run_directory, training
 from segadv.training import Trainer, Validation
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the other processes: so come the same bits
+
 VALIDATION = Validation(every=5, images=3, attacks=("fgsm",), eps=(0.0, 0.03))
 ALL_FILES = sorted([*FILES, "validation.jsonl", "curves.csv"])
 
@@ -33,15 +35,6 @@ ALL_FILES = sorted([*FILES, "validation.jsonl", "curves.csv"])
 def without_pictures(self: run_directory.RunDirectory, title: str) -> list[Path]:
     """They take longer than all the rest of these runs."""
     return []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the other processes: the same bits come from the same number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)

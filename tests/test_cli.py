@@ -143,8 +143,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         program = f"{more}import sys; from segadv.cli import main; sys.exit(main(['doctor']))"
         reader, writer = os.pipe()
         os.close(reader)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         run = subprocess.run(
-            [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-c", program],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            check=False,
         )
         os.close(writer)
         assert (run.returncode, run.stderr) == (141, "")

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from segadv import distributed
 from segadv.checkpoints import read_config
 from segadv.data import EpochSampler
 from segadv.evaluation import evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the other processes: so come the same bits
 
 TESTS = Path(__file__).parent
 
@@ -40,15 +41,6 @@ def torchrun(out: Path, *names: str, processes: int = 2) -> subprocess.Completed
         check=False,
         timeout=300,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the other processes: the same bits come from the same number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

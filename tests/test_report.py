@@ -614,6 +614,29 @@ def test_the_trainer_writes_what_its_table_needs(tmp_path: Path, capsys: pytest.
     assert cells(report.trainer_cost(tmp_path), trainer.TRAINER)[1].endswith(" ms")
 
 
+def test_rows_of_the_trainer_are_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps of a second's work: 1, 2 and 3 ms are left for the trainer, so many tenths of a percent."""
+    steps = []
+    for trainers in (0.002, 0.001, 0.003):
+        step = dict.fromkeys(trainer.WORK, np.full(2, 1 / len(trainer.WORK)))
+        steps.append(step | {"batch": np.full(2, 0.5), "whole": np.full(2, 1.5 + trainers)})
+    steps[1] |= {"checkpoint": np.full(2, 0.25), "whole": steps[1]["whole"] + 0.25}
+    monkeypatch.setattr(trainer, "measure", lambda config: steps)
+    path = tmp_path / "trainer-cpu.csv"
+    assert trainer.main(["--write", str(path)]) == 0
+    rows = {(row.operation, row.provider): (row.p50, row.rounds, row.unit) for row in read_records(path)}
+    assert rows == {
+        **{(trainer.PART, name): (pytest.approx(1000 / len(trainer.WORK)), 3, "ms") for name in trainer.WORK},
+        (trainer.PART, "these together"): (pytest.approx(1000), 3, "ms"),
+        (trainer.PART, trainer.TRAINER): (pytest.approx(2), 3, "ms"),
+        (trainer.PART, trainer.READING): (pytest.approx(500), 3, "ms"),
+        (trainer.PART, trainer.CHECKPOINT): (pytest.approx(250), 1, "ms"),
+        (trainer.SHARE, trainer.TRAINER): (pytest.approx(0.2), 3, "%"),
+    }
+
+
 def test_scaling_writes_what_its_table_and_picture_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

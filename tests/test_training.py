@@ -751,13 +751,18 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             raise OSError("in the step")
 
     def press_nothing() -> None:
-        with interrupts, interrupts.held():
+        with interrupts.held():
             pass
+
+    def run_in_a_thread() -> None:
+        with interrupts:
+            press_nothing()
 
     before = signal.signal(signal.SIGINT, lambda number, frame: received.append("handled"))
     try:
         with interrupts:
             press_twice_in_a_step()
+            press_nothing()  # what was handled is not handled again
             signal.raise_signal(signal.SIGINT)
         assert received == ["end of the step", "handled", "after the step", "handled"]
 
@@ -782,7 +787,7 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
         with ThreadPoolExecutor(1) as pool:  # where no signal arrives, and none may be changed
-            pool.submit(press_nothing).result()
+            pool.submit(run_in_a_thread).result()
     finally:
         signal.signal(signal.SIGINT, before)
 
