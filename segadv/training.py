@@ -212,15 +212,36 @@ class Trainer:
             images: [N, 3, H, W] in [0, 1], this process's share of the batch; left as they are. Parts are equal
                 slices, one after the other.
             labels: [N, H, W].
-            chosen: positions in the share to be made adversarial; the basic arm ignores them.
+            chosen: positions in the share to be made adversarial; the basic arm ignores them. In each part they come
+                first in the batch that the network sees, the others after them, both in the order of the batch.
+
+        Raises:
+            ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts.
         """
-        moved = images.to(self.device, non_blocking=True, memory_format=self._memory_format, copy=True)
-        return self.step_in_place(moved, labels.to(self.device, non_blocking=True), chosen)
+        size = self._part_size(len(images))
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(images))):
+            raise ValueError(f"chosen must hold different positions from 0 to {len(images) - 1}, got {list(chosen)}")
+        order = sorted(range(len(images)), key=lambda i: (i // size, i not in chosen))
+        index = torch.tensor(order, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
+        return self.step_in_place(
+            images[index].to(self.device, non_blocking=True, memory_format=self._memory_format),
+            labels[index.to(labels.device)].to(self.device, non_blocking=True),
+            [sum(i // size == part for i in chosen) for part in range(self.config.accumulation)],
+        )
+
+    def _part_size(self, images: int) -> int:
+        size, rest = divmod(images, self.config.accumulation)
+        if rest:
+            raise ValueError(f"images must be divisible into {self.config.accumulation} equal parts, got {images}")
+        return size
 
     def step_in_place(self, images: Tensor, labels: Tensor, chosen: Sequence[int]) -> StepResult:
-        """`step` with images and labels on the training device, which overwrites the chosen images: no copy.
+        """`step` with images and labels on the training device, and the chosen images in front: nothing is copied.
 
-        Where the chosen come first in each part, as `run` arranges it, the attack reads them where they are.
+        Args:
+            images: as for `step`; the chosen ones are overwritten by the adversarial ones.
+            labels: [N, H, W].
+            chosen: of each part, how many of its first images are made adversarial.
         """
         config = self.config
         divided = self.processes * config.accumulation > 1
@@ -234,16 +255,13 @@ class Trainer:
             self.model.train()
         self.optimizer.zero_grad()
         results = []
-        size, rest = divmod(len(images), config.accumulation)
-        if rest:
-            raise ValueError(f"images must be divisible into {config.accumulation} equal parts, got {len(images)}")
+        size = self._part_size(len(images))
         for part in range(config.accumulation):
             own = slice(part * size, (part + 1) * size)
-            positions = [i - own.start for i in chosen if own.start <= i < own.stop]
             self._seed(part)
             last = part == config.accumulation - 1
             with contextlib.nullcontext() if last or self.processes == 1 else self._network.no_sync():  # type: ignore[operator]
-                results.append(self._accumulate(images[own], labels[own], positions, pixels))
+                results.append(self._accumulate(images[own], labels[own], chosen[part], pixels))
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.steps_done)
         self.scaler.step(self.optimizer)
@@ -270,30 +288,20 @@ class Trainer:
             torch.cuda.default_generators[index].manual_seed(int(model_seed))
         self.generator.manual_seed(int(attack_seed))
 
-    def _accumulate(self, images: Tensor, labels: Tensor, chosen: list[int], pixels: Tensor | None) -> StepResult:
+    def _accumulate(self, images: Tensor, labels: Tensor, chosen: int, pixels: Tensor | None) -> StepResult:
         """Adds the gradient of a part of the batch; pixels: [] valid ones of the whole batch, None: of the images."""
         with self._autocast():
             if self.attack is None or not chosen:
                 eps = gain = images.new_empty(0)
                 skipped = eps.bool()
             else:
-                in_front = chosen == list(range(len(chosen)))
-                if in_front:
-                    clean, clean_labels = images[: len(chosen)], labels[: len(chosen)]
-                else:
-                    pinned = torch.tensor(chosen, pin_memory=self.device.type == "cuda")
-                    index = pinned.to(self.device, non_blocking=True)
-                    clean = images.index_select(0, index).contiguous(memory_format=self._memory_format)
-                    clean_labels = labels.index_select(0, index)
-                adversarial, info = self.attack(clean, clean_labels, return_info=True)
+                clean = images[:chosen]
+                adversarial, info = self.attack(clean, labels[:chosen], return_info=True)
                 eps = info.eps
                 gain = eps[:0] if info.gain is None else info.gain
                 # in place: on the CPU fresh memory costs more than the comparison
                 skipped = clean.eq_(adversarial).amin((1, 2, 3)).bool()
-                if in_front:
-                    clean.copy_(adversarial)
-                else:
-                    images.index_copy_(0, index, adversarial)
+                clean.copy_(adversarial)
             logits = model_logits(self._network(images), None)
             if pixels is None:
                 loss = own_loss = functional.cross_entropy(logits, labels)
@@ -383,7 +391,7 @@ class Trainer:
                     with self._interrupts.held():
                         epoch = self.steps_done // sampler.batches_per_epoch
                         coins = _coins(config.seed, epoch, self.dataset_length, config.adversarial_share)
-                        chosen = coins[indices.numpy()].nonzero()[0].tolist()
+                        chosen = coins[indices.numpy()].reshape(config.accumulation, -1).sum(1).tolist()
                         images = images.to(self.device, non_blocking=True, memory_format=self._memory_format)
                         labels = labels.to(self.device, non_blocking=True)
                         self._own_window.append(self.step_in_place(images, labels, chosen))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,12 +180,12 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
     seen = {}
     for arm in training.ARMS:
         trainer = Trainer(config(arm=arm), tiny_model(), Squares())
-        chosen: list[tuple[list[int], list[list[float]]]] = []
+        chosen: list[tuple[list[int], list[float]]] = []
         real_step = trainer.step_in_place
 
-        def step(images: Tensor, labels: Tensor, positions: list[int], real: Any = real_step) -> Any:
-            chosen.append((positions, images.mean((1, 2, 3)).tolist()))  # noqa: B023
-            return real(images, labels, positions)
+        def step(images: Tensor, labels: Tensor, counts: list[int], real: Any = real_step) -> Any:
+            chosen.append((counts, images.mean((1, 2, 3)).tolist()))  # noqa: B023
+            return real(images, labels, counts)
 
         monkeypatch.setattr(trainer, "step_in_place", step)
         trainer.run(tmp_path / arm, progress=False)
@@ -192,14 +193,14 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
     assert all(chosen == seen["basic"] for chosen in seen.values())
     sampler = EpochSampler(SAMPLES, batch_size=4, seed=7, steps=14)
     data = Augmented(Squares(), crop=(16, 24), seed=7)
-    for keys, (positions, means) in zip(sampler, seen["basic"], strict=True):
+    for keys, (counts, means) in zip(sampler, seen["basic"], strict=True):
         coins = [training.adversarial_coins(7, epoch, SAMPLES, 0.5)[index] for epoch, index in keys]
         order = [key for wanted in (True, False) for key, coin in zip(keys, coins, strict=True) if coin == wanted]
-        assert positions == list(range(sum(coins)))
+        assert counts == [sum(coins)]
         assert means == torch.stack([data[key][0] for key in order]).mean((1, 2, 3)).tolist()
         assert len(set(means)) == 4
     line = metrics_of(tmp_path / "fgsm")[0]
-    assert line["share_adversarial"] == sum(len(positions) for positions, _ in seen["basic"][:3]) / 12
+    assert line["share_adversarial"] == sum(counts[0] for counts, _ in seen["basic"][:3]) / 12
     assert metrics_of(tmp_path / "basic")[0]["share_adversarial"] == 0
 
 
@@ -216,7 +217,7 @@ def test_attack_gets_the_chosen_samples_and_the_model_their_adversarial_versions
     assert len(attack.calls) == 1
     assert torch.equal(attack.calls[0][0], images[[1, 3]])
     assert torch.equal(attack.calls[0][1], labels[[1, 3]])
-    assert torch.equal(batches[-1], torch.stack([images[0], 1 - images[1], images[2], 1 - images[3]]))
+    assert torch.equal(batches[-1], torch.stack([1 - images[1], 1 - images[3], images[0], images[2]]))
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
     assert result.eps.tolist() == [0.5, 0.5]
@@ -228,34 +229,53 @@ def test_attack_gets_the_chosen_samples_and_the_model_their_adversarial_versions
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_where_the_chosen_images_come_first_the_attack_reads_them_where_they_are(channels_last: bool) -> None:
-    """And does to them what it does to copies, when they come last."""
+def test_the_attack_reads_the_chosen_images_where_they_are(channels_last: bool) -> None:
+    """And does to them what it does to copies of them, which come anywhere in a batch."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, 16, 24, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, CLASSES, (4, 16, 24), generator=generator)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     ends = []
-    for order, chosen in (([0, 1, 2, 3], [0, 1]), ([3, 2, 0, 1], [2, 3])):
+    for in_place in (True, False):
         trainer = Trainer(config(arm="fast-newton", channels_last=channels_last), tiny_model(dropout=0), Squares())
         trainer.model.double()
-        attack, places = trainer.attack, []
+        attack, attacked = trainer.attack, []
         assert attack is not None
 
         def recording(images: Tensor, labels: Tensor, *, return_info: bool, attack: Any = attack) -> Any:
-            places.append(images.data_ptr())  # noqa: B023
+            assert images.is_contiguous(memory_format=layout)
+            attacked.append(images)  # noqa: B023
             return attack(images, labels, return_info=return_info)
 
         trainer.attack = recording  # type: ignore[assignment]
-        batch = images[order].contiguous(memory_format=layout)
-        result = trainer.step_in_place(batch, labels[order], chosen)
-        assert (places == [batch.data_ptr()]) == (order == [0, 1, 2, 3])
-        attacked = batch[[order.index(i) for i in range(4)]]
-        assert torch.equal(attacked[2:], images[2:])
+        if in_place:
+            batch = images.clone(memory_format=layout)
+            result = trainer.step_in_place(batch, labels, [2])
+            assert attacked[0].data_ptr() == batch.data_ptr()
+            assert torch.equal(batch[2:], images[2:])
+        else:
+            order = [3, 1, 2, 0]
+            result = trainer.step(images[order], labels[order], [1, 3])
         assert not result.skipped.any()
-        assert ((attacked[:2] - images[:2]).abs().amax((1, 2, 3)) > 0.1 * result.eps.abs()).all()
-        ends.append([result.loss, result.eps, result.gain, attacked, *trainer.model.state_dict().values()])
+        assert len(attacked) == 1
+        assert (
+            (attacked[0] - images[[0, 1] if in_place else [1, 0]]).abs().amax((1, 2, 3)) > 0.1 * result.eps.abs()
+        ).all()
+        ends.append([result.loss, result.eps, result.gain, attacked[0], *trainer.model.state_dict().values()])
+    for at in (1, 2, 3):
+        ends[1][at] = ends[1][at].flip(0)
     for there, here in zip(*ends, strict=True):
         torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("chosen", [[4], [-1], [0, 0]])
+def test_positions_that_are_none_are_refused(chosen: list[int]) -> None:
+    trainer = Trainer(config(arm="fgsm"), tiny_model(), Squares())
+    with pytest.raises(
+        ValueError, match=f"chosen must hold different positions from 0 to 3, got {re.escape(str(chosen))}"
+    ):
+        trainer.step(torch.rand(4, 3, 16, 24), torch.zeros(4, 16, 24, dtype=torch.int64), chosen)
+    assert trainer.steps_done == 0
 
 
 # --- one step -----------------------------------------------------------------------------------------------
