@@ -717,6 +717,23 @@ def test_accumulation_takes_the_parts_one_after_the_other() -> None:
         trainer.step(images[:3], labels[:3], [])
 
 
+def test_accumulated_run_attacks_the_samples_whose_coins_say_so(tmp_path: Path) -> None:
+    trainer = Trainer(config(accumulation=2, arm="fgsm"), tiny_model(), Squares())
+    attack = Recorder()
+    trainer.attack = attack  # type: ignore[assignment]
+    trainer.run(tmp_path, progress=False)
+    data = Augmented(Squares(), crop=(16, 24), seed=7)
+    expected = []
+    for keys in EpochSampler(SAMPLES, batch_size=4, seed=7, steps=14, accumulation=2):
+        coins = [training.adversarial_coins(7, epoch, SAMPLES, 0.5)[index] for epoch, index in keys]
+        for part in (slice(2), slice(2, 4)):
+            chosen = [data[key][0] for key, coin in zip(keys[part], coins[part], strict=True) if coin]
+            expected += [torch.stack(chosen)] if chosen else []
+    assert {len(images) for images in expected} == {1, 2}
+    assert len(attack.calls) == len(expected)
+    assert all(torch.equal(call[0], images) for call, images in zip(attack.calls, expected, strict=True))
+
+
 def test_a_frozen_layer_stays_frozen_and_a_model_in_eval_mode_is_trained() -> None:
     images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
     model = tiny_model()
