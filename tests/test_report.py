@@ -261,6 +261,7 @@ def overhead_rows() -> list[Record]:
         rows += [record("overhead", column, mode, case, 10.0 * j + i, unit="%") for j, column in enumerate(columns, 1)]
         rows.append(record("over conventional basic", overhead.OURS, mode, case, 40.0 + i, unit="%"))
         rows.append(record(overhead.COST_MODEL, overhead.OURS, mode, case, 50.0 + i, unit="%", rounds=1))
+    rows.append(record(overhead.GLUE_SHARE, overhead.OURS, "fast-newton, p = 0.5", case, 60.0, unit="%"))
     return rows
 
 
@@ -416,6 +417,28 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     assert cells(text, "fast-newton") == ["fast-newton", *columns, f"{50 + i:.1f} %", "11.98 %", "31.18 %"]
     assert cells(text, "segpgd-3")[-2:] == ["", ""]
     assert "conventional eager 100 ms, efficient eager 101 ms, segadv 102 ms" in text
+    assert "pass takes 60.0 [59.5, 60.5] % of Fast Newton's attack with segadv" in " ".join(text.split())
+
+
+def test_the_headline(tmp_path: Path) -> None:
+    """Shows both networks; more time is called more, and what is not known is not told."""
+    path = tmp_path / "overhead-cpu.csv"
+    key = ("over conventional basic", overhead.OURS, "fast-newton, p = 0.5")
+    small = record(*key, "small, 8 x 3 x 256 x 512, 19 classes", -20.4, low=-30.6, high=-10.4)
+    other = record(*key, "segformer-b0, 4 x 3 x 256 x 256, 150 classes", 7.4, low=5.2, high=9.6)
+    write_records(path, [small, other])
+    words = " ".join(report.headline(tmp_path).split())
+    assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
+    assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
+    write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
+    assert " ".join(report.headline(tmp_path).split()) == words
+    write_records(path, [replace(small, high=0.1)])
+    with pytest.raises(report.ReportError, match=r"small: .* not known: -20\.4 \[-30\.6, 0\.1\] %"):
+        report.headline(tmp_path)
+    path.unlink()
+    write_records(path, [small])
+    with pytest.raises(report.ReportError, match="0 rows of"):
+        report.headline(tmp_path)
 
 
 def test_cells_of_peers(tmp_path: Path) -> None:
