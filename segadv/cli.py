@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -260,8 +261,9 @@ def _explain(parser: ArgumentParser, groups: Mapping[str, Any]) -> None:
 
 def _explained(config: type) -> dict[str, str]:
     """The argument descriptions of a docstring."""
-    arguments = (config.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, flags=re.MULTILINE)
+    docstring = inspect.getdoc(config) or ""  # __doc__ is indented until Python 3.12 only
+    arguments = docstring.partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, flags=re.MULTILINE)
     return {name: " ".join(text.split()).rstrip(".") for name, text in entries}
 
 

@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, frozen, model_logits, unwrapped
+from .attacks.base import check_sizes, forward, frozen, is_plain, model_logits, unwrapped
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -100,7 +102,15 @@ class _Judge:
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Confusion matrices, int64 [N, C, C]."""
-        return self.count(model_logits(self.model(images)), labels)
+        return self.count(self.logits(images), labels)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return model_logits(forward(self.model, images))
+
+    def agrees(self, attack: Attack) -> bool:
+        """Whether the attack sees the model, and counts, as this does."""
+        options = {name: getattr(attack, name) for name in self.options}
+        return options == self.options and attack.bn == "eval" and attack.output is None
 
     def count(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.confusion_matrix(logits, labels, per_image=True, **self.options)
@@ -124,7 +134,7 @@ class _Judge:
 def _clean(judge: _Judge) -> _Work:
     @torch.no_grad()
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        return judge.clean(model_logits(judge.model(images)), labels)[None, None]
+        return judge.clean(judge.logits(images), labels)[None, None]
 
     return _Work("clean", (0.0,), (0,), outcomes, [{}])
 
@@ -177,12 +187,15 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
 def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps: float) -> _Work:
     """An attack of the caller's: at one eps; judged on the way where it is one of the package's."""
     attack = factory(model, eps)
-    iterative = attack if isinstance(attack, BIM) and attack.model is model else None
+    arguments, iterative = [], None
+    # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.
+    if isinstance(attack, Attack) and type(attack).__module__.startswith("segadv.attacks."):
+        if isinstance(attack, BIM) and attack.model is model and judge.agrees(attack):
+            iterative = attack
+        if all(is_plain(getattr(attack, entry.name)) for entry in fields(attack) if entry.name != "model"):
+            source = {} if attack.model is model else {"model_sha256": model_hash(attack.model)}
+            arguments = [attack.arguments | source]
     judged = _judged_steps(iterative.steps) if iterative else (getattr(attack, "steps", 1),)
-    arguments = []
-    if isinstance(attack, Attack) and getattr(attack, "generator", None) is None:
-        source = {} if attack.model is model else {"model_sha256": model_hash(attack.model)}
-        arguments = [attack.arguments | source]
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
@@ -233,10 +246,12 @@ def _worst(finals: Sequence[Tensor]) -> Tensor:
     """Of each image the matrix with the most wrong pixels, the first of equals: [N, C, C] each -> [N, C, C]."""
     matrices = torch.stack(list(finals))
     chosen = wrong_pixels(matrices).argmax(0)
-    return matrices[chosen, torch.arange(matrices.shape[1])]
+    return matrices[chosen, torch.arange(matrices.shape[1], device=matrices.device)]
 
 
 def _checked_eps(eps: Sequence[float]) -> list[float]:
+    if isinstance(eps, (str, float, int)):
+        raise TypeError(f"eps must be a sequence of numbers, such as (0, 0.01), got {eps!r}")
     values = [float(value) for value in eps]
     if not values or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
         raise ValueError(f"eps must be numbers in [0, 1], the unit of the images (8/255, not 8), got {eps}")
@@ -250,9 +265,9 @@ def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> di
     if isinstance(steps, Mapping) and (missing := [value for value in eps if value not in steps]):
         raise ValueError(f"steps must have an entry for every eps, there is none for {missing}")
     counts = {value: steps[value] if isinstance(steps, Mapping) else steps for value in eps}
-    if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts.values()):
+    if any(isinstance(count, bool) or not isinstance(count, Integral) or count < 1 for count in counts.values()):
         raise ValueError(f"steps must be whole numbers of at least 1, got {steps}")
-    return counts
+    return {value: int(count) for value, count in counts.items()}
 
 
 def _plan(
@@ -345,8 +360,10 @@ def evaluate(
         ignore_index: label of the pixels that count nowhere.
         align_corners: how logits of another size than the labels are resampled.
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
-            on where it was stopped; records of another model, data or arguments are never taken. Attacks from
-            factories are recorded where they are a `segadv.attacks.Attack` without a generator.
+            on where it was stopped; records of another model, data or arguments are never taken. A model is told
+            from others by its parameters, buffers and what it prints, not by its code and other attributes: give
+            another folder where those change. Attacks from factories are recorded where they are one of
+            `segadv.attacks`, not a sub-class, and have neither a generator nor a callable.
         progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
             tqdm.
         sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
@@ -356,6 +373,9 @@ def evaluate(
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
             pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`.
     """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    seed, ignore_index, align_corners = int(seed), operator.index(ignore_index), bool(align_corners)
     values = _checked_eps(eps)
     positive = tuple(value for value in values if value > 0)
     judge = _Judge(model, ignore_index, align_corners)
@@ -379,6 +399,11 @@ def evaluate(
     data, images_seen = hashlib.sha256(), 0
     with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
         for index, (images, labels, *_) in enumerate(loader):
+            if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+                came = f"{type(images).__name__} and {type(labels).__name__}"
+                raise TypeError(
+                    f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed"
+                )
             check_sizes(images, labels)
             content = content_hash(images, labels)
             data.update(content.encode())

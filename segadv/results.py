@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -61,7 +62,7 @@ def wrong_pixels(confusion: Tensor) -> Tensor:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path in the same folder, which replaces `path` when the block ends without error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

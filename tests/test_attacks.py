@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -505,21 +506,46 @@ def test_result_is_like_the_images_inside_box_and_ball(name: str, memory_format:
     assert adversarial.data_ptr() != images.data_ptr()
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A norm layer with a buffer more, which counts in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__(CLASSES, dtype=torch.float64)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x)
+
+
 class Writer(nn.Module):
-    """Writes to one buffer and replaces another in every forward pass, in eval mode too."""
+    """Does all that can be done to buffers in every forward pass, in eval mode too; some of it leaves no trace."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("last", torch.zeros(()))
+        for name in ("calls", "last", "by_data", "by_numpy", "by_storage", "removed"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("not_saved", torch.zeros(()), persistent=False)
+        self.register_buffer("expanded", torch.zeros(()).expand(3))
+        self.register_buffer("none", None)
+        self.register_buffer("mean", torch.zeros(CLASSES, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(CLASSES, dtype=torch.float64))
 
     def train(self, mode: bool = True) -> Writer:
         raise AssertionError("an attack sets flags, it does not call train()")
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.not_saved += 1
         self.last = self.last + 1
-        return x
+        self.by_data.data += 1
+        self.by_numpy.numpy()[...] += 1
+        self.by_storage.data = torch.ones(())
+        self.none = torch.ones(())
+        if hasattr(self, "removed"):
+            del self.removed
+        self.register_buffer("registered", torch.ones(()))
+        return nn.functional.batch_norm(x, self.mean, self.var, training=True)
 
 
 class Stateful(nn.Module):
@@ -535,6 +561,7 @@ class Stateful(nn.Module):
         self.plain = nn.BatchNorm2d(CLASSES, track_running_stats=False, dtype=torch.float64)
         self.dropout = nn.Dropout(0.5).eval()
         self.writer = Writer()
+        self.own_norm = OwnNorm()
         self.fails, self.passes = fails, 0
         self.body.conv1.weight.requires_grad_(False)
         self.frozen_bn.bias.requires_grad_(False)
@@ -542,7 +569,7 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes += 1
-        for part in (self.body, self.frozen_bn, self.instance, self.plain, self.dropout, self.writer):
+        for part in (self.body, self.frozen_bn, self.instance, self.plain, self.dropout, self.writer, self.own_norm):
             x = part(x)
         if not self.sync.training:
             x = self.sync(x)
@@ -559,7 +586,8 @@ def state(model: nn.Module) -> dict[str, Any]:
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "objects": {name: id(t) for name, t in (*model.named_buffers(), *model.named_parameters())},
         "grad": {name: id(p.grad) for name, p in model.named_parameters() if p.grad is not None},
-        "values": {name: t.clone() for name, t in model.state_dict().items()},
+        "registered": {name: list(module._buffers.keys()) for name, module in model.named_modules()},
+        "values": {name: t.clone() for name, t in (*model.named_buffers(), *model.named_parameters())},
         "grad_values": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
     }
 
@@ -1063,6 +1091,131 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
     for kind in (RandomFGSM, NFGSM, PGD):
         with pytest.raises(ValueError, match="generator: it is on cuda, the images are on cpu"):
             kind(model, generator=Elsewhere())(IMAGES, LABELS)
+
+    with pytest.raises(TypeError, match=r"generator: a int came; a torch\.Generator or None"):
+        PGD(model, generator=3)(IMAGES, LABELS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bounds": None}, r"bounds: None came; two numbers, \(low, high\)"),
+        ({"bounds": ((0, 0, 0), (1, 1, 1))}, r"bounds: .* came; two numbers"),
+        ({"bounds": (0, 1, 2)}, r"bounds: \(0, 1, 2\) came; two numbers"),
+        ({"ignore_index": None}, "ignore_index: a NoneType came; a whole number is needed"),
+        ({"ignore_index": 255.0}, "ignore_index: a float came"),
+        ({"ignore_index": True}, "ignore_index: a bool came"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FGSM(nn.Identity(), **arguments)
+
+
+def test_arguments_become_plain_numbers() -> None:
+    attack = NFGSM(nn.Identity(), bounds=[np.float32(0), 1], ignore_index=np.int64(7), noise=np.float32(1))  # type: ignore[arg-type]
+    newton = FastNewton(nn.Identity(), max_eps=np.float32(0.5))  # type: ignore[arg-type]
+    found = json.loads(json.dumps(attack.arguments | newton.arguments | {"ignore_index": attack.ignore_index}))
+    assert (found["bounds"], found["ignore_index"], found["noise"], found["max_eps"]) == ([0.0, 1.0], 7, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("kind", [FGSM, BIM])
+@pytest.mark.parametrize("value", [-0.1, 1.1, 8.0, float("inf"), float("nan")])
+def test_sizes_in_a_tensor_or_changed_afterwards_are_checked_too(kind: type[FGSM] | type[BIM], value: float) -> None:
+    attack = kind(nn.Conv2d(3, 3, 1), eps=0.05)
+    message = r"eps: \S+ came; \[0, 1\] is allowed"
+    with pytest.raises(ValueError, match=message):
+        kind(nn.Conv2d(3, 3, 1), eps=torch.tensor([0.1, value]))
+    attack.eps = torch.tensor([value, 0.1])
+    with pytest.raises(ValueError, match=message):
+        attack(IMAGES, LABELS)
+    attack.eps = value
+    with pytest.raises(ValueError, match="eps: "):
+        attack(IMAGES, LABELS)
+
+
+def test_what_an_attack_tells_is_the_callers() -> None:
+    """Changing it changes neither the attack nor the tensor that it was given."""
+    eps = torch.full((len(IMAGES),), 0.1)
+    for attack in (FGSM(nn.Conv2d(3, 3, 1), eps=eps), BIM(nn.Conv2d(3, 3, 1), eps=eps, alpha=0.1)):
+        _, info = attack(IMAGES, LABELS, return_info=True)
+        info.eps.mul_(255)
+        assert torch.equal(eps, torch.full_like(eps, 0.1))
+
+
+@pytest.mark.parametrize("change", ["sub_", "no_grad"])
+def test_a_model_that_changes_its_input_in_place_is_refused(change: str) -> None:
+    class InPlace(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(change == "sub_"):
+                x.sub_(0.5)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="model: it changes its input in place"):
+        FGSM(InPlace(3, 3, 1))(IMAGES.clone(), LABELS)
+
+
+def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cache() -> None:
+    """Weights that it computed, without a graph, would be what the caller's next forward pass trains."""
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    with torch.nn.utils.parametrize.cached():
+        before = model.weight
+        FGSM(model)(IMAGES, LABELS)
+        assert model.weight is before
+        model(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.nn.utils.parametrize.cached():
+        FGSM(model)(IMAGES, LABELS)
+        assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_buffers_of_a_script_module_are_restored(kind: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = torch.jit.script(network) if kind == "script" else torch.jit.trace(network, IMAGES)  # always trains
+    before = {key: value for key, value in state(model).items() if key in ("values", "training")}
+    FGSM(model)(IMAGES, LABELS)
+    assert_same(before, state(model))
+    if kind == "script":
+        with pytest.raises(ValueError, match='bn: "train" came with a ScriptModule'):
+            FGSM(model, bn="train")(IMAGES, LABELS)
+        assert_same(before, state(model))
+
+
+def test_a_buffer_that_a_pending_backward_needs_stays_valid() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.register_buffer("scale", torch.full((3, 1, 1), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * self.scale
+
+    model = Scaled()
+    pending = model(IMAGES).sum()
+    FGSM(model)(IMAGES, LABELS)
+    pending.backward()
+    assert model.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [NFGSM, PGD])
+def test_an_ignore_index_that_the_labels_type_cannot_hold_is_no_label(kind: type[NFGSM] | type[PGD]) -> None:
+    attack = kind(nn.Conv2d(3, 200, 1), ignore_index=-100)
+    found = []
+    for dtype in (torch.uint8, torch.int64):
+        torch.manual_seed(0)
+        found.append(attack(IMAGES, torch.full(LABELS.shape, 156, dtype=dtype)))  # -100 modulo 256
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", [FGSM, NFGSM, BIM, PGD, FastNewton])
+def test_an_empty_batch_is_judged_and_attacked(kind: Any) -> None:
+    attack = kind(nn.Conv2d(3, 3, 1))
+    images, labels = IMAGES[:0], LABELS[:0]
+    assert attack(images, labels).shape == images.shape
+    if isinstance(attack, BIM):
+        assert attack.outcomes(images, labels, [1, 10]).shape == (2, 0, 3, 3)
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan")])

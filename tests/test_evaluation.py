@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from segadv import evaluation, functional, records, results
-from segadv.attacks import BIM, FGSM, PGD, CosPGD, SegPGD
+from segadv.attacks import BIM, FGSM, PGD, CosPGD, FastNewton, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet
 
@@ -608,6 +608,157 @@ def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
             tensor.view(-1)[-1] -= 1
     assert records.content_hash(torch.zeros(2, 3)) != records.content_hash(torch.zeros(3, 2))
     assert records.content_hash(torch.zeros(2)) != records.content_hash(torch.zeros(2, dtype=torch.int32))
+
+
+def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
+    def network(activation: nn.Module, scale: float, *, extra: object = None) -> nn.Module:
+        made = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), activation)
+        nn.init.ones_(made[0].weight)
+        made.register_buffer("scale", torch.tensor(scale), persistent=False)
+        made.extra = extra
+        return made
+
+    class Printed(nn.Identity):
+        def extra_repr(self) -> str:
+            return f"{object()}"
+
+    first = records.model_hash(network(nn.ReLU(), 1.0))
+    assert records.model_hash(network(nn.ReLU(), 1.0)) == first
+    assert records.model_hash(network(nn.Tanh(), 1.0)) != first
+    assert records.model_hash(network(nn.ReLU(), 2.0)) != first
+    assert records.model_hash(network(nn.Dropout(0.1), 1.0)) != records.model_hash(network(nn.Dropout(0.2), 1.0))
+    assert records.model_hash(network(Printed(), 1.0)) == records.model_hash(network(Printed(), 1.0))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [{"max_eps": np.float32(0.001)}, {"max_eps": np.float32(0.9)}],
+        [{"bounds": [0.0, 1.0]}, {"bounds": [0.4, 0.6]}],
+        [{"output": lambda logits: logits}, {"output": lambda logits: -logits}],
+    ],
+)
+def test_records_of_other_arguments_are_never_taken(
+    arguments: list[dict[str, Any]], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    found = []
+    for options in arguments:
+
+        def newton(model: nn.Module, eps: float, options: dict[str, Any] = options) -> FastNewton:
+            return FastNewton(model, **options)
+
+        fresh = evaluate(model, loader, {"newton": newton}, [0.3])
+        assert evaluate(model, loader, {"newton": newton}, [0.3], records=tmp_path).rows == fresh.rows
+        found.append(fresh.rows)
+    assert found[0] != found[1]
+
+
+class Gentle(PGD):
+    """Leaves the images as they are."""
+
+    def __call__(self, images: Tensor, labels: Tensor, **options: Any) -> Any:
+        return images
+
+
+def test_a_sub_class_is_called_and_not_recorded(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    gentle = {"gentle": lambda model, eps: Gentle(model, eps=eps, alpha=eps, steps=3)}
+    clean, attacked = evaluate(model, loader, gentle, [0.0, 0.1], records=tmp_path).rows
+    assert attacked["miou"] == clean["miou"]
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["clean"] * len(loader)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ignore_index": 0}, {"align_corners": True}, {"bn": "train"}, {"output": "negated"}]
+)
+def test_an_attack_that_counts_otherwise_is_judged_like_the_others(
+    options: dict[str, Any], model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    if options.get("output"):
+        options = {"output": lambda logits: -logits}
+    if options.get("align_corners"):  # matters where the logits are smaller
+        model.conv.stride = (2, 2)
+    if "ignore_index" in options:
+        loader = [(images, labels.where(labels != 255, 0)) for images, labels in loader]
+    model.train()
+
+    def last(model: nn.Module, eps: float) -> Any:
+        return BIM(model, eps=eps, alpha=eps, steps=1, **options)
+
+    direct = {"attack": last}
+    called = {"attack": lambda model, eps: lambda images, labels: last(model, eps)(images, labels)}
+    ignore_index = 255 if options.get("ignore_index") is None else 18  # of the evaluation: another one
+    first, second = (evaluate(model, loader, attacks, [0.1], ignore_index=ignore_index) for attacks in (direct, called))
+    assert torch.equal(torch.stack(first.confusion), torch.stack(second.confusion))
+
+
+def test_numbers_of_numpy_are_numbers(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    plain = evaluate(model, loader, ["pgd"], [0.1], steps=3, seed=3)
+    arguments: Any = {
+        "steps": np.int64(3),
+        "seed": np.int64(3),
+        "ignore_index": np.uint8(255),
+        "align_corners": np.False_,
+    }
+    assert evaluate(model, loader, ["pgd"], np.array([0.1]), **arguments).run == plain.run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"eps": 0.1}, TypeError, r"eps must be a sequence of numbers, such as \(0, 0\.01\), got 0\.1"),
+        ({"eps": "0.1"}, TypeError, "eps must be a sequence of numbers"),
+        ({"seed": -1}, ValueError, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": None}, ValueError, "seed must be a whole number of at least 0, got None"),
+        ({"loader": [{"images": 1, "labels": 2}]}, TypeError, "a batch that begins with str and str; two tensors"),
+        ({"loader": [(np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8)))]}, TypeError, "begins with ndarray and ndarray"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    model: Counting,
+    loader: list[tuple[Tensor, Tensor]],
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(model, arguments.pop("loader", loader), ["fgsm"], **arguments)
+
+
+def test_a_model_that_changes_its_input_in_place_is_refused() -> None:
+    class InPlace(nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.sub_(0.5))
+
+    batch = (torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="model: it changes its input in place"):
+        evaluate(InPlace(3, 2, 1), [batch], ["fgsm"], eps=[0.0])
+
+
+def test_the_default_device_does_not_matter(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    expected = evaluate(model, loader, ["fgsm", "bim-10"], [0.04])
+    with torch.device("meta"):
+        assert evaluate(model, loader, ["fgsm", "bim-10"], [0.04]).rows == expected.rows
+
+
+def test_every_flipped_bit_of_a_record_is_survived(tmp_path: Path) -> None:
+    """Found damaged, or read right: where the flip is in what the format does not use."""
+    path, matrices = tmp_path / "record.npz", torch.arange(8).view(1, 2, 2, 2)
+    np.savez_compressed(path, outcomes=matrices.numpy())
+    content = path.read_bytes()
+    outcomes = []
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        outcomes.append(records._read(path))
+    read = [found for found in outcomes if found is not None]
+    assert all(torch.equal(found, matrices) for found in read)
+    assert 0 < len(read) < len(outcomes) / 2
+    for other in (matrices.double(), matrices[0]):
+        np.savez_compressed(path, outcomes=other.numpy())
+        assert records._read(path) is None
 
 
 def test_everything_to_repeat_it_is_in_the_files(

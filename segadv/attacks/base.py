@@ -5,7 +5,8 @@ An attack
 * takes one forward and one input gradient per step (`torch.autograd.grad`, never `.backward()`) and no weight
   gradients, and goes around a DistributedDataParallel wrapper, so that no collective is started;
 * runs the model in eval mode and leaves every module's `training` flag, every buffer, and every parameter's
-  `requires_grad` and `.grad` as they were, also when the model raises (`frozen`);
+  `requires_grad` and `.grad` as they were, also when the model raises (`frozen`); a model belongs to one thread at a
+  time, and a `train()` of its own that does more than set flags is not called;
 * never waits for a GPU: no `.item()`, no boolean indexing, so that it can be captured in a CUDA graph;
 * leaves the caller's tensors alone, and returns a detached tensor of the images' dtype, device and memory
   format, inside the box and, where it has an eps, inside the ball;
@@ -20,17 +21,19 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from .. import functional
 from ..ops.common import synchronous_checks
@@ -92,6 +95,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def forward(model: nn.Module, images: Tensor) -> Any:
+    """model(images); ValueError where it changes the images in place, which are the caller's."""
+    version = images._version
+    try:
+        output = model(images)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):  # such a change, where they require a gradient
+            raise ValueError(_IN_PLACE) from error
+        raise
+    if images._version != version:
+        raise ValueError(_IN_PLACE)
+    return output
+
+
 def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
     """The logits in what a model returned.
 
@@ -148,7 +165,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     Raises:
         ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a
             FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers made under
-            inference_mode, through which no gradient passes.
+            inference_mode, through which no gradient passes; bn="train" with a ScriptModule.
     """
     network = unwrapped(model)
     module_names = {module: name for name, module in network.named_modules()}
@@ -169,40 +186,70 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             )
     training = {module: module.training for module in module_names}
     trained = [parameter for _, parameter in parameters if parameter.requires_grad]
-    own_statistics = [
-        (module, module.running_mean, module.running_var)
-        for module in training
-        if bn == "train" and _uses_batch(module)
-    ]
-    # Norm layers are kept from writing to theirs; any other buffer may be written in eval mode too.
+    own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
+    for module in own_statistics:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError('bn: "train" came with a ScriptModule, whose norm layers cannot be switched; use "eval"')
+    registered = [(module, dict(module._buffers.items())) for module in training]
+    # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
     buffers = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in training
-        if not _tracks_statistics(module)
-        for name, buffer in module.named_buffers(recurse=False)
+        (buffer, buffer.clone())
+        for module, own in registered
+        for name, buffer in own.items()
+        if buffer is not None and not _is_kept(module, name) and not _is_expanded(buffer)
     ]
-    try:
-        for module in training:
-            module.training = False
-        for module, _, _ in own_statistics:
+    with ExitStack() as stack:  # whatever the model did, each of these is done
+        for buffer, copy in buffers:
+            # .data: a graph of the caller's that has saved the buffer goes on being valid
+            stack.callback(lambda buffer, copy: buffer.data.copy_(copy), buffer, copy)
+        stack.callback(_restore_registered, registered)
+        for module in own_statistics:
             # In eval mode and without running statistics a norm layer takes its input's, and counts nothing.
-            _set_statistics(module, track=False, mean=None, var=None)
-        for parameter in trained:
-            parameter.requires_grad_(False)
+            stack.callback(setattr, module, "track_running_stats", True)
+            module.track_running_stats = False  # type: ignore[assignment]
+            module.running_mean = module.running_var = None  # type: ignore[assignment]
+        stack.callback(_set_training, training)
+        _set_training(dict.fromkeys(training, False))
+        stack.callback(_require_grad, trained, True)
+        _require_grad(trained, False)
+        # parametrize.cached() of the caller's: weights computed here have no graph, and must not stay there
+        stack.callback(setattr, parametrize, "_cache", parametrize._cache)
+        parametrize._cache = {}
         yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mean, var in own_statistics:
-            _set_statistics(module, track=True, mean=mean, var=var)
-        for module, flag in training.items():
-            module.training = flag
-        for module, name, buffer, copy, version in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(copy)
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
+
+
+def _is_kept(module: nn.Module, name: str) -> bool:
+    """Whether it is one of those statistics that torch's norm layers do not write in eval mode."""
+    tracked = isinstance(module, _NormBase) and module.track_running_stats
+    return tracked and name in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether several of its elements are one in memory; torch lets nobody write to such a tensor."""
+    strided = buffer.layout is torch.strided
+    return strided and any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+def _restore_registered(registered: Iterable[tuple[nn.Module, dict[str, Tensor | None]]]) -> None:
+    """The buffers that each module had, where the model put others into their places, added or removed some."""
+    for module, before in registered:
+        if isinstance(module, torch.jit.ScriptModule):  # can neither gain nor lose any
+            for name, buffer in before.items():
+                if module._buffers[name] is not buffer:
+                    module._buffers[name] = buffer
+        else:
+            module._buffers.clear()
+            module._buffers.update(before)
+
+
+def _set_training(flags: Mapping[nn.Module, bool]) -> None:
+    for module, flag in flags.items():
+        module.training = flag
+
+
+def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(required)
 
 
 def _tracks_statistics(module: nn.Module) -> bool:
@@ -212,12 +259,6 @@ def _tracks_statistics(module: nn.Module) -> bool:
 
 def _uses_batch(module: nn.Module) -> bool:
     return module.training and _tracks_statistics(module)
-
-
-def _set_statistics(module: nn.Module, *, track: bool, mean: Any, var: Any) -> None:
-    module.track_running_stats = track  # type: ignore[assignment]
-    module.running_mean = mean
-    module.running_var = var
 
 
 @dataclass(kw_only=True, eq=False)
@@ -261,8 +302,16 @@ class Attack(ABC):
             raise TypeError(f"output: a {type(self.output).__name__} came; a callable or None is needed")
         if self.bn not in ("eval", "train"):
             raise ValueError(f"bn: {self.bn!r} is not one of 'eval', 'train'")
-        if len(self.bounds) != 2 or not -math.inf < self.bounds[0] < self.bounds[1] < math.inf:
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
+            raise TypeError(f"ignore_index: a {type(self.ignore_index).__name__} came; a whole number is needed")
+        self.ignore_index = int(self.ignore_index)
+        try:
+            low, high = (float(bound) for bound in self.bounds)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"bounds: {self.bounds!r} came; two numbers, (low, high), are needed") from error
+        if not -math.inf < low < high < math.inf:
             raise ValueError(f"bounds: {self.bounds} is not (low, high) with low < high, both finite")
+        self.bounds = (low, high)
 
     @abstractmethod
     def _objective(
@@ -370,7 +419,7 @@ class Attack(ABC):
 
     def _logits(self, images: Tensor) -> Tensor:
         """The model's forward pass, in the caller's autocast state."""
-        logits = model_logits(unwrapped(self.model)(images), self.output)
+        logits = model_logits(forward(unwrapped(self.model), images), self.output)
         if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[0] != images.shape[0]:
             raise ValueError(
                 f"model: it returned {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)} for "
@@ -411,6 +460,12 @@ _NO_GRADIENT = (
 )
 
 
+_IN_PLACE = (
+    "model: it changes its input in place (x.sub_(mean), x -= mean, inplace=True), and with it the caller's images; "
+    "write x = x - mean, or give segadv.models.wrap mean and std"
+)
+
+
 _REENTRANT = (
     "model: it uses reentrant checkpointing, which allows no gradient of the images; give "
     "torch.utils.checkpoint use_reentrant=False (in Hugging Face models "
@@ -433,23 +488,31 @@ def per_image(value: Tensor, like: Tensor) -> Tensor:
 
 
 def checked_size(name: str, value: float | Tensor, bounds: tuple[float, float]) -> float | Tensor:
-    """An eps or alpha as a float; a tensor [N] as it is: the call, which knows the images, checks it."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: a {type(value).__name__} came; a number, or a tensor [N], is needed")
+    """An eps or alpha as a float, a tensor [N] as it is; one on a GPU is looked at under SEGADV_CHECK=1 only."""
     width = bounds[1] - bounds[0]
-    if not 0 <= value <= width:
+    if isinstance(value, Tensor):
+        look = value.numel() and (value.device.type == "cpu" or synchronous_checks())
+        outside = value[~((value >= 0) & (value <= width))].tolist() if look else []
+    else:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: a {type(value).__name__} came; a number, or a tensor [N], is needed")
+        outside = [] if 0 <= value <= width else [value]
+    if outside:
         raise ValueError(
-            f"{name}: {value} came; [0, {width:g}] is allowed, the width of bounds = {tuple(bounds)}. "
+            f"{name}: {outside[0]} came; [0, {width:g}] is allowed, the width of bounds = {tuple(bounds)}. "
             f"{name} is in the units of the images: 8/255 for images in [0, 1], not 8"
         )
-    return float(value)
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `Attack.arguments` holds it as it is; of anything else, a callable say, only the name."""
+    return isinstance(value, (bool, int, float, str, tuple, Tensor)) or value is None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, (bool, int, float, str, tuple)) or value is None:
+    if is_plain(value):
         return value
     return getattr(value, "__name__", type(value).__name__)

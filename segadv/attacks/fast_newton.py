@@ -40,7 +40,7 @@ class FastNewton(Attack):
         if isinstance(self.max_eps, Tensor):
             raise TypeError("max_eps: a Tensor came; a number or None is needed")
         if self.max_eps is not None:
-            checked_size("max_eps", self.max_eps, self.bounds)
+            self.max_eps = float(checked_size("max_eps", self.max_eps, self.bounds))
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1

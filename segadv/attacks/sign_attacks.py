@@ -31,6 +31,7 @@ class _SignAttack(Attack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("eps", self.eps, images)
+        checked_size("eps", self.eps, self.bounds)
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
@@ -51,7 +52,7 @@ class _SignAttack(Attack):
     def _eps_of(self, images: Tensor) -> Tensor:
         """eps [N]."""
         if isinstance(self.eps, Tensor):
-            return self.eps.detach().to(images.dtype)
+            return self.eps.detach().to(images.dtype, copy=True)  # `AttackInfo` is the caller's
         return images.new_full(images.shape[:1], self.eps)
 
 
@@ -118,6 +119,7 @@ class NFGSM(FGSM):
         super().__post_init__()
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: {self.noise} came; a finite number of at least 0 is needed, in units of eps")
+        self.noise = float(self.noise)
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
@@ -229,6 +231,7 @@ class BIM(_SignAttack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("alpha", self.alpha, images)
+        checked_size("alpha", self.alpha, self.bounds)
 
     def outcomes(self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None) -> Tensor:
         """What the model makes of the images after some of the attack's steps, from one run.
@@ -375,7 +378,11 @@ def _noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     """bool [N]: an image without a valid pixel gets no noise, as it gets no step."""
-    return (labels != ignore_index).reshape(labels.shape[0], -1).any(1)
+    kind = torch.iinfo(labels.dtype)
+    if not kind.min <= ignore_index <= kind.max:  # a comparison would take it modulo 256
+        return labels.new_ones(len(labels), dtype=torch.bool)
+    valid = labels != ignore_index
+    return valid.flatten(1).any(1) if valid.dim() > 1 else valid
 
 
 def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -386,6 +393,8 @@ def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, flo
 
 
 def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:
+    if generator is not None and not hasattr(generator, "device"):
+        raise TypeError(f"generator: a {type(generator).__name__} came; a torch.Generator or None is needed")
     if generator is not None and generator.device.type != images.device.type:
         raise ValueError(f"generator: it is on {generator.device}, the images are on {images.device}")
 
