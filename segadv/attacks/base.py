@@ -177,20 +177,25 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                 "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
                 "torch.distributed.fsdp.fully_shard, where every process has to attack with equally many passes"
             )
-    parameters = list(network.named_parameters())
-    for name, tensor in chain(parameters, network.named_buffers()):
-        if tensor.is_inference():
+    # in one walk: named_parameters and named_buffers would take one more each
+    registered = [(module, dict(module._buffers.items())) for module in module_names]
+    parameters = [
+        (module, name, parameter) for module in module_names for name, parameter in module._parameters.items()
+    ]
+    for module, name, tensor in chain(
+        parameters, ((m, name, buffer) for m, own in registered for name, buffer in own.items())
+    ):
+        if tensor is not None and tensor.is_inference():
             raise ValueError(
-                f"model: its parameter or buffer {name!r} was made under torch.inference_mode, so that no "
-                "gradient passes through it; build or load the model outside of that"
+                f"model: its parameter or buffer {f'{module_names[module]}.{name}'.lstrip('.')!r} was made under "
+                "torch.inference_mode, so that no gradient passes through it; build or load the model outside of that"
             )
     training = {module: module.training for module in module_names}
-    trained = [parameter for _, parameter in parameters if parameter.requires_grad]
+    trained = [parameter for _, _, parameter in parameters if parameter is not None and parameter.requires_grad]
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError('bn: "train" came with a ScriptModule, whose norm layers cannot be switched; use "eval"')
-    registered = [(module, dict(module._buffers.items())) for module in training]
     # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
     buffers = [
         (buffer, buffer.clone())
@@ -244,7 +249,8 @@ def _restore_registered(registered: Iterable[tuple[nn.Module, dict[str, Tensor |
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:
     for module, flag in flags.items():
-        module.training = flag
+        if module.training != flag:  # to set an attribute of a module is slow
+            module.training = flag
 
 
 def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
