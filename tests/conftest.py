@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,21 @@ from segadv.ops.cuda import CudaKernels  # noqa: E402
 
 import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
 
-# The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
-backends.BACKENDS["cuda-emulated"] = CudaKernels(emulated.load(), "cpu")
+
+class EmulatedKernels(CudaKernels):
+    """The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
+
+    Whether they stay inside their workspace is looked at; on a GPU nobody sees it.
+    """
+
+    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
+        workspace = torch.full((workspace_bytes + 65536,), 255, dtype=torch.uint8)  # NaN, and -1
+        kernel(*arguments, workspace.data_ptr() if workspace_bytes else 0, 0)
+        behind = int((workspace[workspace_bytes:] != 255).sum())
+        assert behind == 0, f"{kernel.__name__} wrote {behind} bytes behind its workspace of {workspace_bytes}"
+
+
+backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load(), "cpu")
 
 # All run on the CPU, Triton in its interpreter; where there is a GPU, Triton on it, and the native backend on both.
 BACKENDS = ("native", "reference", "triton", "cuda-emulated")

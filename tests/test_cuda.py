@@ -106,6 +106,23 @@ def test_more_blocks_than_a_block_has_threads() -> None:
         torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("images", "classes", "own", "size"),
+    [(16, 9, (64, 64), (7, 9)), (16, 12, (50, 70), (30, 40)), (2, 60, (60, 60), (60, 70))],
+    ids=str,
+)
+def test_gradients_with_more_rows_of_warps_stay_inside_of_their_workspace(
+    images: int, classes: int, own: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """The margin's gradient has more classes to a warp, and may have more blocks for it; conftest.py looks behind."""
+    z, y = torch.randn(images, classes, *own, requires_grad=True), torch.randint(0, classes, (images, *size))
+    found = []
+    for name in ("native", "cuda-emulated"):
+        with segadv.backend(name):
+            found.append(torch.autograd.grad(F.pixel_margin(z, y).sum() + F.averaged_gain(z, y).sum(), z)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("own", "size"), [SIZES[0], SIZES[2], SIZES[6]], ids=str)
 def test_walks_in_half_precision(own: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:

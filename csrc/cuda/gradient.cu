@@ -270,7 +270,10 @@ int64_t pixel_workspace(int64_t N, int64_t C, int64_t h, int64_t w, int64_t H, i
   const Axis y = make_axis(h, H, align_corners), x = make_axis(w, W, align_corners);
   const int64_t rows = (h + 1) * ceil_div(y.most_outputs(), kColumn);
   const int64_t forward = ceil_div(W * (rows > H ? rows : H), kThreads);
-  const int64_t backward = blocks_of(warps_of(N, C, y, x, kClasses<false>));
+  // Fewer classes of a warp are more warps, but with fewer warps across there may be more rows of them.
+  const int64_t margin = blocks_of(warps_of(N, C, y, x, kClasses<true>));
+  const int64_t losses = blocks_of(warps_of(N, C, y, x, kClasses<false>));
+  const int64_t backward = margin > losses ? margin : losses;
   return N * (forward > backward ? forward : backward) * sizeof(Partial);
 }
 
