@@ -171,13 +171,8 @@ class Trainer:
         if self.processes > 1:
             self._network = distributed.averaging_gradients(attacked)
         self._own_statistics = _running_statistics(self.model) if self.processes > 1 and not cuda else []
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=cuda,  # takes the scaler's overflow flag on the device; the other kinds wait for it
-        )
+        # fused takes the scaler's overflow flag on the device; the other kinds wait for it
+        self.optimizer = _sgd(self.model, config, fused=cuda)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.generator = torch.Generator(self.device)
         self.attack = ARMS[config.arm](attacked, self.generator)
@@ -672,6 +667,24 @@ class Trainer:
         steps, clock = self._clock
         self._clock = (steps, clock + time.perf_counter() - started)
         return result
+
+
+def _sgd(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.SGD:
+    """The optimiser of a run."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+    if config.precision == "fp16" and config.momentum:
+        # A fused step that is left out for an overflow, in the first step above all, leaves the buffers it has made
+        # unwritten. With zeros the first step gives the same bits as without buffers.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _mean(values: Tensor) -> float | None:

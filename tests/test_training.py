@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -693,6 +694,39 @@ def test_compiled_network_is_trained_and_attacked(tmp_path: Path, monkeypatch: p
     assert ends[0].keys() == ends[1].keys()
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_a_first_step_that_overflows_leaves_no_rubbish_in_the_momentum() -> None:
+    """Fused SGD leaves the step out on the device, after it has made its buffers without writing to them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # then what is not written is NaN
+    try:
+        results = []
+        for overflows in (False, True):
+            model = tiny_model()
+            optimizer = training._sgd(model, config(precision="fp16"), fused=True)
+            scaler = torch.amp.GradScaler("cpu")
+            for step in range(3 if overflows else 2):
+                for i, parameter in enumerate(model.parameters()):
+                    parameter.grad = scaler.scale(torch.full_like(parameter, 0.1 * (i + step + 1 - overflows)))
+                    if overflows and step == 0:
+                        parameter.grad.view(-1)[0] = math.inf
+                scaler.step(optimizer)
+                scaler.update()
+            results.append([value.clone() for value in model.parameters()])
+            plain = tiny_model()
+            usual = training._sgd(plain, config(), fused=False)
+            assert not usual.state
+            for step in range(2):
+                for i, parameter in enumerate(plain.parameters()):
+                    parameter.grad = torch.full_like(parameter, 0.1 * (i + step + 1))
+                usual.step()
+            results.append([value.clone() for value in plain.parameters()])
+        for found in results:
+            for ours, expected in zip(found, results[1], strict=True):
+                torch.testing.assert_close(ours, expected)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_accumulation_takes_the_parts_one_after_the_other() -> None:
