@@ -380,7 +380,12 @@ def part_tests(run: Run) -> None:
     ]  # fmt: skip
     contract = [f"tests/test_{name}.py" for name in ("margin", "cross_entropy", "step", "confusion", "library")]
     ours = " or ".join(run.backends)
-    shards = [["tests/test_gpu.py"]] + [
+    gpu, slow = "tests/test_gpu.py", "compile or training"
+    shards = [
+        ["tests/test_triton.py", "-k", "not kernels_compile"],
+        [gpu, "-k", slow],
+        [gpu, "-k", f"not ({slow})"],
+    ] + [
         [*contract, "-k", f"({ours}) and {dtype}"]
         for dtype in (
             "torch.float32",
@@ -390,6 +395,8 @@ def part_tests(run: Run) -> None:
             "not torch.float and not torch.bfloat16",
         )
     ]
+    # once, before all of them look for it
+    subprocess.run([sys.executable, "-c", "import emulated; emulated.load()"], cwd=ROOT / "tests", check=not run.dry)
     with tempfile.TemporaryDirectory() as directory:
         started = []
         for i, shard in enumerate(shards):

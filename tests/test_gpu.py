@@ -146,8 +146,11 @@ def test_tensors_of_another_than_the_current_device(own: tuple[int, int]) -> Non
 
 
 @every_size
-def test_compile_fullgraph_with_inductor(own: tuple[int, int]) -> None:
+def test_compile_fullgraph_with_inductor(own: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    backend = backends.requested()
+    assert backend is not None
+    monkeypatch.setenv("SEGADV_BACKEND", backend)  # for the backward, in autograd's thread
     z, y, images, grad = inputs(own)
 
     def function(z: Tensor) -> dict[str, Tensor]:

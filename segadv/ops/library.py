@@ -2,7 +2,8 @@
 
 Opaque operations (`define` + `impl`) keep the dispatcher's cost at about 2 us, pass opcheck, and compile with
 fullgraph=True. None is differentiable by itself: the autograd.Functions of `autograd.py` stand outside. Which
-backend runs is decided inside the implementation, at run time, so that compiled graphs obey `segadv.backend` too.
+backend runs is decided inside the implementation, at run time, so that compiled graphs obey `segadv.backend` too; but
+for the backward of a compiled graph on a GPU, which autograd runs in a thread of its own: there SEGADV_BACKEND counts.
 """
 
 from __future__ import annotations
