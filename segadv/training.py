@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import signal
 import threading
@@ -119,8 +120,10 @@ class Trainer:
             of the probe before.
 
     Raises:
+        TypeError: a config with values that JSON does not know, such as numbers of NumPy.
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
-            cannot be divided among the processes and parts, validation without a data set.
+            cannot be divided among the processes and parts, validation without a data set, a model whose state is not
+            all tensors.
     """
 
     def __init__(
@@ -146,9 +149,18 @@ class Trainer:
             )
         self.dataset_length = len(dataset)  # type: ignore[arg-type]
         if self.dataset_length < config.batch_size:
-            raise ValueError(f"dataset must hold at least one batch of {config.batch_size}, got {self.dataset_length}")
+            raise ValueError(
+                f"dataset must hold at least one batch, batch_size = {config.batch_size}, got {self.dataset_length}"
+            )
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
+        # what would fail after the training, when files are written
+        if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+            raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
+        try:
+            self._identity()
+        except TypeError as error:
+            raise TypeError(f"config must hold plain numbers and strings: {error}") from error
         self._batches(start_step=0)  # raises where the batch cannot be divided
         part = config.batch_size // (self.processes * config.accumulation)
         if part < 2 and not (cuda and self.processes > 1) and any(isinstance(m, _BatchNorm) for m in model.modules()):
@@ -201,7 +213,8 @@ class Trainer:
 
         The loss is the mean over the valid pixels of the whole batch: of all processes and all parts. All random
         numbers of a step (attack, dropout) come from seeds that belong to (config.seed, step, part of the batch),
-        which is why no random state needs to be saved. It seeds PyTorch's global generator.
+        which is why no random state needs to be saved. It seeds PyTorch's global generator, so that two trainers
+        in two threads of one process disturb one another.
 
         Args:
             images: [N, 3, H, W] in [0, 1], this process's share of the batch; left as they are. Parts are equal
@@ -214,8 +227,9 @@ class Trainer:
             ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts.
         """
         size = self._part_size(len(images))
+        chosen = [operator.index(position) for position in chosen]  # those of a tensor, too
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(images))):
-            raise ValueError(f"chosen must hold different positions from 0 to {len(images) - 1}, got {list(chosen)}")
+            raise ValueError(f"chosen must hold different positions from 0 to {len(images) - 1}, got {chosen}")
         order = sorted(range(len(images)), key=lambda i: (i // size, i not in chosen))
         index = torch.tensor(order, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
         return self.step_in_place(
@@ -468,7 +482,10 @@ class Trainer:
         distributed.from_first(lambda: self._save(Path(path)))
 
     def _save(self, path: Path) -> None:
-        state = {
+        write_checkpoint(path, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "config": self._identity(),
             "steps_done": self.steps_done,
             "model": self.model.state_dict(),
@@ -479,7 +496,6 @@ class Trainer:
             "stopped_at": self.stopped_at,
             "window": [dataclasses.asdict(result) for result in self._window],
         }
-        write_checkpoint(path, state)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continues from a checkpoint of `save`. Of several processes the first reads it, and each has to call.
@@ -491,6 +507,8 @@ class Trainer:
         state = distributed.from_first(lambda: read_checkpoint(path))
         if "optimizer" not in state:
             raise ValueError(f"{path} holds weights only, to continue a run its last.pt is needed")
+        if missing := [name for name in self._state() if name not in state]:
+            raise ValueError(f"{path} is no complete checkpoint, it lacks {', '.join(missing)}")
         self._check_identity(state["config"], path)
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -269,6 +269,42 @@ def test_the_attack_reads_the_chosen_images_where_they_are(channels_last: bool) 
         torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-12)
 
 
+def test_positions_in_a_tensor_are_positions() -> None:
+    trainer = Trainer(config(arm="fgsm"), tiny_model(), Squares())
+    images, labels = torch.rand(4, 3, 16, 24), torch.zeros(4, 16, 24, dtype=torch.int64)
+    assert len(trainer.step(images, labels, torch.tensor([0, 2])).eps) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missing", ["scaler", "probes", "window"])
+def test_an_incomplete_checkpoint_changes_nothing(missing: str, tmp_path: Path) -> None:
+    trainer = Trainer(config(), tiny_model(), Squares())
+    trainer.save(tmp_path / "last.pt")
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state[missing]
+    torch.save(state, tmp_path / "last.pt")
+    other = Trainer(config(), tiny_model(), Squares())
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1)
+    before = [value.clone() for value in other.model.state_dict().values()]
+    with pytest.raises(ValueError, match=rf"last\.pt is no complete checkpoint, it lacks {missing}"):
+        other.load(tmp_path / "last.pt")
+    assert all(map(torch.equal, before, other.model.state_dict().values()))
+
+
+def test_what_cannot_be_written_is_refused_before_the_training() -> None:
+    class Extra(nn.Conv2d):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 1}
+
+    with pytest.raises(
+        ValueError, match=r"nothing but tensors in its state_dict\(\), got others in \['_extra_state'\]"
+    ):
+        Trainer(config(), Extra(3, CLASSES, 1), Squares())
+    with pytest.raises(TypeError, match=r"config must hold plain numbers and strings: .*float32"):
+        Trainer(config(learning_rate=np.float32(0.1)), tiny_model(), Squares())
+
+
 @pytest.mark.parametrize("chosen", [[4], [-1], [0, 0]])
 def test_positions_that_are_none_are_refused(chosen: list[int]) -> None:
     trainer = Trainer(config(arm="fgsm"), tiny_model(), Squares())
@@ -1030,7 +1066,7 @@ def test_trainer_names_what_is_wrong() -> None:
     for changes, message in (
         ({"device": "abacus"}, 'device must be "auto" or a name'),
         ({"precision": "fp16"}, 'precision "fp16" needs a CUDA device'),
-        ({"batch_size": 14}, "dataset must hold at least one batch of 14, got 13"),
+        ({"batch_size": 14}, "dataset must hold at least one batch, batch_size = 14, got 13"),
         ({"validation": Validation(every=2)}, "validation.every needs a validation_dataset"),
     ):
         with pytest.raises(ValueError, match=message):
