@@ -571,7 +571,7 @@ def report(case: str, records: Sequence[Record]) -> str:
     for column in columns:
         titles = [*PHASES, GLUE_SHARE, LOSS_SHARE, "peak memory"]
         lines += ["", f"{column}: parts of a step in ms, passes in batches (forward, backward, weights)"]
-        lines.append(f"{'':24s}" + "".join(f"{title:>17s}" for title in titles) + f"{'passes':>20s}")
+        lines.append(f"{'':24s}" + "".join(f"{title:>20s}" for title in titles) + f"{'passes':>20s}")
         for mode in ("basic", *table.modes()):
             cells = []
             for title in titles:
@@ -581,7 +581,7 @@ def report(case: str, records: Sequence[Record]) -> str:
                 )
             passes = [table.get(f"passes: {name}", column, mode) for name in ("forward", "backward", "weights")]
             counted = ", ".join("-" if found is None else f"{found.p50:g}" for found in passes)
-            lines.append(f"{mode:24s}" + "".join(f"{cell:>17s}" for cell in cells) + f"{counted:>20s}")
+            lines.append(f"{mode:24s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{counted:>20s}")
     return "\n".join([*lines, "", *targets(case, table)])
 
 

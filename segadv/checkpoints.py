@@ -95,6 +95,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist")
+    if Path(path).is_dir():
+        raise ValueError(f"checkpoint {os.fspath(path)!r} is a folder: give its last.pt or model.safetensors")
     cause: Exception | None = None
     try:
         shared = Path(path).suffix == ".safetensors"
@@ -126,18 +128,20 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 def _read_shared(path: str | os.PathLike[str]) -> dict[str, Any]:
     with safe_open(os.fspath(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        values = {name: json.loads(metadata[name]) for name in ("config", "description", "steps")}
+        values = json.loads((file.metadata() or {})["segadv"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = values["config"] | {"description": values["description"]}
     return {"config": config, "steps_done": values["steps"], "model": weights}
 
 
 def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -> None:
-    """Writes the weights as safetensors. Its metadata are JSON texts: arm, steps, description, config."""
+    """Writes the weights as safetensors; in its metadata "segadv" is a JSON text of arm, steps, description, config.
+
+    One entry, because of several the format takes the order by chance: equal weights and runs give equal files.
+    """
     entries = dict(config)
     values = {"arm": entries.get("arm"), "steps": steps, "description": entries.pop("description", {})}
-    metadata = {name: json.dumps(value) for name, value in (values | {"config": entries}).items()}
+    metadata = {"segadv": json.dumps(values | {"config": entries})}
     # copies: the format takes no two tensors in one memory
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with replacing(path, durable=True) as temporary:  # save_file would make a file that others cannot read

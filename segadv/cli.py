@@ -19,6 +19,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ class _Parser(ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, flags=re.IGNORECASE | re.DOTALL)
         if unknown and "did you mean" not in message:
             known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-            message += f"; did you mean --{nearest(unknown[1], known)}?"
+            usual = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "steps", "bs": "batch_size"}
+            meant = usual.get(unknown[1], "")
+            message += f"; did you mean --{meant if meant in known else nearest(unknown[1], known)}?"
         message = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
         message = message.replace("a value of type tuple", "a list, such as [0.5, 2]")
@@ -156,7 +159,7 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument("--split", default="val", help="of the data")
     evaluate.add_argument("--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"out of {', '.join(ATTACKS)}")
     eps = ",".join(f"{value:g}" for value in EPS)
-    evaluate.add_argument("--eps", default=eps, help="numbers in [0, 1]; 0 is clean")
+    evaluate.add_argument("--eps", default=eps, help="numbers in [0, 1], such as 0.03 or 8/255; 0 is clean")
     evaluate.add_argument(
         "--steps",
         type=str,
@@ -295,9 +298,11 @@ def _size(name: str, value: str) -> tuple[int, int]:
 
 def _numbers(name: str, value: str) -> list[float]:
     try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between them, got {value!r}") from None
+        return [float(Fraction(part)) for part in value.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"{name} must be numbers with commas between them, such as 0,0.01,8/255, got {value!r}"
+        ) from None
 
 
 def _demo(arguments: Namespace) -> None:
@@ -446,7 +451,7 @@ def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
     for part in value.split(","):
         at, _, count = part.strip().rpartition(":")
         try:
-            steps |= dict.fromkeys([float(at)] if at else eps, int(count))
+            steps |= dict.fromkeys([float(Fraction(at))] if at else eps, int(count))
         except ValueError:
             raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
     if unknown := [at for at in steps if at not in eps]:

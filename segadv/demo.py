@@ -336,7 +336,7 @@ def _report(
         lines.append(f"{row['arm']:<14}{row['step_ms_p50']:>10.1f} ms{row['overhead_percent']:>7.2f} %{cells}")
 
     if steps < _MEANINGFUL_STEPS:
-        lines += ["", f"{steps} steps train nothing: this was a check that all works, its accuracies mean nothing."]
+        lines += ["", f"{steps} steps train nothing: this was a check that all works, its figures mean nothing."]
         return "\n".join([*lines, f"Time: {sum(seconds.values()) / 60:.1f} minutes."])
     robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)

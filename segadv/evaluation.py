@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from functools import partial
@@ -98,6 +99,31 @@ class _Judge:
         self.options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
         self.ignored = f"ignore_index={ignore_index}"
         self.invalid: list[Tensor] = []
+        self.strayed: dict[tuple[str, float], list[Tensor]] = {}
+
+    def looked_at(self, adversarial: Tensor, images: Tensor, name: str, eps: float) -> Tensor:
+        """What an attack of the caller's gave, if that is images; how far they are from what they may be is noted."""
+        if not isinstance(adversarial, Tensor) or adversarial.shape != images.shape:
+            came = list(adversarial.shape) if isinstance(adversarial, Tensor) else f"a {type(adversarial).__name__}"
+            raise ValueError(f"attack {name!r} gave {came} for images {list(images.shape)}; the same shape is needed")
+        if images.numel():
+            low, high = adversarial.aminmax()
+            far = (adversarial - images).abs().amax() - eps
+            self.strayed.setdefault((name, eps), []).append(torch.stack([-low, high - 1, far]).double().cpu())
+        return adversarial.to(images.dtype)
+
+    def warn_of_strays(self) -> None:
+        """Attacks whose images are not numbers are an error; some leave box and ball on purpose."""
+        for (name, eps), batches in self.strayed.items():
+            below, above, far = torch.stack(batches).amax(0).tolist()
+            if not math.isfinite(below + above + far):
+                raise ValueError(f"attack {name!r} at eps {eps:g} gave pixels that are NaN or infinite")
+            if max(below, above) > 1e-6:
+                box = f"[{-below:g}, {1 + above:g}]"
+                warnings.warn(f"attack {name!r} at eps {eps:g} gave pixels in {box}, outside of [0, 1]", stacklevel=3)
+            if far > 1e-6:
+                moved = f"moved pixels by up to {eps + far:g}"
+                warnings.warn(f"attack {name!r} at eps {eps:g} {moved}: out of the ball of that radius", stacklevel=3)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -202,7 +228,7 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
             torch.manual_seed(seed)
             if iterative:
                 return iterative.outcomes(images, labels, judged)[None]
-            return judge(attack(images, labels), labels)[None, None]
+            return judge(judge.looked_at(attack(images, labels), images, name, eps), labels)[None, None]
 
     return _Work(name, (eps,), judged, outcomes, arguments)
 
@@ -351,7 +377,8 @@ def evaluate(
         attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
             Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
             iterate, random start but for "bim"). Or a mapping from names to factories: ``factory(model, eps)``
-            gives the attack, and ``attack(images, labels)`` the adversarial images.
+            gives the attack, and ``attack(images, labels)`` the adversarial images. A UserWarning tells of images
+            outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.
         eps: the sizes of the perturbation, in the images' unit.
         steps: of "bim", "pgd", "segpgd" and "cospgd": a number, or a mapping from each eps to one.
         worst_case: adds "worst-case" where there are several attacks.
@@ -371,7 +398,8 @@ def evaluate(
 
     Raises:
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
-            pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`.
+            pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`, an
+            attack of the caller's that gives something else than finite images of the same shape.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
@@ -436,6 +464,7 @@ def evaluate(
         images_seen = sum(share[2] for share in shares)
         digest = hashlib.sha256("".join(share[3] for share in shares).encode()).hexdigest()
     judge.check(number_invalid)
+    judge.warn_of_strays()
     if not tally.confusion:
         raise ValueError("loader gave no batch")
     if not tally.confusion["clean", 0.0, 0].any():

@@ -379,6 +379,9 @@ def wrap(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, values in (("mean", mean), ("std", std)):
+        if isinstance(values, (int, float)):
+            raise TypeError(f"{name} must be a sequence, one number per channel, got {values}; [{values}] fits all")
     if mean is None:
         mean = [0.0] * (1 if std is None else len(std))
     if std is None:

@@ -178,7 +178,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
             panel.set_xlabel("steps")
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
-        axes[0].set_ylim(bottom=0)  # of all; only now, as it freezes the upper end
+        axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
         _arms_legend(figure, axes[0])
         _save(figure, path)
 

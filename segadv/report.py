@@ -95,6 +95,9 @@ def _lines(
     eps = sorted({entry.eps for entry in result.final})
     final = {(entry.arm, entry.attack, entry.eps): entry for entry in result.final}
     strongest = _strongest(result)
+    counts = {value: _steps(final[arms[0], strongest, value]) for value in eps if value}
+    differ = len(set(counts.values())) > 1
+    at_steps = {value: f", {count}" if differ else "" for value, count in counts.items()}
     run = result.run[arms[0]]
     failed = [(arm, check) for arm in arms for check in checks.get(arm, ()) if check.passed is False]
     lines = [
@@ -117,7 +120,7 @@ def _lines(
         f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
         "",
         *table(
-            ["trained with", *("clean" if value == 0 else f"eps {value:g}" for value in eps)],
+            ["trained with", *("clean" if value == 0 else f"eps {value:g}{at_steps[value]}" for value in eps)],
             [[arm, *(_three(final[arm, strongest, value]) for value in eps)] for arm in arms],
         ),
         "",
@@ -133,6 +136,7 @@ def _lines(
         "",
         "![mIoU against eps](robustness.png)",
         "",
+        *(["The attacks have other numbers of steps at other eps, where the curves may bend.", ""] if differ else []),
     ]
     if with_steps:
         lines += [
@@ -153,7 +157,13 @@ def _lines(
             ["trained with", "check", "", "figures"],
             [[arm, check.name, verdict[check.passed], check.finding] for arm in arms for check in checks.get(arm, ())],
         )
-        lines += ["", "A failed check says that robustness was overestimated; passing all of them proves nothing.", ""]
+        lines += [
+            "",
+            "A failed check is a reason to doubt the figures above: gradients may lead the attacks astray, or the "
+            "network hardly looks at the image (what is left at eps 0.5 may be the accuracy of one class everywhere). "
+            "Passing all of them proves nothing.",
+            "",
+        ]
     lines += ["## To repeat it", ""]
     if command:
         lines += ["```bash", command, "```", ""]

@@ -122,7 +122,7 @@ class Measurement:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationResult:
     """What `evaluate` measured.
 
@@ -134,6 +134,17 @@ class EvaluationResult:
 
     measurements: list[Measurement]
     run: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The curves as a table."""
+        rows = [[row.get("arm", ""), row["attack"], f"{row['eps']:g}"] for row in self.rows]
+        lines = [["arm", "attack", "eps", "mIoU", "pixel accuracy"]]
+        for texts, row in zip(rows, self.rows, strict=True):
+            lines.append([*texts, f"{row['miou']:.4f}", f"{row['pixel_accuracy']:.4f}"])
+        first = 0 if any(line[0] for line in lines[1:]) else 1
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ("  ".join(map(str.ljust, line[first:], widths[first:])).rstrip() for line in lines)
+        return "\n".join([f"{type(self).__name__}:", *table])
 
     @property
     def final(self) -> list[Measurement]:

@@ -241,10 +241,10 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, whole: tuple[
 def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) -> None:
     folder, trained = whole
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["arm"]) == "random-fgsm"
-    assert json.loads(metadata["steps"]) == 14
-    assert json.loads(metadata["description"]) == {"model": {"name": "tiny"}}
+        metadata = json.loads(file.metadata()["segadv"])
+    assert metadata["arm"] == "random-fgsm"
+    assert metadata["steps"] == 14
+    assert metadata["description"] == {"model": {"name": "tiny"}}
     configs = [training.read_config(folder / name) for name in ("last.pt", "model.safetensors")]
     assert configs[0] == configs[1]
     assert configs[0]["description"] == {"model": {"name": "tiny"}}
@@ -256,6 +256,8 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
             assert torch.equal(model.state_dict()[key], value)
     with pytest.raises(ValueError, match="another architecture"):
         training.load_model(folder / "model.safetensors", nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"is a folder: give its last\.pt or model\.safetensors"):
+        training.load_model(folder, nn.Linear(2, 3))
     with pytest.raises(ValueError, match="holds weights only, to continue a run"):
         trainer().load(folder / "model.safetensors")
 

@@ -72,6 +72,7 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("reproduce vok --data x --out y", "invalid choice: 'vok'"),
         ("reproduce voc --out y", "reproduce.voc.data"),
         ("evaluate x --dta y", "did you mean --data?"),
+        ("train --data x --out y --lr 0.1", "did you mean --learning_rate?"),
     ],
 )
 def test_wrong_use_is_told_in_one_message(
@@ -217,6 +218,9 @@ def test_data_train_evaluate(
     assert drawn(Path("results/robustness.png"))
     capsys.readouterr()
     assert "eps must be numbers with commas" in failure(f"{command} --eps 0;1", capsys)
+    assert "such as 0,0.01,8/255, got '8/0'" in failure(f"{command} --eps 8/0", capsys)
+    assert cli._numbers("eps", "0,8/255,1e-2") == [0.0, 8 / 255, 0.01]
+    assert cli._steps("20,8/255:100", [0.0, 8 / 255]) == {0.0: 20, 8 / 255: 100}
     assert "out of fgsm, bim-10, bim, pgd" in failure(f"{command} --attacks pdg", capsys)
     for steps in ("many", "3:0.02", "0.02:", "2.5"):
         assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps {steps}", capsys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -724,6 +725,42 @@ def test_arguments_of_a_wrong_kind(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(model, arguments.pop("loader", loader), ["fgsm"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (lambda images, labels: images[:, :1], r"attack 'mine' gave \[3, 1, 12, 16\] for images \[3, 3, 12, 16\]"),
+        (lambda images, labels: None, r"attack 'mine' gave a NoneType for images"),
+        (lambda images, labels: images / 0, "attack 'mine' at eps 0.1 gave pixels that are NaN or infinite"),
+    ],
+)
+def test_an_attack_of_ones_own_has_to_give_images(
+    attack: Any, message: str, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, loader, {"mine": lambda model, eps: attack}, [0.1])
+
+
+def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    with pytest.warns(UserWarning, match="attack 'mine' at eps") as told:
+        evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: images + 2 * eps}, [0.1])
+    texts = [str(warning.message) for warning in told]
+    assert len(texts) == 2
+    assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
+    assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
+
+
+def test_a_result_prints_its_curves(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    result = evaluate(model, loader, ["fgsm"], [0.0, 0.02])
+    clean, attacked = result.rows
+    assert repr(result).splitlines() == [
+        "EvaluationResult:",
+        "attack  eps   mIoU    pixel accuracy",
+        f"fgsm    0     {clean['miou']:.4f}  {clean['pixel_accuracy']:.4f}",
+        f"fgsm    0.02  {attacked['miou']:.4f}  {attacked['pixel_accuracy']:.4f}",
+    ]
+    assert repr(EvaluationResult.merge({"basic": result})).splitlines()[2].startswith("basic  fgsm    0     ")
 
 
 def test_a_model_that_changes_its_input_in_place_is_refused() -> None:

@@ -176,6 +176,8 @@ def test_wrap_names_what_is_wrong() -> None:
         models.wrap(model, mean=[0.5, 0.5], std=[1.0])
     with pytest.raises(ValueError, match="one entry per channel"):
         models.wrap(model, mean=[])
+    with pytest.raises(TypeError, match=r"std must be a sequence, one number per channel, got 0\.2; \[0\.2\] fits all"):
+        models.wrap(model, mean=[0.5], std=0.2)
     for std in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="std must be positive and finite"):
             models.wrap(model, std=[1.0, std, 1.0])

@@ -292,6 +292,22 @@ def test_an_incomplete_checkpoint_changes_nothing(missing: str, tmp_path: Path) 
     assert all(map(torch.equal, before, other.model.state_dict().values()))
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"image": 1}, r"sample 0: two tensors, \(image, label\), are needed, got a dict$"),
+        ((np.zeros((3, 16, 24)), torch.zeros(16, 24)), r"got a tuple of \['ndarray', 'Tensor'\]"),
+    ],
+)
+def test_a_sample_that_is_not_two_tensors_is_named(sample: Any, message: str) -> None:
+    class Strange(Squares):
+        def __getitem__(self, index: int) -> Any:
+            return sample
+
+    with pytest.raises(TypeError, match=message):
+        Trainer(config(), tiny_model(), Strange()).dataset[0, 0]
+
+
 def test_what_cannot_be_written_is_refused_before_the_training() -> None:
     class Extra(nn.Conv2d):
         def get_extra_state(self) -> dict[str, int]:

@@ -303,7 +303,10 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model: a {type(self.model).__name__} came; an nn.Module is needed")
+            raise TypeError(
+                f"model: a {type(self.model).__name__} came; an nn.Module is needed, for a function one whose forward "
+                "calls it"
+            )
         if self.output is not None and not callable(self.output):
             raise TypeError(f"output: a {type(self.output).__name__} came; a callable or None is needed")
         if self.bn not in ("eval", "train"):

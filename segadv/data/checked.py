@@ -23,6 +23,7 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
         num_classes: labels have to be below, or `IGNORE_INDEX`; None: the data set's, where it has it.
 
     Raises:
+        TypeError: a sample that is not two tensors.
         ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no class (upon
             indexing).
     """
@@ -35,7 +36,13 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.dataset[index]
+        sample = self.dataset[index]
+        if not isinstance(sample, (tuple, list)) or [isinstance(part, Tensor) for part in sample] != [True, True]:
+            parts = f" of {[type(part).__name__ for part in sample]}" if isinstance(sample, (tuple, list)) else ""
+            raise TypeError(
+                f"{self._named(index)}: two tensors, (image, label), are needed, got a {type(sample).__name__}{parts}"
+            )
+        image, label = sample
         if image.dim() != 3 or image.shape[0] != 3 or image.shape[1:] != label.shape or not image.is_floating_point():
             raise ValueError(
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
