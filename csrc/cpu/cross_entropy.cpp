@@ -141,6 +141,7 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
     const A* log_normalizer = at<A>(params.log_normalizer, tile.n, tile.y, tile.x);
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
+      tile.prefetch_after(c, classes);
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
         const A softmax = exp_nonpositive((tile.z(c, p) - largest[p]) - log_normalizer[p]);
