@@ -635,7 +635,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
 
     cases: dict[str, list[Record]] = {}
-    for record in records:
+    for record in [record for record in records if record.thp == 0] or records:
         cases.setdefault(record.case, []).append(record)
     tables = {case: Table(of_case) for case, of_case in cases.items()}
     shares = sorted({mode.partition(" p = ")[2] for table in tables.values() for mode in table.modes()})

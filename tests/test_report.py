@@ -426,19 +426,22 @@ def test_the_headline(tmp_path: Path) -> None:
     key = ("over conventional basic", overhead.OURS, "fast-newton, p = 0.5")
     small = record(*key, "small, 8 x 3 x 256 x 512, 19 classes", -20.4, low=-30.6, high=-10.4)
     other = record(*key, "segformer-b0, 4 x 3 x 256 x 256, 150 classes", 7.4, low=5.2, high=9.6)
-    write_records(path, [small, other])
+    huge = [replace(small, thp=1, p50=-12.7, low=-34.0, high=1.3), replace(other, thp=1, p50=-3.0, low=-4.0, high=-2.0)]
+    write_records(path, [small, other, *huge])
     words = " ".join(report.headline(tmp_path).split())
     assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
+    assert "on both sides the differences are -13 [-34, 1] % and -3 [-4, -2] %" in words
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
     assert " ".join(report.headline(tmp_path).split()) == words
     write_records(path, [replace(small, high=0.1)])
     with pytest.raises(report.ReportError, match=r"small: .* not known: -20\.4 \[-30\.6, 0\.1\] %"):
         report.headline(tmp_path)
-    path.unlink()
-    write_records(path, [small])
-    with pytest.raises(report.ReportError, match="0 rows of"):
-        report.headline(tmp_path)
+    for rows in ([small, *huge], [small, other, huge[0]]):
+        path.unlink()
+        write_records(path, rows)
+        with pytest.raises(report.ReportError, match="0 rows of"):
+            report.headline(tmp_path)
 
 
 def test_cells_of_peers(tmp_path: Path) -> None:

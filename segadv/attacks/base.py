@@ -24,7 +24,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, overload
 
@@ -168,8 +167,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             inference_mode, through which no gradient passes; bn="train" with a ScriptModule.
     """
     network = unwrapped(model)
-    module_names = {module: name for name, module in network.named_modules()}
-    for module, name in module_names.items():
+    training: dict[nn.Module, bool] = {}
+    registered: dict[nn.Module, dict[str, Tensor | None]] = {}
+    trained: list[Tensor] = []
+    for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
             raise ValueError(f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead")
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -177,21 +178,17 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                 "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
                 "torch.distributed.fsdp.fully_shard, where every process has to attack with equally many passes"
             )
-    # in one walk: named_parameters and named_buffers would take one more each
-    registered = [(module, dict(module._buffers.items())) for module in module_names]
-    parameters = [
-        (module, name, parameter) for module in module_names for name, parameter in module._parameters.items()
-    ]
-    for module, name, tensor in chain(
-        parameters, ((m, name, buffer) for m, own in registered for name, buffer in own.items())
-    ):
-        if tensor is not None and tensor.is_inference():
-            raise ValueError(
-                f"model: its parameter or buffer {f'{module_names[module]}.{name}'.lstrip('.')!r} was made under "
-                "torch.inference_mode, so that no gradient passes through it; build or load the model outside of that"
-            )
-    training = {module: module.training for module in module_names}
-    trained = [parameter for _, _, parameter in parameters if parameter is not None and parameter.requires_grad]
+        training[module] = module.training
+        registered[module] = dict(module._buffers.items())
+        parameters = dict(module._parameters.items())
+        for own, tensor in (parameters | registered[module]).items():
+            if tensor is not None and tensor.is_inference():
+                raise ValueError(
+                    f"model: its parameter or buffer {f'{name}.{own}'.lstrip('.')!r} was made under "
+                    "torch.inference_mode, so that no gradient passes through it; build or load the model outside of "
+                    "that"
+                )
+        trained += [value for value in parameters.values() if value is not None and value.requires_grad]
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -199,7 +196,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
     buffers = [
         (buffer, buffer.clone())
-        for module, own in registered
+        for module, own in registered.items()
         for name, buffer in own.items()
         if buffer is not None and not _is_kept(module, name) and not _is_expanded(buffer)
     ]
@@ -235,16 +232,17 @@ def _is_expanded(buffer: Tensor) -> bool:
     return strided and any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
-def _restore_registered(registered: Iterable[tuple[nn.Module, dict[str, Tensor | None]]]) -> None:
+def _restore_registered(registered: Mapping[nn.Module, dict[str, Tensor | None]]) -> None:
     """The buffers that each module had, where the model put others into their places, added or removed some."""
-    for module, before in registered:
+    for module, before in registered.items():
+        now = module._buffers
         if isinstance(module, torch.jit.ScriptModule):  # can neither gain nor lose any
-            for name, buffer in before.items():
-                if module._buffers[name] is not buffer:
-                    module._buffers[name] = buffer
-        else:
-            module._buffers.clear()
-            module._buffers.update(before)
+            for name in [name for name, buffer in before.items() if now[name] is not buffer]:
+                now[name] = before[name]
+        # a compiled model checks a dict that was written to once more
+        elif list(now) != list(before) or any(now[name] is not buffer for name, buffer in before.items()):
+            now.clear()
+            now.update(before)
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:
@@ -253,7 +251,7 @@ def _set_training(flags: Mapping[nn.Module, bool]) -> None:
             module.training = flag
 
 
-def _require_grad(parameters: Iterable[nn.Parameter], required: bool) -> None:
+def _require_grad(parameters: Iterable[Tensor], required: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(required)
 
