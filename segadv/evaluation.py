@@ -136,7 +136,7 @@ class _Judge:
     def agrees(self, attack: Attack) -> bool:
         """Whether the attack sees the model, and counts, as this does."""
         options = {name: getattr(attack, name) for name in self.options}
-        return options == self.options and attack.bn == "eval" and attack.output is None
+        return options == self.options and attack.output is None
 
     def count(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.confusion_matrix(logits, labels, per_image=True, **self.options)

@@ -1169,6 +1169,17 @@ def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cac
         assert model.weight.requires_grad
 
 
+def test_a_buffer_that_a_forward_pass_registers_is_removed() -> None:
+    class Registers(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.register_buffer("seen", x.detach())
+            return super().forward(x)
+
+    model = Registers(3, 3, 1)
+    FGSM(model)(IMAGES, LABELS)
+    assert not list(model.buffers())
+
+
 @pytest.mark.parametrize("kind", ["script", "trace"])
 def test_buffers_of_a_script_module_are_restored(kind: str) -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
