@@ -145,6 +145,8 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     assert "| masked | more steps are not weaker | **FAIL** | 0.1, 0.2 |" in text
     assert "| honest | unknown | not checked | none |" in text
     assert "FGSM, 1 step | PGD, 6 steps" in text
+    assert "| clean | eps 0.01, 3 steps | eps 0.03, 6 steps |" in text
+    assert "other numbers of steps at other eps" in text
     for arm, evaluated in (("honest", one), ("masked", two)):
         (worst,) = (e.row for e in evaluated.final if (e.attack, e.eps) == ("worst-case", 0.03))
         shown = f"{worst['miou']:.3f} / {worst['image_miou']:.3f} / {worst['pixel_accuracy']:.3f} |"
@@ -156,4 +158,5 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     text = report.write_report(tmp_path, clean, {})
     assert "Gradient masking was not looked for." in text
     assert "steps.png" not in text
+    assert "other numbers of steps" not in text
     assert not (tmp_path / "steps.png").exists()
