@@ -22,7 +22,7 @@ from segadv.ops import cuda
 from segadv.ops.native import compiled_for
 
 # own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; two chunks; a pixel more than 8; one pixel each;
-# more quads than a warp has lanes
+# fewer; a quad wider than a block; more quads than a block takes
 SIZES = (
     ((24, 40), (24, 40)),
     ((25, 37), (25, 37)),
@@ -90,6 +90,55 @@ def test_every_walk_gives_the_native_result(
         assert torch.equal(F.argmax_labels(z, size, align_corners=align_corners), prediction)
     for name, value in results.items():
         torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def compare_with_native(
+    z: Tensor, y: Tensor, *, align_corners: bool = False, tolerance: float = 2e-5
+) -> dict[str, Tensor]:
+    """All floating results, NaN where native has NaN."""
+    with segadv.backend("native"):
+        expected = everything(z, y, align_corners=align_corners)
+    with segadv.backend("cuda-emulated"):
+        results = everything(z, y, align_corners=align_corners)
+    for name, value in results.items():
+        scale = expected[name].nan_to_num(0, 0, 0).abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(
+            value / scale, expected[name] / scale, rtol=tolerance, atol=tolerance, equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )  # fmt: skip
+    return results
+
+
+@pytest.mark.parametrize("classes", [2, 24, 25, 60, 300])
+@pytest.mark.parametrize(
+    ("own", "size"), [((3, 5), (24, 40)), ((4, 9), (16, 36)), ((3, 3), (7, 5)), ((6, 5), (3, 4))], ids=str
+)
+def test_any_number_of_classes(own: tuple[int, int], size: tuple[int, int], classes: int) -> None:
+    """A block of the resampled gradient has at most 24 classes at once."""
+    z, y = torch.randn(2, classes, *own, requires_grad=True), torch.randint(0, classes, (2, *size))
+    y[0, -1] = 255 if classes < 256 else 3
+    compare_with_native(z, y, align_corners=classes == 25)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("own", "size"), [((3, 5), (24, 40)), ((4, 9), (16, 36)), ((3, 4), (7, 5))], ids=str)
+def test_logits_that_no_shortcut_serves(own: tuple[int, int], size: tuple[int, int], align_corners: bool) -> None:
+    """Neighbours hundreds apart; far from zero; classes masked out; NaN next to void pixels."""
+    y = torch.randint(0, 5, (2, *size))
+    y[0, : size[0] // 2], y[1, :, : size[1] // 2] = 255, 255
+    z = torch.randn(2, 5, *own)
+    # A logit of 1000 is known to 1000 * 6e-8.
+    compare_with_native((z * 300).requires_grad_(), y, align_corners=align_corners, tolerance=5e-4)
+    compare_with_native((z - 1000).requires_grad_(), y, align_corners=align_corners, tolerance=5e-4)
+    compare_with_native((z * 1e36).requires_grad_(), y, align_corners=align_corners)
+    for lowest in (-1e30, torch.finfo(torch.float32).min):
+        masked = z.clone()
+        masked[:, 3] = lowest
+        results = compare_with_native(masked.requires_grad_(), torch.where(y == 3, 2, y), align_corners=align_corners)
+        assert results["gradient of cross_entropy"].isfinite().all()
+    broken = z.clone()
+    broken[0, 1, 0, 0], broken[1, 2, -1, -1] = torch.nan, torch.nan
+    compare_with_native(broken.requires_grad_(), y, align_corners=align_corners)
 
 
 def test_more_blocks_than_a_block_has_threads() -> None:
@@ -204,6 +253,11 @@ def test_errors_name_the_kernel_and_the_sizes() -> None:
         RuntimeError, match=r"kernel absolute_sum failed for 2147483648 images of 1 elements: .* too large"
     ):
         core.l1_norm(2**31, 1, row, row, 0, 0)
+    wide = (one.data_ptr(), 0, (1, 2, 1, 2**20), (0, 0, 0, 0)), (one.data_ptr(), 4, (1, 1, 2**31), (0, 0, 0))
+    with pytest.raises(
+        RuntimeError, match=r"kernel resampling failed .*: an image is too large: a side of more than 2"
+    ):
+        core.margin(*wide, None, 255, False, None, None, None, None, 0, 0)
     logits, labels = (one.data_ptr(), 0, (2**32, 2, 1, 1), (0, 0, 0, 0)), (one.data_ptr(), 4, (2**32, 1, 1), (0, 0, 0))
     with pytest.raises(
         RuntimeError, match=r"kernel margin failed for logits \[4294967296, 2, 1, 1\], labels \[4294967"

@@ -40,6 +40,9 @@ struct Axis {
     return first < out ? first : out;
   }
 
+  // Whether a rest fits into 32 bits, also that of some outputs behind the quad. A GPU converts 64 bits slowly.
+  SEGADV_INLINE bool is_narrow() const { return denominator + 16 * step < int64_t{1} << 31; }
+
   // No quad has more outputs.
   SEGADV_INLINE int64_t most_outputs() const {
     const int64_t inputs = step > 0 ? step : 1, most = (denominator + inputs - 1) / inputs;
@@ -61,7 +64,13 @@ struct QuadWeights {
   A slope, shift;
   SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad)
       : slope(quad > 0 && quad < axis.in ? A(1) / static_cast<A>(axis.denominator) : A(0)), shift(quad == 0) {}
-  SEGADV_INLINE A w1(int64_t rest) const { return static_cast<A>(rest) * slope + shift; }
+  SEGADV_INLINE A w1(int64_t rest) const {
+#if defined(__CUDA_ARCH__)
+    return static_cast<A>(static_cast<int32_t>(rest)) * slope + shift;  // enough: see Axis::is_narrow
+#else
+    return static_cast<A>(rest) * slope + shift;
+#endif
+  }
 };
 
 // The same as one output sees it: inputs i0 and i1 = min(i0 + 1, in - 1) with weights w0 = 1 - w1 and w1. i0 never

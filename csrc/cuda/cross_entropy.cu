@@ -4,16 +4,49 @@
 // the gradient. Largest logit and sum of exponentials are found in one pass over the classes (online softmax, with one
 // exponential per class). Fewest bytes: the logits read once, the gradient written once (its exponentials need a second
 // reading of the logits, from the cache where the blocks at work fit), labels read once. At full resolution bound by
-// memory. Resampled, by arithmetic: about 12 operations, one of them an exponential, per class and pixel.
+// memory. Resampled, by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 51
-// registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled: 88
-// to 96 registers, 31 %. Fraction of the limit reached: not yet measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 48
+// to 53 registers, 56 to 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
+// Resampled, eightfold: 67 instructions for a class of 8 pixels (SegPGD and CosPGD: 130 to 138), 102 registers (89 to
+// 91), 25 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
 namespace segadv::cuda {
 namespace {
+
+// Sums exp(z - largest) over the classes, with one `largest` for all pixels of a column: the largest of the resampled
+// rows, which none of its logits exceeds. So a class costs a pixel a multiplication, an exponential and two additions.
+// Returns false, and leaves the rest as it was, where that is no way to do it: a pixel far below, infinities, NaN.
+template <class S, int P, class A = Compute<S>>
+__device__ __forceinline__ bool sum_exponentials(const Pixels<S, P, true>& pixels, int32_t classes,
+                                                 const int32_t (&label)[P], A (&largest)[P], A (&total)[P]) {
+  A top = kLowest<A>, sum[P];
+#pragma unroll
+  for (int i = 0; i < P; ++i) sum[i] = 0;
+  pixels.for_each_class(0, classes, [&](int32_t, auto rows) {
+    const A higher = rows.upper > rows.lower ? rows.upper : rows.lower;
+    if (higher > top) {
+      const A scale = exp2_nonpositive((top - higher) * kLog2e<A>);
+#pragma unroll
+      for (int i = 0; i < P; ++i) sum[i] *= scale;
+      top = higher;
+    }
+    const A upper = (rows.upper - top) * kLog2e<A>;
+    const A change = rows.upper == rows.lower ? A(0) : (rows.lower - rows.upper) * kLog2e<A>;  // both may be -infinity
+#pragma unroll
+    for (int i = 0; i < P; ++i) sum[i] += exp2_nonpositive(pixels.wy1[i] * change + upper);
+  });
+  // Below 2^-80 terms may be missing that are too small for a float.
+  bool right = true;
+#pragma unroll
+  for (int i = 0; i < P; ++i) right &= label[i] < 0 || sum[i] > A(0x1p-80);
+  if (!right) return false;
+#pragma unroll
+  for (int i = 0; i < P; ++i) largest[i] = top, total[i] = sum[i];
+  return true;
+}
 
 template <class S, int P, bool kUp, Loss kLoss>
 __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
@@ -33,20 +66,27 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
     prediction[i] = 0;
   }
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
+  bool done = false;
+  if constexpr (Mine::kIsColumn && kLoss == Loss::kCrossEntropy) {
+    done = sum_exponentials(pixels, classes, label, largest, total);
+    if (done) pixels.load_own(label, own);
+  }
+  if (!done) {
 #pragma unroll Mine::kUnroll
-  for (int32_t c = 0; c < classes; ++c) {
-    A z[P];
-    pixels.load(c, z);
+    for (int32_t c = 0; c < classes; ++c) {
+      A z[P];
+      pixels.load(c, z);
 #pragma unroll
-    for (int i = 0; i < P; ++i) {
-      own[i] = label[i] == c ? z[i] : own[i];
-      const A difference = z[i] - largest[i];
-      const bool higher = difference > A(0);  // of two equal ones the first stays; a NaN reaches the total below
-      const A e = exp_nonpositive(higher ? -difference : difference);
-      total[i] = higher ? total[i] * e + A(1) : total[i] + e;
-      if constexpr (kLoss == Loss::kCosPGD) squares[i] = higher ? squares[i] * (e * e) + A(1) : squares[i] + e * e;
-      if constexpr (kLoss == Loss::kSegPGD) prediction[i] = higher ? c : prediction[i];
-      largest[i] = higher ? z[i] : largest[i];
+      for (int i = 0; i < P; ++i) {
+        own[i] = label[i] == c ? z[i] : own[i];
+        const A difference = z[i] - largest[i];
+        const bool higher = difference > A(0);  // of two equal ones the first stays; a NaN reaches the total below
+        const A e = exp_nonpositive(higher ? -difference : difference);
+        total[i] = higher ? total[i] * e + A(1) : total[i] + e;
+        if constexpr (kLoss == Loss::kCosPGD) squares[i] = higher ? squares[i] * (e * e) + A(1) : squares[i] + e * e;
+        if constexpr (kLoss == Loss::kSegPGD) prediction[i] = higher ? c : prediction[i];
+        largest[i] = higher ? z[i] : largest[i];
+      }
     }
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);

@@ -3,39 +3,54 @@
 // gradient_kernel, logits of the labels' size: every class of every pixel once. Fewest bytes: the gradient written
 // once, and for cross-entropy the logits read once. Bound by memory.
 //
-// resampled_gradient_kernel: the transpose of the resampling without atomics. A lane owns a column of quads (the output
-// pixels between four neighbouring taps, common/bilinear.h) for a few classes, and walks down: over the pixels of a
-// quad it adds up four corner sums; two of them complete the row of logits above, two are carried to the row below.
-// Along x the sums of neighbouring lanes meet once per quad, in a shuffle. Nothing of C classes is ever larger than the
-// gradient itself. The quad row at the upper edge of a warp's rows, and one column of quads in 32, are computed twice.
-// Bound by arithmetic: 6 (margin) or 9 (cross-entropy, with one exponential) operations per class and pixel.
+// resampled_gradient_kernel: the transpose of the resampling without atomics. Between two rows of logits lies a row of
+// quads (common/bilinear.h). A thread owns a column of its pixels, with all that they need in registers, and goes
+// through the classes: what its pixels add to the row above, and below, stays in shared memory (for margins, which have
+// two classes that count, nothing else is touched). Then a thread owns logits, and adds up the columns of the quads left
+// and right of each. A block walks down: what goes below waits for the next row of quads. Nothing of C classes is ever
+// larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed twice.
+// Bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
-// (margin) or 40 registers, 100 % or 75 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled: 121 registers, 25 %. Fraction of the limit reached: not yet
-// measured.
+// (margin) or 45 registers, 100 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 105 instructions for a class of 8
+// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is some
+// 20 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 90) registers, 25 %. Fraction of the limit
+// reached: not yet measured.
 #include "cuda/gradient.cuh"
 
 namespace segadv::cuda {
 namespace {
 
-__device__ __forceinline__ int64_t load_integer(const TensorView& view, int64_t offset) {
-  switch (view.dtype) {
-    case DType::kInt64: return *at<const int64_t>(view, offset);
-    case DType::kInt32: return *at<const int32_t>(view, offset);
-    case DType::kInt16: return *at<const int16_t>(view, offset);
-    default: return *at<const uint8_t>(view, offset);
+// What the gradients of a thread's pixels are multiplied with: incoming gradient, weight of the class, weight of the
+// pixel; 0 where not valid.
+template <class Mine, int P = Mine::kPixels, class A = typename Mine::A>
+__device__ __forceinline__ void load_values(const GradientInputs& inputs, const Mine& pixels, const int32_t (&label)[P],
+                                            A (&value)[P]) {
+#pragma unroll
+  for (int i = 0; i < P; ++i) value[i] = label[i] >= 0 ? A(1) : A(0);
+  if (inputs.grad_loss.data != nullptr) {
+    const A* from = at<const A>(inputs.grad_loss, pixels.offset(inputs.grad_loss));
+    const int64_t between = pixels.step(inputs.grad_loss);
+#pragma unroll
+    for (int i = 0; i < P; ++i, from += between) {
+      if (label[i] >= 0) value[i] = *from;
+    }
   }
-}
-
-// What a pixel's gradient is multiplied with: incoming gradient, weight of its class, weight of the pixel.
-template <class A>
-__device__ __forceinline__ A load_value(const GradientInputs& inputs, int64_t at_loss, int64_t map, int32_t label) {
-  A value = 1;
-  if (inputs.grad_loss.data != nullptr) value *= *at<const A>(inputs.grad_loss, at_loss);
-  if (inputs.class_weight.data != nullptr) value *= *at<const A>(inputs.class_weight, label > 0 ? label : 0);
-  if (inputs.pixel_weight.data != nullptr) value *= *at<const A>(inputs.pixel_weight, map);
-  return value;
+  if (inputs.class_weight.data != nullptr) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (label[i] >= 0) value[i] *= *at<const A>(inputs.class_weight, label[i]);
+    }
+  }
+  if (inputs.pixel_weight.data != nullptr) {
+    A weight[P];
+    pixels.template load_map<A>(inputs.pixel_weight, weight);
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (label[i] >= 0) value[i] *= weight[i];
+    }
+  }
 }
 
 // kMargin: margins; otherwise cross-entropy.
@@ -48,11 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t label[P], runner_up[P];
   const int32_t counts = pixels.labels(problem, label);
   A value[P], largest[P], scale[P];
-#pragma unroll
-  for (int i = 0; i < P; ++i) {
-    const int64_t at_loss = pixels.offset(inputs.grad_loss) + i * pixels.step(inputs.grad_loss);
-    value[i] = i < pixels.count ? load_value<A>(inputs, at_loss, pixels.map + i, label[i]) : A(0);
-  }
+  load_values(inputs, pixels, label, value);
   if constexpr (kMargin) {
     pixels.load_classes(inputs.runner_up, runner_up);
 #pragma unroll
@@ -81,151 +92,229 @@ __global__ void __launch_bounds__(kThreads)
   store_partial(partial, 0, 0, block_sum(counts));
 }
 
-// How the gradient of resampled logits is dealt out to warps: lanes along x, then classes, x, y.
-struct Warps {
+// How the gradient of resampled logits is dealt out to blocks: classes, then logits along x, then along y.
+struct Patches {
   Axis y, x;
-  int32_t rows;                     // of logits, of a warp
-  int32_t tiles_c, tiles_x, count;  // count: of an image
+  int32_t rows, columns, classes;   // of logits, of a block
+  int32_t tiles_c, tiles_x, count;  // blocks; count: of an image
 };
 
-constexpr int kQuads = kWarp - 1;  // the last lane's quad only completes the column of the lane before it
+template <class A>
+constexpr int kTile = 96 / static_cast<int>(sizeof(A));  // most classes of a block; shared memory has to hold them
+constexpr int kQuads = 32;                               // most quads of a block along x
+constexpr int kSlots = kThreads + kQuads;                // columns of pixels; the slot behind a quad stays free, so that
+                                                         // neighbouring quads of 8 are not in the same bank
 
-template <bool kMargin>
-constexpr int kClasses = kMargin ? 8 : 4;  // of a warp, as many as the registers hold
+// What a column of pixels adds to the row of logits above and below it.
+template <class A>
+struct alignas(2 * sizeof(A)) Ends {
+  A upper, lower;
+};
 
-template <class S, bool kMargin>
-__global__ void __launch_bounds__(kThreads)
-    resampled_gradient_kernel(Problem problem, GradientInputs inputs, Warps warps, Partial* partial) {
+// What a column of pixels of one quad adds, class by class, to the rows of logits above and below: ends[c * kSlots].
+// Returns whether a label is bad.
+template <bool kMargin, class S, int P>
+__device__ __forceinline__ int32_t column_gradient(const Problem& problem, const GradientInputs& inputs,
+                                                   const Pixels<S, P, true>& pixels, int32_t first_class,
+                                                   int32_t classes, Ends<Compute<S>>* ends) {
   using A = Compute<S>;
-  constexpr int K = kClasses<kMargin>;
-  const int32_t blocks = (warps.count + kThreads / kWarp - 1) / (kThreads / kWarp);
-  const int64_t n = blockIdx.x / blocks;
-  const int32_t warp = blockIdx.x % blocks * (kThreads / kWarp) + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const TensorView &logits = problem.logits, &labels = problem.labels, &grad = problem.grad;
-  const int64_t h = warps.y.in, w = warps.x.in, H = warps.y.out, W = warps.x.out;
-  const int32_t classes = static_cast<int32_t>(logits.size[1]);
-  const int32_t first_class = warp % warps.tiles_c * K;
-  const int64_t quad_x = int64_t{warp / warps.tiles_c % warps.tiles_x} * kQuads + lane;
-  const int64_t row = int64_t{warp / warps.tiles_c / warps.tiles_x} * warps.rows;
-  const int64_t last_row = row + warps.rows < h ? row + warps.rows : h;  // a warp too many has no row at all
-
-  const int64_t begin_x = warps.x.first_output(quad_x), end_x = warps.x.first_output(quad_x + 1);
-  const QuadWeights<A> weights_x(warps.x, quad_x);
-  const int64_t rest_x = warps.x.rest(begin_x, quad_x);
-  const int64_t left = quad_x > 0 ? (quad_x < w ? quad_x - 1 : w - 1) : 0, right = quad_x < w ? quad_x : w - 1;
-  int32_t counts = 0;
-
-  // Corner sums for the row of logits that the next quad row completes.
-  A lower_left[K]{}, lower_right[K]{};
-  for (int64_t quad_y = row; quad_y <= last_row; ++quad_y) {
-    A upper_left[K], upper_right[K], z00[K], z01[K], z10[K], z11[K];
+  int32_t label[P];
+  const int32_t counts = pixels.labels(problem, label);
+  A upper[P], lower[P];  // values, divided between both rows
+  load_values(inputs, pixels, label, upper);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      upper_left[k] = lower_left[k], upper_right[k] = lower_right[k];
-      lower_left[k] = lower_right[k] = A(0);
-      if constexpr (!kMargin) {
-        const int64_t c = first_class + k < classes ? first_class + k : classes - 1;
-        const S* plane = at<const S>(logits, n * logits.stride[0] + c * logits.stride[1]);
-        const S* upper = plane + (quad_y > 0 ? quad_y - 1 : 0) * logits.stride[2];
-        const S* lower = plane + (quad_y < h ? quad_y : h - 1) * logits.stride[2];
-        z00[k] = to_compute(upper[left * logits.stride[3]]), z01[k] = to_compute(upper[right * logits.stride[3]]);
-        z10[k] = to_compute(lower[left * logits.stride[3]]), z11[k] = to_compute(lower[right * logits.stride[3]]);
+  for (int i = 0; i < P; ++i) {
+    lower[i] = pixels.wy1[i] * upper[i];
+    upper[i] -= lower[i];
+  }
+  if constexpr (kMargin) {
+    int32_t runner_up[P];
+    pixels.load_classes(inputs.runner_up, runner_up);
+    for (int32_t c = 0; c < classes; ++c) ends[c * kSlots] = {A(0), A(0)};
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (label[i] < 0) continue;
+      const int32_t own = label[i] - first_class, other = runner_up[i] - first_class;
+      if (own >= 0 && own < classes) {
+        ends[own * kSlots].upper += upper[i];
+        ends[own * kSlots].lower += lower[i];
+      }
+      if (other >= 0 && other < classes) {
+        ends[other * kSlots].upper -= upper[i];
+        ends[other * kSlots].lower -= lower[i];
       }
     }
-    const int64_t begin_y = warps.y.first_output(quad_y), end_y = warps.y.first_output(quad_y + 1);
-    const QuadWeights<A> weights_y(warps.y, quad_y);
-    for (int64_t y = begin_y; y < end_y; ++y) {
-      const A wy1 = weights_y.w1(warps.y.rest(y, quad_y)), wy0 = A(1) - wy1;
-      const int64_t row_labels = n * labels.stride[0] + y * labels.stride[1];
-      const int64_t row_loss = n * inputs.grad_loss.stride[0] + y * inputs.grad_loss.stride[1];
-      const int64_t row_map = (n * H + y) * W;
-      A sum_left[K]{}, sum_right[K]{}, z0[K], z1[K];
-      if constexpr (!kMargin) {
+  } else {
+    // Where all pixels have the same `largest`, and no row exceeds it, softmax = 2^((z - top) * kLog2e - shift) is an
+    // addition and a multiplication with addition: all else is a matter of rows. No large numbers cancel then.
+    A shift[P], largest[P], top = 0;
+    pixels.template load_map<A>(inputs.largest, largest);
+    pixels.template load_map<A>(inputs.log_normalizer, shift);
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          z0[k] = wy0 * z00[k] + wy1 * z10[k];
-          z1[k] = wy0 * z01[k] + wy1 * z11[k];
-        }
-      }
-      int64_t rest = rest_x;
-      for (int64_t x = begin_x; x < end_x; ++x, rest += warps.x.step) {
-        const A wx1 = weights_x.w1(rest), wx0 = A(1) - wx1;
-        const Label found = judge(problem, load_integer(labels, row_labels + x * labels.stride[2]));
-        const int32_t label = found.label;
-        counts += found.is_bad ? 1 << 16 : 0;
-        const A value = load_value<A>(inputs, row_loss + x * inputs.grad_loss.stride[2], row_map + x, label);
-        int32_t runner_up = -1;
-        A largest = 0, scale = 0;
-        if constexpr (kMargin) {
-          if (label >= 0) runner_up = static_cast<int32_t>(load_integer(inputs.runner_up, row_map + x));
-        } else {
-          largest = *at<const A>(inputs.largest, row_map + x);
-          scale = value * exp_nonpositive(-*at<const A>(inputs.log_normalizer, row_map + x));
-        }
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          A g;
-          if constexpr (kMargin) {
-            g = margin_gradient(first_class + k, label, runner_up, value);
-          } else {
-            const A z = wx0 * z0[k] + wx1 * z1[k];
-            g = cross_entropy_gradient(first_class + k, label, z, largest, scale, value);
-          }
-          sum_left[k] += wx0 * g;
-          sum_right[k] += wx1 * g;
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        upper_left[k] += wy0 * sum_left[k], upper_right[k] += wy0 * sum_right[k];
-        lower_left[k] += wy1 * sum_left[k], lower_right[k] += wy1 * sum_right[k];
-      }
+    for (int i = 0; i < P; ++i) {
+      top = label[i] >= 0 ? largest[i] : top;
+      shift[i] = label[i] >= 0 ? shift[i] * kLog2e<A> : kInfinity<A>;
     }
-    if (quad_y > row) {
-      const int64_t to = n * grad.stride[0] + (quad_y - 1) * grad.stride[2] + quad_x * grad.stride[3];
+    bool plain = std::fabs(top) < kInfinity<A>;
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        // Column i: the right corner of quad i and the left one of quad i + 1.
-        const A g = upper_right[k] + __shfl_down_sync(kAllLanes, upper_left[k], 1);
-        if (lane < kQuads && quad_x < w && first_class + k < classes)
-          *at<S>(grad, to + (first_class + k) * grad.stride[1]) = from_compute<S>(g);
+    for (int i = 0; i < P; ++i) plain &= label[i] < 0 || largest[i] == top;
+    const int32_t end = first_class + classes;
+    const auto sum_of = [&](int32_t c, auto&& softmax) {
+      Ends<A> sum{A(0), A(0)};
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        A g = softmax(i);
+        if (label[i] == c) g -= A(1);
+        sum.upper += upper[i] * g;
+        sum.lower += lower[i] * g;
       }
+      ends[(c - first_class) * kSlots] = sum;
+    };
+    if (plain) {
+      pixels.for_each_class(first_class, end, [&](int32_t c, auto rows) {
+        const A u = (rows.upper - top) * kLog2e<A>, l = (rows.lower - top) * kLog2e<A>;
+        plain &= (u <= A(1)) & (l <= A(1)) & (u + l > A(-1e30));
+        const A change = l - u;
+        sum_of(c, [&](int i) { return exp2_nonpositive(pixels.wy1[i] * change + (u - shift[i])); });
+      });
+    }
+    if (!plain) {  // pixels far from each other, infinities, NaN
+      pixels.template load_map<A>(inputs.largest, largest);
+      pixels.for_each_class(first_class, end, [&](int32_t c, auto rows) {
+        sum_of(c, [&](int i) {
+          const A z = pixels.between(rows, i);
+          return label[i] >= 0 ? exp2_nonpositive((z - largest[i]) * kLog2e<A> - shift[i]) : A(0);
+        });
+      });
     }
   }
-  counts = block_sum(counts > 0 ? 1 << 16 : 0);
-  if (partial != nullptr) store_partial(partial, 0, 0, counts);
+  return counts >> 16 != 0;
 }
 
-// Few warps leave a GPU idle, few rows are computed half in vain.
-constexpr int64_t kWarpsWanted = 2048;
+template <class S, int P, bool kMargin>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+    resampled_gradient_kernel(Problem problem, GradientInputs inputs, Patches patches, Partial* partial) {
+  using Mine = Pixels<S, P, true>;
+  using A = Compute<S>;
+  __shared__ Ends<A> of_pixels[kTile<A>][kSlots];
+  __shared__ A right_weight[kThreads];         // of a column of pixels: what it adds to the logits right of it
+  __shared__ Ends<A> of_logits[kTile<A>][kQuads];  // sums for the row of logits that is being completed, and the next
+  __shared__ int32_t first[kQuads + 1];        // column of pixels at which a quad begins
+  const TensorView& grad = problem.grad;
+  const int64_t h = patches.y.in, w = patches.x.in;
+  const int64_t n = blockIdx.x / patches.count;
+  const int32_t block = blockIdx.x % patches.count;
+  const int32_t first_class = block % patches.tiles_c * patches.classes;
+  const int64_t first_quad = int64_t{block / patches.tiles_c % patches.tiles_x} * patches.columns;
+  const int64_t row = int64_t{block / patches.tiles_c / patches.tiles_x} * patches.rows;
+  const int64_t last_row = row + patches.rows < h ? row + patches.rows : h;
+  const int32_t columns = static_cast<int32_t>(first_quad + patches.columns < w ? patches.columns : w - first_quad);
+  const int32_t all_classes = static_cast<int32_t>(problem.logits.size[1]);
+  const int32_t classes = first_class + patches.classes < all_classes ? patches.classes : all_classes - first_class;
+  const int64_t origin = patches.x.first_output(first_quad);
+  const int32_t thread = static_cast<int32_t>(threadIdx.x);
+
+  // Calls f(c, j) for the logits of this thread, always the same ones: class and column of the block.
+  const auto for_each_logit = [&](auto&& f) {
+    const int32_t step_c = kThreads / columns, step_j = kThreads % columns;
+    int32_t c = thread / columns, j = thread % columns;
+    while (c < classes) {
+      f(c, j);
+      c += step_c, j += step_j;
+      if (j >= columns) j -= columns, ++c;
+    }
+  };
+
+  // Column j receives from the quads j and j + 1.
+  for (int32_t j = thread; j < columns + 2; j += kThreads)
+    first[j] = static_cast<int32_t>(patches.x.first_output(first_quad + j) - origin);
+  for_each_logit([&](int32_t c, int32_t j) { of_logits[c][j] = {A(0), A(0)}; });
+  __syncthreads();
+  const int32_t width = first[columns + 1];
+  int32_t counts = 0;
+
+  for (int64_t quad_y = row; quad_y <= last_row; ++quad_y) {
+    const int64_t begin_y = patches.y.first_output(quad_y), end_y = patches.y.first_output(quad_y + 1);
+    for (int64_t y = begin_y; y < end_y; y += P) {
+      for (int32_t strip = 0; strip < width; strip += kThreads) {
+        if (strip + thread < width) {
+          const int64_t x = origin + strip + thread, quad_x = patches.x.quad_of(x);
+          const Mine pixels(problem, patches.y, patches.x, n, y, x, quad_y, quad_x,
+                            static_cast<int>(end_y - y < P ? end_y - y : P));
+          const int32_t slot = thread + static_cast<int32_t>(quad_x - first_quad);
+          right_weight[thread] = pixels.wx1;
+          counts |= column_gradient<kMargin>(problem, inputs, pixels, first_class, classes, &of_pixels[0][slot]);
+        }
+        __syncthreads();
+        for_each_logit([&](int32_t c, int32_t j) {
+          Ends<A> sum = of_logits[c][j];
+#pragma unroll
+          for (int32_t side = 0; side < 2; ++side) {  // the quad left of the logit, and the one right of it
+            const int32_t quad = j + side;
+            int32_t x = first[quad] - strip, end = first[quad + 1] - strip;
+            if (x < 0) x = 0;
+            if (end > kThreads) end = kThreads;
+            for (; x < end; ++x) {
+              const A weight = side == 0 ? right_weight[x] : A(1) - right_weight[x];
+              const Ends<A> of_column = of_pixels[c][x + quad];
+              sum.upper += weight * of_column.upper;
+              sum.lower += weight * of_column.lower;
+            }
+          }
+          of_logits[c][j] = sum;
+        });
+        __syncthreads();
+      }
+    }
+    for_each_logit([&](int32_t c, int32_t j) {
+      const Ends<A> sum = of_logits[c][j];
+      if (quad_y > row) {
+        const int64_t to = n * grad.stride[0] + (first_class + c) * grad.stride[1] + (quad_y - 1) * grad.stride[2];
+        *at<S>(grad, to + (first_quad + j) * grad.stride[3]) = from_compute<S>(sum.upper);
+      }
+      of_logits[c][j] = {sum.lower, A(0)};
+    });
+  }
+  counts = block_sum(counts);
+  if (partial != nullptr) store_partial(partial, 0, 0, counts > 0 ? 1 << 16 : 0);
+}
+
+// Few blocks leave a GPU idle, few rows are computed half in vain.
+constexpr int64_t kBlocksWanted = 1024;
 constexpr int32_t kMostRows = 8, kFewestRows = 2;
 
-Warps warps_of(int64_t n, int64_t classes, const Axis& y, const Axis& x, int classes_of_warp) {
-  Warps warps{};
-  warps.y = y, warps.x = x;
-  warps.tiles_c = static_cast<int32_t>(ceil_div(classes, classes_of_warp));
-  warps.tiles_x = static_cast<int32_t>(ceil_div(x.in, kQuads));
-  const int64_t across = int64_t{warps.tiles_c} * warps.tiles_x;
-  warps.rows = kMostRows;
-  while (warps.rows > kFewestRows && n * across * ceil_div(y.in, warps.rows) < kWarpsWanted) warps.rows /= 2;
-  warps.count = static_cast<int32_t>(across * ceil_div(y.in, warps.rows));
-  return warps;
+template <class A>
+Patches patches_of(int64_t n, int64_t classes, const Axis& y, const Axis& x) {
+  Patches patches{};
+  patches.y = y, patches.x = x;
+  // As equal as they can be.
+  patches.tiles_c = static_cast<int32_t>(ceil_div(classes, kTile<A>));
+  patches.classes = static_cast<int32_t>(ceil_div(classes, patches.tiles_c));
+  const int64_t most = x.most_outputs() > 1 ? x.most_outputs() : 1;
+  const int64_t quads = kThreads / most < kQuads ? kThreads / most : kQuads;
+  patches.tiles_x = static_cast<int32_t>(ceil_div(x.in, quads > 2 ? quads - 1 : 1));
+  patches.columns = static_cast<int32_t>(ceil_div(x.in, patches.tiles_x));
+  const int64_t across = int64_t{patches.tiles_c} * patches.tiles_x;
+  patches.rows = kMostRows;
+  while (patches.rows > kFewestRows && n * across * ceil_div(y.in, patches.rows) < kBlocksWanted) patches.rows /= 2;
+  patches.count = static_cast<int32_t>(across * ceil_div(y.in, patches.rows));
+  return patches;
 }
-
-int32_t blocks_of(const Warps& warps) { return static_cast<int32_t>(ceil_div(warps.count, kThreads / kWarp)); }
 
 template <class S>
 Error launch_resampled(const Problem& problem, const GradientInputs& inputs, Partial* partial, int32_t* blocks,
                        int64_t stream) {
   const TensorView &logits = problem.logits, &labels = problem.labels;
-  const bool margin = inputs.margin;
-  const Warps warps =
-      warps_of(logits.size[0], logits.size[1], make_axis(logits.size[2], labels.size[1], problem.align_corners),
-               make_axis(logits.size[3], labels.size[2], problem.align_corners),
-               margin ? kClasses<true> : kClasses<false>);
-  *blocks = blocks_of(warps);
-  const auto kernel = margin ? resampled_gradient_kernel<S, true> : resampled_gradient_kernel<S, false>;
-  return launch("resampled_gradient", kernel, logits.size[0] * *blocks, stream, problem, inputs, warps, partial);
+  const Axis y = make_axis(logits.size[2], labels.size[1], problem.align_corners);
+  const Axis x = make_axis(logits.size[3], labels.size[2], problem.align_corners);
+  if (!y.is_narrow() || !x.is_narrow()) return too_wide();
+  const Patches patches = patches_of<Compute<S>>(logits.size[0], logits.size[1], y, x);
+  *blocks = patches.count;
+  constexpr int kHigh = kColumn, kLow = kColumn / 2;
+  auto kernel = inputs.margin ? resampled_gradient_kernel<S, kHigh, true> : resampled_gradient_kernel<S, kHigh, false>;
+  if (patches.y.most_outputs() <= kLow)
+    kernel = inputs.margin ? resampled_gradient_kernel<S, kLow, true> : resampled_gradient_kernel<S, kLow, false>;
+  return launch("resampled_gradient", kernel, logits.size[0] * *blocks, stream, problem, inputs, patches, partial);
 }
 
 }  // namespace
@@ -270,10 +359,8 @@ int64_t pixel_workspace(int64_t N, int64_t C, int64_t h, int64_t w, int64_t H, i
   const Axis y = make_axis(h, H, align_corners), x = make_axis(w, W, align_corners);
   const int64_t rows = (h + 1) * ceil_div(y.most_outputs(), kColumn);
   const int64_t forward = ceil_div(W * (rows > H ? rows : H), kThreads);
-  // Fewer classes of a warp are more warps, but with fewer warps across there may be more rows of them.
-  const int64_t margin = blocks_of(warps_of(N, C, y, x, kClasses<true>));
-  const int64_t losses = blocks_of(warps_of(N, C, y, x, kClasses<false>));
-  const int64_t backward = margin > losses ? margin : losses;
+  const int64_t of_float = patches_of<float>(N, C, y, x).count, of_double = patches_of<double>(N, C, y, x).count;
+  const int64_t backward = of_float > of_double ? of_float : of_double;
   return N * (forward > backward ? forward : backward) * sizeof(Partial);
 }
 

@@ -64,6 +64,27 @@ SEGADV_INLINE void store_pack(T* to, const Pack<T, P>& pack) {
   *reinterpret_cast<Pack<T, P>*>(to) = pack;
 }
 
+// The same for what nobody reads again soon: it is the first to leave the cache, and what is read twice stays.
+template <int P, class T>
+SEGADV_INLINE Pack<T, P> load_pack_once(const T* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Pack<T, P>) == kVectorBytes)
+    return bit_cast<Pack<T, P>>(__ldcs(reinterpret_cast<const int4*>(from)));
+#endif
+  return load_pack<P>(from);
+}
+
+template <int P, class T>
+SEGADV_INLINE void store_pack_once(T* to, const Pack<T, P>& pack) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Pack<T, P>) == kVectorBytes) {
+    __stcs(reinterpret_cast<int4*>(to), bit_cast<int4>(pack));
+    return;
+  }
+#endif
+  store_pack(to, pack);
+}
+
 // Elements that a thread takes at once: 16 bytes. float64, which nobody is in a hurry with, one by one.
 template <class S>
 constexpr int kVector = sizeof(S) < 8 ? kVectorBytes / static_cast<int>(sizeof(S)) : 1;

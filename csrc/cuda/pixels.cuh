@@ -4,7 +4,7 @@
 //
 // * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
 //   addresses allow (kVector); else one pixel.
-// * logits that become four times as large or more: P = 8 pixels of a column that lie in one quad row
+// * logits that become four times as large or more: P = 4 or 8 pixels of a column that lie in one quad row
 //   (common/bilinear.h). Two rows of logits serve them all: both are resampled along x once per class, and a pixel is
 //   two multiplications more. Quad rows of more than 8 rows are cut into chunks.
 // * other resampled logits: one pixel, four taps per class.
@@ -12,6 +12,7 @@
 // Neighbouring threads own neighbouring columns, and go on in the next row of pixels or quads where one ends.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "common/bilinear.h"
@@ -22,7 +23,7 @@
 
 namespace segadv::cuda {
 
-constexpr int kColumn = 8;  // pixels of a thread in a quad row
+constexpr int kColumn = 8;  // most pixels of a thread in a quad row; half as many where the quads are that low
 
 // Blocks that a multiprocessor should hold at once: so many registers are theirs. Without a number the assembler aims
 // at more, and spills.
@@ -59,7 +60,8 @@ struct Label {
 };
 
 __device__ __forceinline__ Label judge(const Problem& problem, int64_t value) {
-  const bool is_class = value >= 0 && value < problem.logits.size[1], kept = value != problem.ignore_index;
+  const bool is_class = static_cast<uint64_t>(value) < static_cast<uint64_t>(problem.logits.size[1]);
+  const bool kept = value != problem.ignore_index;
   return {kept && is_class ? static_cast<int32_t>(value) : -1, kept && !is_class};
 }
 
@@ -71,13 +73,14 @@ struct Pixels {
   static constexpr int kPixels = P;
   static constexpr bool kResamples = kUp;
   static constexpr bool kTakesVectors = !kUp && P > 1;
-  static constexpr int kUnroll = kUp ? (P > 1 ? 1 : 2) : 4;  // classes whose logits are loaded at once
+  static constexpr bool kIsColumn = kUp && P > 1;
+  static constexpr int kUnroll = kIsColumn ? 1 : (kUp ? 2 : 4);  // classes whose logits are loaded at once
 
   int64_t n, y, x;  // image, and the first pixel
   int64_t map;      // its offset in a dense [N, H, W]
   int64_t map_step;
   int count;  // pixels that exist, 0 ... P
-  const S* tap[kUp ? 4 : 1];
+  const S* tap[kUp ? 4 : 1];  // of class 0
   int64_t stride_c;
   A wx1, wy1[kUp ? P : 1];
 
@@ -89,7 +92,7 @@ struct Pixels {
     const int64_t column = inside ? item - row * walk.across : 0;
     int64_t quad_y = 0;
     x = kTakesVectors ? column * P : column;
-    if constexpr (kUp && P > 1) {
+    if constexpr (kIsColumn) {
       quad_y = divide(row, walk.chunks);
       y = walk.y.first_output(quad_y) + (row - quad_y * walk.chunks) * P;
       const int64_t left = walk.y.first_output(quad_y + 1) - y;
@@ -104,37 +107,86 @@ struct Pixels {
     const TensorView& logits = problem.logits;
     stride_c = logits.stride[1];
     if constexpr (kUp) {
-      const int64_t quad_x = walk.x.quad_of(x);
-      const int64_t left = quad_x > 0 ? quad_x - 1 : 0, right = quad_x < walk.x.in ? quad_x : walk.x.in - 1;
-      const int64_t upper = quad_y > 0 ? quad_y - 1 : 0, lower = quad_y < walk.y.in ? quad_y : walk.y.in - 1;
-      const S* image = at<const S>(logits, n * logits.stride[0]);
-      tap[0] = image + upper * logits.stride[2] + left * logits.stride[3];
-      tap[1] = image + upper * logits.stride[2] + right * logits.stride[3];
-      tap[2] = image + lower * logits.stride[2] + left * logits.stride[3];
-      tap[3] = image + lower * logits.stride[2] + right * logits.stride[3];
-      wx1 = QuadWeights<A>(walk.x, quad_x).w1(walk.x.rest(x, quad_x));
-      const QuadWeights<A> weights(walk.y, quad_y);
-      const int64_t rest = walk.y.rest(y, quad_y);
-#pragma unroll
-      for (int i = 0; i < P; ++i) wy1[i] = weights.w1(rest + i * walk.y.step);
+      set_taps(logits, walk.y, walk.x, quad_y, walk.x.quad_of(x));
     } else if (logits.data != nullptr) {
       tap[0] = at<const S>(logits, n * logits.stride[0] + y * logits.stride[2] + x * logits.stride[3]);
     }
   }
 
-  // The logits of one class. All four taps exist for every thread, also for one without pixels.
+  // A column of pixels where the caller says: `count` of them from (y, x) on, in this quad. Without logits' data only
+  // labels and maps can be read.
+  __device__ __forceinline__ Pixels(const Problem& problem, const Axis& axis_y, const Axis& axis_x, int64_t n, int64_t y,
+                                    int64_t x, int64_t quad_y, int64_t quad_x, int count)
+      : n(n), y(y), x(x), map((n * axis_y.out + y) * axis_x.out + x), map_step(axis_x.out), count(count) {
+    static_assert(kIsColumn);
+    stride_c = problem.logits.stride[1];
+    set_taps(problem.logits, axis_y, axis_x, quad_y, quad_x);
+  }
+
+  // All four taps exist for every thread, also for one without pixels.
+  __device__ __forceinline__ void set_taps(const TensorView& logits, const Axis& axis_y, const Axis& axis_x,
+                                           int64_t quad_y, int64_t quad_x) {
+    const int64_t left = quad_x > 0 ? quad_x - 1 : 0, right = quad_x < axis_x.in ? quad_x : axis_x.in - 1;
+    const int64_t upper = quad_y > 0 ? quad_y - 1 : 0, lower = quad_y < axis_y.in ? quad_y : axis_y.in - 1;
+    if (logits.data != nullptr) {
+      const S* image = at<const S>(logits, n * logits.stride[0]);
+      tap[0] = image + upper * logits.stride[2] + left * logits.stride[3];
+      tap[1] = image + upper * logits.stride[2] + right * logits.stride[3];
+      tap[2] = image + lower * logits.stride[2] + left * logits.stride[3];
+      tap[3] = image + lower * logits.stride[2] + right * logits.stride[3];
+    }
+    wx1 = QuadWeights<A>(axis_x, quad_x).w1(axis_x.rest(x, quad_x));
+    const QuadWeights<A> weights(axis_y, quad_y);
+    const int64_t rest = axis_y.rest(y, quad_y);
+#pragma unroll
+    for (int i = 0; i < P; ++i) wy1[i] = weights.w1(rest + i * axis_y.step);
+  }
+
+  // The logits of one class.
   __device__ __forceinline__ void load(int64_t c, A (&z)[P]) const {
     const int64_t plane = c * stride_c;
     if constexpr (kUp) {
-      const A wx0 = A(1) - wx1;
-      const A upper = wx0 * to_compute(tap[0][plane]) + wx1 * to_compute(tap[1][plane]);
-      const A lower = wx0 * to_compute(tap[2][plane]) + wx1 * to_compute(tap[3][plane]);
+      const Rows rows = resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane);
 #pragma unroll
-      for (int i = 0; i < P; ++i) z[i] = (A(1) - wy1[i]) * upper + wy1[i] * lower;
+      for (int i = 0; i < P; ++i) z[i] = between(rows, i);
     } else {
       const Pack<S, P> pack = load_pack<P>(tap[0] + plane);
 #pragma unroll
       for (int i = 0; i < P; ++i) z[i] = to_compute(pack.values[i]);
+    }
+  }
+
+  // The two rows of logits between which the pixels lie, at their column.
+  struct Rows {
+    A upper, lower;
+  };
+  __device__ __forceinline__ Rows resample_rows(const S* tap0, const S* tap1, const S* tap2, const S* tap3) const {
+    const A wx0 = A(1) - wx1;
+    return {wx0 * to_compute(*tap0) + wx1 * to_compute(*tap1), wx0 * to_compute(*tap2) + wx1 * to_compute(*tap3)};
+  }
+  __device__ __forceinline__ A between(const Rows& rows, int i) const {
+    return (A(1) - wy1[i]) * rows.upper + wy1[i] * rows.lower;
+  }
+
+  // Calls f(c, rows) for the classes [begin, end). Pointers go along: computing them anew costs as much as all the rest.
+  template <class F>
+  __device__ __forceinline__ void for_each_class(int32_t begin, int32_t end, F&& f) const {
+    const int64_t plane = begin * stride_c;
+    const S *tap0 = tap[0] + plane, *tap1 = tap[1] + plane, *tap2 = tap[2] + plane, *tap3 = tap[3] + plane;
+#pragma unroll 1
+    for (int32_t c = begin; c < end; ++c) {
+      f(c, resample_rows(tap0, tap1, tap2, tap3));
+      tap0 += stride_c, tap1 += stride_c, tap2 += stride_c, tap3 += stride_c;
+    }
+  }
+
+  // The logits of each pixel's label, without a look at the other classes; 0 where not valid.
+  __device__ __forceinline__ void load_own(const int32_t (&label)[P], A (&own)[P]) const {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      const int64_t plane = (label[i] >= 0 ? label[i] : 0) * stride_c;
+      const A z = between(resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane), i);
+      own[i] = label[i] >= 0 ? z : A(0);
     }
   }
 
@@ -177,8 +229,8 @@ struct Pixels {
       if (count > 0) pack = load_pack<P>(from);
     } else {
 #pragma unroll
-      for (int i = 0; i < P; ++i) {
-        if (i < count) pack.values[i] = from[i * between];
+      for (int i = 0; i < P; ++i, from += between) {
+        if (i < count) pack.values[i] = *from;
       }
     }
   }
@@ -201,8 +253,8 @@ struct Pixels {
       if (count > 0) store_pack(to, pack);
     } else {
 #pragma unroll
-      for (int i = 0; i < P; ++i) {
-        if (i < count) to[i * map_step] = static_cast<T>(values[i]);
+      for (int i = 0; i < P; ++i, to += map_step) {
+        if (i < count) *to = static_cast<T>(values[i]);
       }
     }
   }
@@ -229,9 +281,36 @@ struct Pixels {
 #pragma unroll
     for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(values[i]);
     S* to = at<S>(grad, n * grad.stride[0] + c * grad.stride[1] + y * grad.stride[2] + x * grad.stride[3]);
-    if (count > 0) store_pack(to, pack);
+    if (count > 0) store_pack_once(to, pack);  // the logits may be read a second time
   }
 };
+
+// The largest logit of each pixel of a column, and its class, without the class that is left out (-1: none).
+template <class S, int P, class A = Compute<S>>
+__device__ __forceinline__ void find_largest(const Pixels<S, P, true>& pixels, int32_t classes,
+                                             const int32_t (&left_out)[P], A (&best)[P], int32_t (&best_class)[P]) {
+  const auto find = [&](auto takes) {
+    bool all_finite = true;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      best[i] = -kInfinity<A>;
+      best_class[i] = lowest_other_class(left_out[i]);
+    }
+    pixels.for_each_class(0, classes, [&](int32_t c, auto rows) {
+      all_finite &= std::fabs(rows.upper) + std::fabs(rows.lower) < kInfinity<A>;
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        const A z = pixels.between(rows, i);
+        const bool takes_it = takes(z, best[i]) & (left_out[i] != c);
+        best[i] = takes_it ? z : best[i];
+        best_class[i] = takes_it ? c : best_class[i];
+      }
+    });
+    return all_finite;
+  };
+  // Without NaN one comparison does.
+  if (!find([](A value, A other) { return value > other; })) find([](A value, A other) { return beats(value, other); });
+}
 
 // Leaves the block's sums. All threads of the block must call it.
 __device__ __forceinline__ void store_partial(Partial* partial, double sum0, double sum1, int32_t counts) {
@@ -257,6 +336,8 @@ inline bool rows_are_vectors(const TensorView& view, int dims, int vector) {
   return result;
 }
 
+inline Error too_wide() { return {1, "resampling", "an image is too large: a side of more than 2^26 pixels"}; }
+
 inline Walk walk_of(int64_t rows, int64_t columns, int64_t across, int64_t items) {
   Walk walk{};
   walk.rows = rows, walk.columns = columns, walk.across = across, walk.items = items;
@@ -276,11 +357,14 @@ Error dispatch_pixels(const Problem& problem, const TensorView& map, bool may_ta
     if (resamples(problem)) {
       const Axis y = make_axis(logits.size[2], H, problem.align_corners);
       const Axis x = make_axis(logits.size[3], W, problem.align_corners);
-      const bool quad_rows = y.most_outputs() >= 4;
-      const int64_t chunks = quad_rows ? ceil_div(y.most_outputs(), kColumn) : 1;
+      if (!y.is_narrow() || !x.is_narrow()) return too_wide();
+      const int64_t most = y.most_outputs();
+      const bool quad_rows = most >= kColumn / 2;
+      const int64_t chunks = quad_rows ? ceil_div(most, kColumn) : 1;
       Walk walk = walk_of(H, W, W, W * (quad_rows ? (y.in + 1) * chunks : H));
       walk.y = y, walk.x = x, walk.chunks = static_cast<int32_t>(chunks);
-      if (quad_rows) return f(TypeTag<Pixels<S, kColumn, true>>{}, walk);
+      if (quad_rows && most > kColumn / 2) return f(TypeTag<Pixels<S, kColumn, true>>{}, walk);
+      if (quad_rows) return f(TypeTag<Pixels<S, kColumn / 2, true>>{}, walk);
       return f(TypeTag<Pixels<S, 1, true>>{}, walk);
     }
     const bool join = rows_join(logits, 2) && rows_join(labels, 1) && rows_join(grad, 2) && rows_join(map, 1);
