@@ -532,7 +532,7 @@ def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
 
 # kernel -> the fields of its Config that it reads
 TUNED_FIELDS = {
-    "pixels": ("block", "num_warps", "unroll"),
+    "pixels": ("block", "unroll"),
     "pixels_up": ("num_warps", "block", "rows", "unroll"),
     "gradient_up": ("block", "num_warps", "rows", "classes"),
     "step": ("block", "num_warps"),
@@ -562,7 +562,7 @@ def part_tune(run: Run) -> None:
     for kernel, config in found.items():
         if config != configs._DEFAULT[kernel]:
             values = {f.name: getattr(config, f.name) for f in fields(config)}
-            wanted = {n: v for n, v in values.items() if v != 1 or n in ("block", "num_warps")}
+            wanted = {n: v for n, v in values.items() if v != 1}
             print(f'        "{kernel}": Config({", ".join(f"{n}={v}" for n, v in wanted.items())}),')
     print("    },", flush=True)
 

@@ -136,6 +136,20 @@ def resources(cubin: bytes) -> str:
     return f"registers {registers} stack {stack}"
 
 
+def conversions_in_loops(ttgir: str) -> int:
+    """How often a loop moves values between layouts: through shared memory, behind a barrier."""
+    opened, count = [], 0
+    for line in ttgir.splitlines():
+        count += "ttg.convert_layout" in line and True in opened
+        if line.rstrip().endswith("{"):
+            if "} else {" in line:
+                opened.pop()
+            opened.append("scf.for" in line or "scf.while" in line)
+        elif line.lstrip().startswith("}"):
+            opened.pop()
+    return count
+
+
 def main() -> int:
     calls: list[Call] = []
     record(calls)
@@ -153,7 +167,8 @@ def main() -> int:
                 seen.add(compiled.hash())
                 result = triton.compile(compiled, target=target(name), options=settings)
                 usage = resources(result.asm["cubin"]) if "cubin" in result.asm else f"{len(result.asm['hsaco'])} bytes"
-                print(f"{name} | {what} | {kernel.__name__} | {usage}", flush=True)
+                conversions = conversions_in_loops(result.asm["ttgir"])
+                print(f"{name} | {what} | {kernel.__name__} | {usage} | {conversions} conversions", flush=True)
     return 0
 
 

@@ -20,14 +20,14 @@ class Config:
     """Elements of a program, and the warps that work on them."""
 
     block: int  # pixels of a program; quads for `gradient_up`
-    num_warps: int
+    num_warps: int = 1  # not of `pixels`, where every thread takes 16 bytes of logits
     rows: int = 1  # `pixels_up`: most rows of pixels of a program. `gradient_up`: its rows of logits
     unroll: int = 1  # `pixels`, `pixels_up`: classes whose logits are loaded at once
     classes: int = 1  # `gradient_up`: classes of a program
 
 
 _DEFAULT = {
-    "pixels": Config(block=1024, num_warps=4, unroll=4),  # a walk over pixels of logits of the labels' size
+    "pixels": Config(block=1024, unroll=4),  # a walk over pixels of logits of the labels' size
     "pixels_up": Config(block=1024, num_warps=4, rows=8, unroll=2),  # the same where the logits are resampled
     "gradient_up": Config(block=32, num_warps=1, rows=8, classes=8),
     "step": Config(block=4096, num_warps=8),
@@ -38,10 +38,10 @@ _TUNED: dict[tuple[int, int] | str, dict[str, Config]] = {}
 
 # Every program costs the interpreter about a millisecond and every operation in it 20 us, whatever its size.
 _INTERPRETED = {
-    "pixels": Config(block=4096, num_warps=1),
-    "pixels_up": Config(block=4096, num_warps=1, rows=64),
-    "gradient_up": Config(block=16, num_warps=1, rows=16, classes=256),
-    "step": Config(block=1 << 16, num_warps=1),
+    "pixels": Config(block=4096),
+    "pixels_up": Config(block=4096, rows=64),
+    "gradient_up": Config(block=16, rows=16, classes=256),
+    "step": Config(block=1 << 16),
 }
 
 

@@ -2,7 +2,7 @@
 
 Fuses upsampling, label lookup, masking, the maximum, the mean's sum and, at full resolution, the gradient. Fewest
 bytes: the logits read once, the gradient written once (where wanted), labels read once. At full resolution bound by
-memory. Resampled, by arithmetic: about 7 operations per class and pixel.
+memory. Resampled, by arithmetic: 13 instructions for a class of a pixel, as Triton 3.9 compiles it for sm_90.
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """

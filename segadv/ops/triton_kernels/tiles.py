@@ -26,6 +26,8 @@ from ..common import compute_dtype
 from .bilinear import MAX_PRODUCT, first_output, largest_quad, quad_of, weights
 from .configs import config
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
+
 # --- device -------------------------------------------------------------------------------------------------------
 
 
@@ -81,14 +83,29 @@ def taps(program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_
 
 
 @triton.jit
+def exp(x):
+    """The instruction for 2^x; tl.exp spends three more on results that are subnormal."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A: tl.constexpr):
+    """The two rows of logits of one class between which pixels lie, resampled along x."""
+    upper = wx0 * tl.load(plane + o00, mask=inside, other=0).to(A)
+    upper += wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
+    lower = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
+    lower += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
+    return upper, lower
+
+
+@triton.jit
 def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr, A: tl.constexpr):
     """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
-    z = tl.load(plane + o00, mask=inside, other=0).to(A)
     if UP:
-        across0 = wx0 * z + wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
-        across1 = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
-        across1 += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
-        z = wy0 * across0 + wy1 * across1
+        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+        z = wy0 * upper + wy1 * lower
+    else:
+        z = tl.load(plane + o00, mask=inside, other=0).to(A)
     return z
 
 
@@ -200,8 +217,12 @@ def tiles(
         block_y = max(1, min(power_of_two(H), shape.block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
     block_x = min(power_of_two(W), max(1, shape.block // block_y))
-    # Four taps per pixel, or float64, would not fit the registers of as few threads.
-    warps = shape.num_warps * (2 if up and not quad_rows else 1) * (2 if dtype is torch.float64 else 1)
+    if up:  # four taps per pixel, or float64, would not fit the registers of as few threads
+        warps = shape.num_warps * (1 if quad_rows else 2) * (2 if dtype is torch.float64 else 1)
+    else:
+        # 16 bytes of logits for every thread. More would take every second 16 bytes at once, and what is computed in
+        # one layout be stored in another: through shared memory and a barrier, once per class.
+        warps = max(1, block_y * block_x * dtype.itemsize // (16 * 32))
     tiles_x = triton.cdiv(W, block_x)
     return Tiles(
         sizes=(c, h, w, H, W),
