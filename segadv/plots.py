@@ -222,7 +222,7 @@ def plot_per_class(
 
 
 def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, title: str = "") -> None:
-    """How a training went: loss, accuracy of the probes, agreement of gradients, Fast Newton's eps.
+    """How a training went: loss, and where there were probes their accuracy, agreement of gradients, Fast Newton's eps.
 
     Args:
         lines: those of metrics.jsonl, with step and loss; those of a probe with what `segadv.monitor.probe` finds.
@@ -232,42 +232,47 @@ def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     from matplotlib import rc_context
 
     probes = [line for line in lines if "pgd_accuracy" in line]
+    with rc_context(_RC):
+        figure = _figure(11, 7) if probes else _figure(7, 4)
+        panels = figure.subplots(2, 2, sharex=True) if probes else figure.subplots(1, 1, squeeze=False)
+        loss = panels[0, 0]
+        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#000000", lw=1.8)
+        loss.set_title("training loss")
+        loss.set_ylim(bottom=0)
+        if probes:
+            _plot_probes(probes, *panels.flatten()[1:])
+        for panel in panels[-1]:
+            panel.set_xlabel("step")
+        figure.suptitle(title)
+        _save(figure, path)
+
+
+def _plot_probes(probes: Sequence[Mapping[str, Any]], accuracy: Any, cosine: Any, newton: Any) -> None:
     at = [line["step"] for line in probes]
 
     def values(name: str) -> list[float]:
         return [line[name] for line in probes]
 
-    with rc_context(_RC):
-        figure = _figure(11, 7)
-        loss, accuracy, cosine, newton = figure.subplots(2, 2, sharex=True).flatten()
-        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#000000", lw=1.8)
-        loss.set_title("training loss")
-        loss.set_ylim(bottom=0)
-        accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
-        accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
-        accuracy.set_title("pixel accuracy on 8 training images, eps 0.03")
-        accuracy.set_ylim(0, 1)
-        cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)
-        cosine.set_title("cosine of gradients at an image and beside it")
-        cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1)
-        newton.fill_between(
-            at, values("newton_eps_p10"), values("newton_eps_p90"), color="#D55E00", alpha=0.25, lw=0, label="10-90 %"
-        )
-        newton.plot(at, values("newton_eps_median"), color="#D55E00", marker="v", lw=2.2, label="median")
-        newton.axhline(0, color="#333333", lw=1)
-        newton.set_title("eps of a Fast Newton step")
-        share = newton.twinx()
-        share.plot(at, values("newton_share_negative_gain"), color="#999999", marker=".", lw=1.5, ls=":")
-        share.set_ylim(0, 1)
-        share.set_ylabel("share with negative gain (dotted)")
-        share.grid(False)
-        for panel in (cosine, newton):
-            panel.set_xlabel("step")
-        if probes:
-            accuracy.legend(loc="best")
-            newton.legend(loc="best")
-        figure.suptitle(title)
-        _save(figure, path)
+    accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
+    accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
+    accuracy.set_title("pixel accuracy on 8 training images, eps 0.03")
+    accuracy.set_ylim(0, 1)
+    accuracy.legend(loc="best")
+    cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)
+    cosine.set_title("cosine of gradients at an image and beside it")
+    cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1)
+    newton.fill_between(
+        at, values("newton_eps_p10"), values("newton_eps_p90"), color="#D55E00", alpha=0.25, lw=0, label="10-90 %"
+    )
+    newton.plot(at, values("newton_eps_median"), color="#D55E00", marker="v", lw=2.2, label="median")
+    newton.axhline(0, color="#333333", lw=1)
+    newton.set_title("eps of a Fast Newton step")
+    newton.legend(loc="best")
+    share = newton.twinx()
+    share.plot(at, values("newton_share_negative_gain"), color="#999999", marker=".", lw=1.5, ls=":")
+    share.set_ylim(0, 1)
+    share.set_ylabel("share with negative gain (dotted)")
+    share.grid(False)
 
 
 def plot_overhead(
