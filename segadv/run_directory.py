@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -21,11 +21,14 @@ from .ops.native import build_info
 from .records import versions
 from .results import read_rows
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["RunDirectory", "environment", "git_commit"]
 
 
 class RunDirectory:
-    """Paths and files of a run; only the first process may write.
+    """Paths and files of a run; only the first process may write, and no other run.
 
     ``run.json``: the run's config and description, and "starts", one entry for every time it was started or
     continued: time, steps_done, command, processes, what is different in its config, git_commit of the working
@@ -40,16 +43,59 @@ class RunDirectory:
         self.validation = self.path / "validation.jsonl"
         self.curves = self.path / "curves.csv"
         self.run = self.path / "run.json"
+        self._lock: IO[str] | None = None
 
     def prepare(self) -> bool:
-        """Makes the folder and removes what a killed run left half written. Returns whether there is a checkpoint."""
+        """Makes the folder, keeps other runs out of it until `close`, and removes what a killed run left half
+        written. Returns whether there is a checkpoint.
+
+        Raises:
+            ValueError: another process is training there.
+        """
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
+        with explained(self.path):
             for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
                 path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             for path in self.path.glob(".*.png"):
                 path.unlink()
         return self.checkpoint.exists()
+
+    def _keep_others_out(self) -> None:
+        """Two runs in one folder would overwrite each other's files, without a word.
+
+        The system gives the lock back when the process ends, however that comes about. A worker process that outlives
+        it does not have it (as it would have one of flock).
+        """
+        if sys.platform == "win32":
+            return
+        path = self.path / ".lock"
+        with explained(path):
+            lock = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(
+                f"{self.path}: {who} is training there, and two runs in one folder would overwrite each other; wait, "
+                "or give another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            lock.close()
+            return
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Lets other runs in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:
         """Removes what was written after the checkpoint, and adds this start to run.json."""

@@ -361,13 +361,17 @@ class Trainer:
             progress: show a progress bar; a line per minute where the standard error stream is no terminal.
 
         Raises:
-            ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read.
+            ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read; or
+                another process is training in out_dir.
             OSError: a file cannot be written, for a full disk for example. The last checkpoint is whole.
             FloatingPointError: the loss is not finite. The last checkpoint is from before that.
             RuntimeError: another process of the group ended.
         """
         directory = RunDirectory(out_dir)
-        with distributed.explained(f"the same command continues from {directory.checkpoint}"):
+        with (
+            contextlib.closing(directory),
+            distributed.explained(f"the same command continues from {directory.checkpoint}"),
+        ):
             if distributed.from_first(directory.prepare):
                 self.load(directory.checkpoint)
             if self.steps_done < self.config.steps and self.stopped_at is None:

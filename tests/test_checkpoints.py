@@ -189,6 +189,34 @@ def test_killed_at_random_again_and_again_it_continues_to_the_same_bits(
     assert_same_run(tmp_path, whole)
 
 
+def hold(out: Path, ready: Any) -> None:
+    directory = run_directory.RunDirectory(out)
+    directory.prepare()
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
+    tmp_path: Path, whole: tuple[Path, Trainer], forks: Any
+) -> None:
+    ready = forks.Event()
+    child = forks.Process(target=hold, args=(tmp_path, ready))
+    child.start()
+    try:
+        assert ready.wait(60)
+        unwritten = tmp_path / "last.pt.tmp"
+        unwritten.write_text("the first run is writing this")
+        with pytest.raises(ValueError, match=rf"{tmp_path}: process {child.pid} on .* is training there, and two runs"):
+            trainer().run(tmp_path, progress=False)
+        assert unwritten.exists()
+        assert not (tmp_path / "run.json").exists()
+    finally:
+        child.kill()
+        child.join(60)
+    assert_same_run(tmp_path, whole)
+    assert_same_run(tmp_path, whole)  # the lock was given back
+
+
 # --- full disks ---------------------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,7 @@ def test_only_the_first_process_writes(out: Path) -> None:
     first, second = of(out, "only_the_first_writes")
     folder = out / "only_the_first_writes"
     files = {"last.pt", "model.safetensors", "metrics.jsonl", "validation.jsonl", "curves.csv", "run.json"}
-    assert files | {"training.png", "robustness.png"} == {path.name for path in folder.iterdir()}
+    assert files | {".lock", "training.png", "robustness.png"} == {path.name for path in folder.iterdir()}
     assert {Path(name).name.removesuffix(".tmp") for name in first} >= files
     assert second == []
 
@@ -274,7 +274,7 @@ def test_a_full_disk_is_told_to_all(out: Path) -> None:
     for found in of(out, "full_disk"):
         assert "last.pt could not be written: No space left on device; free some space" in found["message"]
         assert found["checkpoint"] == 4
-        assert sorted(found["files"]) == ["last.pt", "metrics.jsonl", "run.json"]
+        assert sorted(found["files"]) == [".lock", "last.pt", "metrics.jsonl", "run.json"]
 
 
 def test_another_number_of_processes_is_refused_unless_it_is_wanted(

@@ -30,7 +30,7 @@ from segadv.evaluation import EvaluationResult, evaluate
 from segadv.training import TrainConfig, Trainer, Validation
 
 CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
-FILES = ["last.pt", "metrics.jsonl", "model.safetensors", "run.json"]
+FILES = [".lock", "last.pt", "metrics.jsonl", "model.safetensors", "run.json"]
 
 
 class Squares(Dataset[tuple[Tensor, Tensor]]):
