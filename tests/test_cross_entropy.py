@@ -49,6 +49,31 @@ def compare(ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor],
     oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {what}")
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("own", "size"), [((3, 5), (24, 20)), ((3, 5), (12, 20)), ((4, 3), (6, 5))], ids=str)
+def test_cross_entropy_of_logits_far_from_each_other(
+    backend: str, slow: bool, own: tuple[int, int], size: tuple[int, int], align_corners: bool
+) -> None:
+    """Where one shift for a column of pixels would lose all terms of a pixel; and a class that is masked out."""
+    y = torch.randint(0, 3, (2, *size))
+    y[0, : size[0] // 2], y[1, :, : size[1] // 2] = 255, 255
+    z = torch.randn(2, 4, *own)
+    masked = z.clone()
+    masked[:, 3] = torch.finfo(torch.float32).min / 2
+
+    def plain(z: Tensor) -> Tensor:
+        return oracle.cross_entropy_map(z, y, None, ignore_index=255, align_corners=align_corners).sum((1, 2))
+
+    def ours(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, reduction="none", align_corners=align_corners).sum((1, 2))
+
+    cases = {"z": z, "masked": masked}
+    if not (backend == "triton" and slow):  # the interpreter rounds the weights twice, as NumPy does not fuse
+        cases |= {"100 z": 100 * z, "10^4 z": 1e4 * z}
+    for what, logits in cases.items():
+        compare(ours, plain, logits, what)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(40))
 def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:

@@ -7,6 +7,7 @@
 // and from no other: the transpose of the resampling, which the gradient needs, is a sum over neighbours, no scatter.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "dtype.h"
@@ -58,18 +59,23 @@ SEGADV_INLINE Axis make_axis(int64_t in, int64_t out, bool align_corners) {
   return {in, out, 2 * in, in + out, out > 0 ? 2 * out : 1};
 }
 
-// Weights of a quad's two inputs as a function of the rest: w1 = rest * slope + shift, w0 = 1 - w1.
+// Weights of a quad's two inputs as a function of the rest: w1 = rest / denominator, rounded once, w0 = 1 - w1; behind
+// the edges w1 = shift. Division is slow on a GPU: a product, corrected by what it leaves over.
 template <class A>
 struct QuadWeights {
-  A slope, shift;
+  A denominator, slope, shift;
   SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad)
-      : slope(quad > 0 && quad < axis.in ? A(1) / static_cast<A>(axis.denominator) : A(0)), shift(quad == 0) {}
+      : denominator(static_cast<A>(axis.denominator)),
+        slope(quad > 0 && quad < axis.in ? A(1) / denominator : A(0)),
+        shift(quad == 0) {}
   SEGADV_INLINE A w1(int64_t rest) const {
 #if defined(__CUDA_ARCH__)
-    return static_cast<A>(static_cast<int32_t>(rest)) * slope + shift;  // enough: see Axis::is_narrow
+    const A value = static_cast<A>(static_cast<int32_t>(rest));  // enough: see Axis::is_narrow
 #else
-    return static_cast<A>(rest) * slope + shift;
+    const A value = static_cast<A>(rest);
 #endif
+    const A quotient = value * slope;
+    return std::fma(std::fma(-quotient, denominator, value), slope, quotient) + shift;
   }
 };
 

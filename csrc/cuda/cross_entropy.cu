@@ -8,13 +8,19 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 48
 // to 53 registers, 56 to 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
-// Resampled, eightfold: 67 instructions for a class of 8 pixels (SegPGD and CosPGD: 130 to 138), 102 registers (89 to
+// Resampled, eightfold: 67 instructions for a class of 8 pixels (SegPGD and CosPGD: 130 to 138), 104 registers (90 to
 // 91), 25 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
 namespace segadv::cuda {
 namespace {
+
+// From the upper to the lower row: 0 where both are -infinity.
+template <class Rows, class A = decltype(Rows::upper)>
+__device__ __forceinline__ A change_of(const Rows& rows) {
+  return rows.upper == rows.lower ? A(0) : rows.lower - rows.upper;
+}
 
 // Sums exp(z - largest) over the classes, with one `largest` for all pixels of a column: the largest of the resampled
 // rows, which none of its logits exceeds. So a class costs a pixel a multiplication, an exponential and two additions.
@@ -33,8 +39,7 @@ __device__ __forceinline__ bool sum_exponentials(const Pixels<S, P, true>& pixel
       for (int i = 0; i < P; ++i) sum[i] *= scale;
       top = higher;
     }
-    const A upper = (rows.upper - top) * kLog2e<A>;
-    const A change = rows.upper == rows.lower ? A(0) : (rows.lower - rows.upper) * kLog2e<A>;  // both may be -infinity
+    const A upper = (rows.upper - top) * kLog2e<A>, change = change_of(rows) * kLog2e<A>;
 #pragma unroll
     for (int i = 0; i < P; ++i) sum[i] += exp2_nonpositive(pixels.wy1[i] * change + upper);
   });
@@ -58,20 +63,28 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
   int32_t label[P], prediction[P];
   const int32_t counts = pixels.labels(problem, label);
   // Not -infinity: the difference to a class of logit -infinity must not be NaN.
-  A largest[P], total[P], squares[P], own[P];
+  A largest[P], total[P], squares[P], below_largest[P];  // below_largest: the label's logit
 #pragma unroll
   for (int i = 0; i < P; ++i) {
     largest[i] = kLowest<A>;
-    total[i] = squares[i] = own[i] = A(0);
+    total[i] = squares[i] = A(0);
     prediction[i] = 0;
   }
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
   bool done = false;
   if constexpr (Mine::kIsColumn && kLoss == Loss::kCrossEntropy) {
     done = sum_exponentials(pixels, classes, label, largest, total);
-    if (done) pixels.load_own(label, own);
+    if (done) {
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        // Like the exponentials, from differences: what all logits have in common costs no precision.
+        const auto rows = pixels.rows_of(label[i] >= 0 ? label[i] : 0);
+        below_largest[i] = (largest[i] - rows.upper) - pixels.wy1[i] * change_of(rows);
+      }
+    }
   }
   if (!done) {
+    A own[P]{};
 #pragma unroll Mine::kUnroll
     for (int32_t c = 0; c < classes; ++c) {
       A z[P];
@@ -88,6 +101,8 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
         largest[i] = higher ? z[i] : largest[i];
       }
     }
+#pragma unroll
+    for (int i = 0; i < P; ++i) below_largest[i] = largest[i] - own[i];
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
   const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
@@ -96,11 +111,10 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
 #pragma unroll
   for (int i = 0; i < P; ++i) {
     const bool valid = label[i] >= 0;
-    const A below_largest = largest[i] - own[i];
     if constexpr (kLoss == Loss::kSegPGD) {
       weight[i] = prediction[i] == label[i] ? of_correct : of_wrong;
     } else if constexpr (kLoss == Loss::kCosPGD) {
-      const A cosine = exp_nonpositive(-below_largest) / sqrt(squares[i]);
+      const A cosine = exp_nonpositive(-below_largest[i]) / sqrt(squares[i]);
       weight[i] = params.targeted ? A(1) - cosine : cosine;
     } else {
       const A* class_weight = static_cast<const A*>(params.class_weight.data);
@@ -108,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
     }
     weight[i] = valid ? weight[i] : A(0);
     log_normalizer[i] = valid ? log_normalizer_of(total[i]) : A(0);
-    loss[i] = valid ? (log_normalizer[i] + below_largest) * weight[i] : A(0);
+    loss[i] = valid ? (log_normalizer[i] + below_largest[i]) * weight[i] : A(0);
     largest[i] = valid ? largest[i] : A(0);
     loss_sum += loss[i];
     weight_sum += weight[i];

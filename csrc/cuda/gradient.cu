@@ -13,9 +13,9 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
 // (margin) or 45 registers, 100 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 105 instructions for a class of 8
+// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 103 instructions for a class of 8
 // pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is some
-// 20 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 90) registers, 25 %. Fraction of the limit
+// 20 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 92) registers, 25 %. Fraction of the limit
 // reached: not yet measured.
 #include "cuda/gradient.cuh"
 
@@ -97,6 +97,7 @@ struct Patches {
   Axis y, x;
   int32_t rows, columns, classes;   // of logits, of a block
   int32_t tiles_c, tiles_x, count;  // blocks; count: of an image
+  bool one_shift;                   // whether the loss had columns of pixels with one shift: see cross_entropy.cu
 };
 
 template <class A>
@@ -115,8 +116,8 @@ struct alignas(2 * sizeof(A)) Ends {
 // Returns whether a label is bad.
 template <bool kMargin, class S, int P>
 __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const GradientInputs& inputs,
-                                                   const Pixels<S, P, true>& pixels, int32_t first_class,
-                                                   int32_t classes, Ends<Compute<S>>* ends) {
+                                                   const Pixels<S, P, true>& pixels, bool one_shift,
+                                                   int32_t first_class, int32_t classes, Ends<Compute<S>>* ends) {
   using A = Compute<S>;
   int32_t label[P];
   const int32_t counts = pixels.labels(problem, label);
@@ -145,7 +146,7 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
       }
     }
   } else {
-    // Where all pixels have the same `largest`, and no row exceeds it, softmax = 2^((z - top) * kLog2e - shift) is an
+    // Where all pixels have the same shift, `largest`, and no row exceeds it, softmax = 2^((z - top) * kLog2e - shift) is an
     // addition and a multiplication with addition: all else is a matter of rows. No large numbers cancel then.
     A shift[P], largest[P], top = 0;
     pixels.template load_map<A>(inputs.largest, largest);
@@ -155,7 +156,7 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
       top = label[i] >= 0 ? largest[i] : top;
       shift[i] = label[i] >= 0 ? shift[i] * kLog2e<A> : kInfinity<A>;
     }
-    bool plain = std::fabs(top) < kInfinity<A>;
+    bool plain = one_shift && std::fabs(top) < kInfinity<A>;
 #pragma unroll
     for (int i = 0; i < P; ++i) plain &= label[i] < 0 || largest[i] == top;
     const int32_t end = first_class + classes;
@@ -243,7 +244,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
                             static_cast<int>(end_y - y < P ? end_y - y : P));
           const int32_t slot = thread + static_cast<int32_t>(quad_x - first_quad);
           right_weight[thread] = pixels.wx1;
-          counts |= column_gradient<kMargin>(problem, inputs, pixels, first_class, classes, &of_pixels[0][slot]);
+          counts |= column_gradient<kMargin>(problem, inputs, pixels, patches.one_shift, first_class, classes,
+                                             &of_pixels[0][slot]);
         }
         __syncthreads();
         for_each_logit([&](int32_t c, int32_t j) {
@@ -287,6 +289,7 @@ template <class A>
 Patches patches_of(int64_t n, int64_t classes, const Axis& y, const Axis& x) {
   Patches patches{};
   patches.y = y, patches.x = x;
+  patches.one_shift = y.most_outputs() >= kColumn / 2;
   // As equal as they can be.
   patches.tiles_c = static_cast<int32_t>(ceil_div(classes, kTile<A>));
   patches.classes = static_cast<int32_t>(ceil_div(classes, patches.tiles_c));

@@ -41,11 +41,15 @@ def quad_of(o, size_in, size_out, ALIGN: tl.constexpr):
 def weights(o, quad, size_in, size_out, ALIGN: tl.constexpr, A: tl.constexpr):
     """(w0 of input quad - 1, w1 of input quad) for an output in this quad."""
     numerator, denominator = position_of(o, size_in, size_out, ALIGN)
-    # What depends on the quad alone leaves the loop over its outputs.
+    # What depends on the quad alone leaves the loop over its outputs. Division is slow: a product, corrected by what it
+    # leaves over (where multiplication and addition are fused, as on a GPU: then rounded once).
     between = (quad > 0) & (quad < size_in)
-    slope = tl.where(between, 1.0 / denominator.to(A), 0.0).to(A)
+    divisor = denominator.to(A)
+    slope = tl.where(between, 1.0 / divisor, 0.0).to(A)
     start = tl.where(quad == 0, 1.0, 0.0).to(A)
-    w1 = (numerator - quad * denominator).to(A) * slope + start
+    rest = (numerator - quad * denominator).to(A)
+    w1 = rest * slope
+    w1 = tl.fma(tl.fma(-w1, divisor, rest), slope, w1) + start
     return 1.0 - w1, w1
 
 

@@ -47,7 +47,8 @@ def sum_exponentials(image, stride_c, label, inside, o00, o01, o10, o11, wy1, wx
 def online_softmax(image, stride_c, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C, SEGPGD: tl.constexpr,
                    COSPGD: tl.constexpr, UP: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr,
                    BLOCK_X: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
-    """Largest logit, sums of exponentials and of their squares, the label's logit, and the prediction."""
+    """Largest logit, sums of exponentials and of their squares, what the label's logit lies below the largest, and the
+    prediction."""
     # Not -inf: the difference to a class of logit -inf must not be NaN.
     top = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
     total = tl.zeros([BLOCK_Y, BLOCK_X], A)
@@ -67,7 +68,7 @@ def online_softmax(image, stride_c, label, inside, o00, o01, o10, o11, wy0, wy1,
         if SEGPGD:
             prediction = tl.where(higher, c, prediction)
         top = tl.where(higher, z, top)
-    return top, total, squares, own, prediction
+    return top, total, squares, top - own, prediction
 
 
 @triton.jit(do_not_specialize=["one", "right_bits", "wrong_bits"])
@@ -93,22 +94,22 @@ def cross_entropy_kernel(
         top, total, right = sum_exponentials(
             image, stride_c, label, inside_taps, o00, o01, o10, o11, wy1, wx0, wx1, C, A, BLOCK_Y, BLOCK_X, UNROLL
         )
-        own = load_logit(
-            image + tl.maximum(label, 0).to(tl.int64) * stride_c, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A
-        )
-        squares, prediction = own, label  # unused
+        # Like the exponentials, from differences: what all logits have in common costs no precision.
+        plane = image + tl.maximum(label, 0).to(tl.int64) * stride_c
+        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+        below_top = (top - upper) - wy1 * tl.where(upper == lower, 0.0, lower - upper)
+        squares, prediction = total, label  # unused
         if not right:
-            top, total, squares, own, prediction = online_softmax(
+            top, total, squares, below_top, prediction = online_softmax(
                 image, stride_c, label, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C,
                 SEGPGD, COSPGD, UP, A, BLOCK_Y, BLOCK_X, UNROLL,
             )  # fmt: skip
     else:
-        top, total, squares, own, prediction = online_softmax(
+        top, total, squares, below_top, prediction = online_softmax(
             image, stride_c, label, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C,
             SEGPGD, COSPGD, UP, A, BLOCK_Y, BLOCK_X, UNROLL,
         )  # fmt: skip
     is_valid = label >= 0
-    below_top = top - own
     log_sum = tl.log(total)
     if SEGPGD:
         weight = tl.where(prediction == label, scalar(right_bits, A), scalar(wrong_bits, A))
