@@ -207,6 +207,8 @@ def pspnet50(num_classes: int = 19, *, pretrained: bool = False, backbone: str |
     if backbone:
         _load_backbone(network, Path(backbone), timm)
     model = PSPNet(network, feature_channels=network.num_features, num_classes=num_classes)
+    # No class is likelier than another at first. He et al.'s weights over so few outputs make the first loss 8.
+    nn.init.normal_(model.classifier.weight, std=0.01)
     return wrap(model, mean=network.pretrained_cfg["mean"], std=network.pretrained_cfg["std"])
 
 

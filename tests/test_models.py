@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -276,6 +277,12 @@ def test_pspnet50_has_the_parameters_of_its_description(network: nn.Module, num_
     assert sum(parameter.numel() for parameter in model.parameters()) == backbone + pyramid + head
     assert [level[0].out_channels for level in network.model.levels] == [512] * 4
     assert network.model.bins == (1, 2, 3, 6)
+
+
+def test_pspnet50_begins_with_no_class_likelier_than_another() -> None:
+    torch.manual_seed(0)
+    logits = models.pspnet50(19).train()(torch.rand(2, 3, 64, 64))
+    assert F.cross_entropy(logits, torch.randint(19, (2, 8, 8))).item() == pytest.approx(math.log(19), abs=0.1)
 
 
 def test_pspnet50_backbone_is_the_written_out_network(network: nn.Module) -> None:

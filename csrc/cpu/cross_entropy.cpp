@@ -1,12 +1,9 @@
 // Cross-entropy, SegPGD's and CosPGD's weighted forms of it, and their gradients.
 //
 // Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and the gradient. The
-// classes of a tile are read twice (maximum, then exponentials), from the cache the second time; resampled, one bound
-// takes the place of the maxima of all rows of pixels between two rows of logits. Fewest bytes: the
+// classes of a tile are read twice (maximum, then exponentials), from the cache the second time. Fewest bytes: the
 // logits read once, the gradient written once, labels read once. Bound by the exponentials, one per class and pixel: at
 // full resolution 2 to 3 times a copy of the logits into fresh memory (benchmarks/ops.py, floor).
-#include <limits>
-
 #include "common/softmax.h"
 #include "cpu/tiles.h"
 
@@ -19,40 +16,6 @@ struct Partial {
   int64_t bad = kNoBadLabel;
 };
 
-// The larger of both rows of logits, over all classes: no logit between them exceeds it. NaN is left out.
-template <class T, class A>
-SEGADV_INLINE void find_bound(const T& tile, int64_t classes, A* bound) {
-  for (int p = 0; p < tile.count; ++p) bound[p] = std::numeric_limits<A>::lowest();
-  for (int64_t c = 0; c < classes; ++c) {
-    const A *z0 = tile.z0 + c * tile.z_stride, *z1 = tile.z1 + c * tile.z_stride;
-    SEGADV_SIMD
-    for (int p = 0; p < tile.count; ++p) {
-      const A higher = z0[p] > z1[p] ? z0[p] : z1[p], old = bound[p];
-      bound[p] = higher > old ? higher : old;
-    }
-  }
-}
-
-// Adds up the exponentials of what the classes lie below `top`.
-template <class T, class A>
-SEGADV_INLINE void sum_exponentials(const T& tile, int64_t classes, const A* top, A* sum, A* store, int64_t stride) {
-  for (int p = 0; p < tile.count; ++p) sum[p] = A(0);
-  for (int64_t c = 0; c < classes; ++c) {
-    if (store) {
-      A* of_class = store + c * stride;
-      SEGADV_SIMD
-      for (int p = 0; p < tile.count; ++p) {
-        const A e = exp_nonpositive(tile.z(c, p) - top[p]);
-        sum[p] += e;
-        of_class[p] = e;
-      }
-    } else {
-      SEGADV_SIMD
-      for (int p = 0; p < tile.count; ++p) sum[p] += exp_nonpositive(tile.z(c, p) - top[p]);
-    }
-  }
-}
-
 template <class Tiles>
 SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& tiles, int64_t item, Partial& result) {
   using A = typename Tiles::A;
@@ -60,7 +23,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
   A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_sum[kMaxTile], weight[kMaxTile], label_exp[kMaxTile];
-  A largest[kMaxTile], bound[kMaxTile];
+  A largest[kMaxTile];
   const int64_t tile_width = tiles.width();
   std::vector<A> exponentials(problem.grad ? classes * tile_width : 0);
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
@@ -68,36 +31,31 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
-    A* store = problem.grad ? exponentials.data() : nullptr;
-    bool done = false;
-    if constexpr (Tiles::kUp) {
-      if (!segpgd && !cosine) {
-        // One bound for all rows of pixels between two rows of logits, instead of a search in each.
-        if (tile.is_new) find_bound(tile, classes, bound);
-        sum_exponentials(tile, classes, bound, sum, store, tile_width);
-        // Below 2^-80 terms may be missing that are too small for a float; and not so for NaN.
-        int wrong = 0;
-        for (int p = 0; p < tile.count; ++p) wrong += (y[p] >= 0) & !(sum[p] > A(0x1p-80));
-        done = wrong == 0;
-        if (done) std::copy_n(bound, tile.count, best);
-      }
+    if (segpgd) {
+      find_best(tile, classes, best, best_class);
+    } else {
+      find_best(tile, classes, best);
     }
-    if (!done) {
-      if (segpgd) {
-        find_best(tile, classes, best, best_class);
-      } else {
-        find_best(tile, classes, best);
-      }
-      sum_exponentials(tile, classes, best, sum, store, tile_width);
-    }
-    if (cosine) {
-      for (int p = 0; p < tile.count; ++p) squares[p] = A(0);
-      for (int64_t c = 0; c < classes; ++c) {
+    for (int p = 0; p < tile.count; ++p) sum[p] = squares[p] = A(0);
+    for (int64_t c = 0; c < classes; ++c) {
+      A* store = problem.grad ? exponentials.data() + c * tile_width : nullptr;
+      if (cosine) {
         SEGADV_SIMD
         for (int p = 0; p < tile.count; ++p) {
           const A e = exp_nonpositive(tile.z(c, p) - best[p]);
           squares[p] += e * e;
         }
+      }
+      if (store) {
+        SEGADV_SIMD
+        for (int p = 0; p < tile.count; ++p) {
+          const A e = exp_nonpositive(tile.z(c, p) - best[p]);
+          sum[p] += e;
+          store[p] = e;
+        }
+      } else {
+        SEGADV_SIMD
+        for (int p = 0; p < tile.count; ++p) sum[p] += exp_nonpositive(tile.z(c, p) - best[p]);
       }
     }
     // Everything below is once per pixel.

@@ -32,7 +32,6 @@ struct Tile {
   using A = Compute<S>;
   int64_t n, y, x;  // image, output row, first output column
   int count;        // pixels
-  bool is_new;      // whether z0 and z1 are others than in the tile before: not so in further rows between them
   const A* z0;
   const A* z1;
   int64_t z_stride;  // between classes
@@ -204,7 +203,6 @@ class FullTiles {
     const int64_t last = std::min(first + tiles_per_item_, tiles_);
     Tile<S, false> tile{};
     tile.n = item / items_per_image_;
-    tile.is_new = true;
     tile.w0 = 1;
     for (int64_t t = first; t < last; ++t) {
       tile.y = t / tiles_per_row_;
@@ -305,7 +303,6 @@ class UpTiles {
         std::fill(g.begin(), g.end(), A(0));
         for (int64_t y = y_begin; y < y_end; ++y) {
           tile.y = y;
-          tile.is_new = y == y_begin;
           tile.w1 = weight_y_[y];
           tile.w0 = A(1) - tile.w1;
           body(static_cast<const Tile<S, true>&>(tile));
