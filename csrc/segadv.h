@@ -67,8 +67,8 @@ struct CrossEntropyParams {
   bool targeted = false;      // SegPGD, CosPGD
   TensorView class_weight;    // [C] of the compute type, or none
   TensorView pixel_loss;      // [N, H, W]
-  TensorView largest;         // [N, H, W]: max z (a GPU: something not far above it), and ...
-  TensorView log_normalizer;  // [N, H, W]: ... log sum exp(z - largest), what the backward needs
+  TensorView largest;         // [N, H, W]: max z, and ...
+  TensorView log_normalizer;  // [N, H, W]: ... log sum exp(z - max z), what the backward needs
   TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight
   TensorView loss_sum;        // [N]
   TensorView weight_sum;      // [N]: sum of class weights

@@ -10,10 +10,9 @@
 
 namespace segadv {
 
-template <class A>
-constexpr A kLog2e = A(1.44269504088896340736);  // exp(x) = 2^(x * kLog2e)
-
 #if defined(__CUDA_ARCH__)
+constexpr float kLog2e = 1.44269504088896341f;  // exp(x) = 2^(x * kLog2e)
+
 // The instruction itself: exp2f and __expf spend three more on results that are subnormal.
 __device__ __forceinline__ float exp2_instruction(float x) {
   float result;
@@ -26,7 +25,7 @@ __device__ __forceinline__ float exp2_instruction(float x) {
 // 0 below -87.3, where float would be subnormal.
 SEGADV_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
-  return exp2_instruction(x * kLog2e<float>);
+  return exp2_instruction(x * kLog2e);
 #else
   constexpr float kLowest = -87.3f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
@@ -48,17 +47,16 @@ SEGADV_INLINE float exp_nonpositive(float x) {
 }
 SEGADV_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// 2^x for the same x: where the factor kLog2e is multiplied in once for many.
-SEGADV_INLINE float exp2_nonpositive(float x) {
+// exp(x - y), where the same y meets many x.
+template <class A>
+SEGADV_INLINE A exp_of_difference(A x, A y) {
 #if defined(__CUDA_ARCH__)
-  return exp2_instruction(x);
-#else
-  return exp_nonpositive(x * 0.693147180559945309f);
+  if constexpr (sizeof(A) == sizeof(float)) return exp2_instruction(fmaf(x, kLog2e, -y * kLog2e));
 #endif
+  return exp_nonpositive(x - y);
 }
-SEGADV_INLINE double exp2_nonpositive(double x) { return std::exp2(x); }
 
-// log(x) for x >= 2^-100 (a sum of exponentials, usually of one that is 1), infinity or NaN.
+// log(x) for x >= 1 (a sum of exponentials whose largest is 1), infinity or NaN.
 SEGADV_INLINE float log_normalizer_of(float x) {
 #if defined(__CUDA_ARCH__)
   return logf(x);
@@ -66,7 +64,7 @@ SEGADV_INLINE float log_normalizer_of(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
   const int32_t e = (bits - 0x3f3504f3) >> 23;
-  const float m = bit_cast<float>(bits - e * (1 << 23)) - 1.0f;
+  const float m = bit_cast<float>(bits - (e << 23)) - 1.0f;
   const float k = static_cast<float>(e);
   const float square = m * m;
   float p = 7.0376836292e-2f;

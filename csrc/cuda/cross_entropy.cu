@@ -6,52 +6,15 @@
 // reading of the logits, from the cache where the blocks at work fit), labels read once. At full resolution bound by
 // memory. Resampled, by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 48
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 50
 // to 53 registers, 56 to 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
-// Resampled, eightfold: 67 instructions for a class of 8 pixels (SegPGD and CosPGD: 130 to 138), 104 registers (90 to
-// 91), 25 %. Fraction of the limit reached: not yet measured.
+// Resampled, eightfold: 105 instructions for a class of 8 pixels (SegPGD 115, CosPGD 139), 112 to 128 registers, 25 %.
+// Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
 namespace segadv::cuda {
 namespace {
-
-// From the upper to the lower row: 0 where both are -infinity.
-template <class Rows, class A = decltype(Rows::upper)>
-__device__ __forceinline__ A change_of(const Rows& rows) {
-  return rows.upper == rows.lower ? A(0) : rows.lower - rows.upper;
-}
-
-// Sums exp(z - largest) over the classes, with one `largest` for all pixels of a column: the largest of the resampled
-// rows, which none of its logits exceeds. So a class costs a pixel a multiplication, an exponential and two additions.
-// Returns false, and leaves the rest as it was, where that is no way to do it: a pixel far below, infinities, NaN.
-template <class S, int P, class A = Compute<S>>
-__device__ __forceinline__ bool sum_exponentials(const Pixels<S, P, true>& pixels, int32_t classes,
-                                                 const int32_t (&label)[P], A (&largest)[P], A (&total)[P]) {
-  A top = kLowest<A>, sum[P];
-#pragma unroll
-  for (int i = 0; i < P; ++i) sum[i] = 0;
-  pixels.for_each_class(0, classes, [&](int32_t, auto rows) {
-    const A higher = rows.upper > rows.lower ? rows.upper : rows.lower;
-    if (higher > top) {
-      const A scale = exp2_nonpositive((top - higher) * kLog2e<A>);
-#pragma unroll
-      for (int i = 0; i < P; ++i) sum[i] *= scale;
-      top = higher;
-    }
-    const A upper = (rows.upper - top) * kLog2e<A>, change = change_of(rows) * kLog2e<A>;
-#pragma unroll
-    for (int i = 0; i < P; ++i) sum[i] += exp2_nonpositive(pixels.wy1[i] * change + upper);
-  });
-  // Below 2^-80 terms may be missing that are too small for a float.
-  bool right = true;
-#pragma unroll
-  for (int i = 0; i < P; ++i) right &= label[i] < 0 || sum[i] > A(0x1p-80);
-  if (!right) return false;
-#pragma unroll
-  for (int i = 0; i < P; ++i) largest[i] = top, total[i] = sum[i];
-  return true;
-}
 
 template <class S, int P, bool kUp, Loss kLoss>
 __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
@@ -63,28 +26,30 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
   int32_t label[P], prediction[P];
   const int32_t counts = pixels.labels(problem, label);
   // Not -infinity: the difference to a class of logit -infinity must not be NaN.
-  A largest[P], total[P], squares[P], below_largest[P];  // below_largest: the label's logit
+  A largest[P], total[P], squares[P], own[P];
 #pragma unroll
   for (int i = 0; i < P; ++i) {
     largest[i] = kLowest<A>;
-    total[i] = squares[i] = A(0);
+    total[i] = squares[i] = own[i] = A(0);
     prediction[i] = 0;
   }
+  const auto add = [&](int32_t c, int i, A z) {
+    const A difference = z - largest[i];
+    const bool higher = difference > A(0);  // of two equal ones the first stays; a NaN reaches the total below
+    const A e = exp_nonpositive(-std::fabs(difference));
+    total[i] = higher ? total[i] * e + A(1) : total[i] + e;
+    if constexpr (kLoss == Loss::kCosPGD) squares[i] = higher ? squares[i] * (e * e) + A(1) : squares[i] + e * e;
+    if constexpr (kLoss == Loss::kSegPGD) prediction[i] = higher ? c : prediction[i];
+    largest[i] = higher ? z : largest[i];
+  };
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
-  bool done = false;
-  if constexpr (Mine::kIsColumn && kLoss == Loss::kCrossEntropy) {
-    done = sum_exponentials(pixels, classes, label, largest, total);
-    if (done) {
+  if constexpr (Mine::kIsColumn) {
+    pixels.for_each_class(0, classes, [&](int32_t c, auto rows) {
 #pragma unroll
-      for (int i = 0; i < P; ++i) {
-        // Like the exponentials, from differences: what all logits have in common costs no precision.
-        const auto rows = pixels.rows_of(label[i] >= 0 ? label[i] : 0);
-        below_largest[i] = (largest[i] - rows.upper) - pixels.wy1[i] * change_of(rows);
-      }
-    }
-  }
-  if (!done) {
-    A own[P]{};
+      for (int i = 0; i < P; ++i) add(c, i, pixels.between(rows, i));
+    });
+    pixels.load_own(label, own);
+  } else {
 #pragma unroll Mine::kUnroll
     for (int32_t c = 0; c < classes; ++c) {
       A z[P];
@@ -92,17 +57,9 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
 #pragma unroll
       for (int i = 0; i < P; ++i) {
         own[i] = label[i] == c ? z[i] : own[i];
-        const A difference = z[i] - largest[i];
-        const bool higher = difference > A(0);  // of two equal ones the first stays; a NaN reaches the total below
-        const A e = exp_nonpositive(higher ? -difference : difference);
-        total[i] = higher ? total[i] * e + A(1) : total[i] + e;
-        if constexpr (kLoss == Loss::kCosPGD) squares[i] = higher ? squares[i] * (e * e) + A(1) : squares[i] + e * e;
-        if constexpr (kLoss == Loss::kSegPGD) prediction[i] = higher ? c : prediction[i];
-        largest[i] = higher ? z[i] : largest[i];
+        add(c, i, z[i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < P; ++i) below_largest[i] = largest[i] - own[i];
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
   const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
@@ -111,10 +68,11 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
 #pragma unroll
   for (int i = 0; i < P; ++i) {
     const bool valid = label[i] >= 0;
+    const A below_largest = largest[i] - own[i];
     if constexpr (kLoss == Loss::kSegPGD) {
       weight[i] = prediction[i] == label[i] ? of_correct : of_wrong;
     } else if constexpr (kLoss == Loss::kCosPGD) {
-      const A cosine = exp_nonpositive(-below_largest[i]) / sqrt(squares[i]);
+      const A cosine = exp_nonpositive(-below_largest) / sqrt(squares[i]);
       weight[i] = params.targeted ? A(1) - cosine : cosine;
     } else {
       const A* class_weight = static_cast<const A*>(params.class_weight.data);
@@ -122,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
     }
     weight[i] = valid ? weight[i] : A(0);
     log_normalizer[i] = valid ? log_normalizer_of(total[i]) : A(0);
-    loss[i] = valid ? (log_normalizer[i] + below_largest[i]) * weight[i] : A(0);
+    loss[i] = valid ? (log_normalizer[i] + below_largest) * weight[i] : A(0);
     largest[i] = valid ? largest[i] : A(0);
     loss_sum += loss[i];
     weight_sum += weight[i];

@@ -12,11 +12,13 @@
 // Bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
-// (margin) or 45 registers, 100 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 103 instructions for a class of 8
+// (margin) or 42 registers, 100 % or 62 to 75 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 126 instructions for a class of 8
 // pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is some
-// 20 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 92) registers, 25 %. Fraction of the limit
+// 23 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 92) registers, 25 %. Fraction of the limit
 // reached: not yet measured.
+#include <type_traits>
+
 #include "cuda/gradient.cuh"
 
 namespace segadv::cuda {
@@ -97,7 +99,6 @@ struct Patches {
   Axis y, x;
   int32_t rows, columns, classes;   // of logits, of a block
   int32_t tiles_c, tiles_x, count;  // blocks; count: of an image
-  bool one_shift;                   // whether the loss had columns of pixels with one shift: see cross_entropy.cu
 };
 
 template <class A>
@@ -116,8 +117,8 @@ struct alignas(2 * sizeof(A)) Ends {
 // Returns whether a label is bad.
 template <bool kMargin, class S, int P>
 __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const GradientInputs& inputs,
-                                                   const Pixels<S, P, true>& pixels, bool one_shift,
-                                                   int32_t first_class, int32_t classes, Ends<Compute<S>>* ends) {
+                                                   const Pixels<S, P, true>& pixels, int32_t first_class,
+                                                   int32_t classes, Ends<Compute<S>>* ends) {
   using A = Compute<S>;
   int32_t label[P];
   const int32_t counts = pixels.labels(problem, label);
@@ -146,48 +147,30 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
       }
     }
   } else {
-    // Where all pixels have the same shift, `largest`, and no row exceeds it, softmax = 2^((z - top) * kLog2e - shift) is an
-    // addition and a multiplication with addition: all else is a matter of rows. No large numbers cancel then.
-    A shift[P], largest[P], top = 0;
+    A largest[P], normalizer[P];
     pixels.template load_map<A>(inputs.largest, largest);
-    pixels.template load_map<A>(inputs.log_normalizer, shift);
+    pixels.template load_map<A>(inputs.log_normalizer, normalizer);
 #pragma unroll
-    for (int i = 0; i < P; ++i) {
-      top = label[i] >= 0 ? largest[i] : top;
-      shift[i] = label[i] >= 0 ? shift[i] * kLog2e<A> : kInfinity<A>;
-    }
-    bool plain = one_shift && std::fabs(top) < kInfinity<A>;
+    for (int i = 0; i < P; ++i) normalizer[i] = label[i] >= 0 ? normalizer[i] : kInfinity<A>;  // softmax 0
+    const auto add_up = [&](auto is_finite) {
+      bool all_finite = true;
+      pixels.for_each_class(first_class, first_class + classes, [&](int32_t c, auto rows) {
+        // Far from infinity: behind the quad, where there are no pixels, between() extrapolates.
+        all_finite &= std::fabs(rows.upper) + std::fabs(rows.lower) < A(1e30);
+        Ends<A> sum{A(0), A(0)};
 #pragma unroll
-    for (int i = 0; i < P; ++i) plain &= label[i] < 0 || largest[i] == top;
-    const int32_t end = first_class + classes;
-    const auto sum_of = [&](int32_t c, auto&& softmax) {
-      Ends<A> sum{A(0), A(0)};
-#pragma unroll
-      for (int i = 0; i < P; ++i) {
-        A g = softmax(i);
-        if (label[i] == c) g -= A(1);
-        sum.upper += upper[i] * g;
-        sum.lower += lower[i] * g;
-      }
-      ends[(c - first_class) * kSlots] = sum;
+        for (int i = 0; i < P; ++i) {
+          A g = exp_of_difference(pixels.between(rows, i) - largest[i], normalizer[i]);
+          if (label[i] == c) g -= A(1);
+          if (!is_finite.value && label[i] < 0) g = 0;  // 0 * NaN would be NaN
+          sum.upper += upper[i] * g;
+          sum.lower += lower[i] * g;
+        }
+        ends[(c - first_class) * kSlots] = sum;
+      });
+      return all_finite;
     };
-    if (plain) {
-      pixels.for_each_class(first_class, end, [&](int32_t c, auto rows) {
-        const A u = (rows.upper - top) * kLog2e<A>, l = (rows.lower - top) * kLog2e<A>;
-        plain &= (u <= A(1)) & (l <= A(1)) & (u + l > A(-1e30));
-        const A change = l - u;
-        sum_of(c, [&](int i) { return exp2_nonpositive(pixels.wy1[i] * change + (u - shift[i])); });
-      });
-    }
-    if (!plain) {  // pixels far from each other, infinities, NaN
-      pixels.template load_map<A>(inputs.largest, largest);
-      pixels.for_each_class(first_class, end, [&](int32_t c, auto rows) {
-        sum_of(c, [&](int i) {
-          const A z = pixels.between(rows, i);
-          return label[i] >= 0 ? exp2_nonpositive((z - largest[i]) * kLog2e<A> - shift[i]) : A(0);
-        });
-      });
-    }
+    if (!add_up(std::true_type{})) add_up(std::false_type{});
   }
   return counts >> 16 != 0;
 }
@@ -244,8 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
                             static_cast<int>(end_y - y < P ? end_y - y : P));
           const int32_t slot = thread + static_cast<int32_t>(quad_x - first_quad);
           right_weight[thread] = pixels.wx1;
-          counts |= column_gradient<kMargin>(problem, inputs, pixels, patches.one_shift, first_class, classes,
-                                             &of_pixels[0][slot]);
+          counts |= column_gradient<kMargin>(problem, inputs, pixels, first_class, classes, &of_pixels[0][slot]);
         }
         __syncthreads();
         for_each_logit([&](int32_t c, int32_t j) {
@@ -289,7 +271,6 @@ template <class A>
 Patches patches_of(int64_t n, int64_t classes, const Axis& y, const Axis& x) {
   Patches patches{};
   patches.y = y, patches.x = x;
-  patches.one_shift = y.most_outputs() >= kColumn / 2;
   // As equal as they can be.
   patches.tiles_c = static_cast<int32_t>(ceil_div(classes, kTile<A>));
   patches.classes = static_cast<int32_t>(ceil_div(classes, patches.tiles_c));

@@ -6,7 +6,7 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 43
 // registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
-// eightfold: 87 instructions for a class of 8 pixels, 79 registers, 37 %. Fraction of the limit reached: not yet measured.
+// eightfold: 87 instructions for a class of 8 pixels, 89 registers, 31 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kThreads) margin_kernel(MarginParams params, W
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
   if constexpr (Mine::kIsColumn) {
     find_largest(pixels, classes, label, best, runner_up);
-#pragma unroll
-    for (int i = 0; i < P; ++i) own[i] = label[i] >= 0 ? pixels.between(pixels.rows_of(label[i]), i) : A(0);
+    pixels.load_own(label, own);
   } else {
 #pragma unroll
     for (int i = 0; i < P; ++i) {

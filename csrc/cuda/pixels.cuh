@@ -180,10 +180,14 @@ struct Pixels {
     }
   }
 
-  // The rows of one class, wherever in a loop over them.
-  __device__ __forceinline__ Rows rows_of(int32_t c) const {
-    const int64_t plane = c * stride_c;
-    return resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane);
+  // The logits of each pixel's label, without a look at the other classes; 0 where not valid.
+  __device__ __forceinline__ void load_own(const int32_t (&label)[P], A (&own)[P]) const {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      const int64_t plane = (label[i] >= 0 ? label[i] : 0) * stride_c;
+      const A z = between(resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane), i);
+      own[i] = label[i] >= 0 ? z : A(0);
+    }
   }
 
   // Offset of the first pixel in a tensor [N, H, W], and how far apart there the pixels are.

@@ -4,8 +4,8 @@ Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sum
 the gradient. Largest logit and sum of exponentials are found in one pass over the classes (online softmax, with one
 exponential per class). Fewest bytes: the logits read once, the gradient written once (its exponentials need a second
 reading of the logits, from the cache where the tiles at work fit), labels read once. At full resolution bound by
-memory. Resampled, by arithmetic: 7 instructions for a class of a pixel (SegPGD and CosPGD: 15), as Triton 3.9 compiles
-it for sm_90.
+memory. Resampled, by arithmetic: 14 instructions for a class of a pixel, as Triton 3.9 compiles it for
+sm_90.
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
@@ -18,57 +18,7 @@ from torch import Tensor
 from ..common import check_labels, compute_dtype, empty_gradient, empty_map, empty_maps, is_channels_last
 from . import gradient
 from .scalars import bits, scalar
-from .tiles import LOG2E, exp, finish, launch, load_labels, load_logit, load_rows, taps, tile_of, tiles
-
-
-@triton.jit
-def sum_exponentials(image, stride_c, label, inside, o00, o01, o10, o11, wy1, wx0, wx1, C, A: tl.constexpr,
-                     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
-    """(`top`, sum of exp(z - top) over the classes, whether that serves), with one `top` for all pixels of a column.
-
-    It is the largest of the resampled rows, which no logit exceeds: so a class costs a pixel a multiplication, an
-    exponential and two additions. That does not serve a pixel far below its column's top, nor infinities and NaN.
-    """
-    top = tl.full([1, BLOCK_X], -3.4028234663852886e38, A)
-    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-        upper, lower = load_rows(image + tl.cast(c, tl.int64) * stride_c, inside, o00, o01, o10, o11, wx0, wx1, A)
-        higher = tl.maximum(tl.maximum(upper, lower), top)
-        change = tl.where(upper == lower, 0.0, (lower - upper) * LOG2E)  # both may be -infinity
-        e = tl.exp2(wy1 * change + (upper - higher) * LOG2E)
-        total = total * tl.exp2((top - higher) * LOG2E) + e
-        top = higher
-    # Below 2^-80 terms may be missing that are too small for a float.
-    wrong = (label >= 0) & ~(total > 8.271806125530277e-25)
-    return tl.broadcast_to(top, [BLOCK_Y, BLOCK_X]), total, tl.max(wrong.to(tl.int32)) == 0
-
-
-@triton.jit
-def online_softmax(image, stride_c, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C, SEGPGD: tl.constexpr,
-                   COSPGD: tl.constexpr, UP: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr,
-                   BLOCK_X: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
-    """Largest logit, sums of exponentials and of their squares, what the label's logit lies below the largest, and the
-    prediction."""
-    # Not -inf: the difference to a class of logit -inf must not be NaN.
-    top = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
-    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    own = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    prediction = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-        plane = image + tl.cast(c, tl.int64) * stride_c
-        z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-        own = tl.where(label == c, z, own)
-        difference = z - top
-        higher = difference > 0  # of two equal ones the first stays; a NaN reaches the total below
-        e = exp(-tl.abs(difference))
-        total = tl.where(higher, total * e + 1.0, total + e)
-        if COSPGD:
-            squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
-        if SEGPGD:
-            prediction = tl.where(higher, c, prediction)
-        top = tl.where(higher, z, top)
-    return top, total, squares, top - own, prediction
+from .tiles import exp, finish, launch, load_labels, load_logit, taps, tile_of, tiles
 
 
 @triton.jit(do_not_specialize=["one", "right_bits", "wrong_bits"])
@@ -89,27 +39,27 @@ def cross_entropy_kernel(
         program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
     )
     inside_taps = x < W if QUAD_ROWS else inside
-    image = logits + n * stride_n
-    if QUAD_ROWS and not SEGPGD and not COSPGD:
-        top, total, right = sum_exponentials(
-            image, stride_c, label, inside_taps, o00, o01, o10, o11, wy1, wx0, wx1, C, A, BLOCK_Y, BLOCK_X, UNROLL
-        )
-        # Like the exponentials, from differences: what all logits have in common costs no precision.
-        plane = image + tl.maximum(label, 0).to(tl.int64) * stride_c
-        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
-        below_top = (top - upper) - wy1 * tl.where(upper == lower, 0.0, lower - upper)
-        squares, prediction = total, label  # unused
-        if not right:
-            top, total, squares, below_top, prediction = online_softmax(
-                image, stride_c, label, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C,
-                SEGPGD, COSPGD, UP, A, BLOCK_Y, BLOCK_X, UNROLL,
-            )  # fmt: skip
-    else:
-        top, total, squares, below_top, prediction = online_softmax(
-            image, stride_c, label, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, C,
-            SEGPGD, COSPGD, UP, A, BLOCK_Y, BLOCK_X, UNROLL,
-        )  # fmt: skip
+    # Not -inf: the difference to a class of logit -inf must not be NaN.
+    top = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
+    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    own = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    prediction = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
+        z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+        own = tl.where(label == c, z, own)
+        difference = z - top
+        higher = difference > 0  # of two equal ones the first stays; a NaN reaches the total below
+        e = exp(-tl.abs(difference))
+        total = tl.where(higher, total * e + 1.0, total + e)
+        if COSPGD:
+            squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
+        if SEGPGD:
+            prediction = tl.where(higher, c, prediction)
+        top = tl.where(higher, z, top)
     is_valid = label >= 0
+    below_top = top - own
     log_sum = tl.log(total)
     if SEGPGD:
         weight = tl.where(prediction == label, scalar(right_bits, A), scalar(wrong_bits, A))

@@ -89,23 +89,14 @@ def exp(x):
 
 
 @triton.jit
-def load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A: tl.constexpr):
-    """The two rows of logits of one class between which pixels lie, resampled along x."""
-    upper = wx0 * tl.load(plane + o00, mask=inside, other=0).to(A)
-    upper += wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
-    lower = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
-    lower += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
-    return upper, lower
-
-
-@triton.jit
 def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr, A: tl.constexpr):
     """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
+    z = tl.load(plane + o00, mask=inside, other=0).to(A)
     if UP:
-        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
-        z = wy0 * upper + wy1 * lower
-    else:
-        z = tl.load(plane + o00, mask=inside, other=0).to(A)
+        across0 = wx0 * z + wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
+        across1 = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
+        across1 += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
+        z = wy0 * across0 + wy1 * across1
     return z
 
 
@@ -222,7 +213,7 @@ def tiles(
     else:
         # 16 bytes of logits for every thread. More would take every second 16 bytes at once, and what is computed in
         # one layout be stored in another: through shared memory and a barrier, once per class.
-        warps = max(1, block_y * block_x * dtype.itemsize // (16 * 32))
+        warps = min(max(1, block_y * block_x * dtype.itemsize // (16 * 32)), 32)
     tiles_x = triton.cdiv(W, block_x)
     return Tiles(
         sizes=(c, h, w, H, W),
