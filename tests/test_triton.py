@@ -166,7 +166,7 @@ def test_too_large_for_int32_is_refused() -> None:
 def test_kernels_compile(target: str, tmp_path: Path) -> None:
     """The interpreter accepts much that the compiler does not. No register is spilled to speak of.
 
-    And a loop computes in one layout; where classes are neighbours in memory, rows of logits are turned once per row.
+    And where memory is the limit, at full resolution, a loop computes in one layout.
     """
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = Path(__file__).with_name("triton_compile.py")
@@ -184,4 +184,4 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     for line in result.stdout.splitlines():
         stack = re.search(r"stack (\d+)", line)
         assert stack is None or int(stack[1]) <= 16, line
-        assert line.endswith("| 0 conversions") or "channels_last | gradient_up_kernel" in line, line
+        assert line.endswith("| 0 conversions") or "256 -> 256" not in line, line
