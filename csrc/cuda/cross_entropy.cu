@@ -8,7 +8,7 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 50
 // to 53 registers, 56 to 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
-// Resampled, eightfold: 105 instructions for a class of 8 pixels (SegPGD 115, CosPGD 139), 112 to 128 registers, 25 %.
+// Resampled, eightfold: 105 instructions for a class of 8 pixels (SegPGD 115, CosPGD 139), 112 to 131 registers, 18 to 25 %.
 // Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
@@ -16,8 +16,9 @@
 namespace segadv::cuda {
 namespace {
 
+// SegPGD's predictions take 8 registers more.
 template <class S, int P, bool kUp, Loss kLoss>
-__global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
+__global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> - (kLoss == Loss::kSegPGD ? 1 : 0) : 0)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
   using Mine = Pixels<S, P, kUp>;
   using A = Compute<S>;
