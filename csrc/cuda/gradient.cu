@@ -6,17 +6,17 @@
 // resampled_gradient_kernel: the transpose of the resampling without atomics. Between two rows of logits lies a row of
 // quads (common/bilinear.h). A thread owns a column of its pixels, with all that they need in registers, and goes
 // through the classes: what its pixels add to the row above, and below, stays in shared memory (for margins, which have
-// two classes that count, nothing else is touched). Then a thread owns logits, and adds up the columns of the quads left
-// and right of each. A block walks down: what goes below waits for the next row of quads. Nothing of C classes is ever
-// larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed twice.
-// Bound by arithmetic.
+// two classes that count, nothing else is touched). Then a thread owns logits, and adds up the columns of the quads
+// left and right of each. A block walks down: what goes below waits for the next row of quads. Nothing of C classes is
+// ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
+// twice. Bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
 // (margin) or 42 registers, 100 % or 62 to 75 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 126 instructions for a class of 8
-// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is some
-// 23 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 92) registers, 25 %. Fraction of the limit
-// reached: not yet measured.
+// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is
+// some 23 per class and pixel, with 19 classes, and for a margin 8. 124 (margin: 92) registers, 25 %. Fraction of the
+// limit reached: not yet measured.
 #include <type_traits>
 
 #include "cuda/gradient.cuh"
@@ -104,8 +104,8 @@ struct Patches {
 template <class A>
 constexpr int kTile = 96 / static_cast<int>(sizeof(A));  // most classes of a block; shared memory has to hold them
 constexpr int kQuads = 32;                               // most quads of a block along x
-constexpr int kSlots = kThreads + kQuads;                // columns of pixels; the slot behind a quad stays free, so that
-                                                         // neighbouring quads of 8 are not in the same bank
+// Columns of pixels. The slot behind a quad stays free, so that neighbouring quads of 8 are not in the same bank.
+constexpr int kSlots = kThreads + kQuads;
 
 // What a column of pixels adds to the row of logits above and below it.
 template <class A>

@@ -6,7 +6,8 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 43
 // registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
-// eightfold: 87 instructions for a class of 8 pixels, 89 registers, 31 %. Fraction of the limit reached: not yet measured.
+// eightfold: 87 instructions for a class of 8 pixels, 89 registers, 31 %. Fraction of the limit reached: not yet
+// measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 

@@ -115,8 +115,8 @@ struct Pixels {
 
   // A column of pixels where the caller says: `count` of them from (y, x) on, in this quad. Without logits' data only
   // labels and maps can be read.
-  __device__ __forceinline__ Pixels(const Problem& problem, const Axis& axis_y, const Axis& axis_x, int64_t n, int64_t y,
-                                    int64_t x, int64_t quad_y, int64_t quad_x, int count)
+  __device__ __forceinline__ Pixels(const Problem& problem, const Axis& axis_y, const Axis& axis_x, int64_t n,
+                                    int64_t y, int64_t x, int64_t quad_y, int64_t quad_x, int count)
       : n(n), y(y), x(x), map((n * axis_y.out + y) * axis_x.out + x), map_step(axis_x.out), count(count) {
     static_assert(kIsColumn);
     stride_c = problem.logits.stride[1];
@@ -168,7 +168,7 @@ struct Pixels {
     return (A(1) - wy1[i]) * rows.upper + wy1[i] * rows.lower;
   }
 
-  // Calls f(c, rows) for the classes [begin, end). Pointers go along: computing them anew costs as much as all the rest.
+  // Calls f(c, rows) for the classes [begin, end). Pointers go along: computing them anew costs as much as the rest.
   template <class F>
   __device__ __forceinline__ void for_each_class(int32_t begin, int32_t end, F&& f) const {
     const int64_t plane = begin * stride_c;

@@ -2,8 +2,8 @@
 //
 // newton_step, two kernels: the absolute sums of chunks; then the norm (each block adds up its image's chunks), eps =
 // gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
-// reading of the gradient goes backwards, so that it starts with what the cache still holds, and images and result do not
-// push that out. sign_step fuses step, projection and clip: every input read once. Both are bound by memory.
+// reading of the gradient goes backwards, so that it starts with what the cache still holds, and images and result do
+// not push that out. sign_step fuses step, projection and clip: every input read once. Both are bound by memory.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75
 // to 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an
