@@ -2,16 +2,34 @@
 //
 // Fuses upsampling, argmax and the histogram. Fewest bytes: the logits and the labels read once.
 #include "cpu/tiles.h"
+#include "cpu/up_tiles.h"
 
 namespace segadv::cpu {
 namespace {
 
 constexpr int64_t kMaxOwnCells = 4096;
 
-template <class Tiles>
-SEGADV_CLONES void confusion_item(const ConfusionParams& params, Tiles& tiles, int64_t item, int64_t* counts,
-                                  bool shared, int64_t* bad) {
-  using A = typename Tiles::A;
+// Where an item counts: in a matrix of its own, or in one that all threads share.
+struct Counts {
+  int64_t* matrix;
+  int64_t classes;
+  bool shared;
+  SEGADV_INLINE void add(int32_t label, int32_t prediction) const {
+    if (label < 0) return;
+    int64_t& count = matrix[label * classes + prediction];
+    if (shared) {
+#pragma omp atomic
+      ++count;
+    } else {
+      ++count;
+    }
+  }
+};
+
+template <class S>
+SEGADV_CLONES void confusion_item(const ConfusionParams& params, FullTiles<S>& tiles, int64_t item,
+                                  const Counts& counts, int64_t* bad) {
+  using A = Compute<S>;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
@@ -22,16 +40,35 @@ SEGADV_CLONES void confusion_item(const ConfusionParams& params, Tiles& tiles, i
     if (params.prediction) store_classes(params.prediction, tile, best_class);
     if (params.matrix) {
       load_labels(problem, tile, y, &first_bad);
-      for (int p = 0; p < tile.count; ++p) {
-        if (y[p] < 0) continue;
-        int64_t& count = counts[y[p] * classes + best_class[p]];
-        if (shared) {
-#pragma omp atomic
-          ++count;
-        } else {
-          ++count;
-        }
+      for (int p = 0; p < tile.count; ++p) counts.add(y[p], best_class[p]);
+    }
+  });
+  *bad = first_bad;
+}
+
+template <class S>
+SEGADV_CLONES void confusion_item(const ConfusionParams& params, UpTiles<S>& tiles, int64_t item,
+                                  const Counts& counts, int64_t* bad) {
+  using A = Compute<S>;
+  TileMap<int32_t> y, best_class;
+  int64_t first_bad = kNoBadLabel;
+  tiles.walk(item, [&](auto& tile) SEGADV_BODY {
+    for (int b = 0; b < tile.blocks(); ++b) {
+      tile.begin(b);
+      const int p0 = tile.p0;
+      tile.list();
+      for (int r = 0; r < tile.rows; r += kTogether) {
+        Rows<A> best, own;
+        Rows<int32_t> found;
+        find_best(Prediction(), tile, r, y, best, found, own);
+        for (int i = 0; i < kTogether; ++i) std::copy_n(found[i], kLanes, best_class[r + i] + p0);
       }
+    }
+    if (params.prediction) store_classes(params.prediction, tile, best_class);
+    if (params.matrix) {
+      load_labels(params.problem, tile, y, &first_bad);
+      for (int r = 0; r < tile.rows; ++r)
+        for (int p = 0; p < tile.count; ++p) counts.add(y[r][p], best_class[r][p]);
     }
   });
   *bad = first_bad;
@@ -47,12 +84,13 @@ int64_t confusion(const ConfusionParams& params) {
   if (matrix) std::fill(matrix, matrix + matrices * cells, int64_t{0});
   // Many classes: a histogram of its own would cost an item more than its pixels, and threads rarely meet in a cell.
   const bool shared = cells > kMaxOwnCells;
-  dispatch_tiles(params.problem, {}, [&](auto& tiles) {
+  dispatch_tiles(params.problem, {}, 1, [&](auto& tiles) {
     parallel_for(tiles.items(), [&](int64_t item) {
       std::vector<int64_t> own(matrix && !shared ? cells : 0);
       int64_t* to = matrix + (params.per_image ? item / tiles.items_per_image() * cells : 0);
       int64_t item_bad = kNoBadLabel;
-      confusion_item(params, tiles, item, shared ? to : own.data(), shared, &item_bad);
+      const Counts counts{shared ? to : own.data(), params.problem.logits.size[1], shared};
+      confusion_item(params, tiles, item, counts, &item_bad);
 #pragma omp critical(segadv_confusion)  // integers: the order of the items does not matter
       {
         for (size_t i = 0; i < own.size(); ++i) to[i] += own[i];

@@ -4,8 +4,11 @@
 // classes of a tile are read twice (maximum, then exponentials), from the cache the second time. Fewest bytes: the
 // logits read once, the gradient written once, labels read once. Bound by the exponentials, one per class and pixel: at
 // full resolution 2 to 3 times a copy of the logits into fresh memory (benchmarks/ops.py, floor).
+#include <cstring>
+
 #include "common/softmax.h"
 #include "cpu/tiles.h"
+#include "cpu/up_tiles.h"
 
 namespace segadv::cpu {
 namespace {
@@ -16,22 +19,58 @@ struct Partial {
   int64_t bad = kNoBadLabel;
 };
 
-template <class Tiles>
-SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& tiles, int64_t item, Partial& result) {
-  using A = typename Tiles::A;
+// What is done once per pixel. `best` is the largest logit and becomes the loss; `own` is the label's logit. Where a
+// pixel is not valid, all results are 0.
+template <class A>
+SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, const int32_t* y, const int32_t* best_class,
+                                 const A* own, const A* sum, const A* squares, A* best, A* largest, A* log_normalizer,
+                                 A* weight) {
+  const A* class_weight = static_cast<const A*>(params.class_weight.data);
+  for (int p = 0; p < count; ++p) {
+    largest[p] = y[p] >= 0 ? best[p] : A(0);
+    // Not below 0, where resampling rounds the label's logit otherwise than in the search for the best.
+    const A difference = best[p] - own[p];
+    best[p] = difference < A(0) ? A(0) : difference;
+  }
+  if (params.loss == Loss::kSegPGD) {
+    const A correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
+    const A wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
+    for (int p = 0; p < count; ++p) weight[p] = best_class[p] == y[p] ? correct : wrong;
+  } else if (params.loss == Loss::kCosPGD) {
+    for (int p = 0; p < count; ++p) {
+      const A c = exp_nonpositive(-best[p]) / std::sqrt(squares[p]);
+      weight[p] = params.targeted ? A(1) - c : c;
+    }
+  } else if (class_weight) {
+    for (int p = 0; p < count; ++p) weight[p] = class_weight[y[p] >= 0 ? y[p] : 0];
+  } else {
+    for (int p = 0; p < count; ++p) weight[p] = A(1);
+  }
+  for (int p = 0; p < count; ++p) {
+    const bool valid = y[p] >= 0;
+    const A log_of_sum = log_normalizer_of(sum[p]);
+    log_normalizer[p] = valid ? log_of_sum : A(0);
+    weight[p] = valid ? weight[p] : A(0);
+    best[p] = valid ? (log_of_sum + best[p]) * weight[p] : A(0);
+  }
+}
+
+template <class S>
+SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTiles<S>& tiles, int64_t item,
+                                      Partial& result) {
+  using A = Compute<S>;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
-  A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_sum[kMaxTile], weight[kMaxTile], label_exp[kMaxTile];
+  A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_normalizer[kMaxTile], weight[kMaxTile], own[kMaxTile];
   A largest[kMaxTile];
   const int64_t tile_width = tiles.width();
   std::vector<A> exponentials(problem.grad ? classes * tile_width : 0);
-  const A* class_weight = static_cast<const A*>(params.class_weight.data);
-  const bool cosine = params.loss == Loss::kCosPGD, segpgd = params.loss == Loss::kSegPGD;
+  const bool cosine = params.loss == Loss::kCosPGD;
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
-    if (segpgd) {
+    if (params.loss == Loss::kSegPGD) {
       find_best(tile, classes, best, best_class);
     } else {
       find_best(tile, classes, best);
@@ -58,38 +97,11 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
         for (int p = 0; p < tile.count; ++p) sum[p] += exp_nonpositive(tile.z(c, p) - best[p]);
       }
     }
-    // Everything below is once per pixel.
-    for (int p = 0; p < tile.count; ++p) {
-      const bool valid = y[p] >= 0;
-      // Not below 0, where resampling rounds the label's logit otherwise than in the search for the best.
-      largest[p] = valid ? best[p] : A(0);
-      const A difference = best[p] - tile.z(valid ? y[p] : 0, p);
-      const A below_best = difference < A(0) ? A(0) : difference;
-      label_exp[p] = cosine ? exp_nonpositive(-below_best) : A(0);
-      best[p] = below_best;
-    }
-    if (segpgd) {
-      const A correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
-      const A wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
-      for (int p = 0; p < tile.count; ++p) weight[p] = best_class[p] == y[p] ? correct : wrong;
-    } else if (cosine) {
-      for (int p = 0; p < tile.count; ++p) {
-        const A c = label_exp[p] / std::sqrt(squares[p]);
-        weight[p] = params.targeted ? A(1) - c : c;
-      }
-    } else if (class_weight) {
-      for (int p = 0; p < tile.count; ++p) weight[p] = class_weight[y[p] >= 0 ? y[p] : 0];
-    } else {
-      for (int p = 0; p < tile.count; ++p) weight[p] = A(1);
-    }
+    for (int p = 0; p < tile.count; ++p) own[p] = tile.z(y[p] >= 0 ? y[p] : 0, p);
+    finish_pixels(params, tile.count, y, best_class, own, sum, squares, best, largest, log_normalizer, weight);
     A loss_sum = 0, weight_sum = 0;
 #pragma omp simd reduction(+ : loss_sum, weight_sum)
     for (int p = 0; p < tile.count; ++p) {
-      const bool valid = y[p] >= 0;
-      const A log_normalizer = log_normalizer_of(sum[p]);
-      log_sum[p] = valid ? log_normalizer : A(0);
-      weight[p] = valid ? weight[p] : A(0);
-      best[p] = valid ? (log_normalizer + best[p]) * weight[p] : A(0);  // the loss from here on
       loss_sum += best[p];
       weight_sum += weight[p];
     }
@@ -97,7 +109,9 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
     partial.weight_sum += weight_sum;
     if (params.pixel_loss) std::copy_n(best, tile.count, at<A>(params.pixel_loss, tile.n, tile.y, tile.x));
     if (params.largest) std::copy_n(largest, tile.count, at<A>(params.largest, tile.n, tile.y, tile.x));
-    if (params.log_normalizer) std::copy_n(log_sum, tile.count, at<A>(params.log_normalizer, tile.n, tile.y, tile.x));
+    if (params.log_normalizer) {
+      std::copy_n(log_normalizer, tile.count, at<A>(params.log_normalizer, tile.n, tile.y, tile.x));
+    }
     if (params.pixel_weight) std::copy_n(weight, tile.count, at<A>(params.pixel_weight, tile.n, tile.y, tile.x));
     if (!problem.grad) return;
     for (int p = 0; p < tile.count; ++p) sum[p] = weight[p] / sum[p];
@@ -115,10 +129,133 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, Tiles& t
   result = partial;
 }
 
-template <class Tiles>
-SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, Tiles& tiles, int64_t item,
-                                               Partial& result) {
-  using A = typename Tiles::A;
+// Sums of exp(z - best) over all classes, for some rows of a block, and of their squares where kSquares; `store`
+// [C][kRows][kLanes] keeps them, where it is given.
+template <bool kSquares, bool kStore, class T, class A>
+SEGADV_INLINE void sum_exponentials(const T& tile, int r0, const Rows<A>& best, Rows<A>& sum, Rows<A>& squares,
+                                    A* store) {
+  Rows<A> total = {}, total_squares = {}, shift;  // copies, which the compiler keeps in registers
+  std::memcpy(shift, best, sizeof(shift));
+  for (int i = 0; i < tile.listed; ++i) {
+    const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
+    for (int r = 0; r < kTogether; ++r) {
+      const A w0 = tile.w0[r0 + r], w1 = tile.w1[r0 + r];
+      A* to = kStore ? store + (i * kRows + r0 + r) * kLanes : nullptr;
+      SEGADV_SIMD
+      for (int p = 0; p < kLanes; ++p) {
+        const A e = exp_nonpositive((w0 * t0[p] + w1 * t1[p]) - shift[r][p]);
+        total[r][p] += e;
+        if constexpr (kSquares) total_squares[r][p] += e * e;
+        if constexpr (kStore) to[p] = e;
+      }
+    }
+  }
+  std::memcpy(sum, total, sizeof(total));
+  std::memcpy(squares, total_squares, sizeof(total));
+}
+
+template <class S>
+SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<S>& tiles, int64_t item,
+                                      Partial& result) {
+  using A = Compute<S>;
+  const Problem& problem = params.problem;
+  const int64_t classes = problem.logits.size[1];
+  TileMap<int32_t> y;
+  TileMap<A> loss, largest, log_normalizer, weight;
+  // exp(z - largest logit) of a block, then their sum and that of their squares
+  std::vector<A> exponentials(problem.grad ? classes * kRows * kLanes : 0);
+  A sum[kRows][kLanes];
+  const bool cosine = params.loss == Loss::kCosPGD;
+  Partial partial;
+  tiles.walk(item, [&](auto& tile) SEGADV_BODY {
+    partial.n_valid += load_labels(problem, tile, y, &partial.bad);
+    A loss_sum[kLanes] = {}, weight_sum[kLanes] = {};
+    for (int b = 0; b < tile.blocks(); ++b) {
+      const int p0 = b * kLanes;
+      Rows<A> best[kRows / kTogether], own[kRows / kTogether];
+      Rows<int32_t> best_class[kRows / kTogether];
+      tile.begin(b);
+      tile.mark_labels(y);
+      tile.list();
+      for (int r0 = 0; r0 < tile.rows; r0 += kTogether) {
+        const int i = r0 / kTogether;
+        if (params.loss == Loss::kSegPGD) {
+          find_best(LargestAndClass(), tile, r0, y, best[i], best_class[i], own[i]);
+        } else {
+          find_best(Largest(), tile, r0, y, best[i], best_class[i], own[i]);
+        }
+      }
+      tile.list_all();
+      for (int r0 = 0; r0 < tile.rows; r0 += kTogether) {
+        const int i = r0 / kTogether;
+        Rows<A> total, squares;
+        if (cosine) {
+          if (problem.grad) {
+            sum_exponentials<true, true>(tile, r0, best[i], total, squares, exponentials.data());
+          } else {
+            sum_exponentials<true, false>(tile, r0, best[i], total, squares, exponentials.data());
+          }
+        } else if (problem.grad) {
+          sum_exponentials<false, true>(tile, r0, best[i], total, squares, exponentials.data());
+        } else {
+          sum_exponentials<false, false>(tile, r0, best[i], total, squares, exponentials.data());
+        }
+        for (int j = 0; j < kTogether; ++j) {
+          const int r = r0 + j;
+          finish_pixels(params, kLanes, y[r] + p0, best_class[i][j], own[i][j], total[j], squares[j], best[i][j],
+                        largest[r] + p0, log_normalizer[r] + p0, weight[r] + p0);
+          for (int p = 0; p < kLanes; ++p) {
+            loss[r][p0 + p] = best[i][j][p];
+            loss_sum[p] += best[i][j][p];
+            weight_sum[p] += weight[r][p0 + p];
+            sum[r][p] = weight[r][p0 + p] / total[j][p];
+          }
+        }
+      }
+      if (!problem.grad) continue;
+      const auto add_gradient = [&](int32_t k, auto labelled, auto finite) SEGADV_BODY {
+        A g0[kLanes] = {}, g1[kLanes] = {};
+        for (int r = 0; r < tile.rows; ++r) {
+          const int32_t* label = y[r] + p0;
+          const A *e = exponentials.data() + (k * kRows + r) * kLanes, *pixel_weight = weight[r] + p0;
+          const A w0 = tile.w0[r], w1 = tile.w1[r];
+          SEGADV_SIMD
+          for (int p = 0; p < kLanes; ++p) {
+            A g = e[p] * sum[r][p];
+            if (labelled) g -= select(label[p] == k, pixel_weight[p], A(0));
+            if (!finite) g = select(label[p] >= 0, g, A(0));
+            g0[p] += w0 * g;
+            g1[p] += w1 * g;
+          }
+        }
+        tile.add(k, g0, g1);
+      };
+      for (int32_t k = 0; k < tile.listed; ++k) {
+        if (!tile.finite) {
+          add_gradient(k, std::true_type(), std::false_type());
+        } else if (tile.has_label(k)) {
+          add_gradient(k, std::true_type(), std::true_type());
+        } else {
+          add_gradient(k, std::false_type(), std::true_type());
+        }
+      }
+    }
+    A loss_of_tile = 0, weight_of_tile = 0;
+    for (int p = 0; p < kLanes; ++p) loss_of_tile += loss_sum[p], weight_of_tile += weight_sum[p];
+    partial.loss_sum += loss_of_tile;
+    partial.weight_sum += weight_of_tile;
+    if (params.pixel_loss) store_map(params.pixel_loss, tile, loss);
+    if (params.largest) store_map(params.largest, tile, largest);
+    if (params.log_normalizer) store_map(params.log_normalizer, tile, log_normalizer);
+    if (params.pixel_weight) store_map(params.pixel_weight, tile, weight);
+  });
+  result = partial;
+}
+
+template <class S>
+SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, FullTiles<S>& tiles,
+                                               int64_t item, Partial& result) {
+  using A = Compute<S>;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile];
@@ -153,11 +290,60 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   result = partial;
 }
 
+template <class S>
+SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, UpTiles<S>& tiles,
+                                               int64_t item, Partial& result) {
+  using A = Compute<S>;
+  const Problem& problem = params.problem;
+  TileMap<int32_t> y;
+  TileMap<A> weight, pixel_weight, largest, log_normalizer;
+  const A* class_weight = static_cast<const A*>(params.class_weight.data);
+  Partial partial;
+  tiles.walk(item, [&](auto& tile) SEGADV_BODY {
+    load_labels(problem, tile, y, &partial.bad);
+    load_map(params.grad_loss, tile, weight);
+    load_map(params.largest, tile, largest);
+    load_map(params.log_normalizer, tile, log_normalizer);
+    if (params.pixel_weight) load_map(params.pixel_weight, tile, pixel_weight);
+    for (int r = 0; r < tile.rows; ++r) {
+      for (int p = 0; p < tile.count; ++p) {
+        const A of_class = class_weight ? class_weight[y[r][p] >= 0 ? y[r][p] : 0] : A(1);
+        weight[r][p] *= params.pixel_weight ? of_class * pixel_weight[r][p] : of_class;
+      }
+    }
+    for (int b = 0; b < tile.blocks(); ++b) {
+      tile.begin(b);
+      const int p0 = tile.p0;
+      tile.list_all();
+      for (int i = 0; i < tile.listed; ++i) {
+        const int32_t k = static_cast<int32_t>(i);
+        const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
+        A g0[kLanes] = {}, g1[kLanes] = {};
+        for (int r = 0; r < tile.rows; ++r) {
+          const int32_t* label = y[r] + p0;
+          const A w0 = tile.w0[r], w1 = tile.w1[r];
+          SEGADV_SIMD
+          for (int p = 0; p < kLanes; ++p) {
+            const A z = w0 * t0[p] + w1 * t1[p];
+            const A softmax = exp_nonpositive((z - largest[r][p0 + p]) - log_normalizer[r][p0 + p]);
+            const A g = weight[r][p0 + p] * (softmax - select(label[p] == k, A(1), A(0)));
+            const A valid = select(label[p] >= 0, g, A(0));
+            g0[p] += w0 * valid;
+            g1[p] += w1 * valid;
+          }
+        }
+        tile.add(k, g0, g1);
+      }
+    }
+  });
+  result = partial;
+}
+
 }  // namespace
 
 int64_t cross_entropy(const CrossEntropyParams& params) {
   int64_t bad = -1;
-  dispatch_tiles(params.problem, {}, [&](auto& tiles) {
+  dispatch_tiles(params.problem, {}, 1, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) { cross_entropy_item(params, tiles, item, partial[item]); });
@@ -172,7 +358,7 @@ int64_t cross_entropy(const CrossEntropyParams& params) {
 
 int64_t cross_entropy_backward(const CrossEntropyBackwardParams& params) {
   int64_t bad = -1;
-  dispatch_tiles(params.problem, params.grad_loss, [&](auto& tiles) {
+  dispatch_tiles(params.problem, params.grad_loss, 0, [&](auto& tiles) {
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) {
       cross_entropy_backward_item(params, tiles, item, partial[item]);

@@ -4,9 +4,11 @@
 // once, the gradient written once (where wanted), labels read once. At full resolution bound by memory: 1.4 to 1.7 times
 // a copy of the logits into fresh memory (benchmarks/ops.py, floor). Resampled, bound by arithmetic: about 5 vector
 // operations per class and 16 pixels.
+#include <cstring>
 #include <limits>
 
 #include "cpu/tiles.h"
+#include "cpu/up_tiles.h"
 
 namespace segadv::cpu {
 namespace {
@@ -94,31 +96,50 @@ void write_planes(const TensorView& grad, const PixelClasses& pixels, const std:
 template <class T, class A>
 SEGADV_INLINE void put_margin_gradient(const T& tile, int64_t classes, const int32_t* y, const int32_t* runner_up,
                                        const A* value) {
-  if constexpr (std::is_same_v<T, Tile<double, true>> || std::is_same_v<T, Tile<float, true>> ||
-                std::is_same_v<T, Tile<Half, true>> || std::is_same_v<T, Tile<BFloat16, true>>) {
-    // Sums: only two classes of a pixel take part.
+  for (int64_t c = 0; c < classes; ++c) {
+    const int32_t k = static_cast<int32_t>(c);
+    SEGADV_SIMD
     for (int p = 0; p < tile.count; ++p) {
-      if (y[p] < 0) continue;
-      tile.put(y[p], p, value[p]);
-      tile.put(runner_up[p], p, -value[p]);
-    }
-  } else {
-    for (int64_t c = 0; c < classes; ++c) {
-      const int32_t k = static_cast<int32_t>(c);
-      SEGADV_SIMD
-      for (int p = 0; p < tile.count; ++p) {
-        const A v = value[p];  // loaded always: a load under a condition would become a slow masked one
-        const A other = runner_up[p] == k ? -v : A(0);
-        tile.put(c, p, y[p] == k ? v : other);
-      }
+      const A v = value[p];  // loaded always: a load under a condition would become a slow masked one
+      const A other = runner_up[p] == k ? -v : A(0);
+      tile.put(c, p, y[p] == k ? v : other);
     }
   }
 }
 
-template <class Tiles>
-SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& pixels, Tiles& tiles, int64_t item,
-                               Partial& result) {
-  using A = typename Tiles::A;
+// The same for a tile's block: the listed classes get it. `value` is null where it is 1.
+template <class T, class A>
+SEGADV_INLINE void add_margin_gradient(T& tile, const TileMap<int32_t>& y, const TileMap<int32_t>& runner_up,
+                                       const TileMap<A>* value) {
+  const int p0 = tile.p0;
+  for (int i = 0; i < tile.listed; ++i) {
+    const int32_t k = tile.classes[i];
+    A g0[kLanes] = {}, g1[kLanes] = {};
+    int32_t any[kLanes] = {};
+    for (int r = 0; r < tile.rows; ++r) {
+      const int32_t *label = y[r] + p0, *runner = runner_up[r] + p0;
+      const A w0 = tile.w0[r], w1 = tile.w1[r];
+      SEGADV_SIMD
+      for (int p = 0; p < kLanes; ++p) {
+        const A v = value ? (*value)[r][p0 + p] : A(1);
+        const bool is_label = label[p] == k, is_runner = runner[p] == k;
+        const A g = select(is_label, v, A(0)) - select(is_runner, v, A(0));
+        any[p] |= is_label | is_runner;
+        g0[p] += w0 * g;
+        g1[p] += w1 * g;
+      }
+    }
+    uint64_t some = 0, pairs[kLanes / 2];
+    std::memcpy(pairs, any, sizeof(any));
+    for (int p = 0; p < kLanes / 2; ++p) some |= pairs[p];
+    if (some) tile.add(k, g0, g1);
+  }
+}
+
+template <class S>
+SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& pixels, FullTiles<S>& tiles,
+                               int64_t item, Partial& result) {
+  using A = Compute<S>;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], runner_up[kMaxTile];
@@ -167,10 +188,86 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
   result = partial;
 }
 
-template <class Tiles>
-SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, const PixelClasses& pixels, Tiles& tiles,
+// All pixels of two rows of a block at once: their running maxima stay in registers.
+template <class S>
+SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, UpTiles<S>& tiles, int64_t item,
+                               Partial& result) {
+  using A = Compute<S>;
+  const Problem& problem = params.problem;
+  TileMap<int32_t> y, runner_up;
+  TileMap<A> margin;
+  Partial partial;
+  tiles.walk(item, [&](auto& tile) SEGADV_BODY {
+    partial.n_valid += load_labels(problem, tile, y, &partial.bad);
+    A sums[kLanes] = {};
+    for (int b = 0; b < tile.blocks(); ++b) {
+      tile.begin(b);
+      const int p0 = tile.p0;
+      tile.mark_labels(y);
+      tile.list();
+      for (int r0 = 0; r0 < tile.rows; r0 += kTogether) {
+        Rows<A> best, own;
+        Rows<int32_t> best_class;
+        find_best(LargestOfOthers(), tile, r0, y, best, best_class, own);
+        for (int r = 0; r < kTogether; ++r) {
+          SEGADV_SIMD
+          for (int p = 0; p < kLanes; ++p) {
+            const bool valid = y[r0 + r][p0 + p] >= 0;
+            const A value = valid ? own[r][p] - best[r][p] : A(0);
+            sums[p] += value;
+            margin[r0 + r][p0 + p] = value;
+            runner_up[r0 + r][p0 + p] = valid ? best_class[r][p] : -1;
+          }
+        }
+      }
+      if (problem.grad) add_margin_gradient<decltype(tile), A>(tile, y, runner_up, nullptr);
+    }
+    A sum = 0;
+    for (int p = 0; p < kLanes; ++p) sum += sums[p];
+    partial.gain_sum += sum;
+    if (params.margin) store_map(params.margin, tile, margin);
+    if (params.runner_up) store_classes(params.runner_up, tile, runner_up);
+  });
+  result = partial;
+}
+
+template <class S>
+SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, const PixelClasses&, UpTiles<S>& tiles,
                                         int64_t item, Partial& result) {
-  using A = typename Tiles::A;
+  using A = Compute<S>;
+  const Problem& problem = params.problem;
+  TileMap<int32_t> y, runner_up;
+  TileMap<A> value;
+  Partial partial;
+  tiles.walk(item, [&](auto& tile) SEGADV_BODY {
+    load_labels(problem, tile, y, &partial.bad);
+    if (!problem.grad) return;
+    load_classes(params.runner_up, tile, runner_up);
+    load_map(params.grad_margin, tile, value);
+    for (int b = 0; b < tile.blocks(); ++b) {
+      tile.begin(b);
+      const int p0 = tile.p0;
+      for (int r = 0; r < tile.rows; ++r) {
+        for (int p = 0; p < kLanes; ++p) {
+          if (y[r][p0 + p] < 0) {
+            runner_up[r][p0 + p] = -1;
+            continue;
+          }
+          tile.mark(y[r][p0 + p]);
+          tile.mark(runner_up[r][p0 + p]);
+        }
+      }
+      tile.list();
+      add_margin_gradient(tile, y, runner_up, &value);
+    }
+  });
+  result = partial;
+}
+
+template <class S>
+SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, const PixelClasses& pixels,
+                                        FullTiles<S>& tiles, int64_t item, Partial& result) {
+  using A = Compute<S>;
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], runner_up[kMaxTile];
@@ -197,7 +294,7 @@ int64_t margin(const MarginParams& given) {
   const bool planes = writes_planes(given.problem);
   const PixelClasses pixels(given.problem, planes);
   if (planes) params.problem.grad = {};
-  dispatch_tiles(params.problem, {}, [&](auto& tiles) {
+  dispatch_tiles(params.problem, {}, 2, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) { margin_item(params, pixels, tiles, item, partial[item]); });
@@ -218,7 +315,7 @@ int64_t margin_backward(const MarginBackwardParams& given) {
   const bool planes = per_image && writes_planes(given.problem);
   const PixelClasses pixels(given.problem, planes);
   if (planes) params.problem.grad = {};
-  dispatch_tiles(params.problem, grad_margin, [&](auto& tiles) {
+  dispatch_tiles(params.problem, grad_margin, 0, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) { margin_backward_item(params, pixels, tiles, item, partial[item]); });

@@ -1,5 +1,9 @@
-// The parts of a walk over tiles that do not depend on the kernel: labels, class maps, conversion, resampling along x.
+// The parts of a walk over tiles that do not depend on the kernel: labels, class maps, conversion, rivals.
 #include "cpu/tiles.h"
+
+#include <limits>
+
+#include "cpu/up_tiles.h"
 
 namespace segadv::cpu {
 namespace {
@@ -25,43 +29,6 @@ SEGADV_CLONES int load_labels_as(const L* labels, int64_t stride, int count, int
     }
   }
   return valid;
-}
-
-template <class A>
-SEGADV_CLONES void expand_clones(const A* row, int64_t width, int64_t classes, const Columns<A>& columns, A* to,
-                                 int64_t to_stride) {
-  const int32_t *x0 = columns.x0, *x1 = columns.x1;
-  const A* weight = columns.weight;
-  const int count = columns.count;
-  for (int64_t c = 0; c < classes; ++c) {
-    const A* from = row + c * width;
-    A* out = to + c * to_stride;
-    SEGADV_SIMD
-    for (int p = 0; p < count; ++p) out[p] = (A(1) - weight[p]) * from[x0[p]] + weight[p] * from[x1[p]];
-  }
-}
-
-template <class A>
-SEGADV_CLONES void contract_clones(const A* from, int64_t from_stride, int64_t classes, const Columns<A>& columns,
-                                   A* row, int64_t width) {
-  const int32_t *x0 = columns.x0, *x1 = columns.x1;
-  const A* weight = columns.weight;
-  const int count = columns.count;
-  for (int p = 0; p < count;) {
-    int end = p + 1;
-    while (end < count && x0[end] == x0[p]) ++end;
-    for (int64_t c = 0; c < classes; ++c) {
-      const A* in = from + c * from_stride;
-      A left = 0, right = 0;
-      for (int i = p; i < end; ++i) {
-        left += (A(1) - weight[i]) * in[i];
-        right += weight[i] * in[i];
-      }
-      row[c * width + x0[p]] += left;
-      row[c * width + x1[p]] += right;
-    }
-    p = end;
-  }
 }
 
 template <class S>
@@ -97,6 +64,59 @@ SEGADV_CLONES void store_clones(const Compute<S>* from, int64_t from_stride, int
     for (int64_t c = 0; c < classes; ++c)
       for (int64_t p = 0; p < count; ++p)
         to[c * class_stride + p * pixel_stride] = from_compute<S>(from[c * from_stride + p]);
+  }
+}
+
+template <class A>
+SEGADV_CLONES bool all_finite_clones(const A* values, int64_t count) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += values[i] - values[i];
+  return sum == A(0);
+}
+
+template <class A>
+SEGADV_CLONES void mark_rivals_clones(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes,
+                                      int rivals, uint8_t* mark) {
+  for (int64_t x = 0; x < columns; x += kLanes) {
+    const A *u = upper + x, *l = lower + x;
+    // The classes whose mean of four logits is largest, and the lower one of the two at each of the four.
+    A first[kLanes], second[kLanes], bound00[kLanes], bound01[kLanes], bound10[kLanes], bound11[kLanes];
+    int32_t first_class[kLanes], second_class[kLanes];
+    for (int p = 0; p < kLanes; ++p) {
+      first[p] = second[p] = -std::numeric_limits<A>::infinity();
+      first_class[p] = second_class[p] = 0;
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const A *uc = u + c * stride, *lc = l + c * stride;
+      const int32_t k = static_cast<int32_t>(c);
+      SEGADV_SIMD
+      for (int p = 0; p < kLanes; ++p) {
+        const A sum = (uc[p] + uc[p + 1]) + (lc[p] + lc[p + 1]);
+        const A old = first[p], old_second = second[p];
+        const int32_t old_class = first_class[p], old_second_class = second_class[p];
+        const bool leads = sum > old, follows = sum > old_second;
+        first[p] = leads ? sum : old;
+        first_class[p] = leads ? k : old_class;
+        second[p] = leads ? old : (follows ? sum : old_second);
+        second_class[p] = leads ? old_class : (follows ? k : old_second_class);
+      }
+    }
+    for (int p = 0; p < kLanes; ++p) {
+      const int64_t a = first_class[p] * stride + p, b = (rivals > 1 ? second_class[p] : first_class[p]) * stride + p;
+      bound00[p] = std::min(u[a], u[b]), bound01[p] = std::min(u[a + 1], u[b + 1]);
+      bound10[p] = std::min(l[a], l[b]), bound11[p] = std::min(l[a + 1], l[b + 1]);
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const A *uc = u + c * stride, *lc = l + c * stride;
+      uint8_t* to = mark + c * columns + x;
+      SEGADV_SIMD
+      for (int p = 0; p < kLanes; ++p) {
+        const A z00 = uc[p], z01 = uc[p + 1], z10 = lc[p], z11 = lc[p + 1], sum = (z00 + z01) + (z10 + z11);
+        const bool below = (z00 < bound00[p]) & (z01 < bound01[p]) & (z10 < bound10[p]) & (z11 < bound11[p]);
+        to[p] = !(below & (sum - sum == A(0)));
+      }
+    }
   }
 }
 
@@ -155,12 +175,13 @@ void store_block(const Compute<S>* from, int64_t from_stride, int64_t classes, i
   store_clones<S>(from, from_stride, classes, count, to, class_stride, pixel_stride);
 }
 template <class A>
-void expand(const A* row, int64_t width, int64_t classes, const Columns<A>& columns, A* to, int64_t to_stride) {
-  expand_clones(row, width, classes, columns, to, to_stride);
+bool all_finite(const A* values, int64_t count) {
+  return all_finite_clones(values, count);
 }
 template <class A>
-void contract(const A* from, int64_t from_stride, int64_t classes, const Columns<A>& columns, A* row, int64_t width) {
-  contract_clones(from, from_stride, classes, columns, row, width);
+void mark_rivals(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes, int rivals,
+                 uint8_t* mark) {
+  mark_rivals_clones(upper, lower, stride, columns, classes, rivals, mark);
 }
 
 #define SEGADV_INSTANTIATE_BLOCKS(S)                                                                              \
@@ -172,11 +193,9 @@ SEGADV_INSTANTIATE_BLOCKS(Half)
 SEGADV_INSTANTIATE_BLOCKS(BFloat16)
 #undef SEGADV_INSTANTIATE_BLOCKS
 
-#define SEGADV_INSTANTIATE_COLUMNS(A)                                                                             \
-  template void expand<A>(const A*, int64_t, int64_t, const Columns<A>&, A*, int64_t);                            \
-  template void contract<A>(const A*, int64_t, int64_t, const Columns<A>&, A*, int64_t);
-SEGADV_INSTANTIATE_COLUMNS(float)
-SEGADV_INSTANTIATE_COLUMNS(double)
-#undef SEGADV_INSTANTIATE_COLUMNS
+template bool all_finite<float>(const float*, int64_t);
+template bool all_finite<double>(const double*, int64_t);
+template void mark_rivals<float>(const float*, const float*, int64_t, int64_t, int64_t, int, uint8_t*);
+template void mark_rivals<double>(const double*, const double*, int64_t, int64_t, int64_t, int, uint8_t*);
 
 }  // namespace segadv::cpu

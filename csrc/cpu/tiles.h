@@ -1,14 +1,7 @@
-// How a kernel walks over the pixels: in tiles, each all classes of up to `tile` neighbouring pixels of a row at the
-// labels' size, small enough for the cache. A kernel is a body that reads tile.z(class, pixel) and labels, and may
-// write tile.put(class, pixel, gradient). Two walks offer the same tiles:
-//
-// * FullTiles: the logits have the labels' size. float and double with neighbouring pixels are read in place;
-//   other types and layouts pass through a buffer of one tile.
-// * UpTiles: the logits are resampled on the fly. Output pixels that share their top-left tap form a quad. For a
-//   row of quads and a tile of columns, both rows of logits are resampled along x once (t0, t1); an output row is
-//   then w0 * t0 + w1 * t1. The gradient goes the same way back: g0 += w0 * g and g1 += w1 * g over the output rows
-//   of the quads, then once along x into two rows of low-resolution sums. Nothing larger than two rows is kept.
-//   A band of quad rows is one item; the rows that two bands share are added at the end, in a fixed order.
+// How a kernel walks over pixels whose logits have the labels' size: in tiles, each all classes of up to `tile`
+// neighbouring pixels of a row, small enough for the cache. A kernel is a body that reads tile.z(class, pixel) and
+// labels, and may write tile.put(class, pixel, gradient). float and double with neighbouring pixels are read in place;
+// other types and layouts pass through a buffer of one tile. Resampled logits: up_tiles.h.
 #pragma once
 
 #include <algorithm>
@@ -27,45 +20,27 @@ namespace segadv::cpu {
 constexpr int kMaxTile = 512;
 constexpr int64_t kNoBadLabel = std::numeric_limits<int64_t>::max();
 
-template <class S, bool kUp>
+template <class A>
 struct Tile {
-  using A = Compute<S>;
-  int64_t n, y, x;  // image, output row, first output column
+  int64_t n, y, x;  // image, row, first column
   int count;        // pixels
-  const A* z0;
-  const A* z1;
-  int64_t z_stride;  // between classes
-  A* g0;             // null where no gradient is wanted
-  A* g1;
-  int64_t g_stride;
-  A w0, w1;  // weights of the two rows
+  const A* logits;
+  int64_t logits_stride;  // between classes
+  A* grad;                // null where no gradient is wanted
+  int64_t grad_stride;
 
-  SEGADV_INLINE A z(int64_t c, int p) const {
-    if constexpr (kUp) {
-      return w0 * z0[c * z_stride + p] + w1 * z1[c * z_stride + p];
-    } else {
-      return z0[c * z_stride + p];
-    }
-  }
-  // Fetches what is read three classes later, in the next tile after the last class. At full resolution the classes
-  // lie megabytes apart, and the hardware's own prefetching has to start anew for each.
+  SEGADV_INLINE A z(int64_t c, int p) const { return logits[c * logits_stride + p]; }
+  // Fetches what is read three classes later, in the next tile after the last class. The classes lie megabytes apart,
+  // and the hardware's own prefetching has to start anew for each.
   SEGADV_INLINE void prefetch_after(int64_t c, int64_t classes) const {
-    if constexpr (!kUp) {
-      const int64_t ahead = c + 3;
-      const A* next = ahead < classes ? z0 + ahead * z_stride : z0 + (ahead - classes) * z_stride + count;
-      const char* line = reinterpret_cast<const char*>(next);
-      for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(line + i);
-    }
+    const int64_t ahead = c + 3;
+    const A* next =
+        ahead < classes ? logits + ahead * logits_stride : logits + (ahead - classes) * logits_stride + count;
+    const char* line = reinterpret_cast<const char*>(next);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(line + i);
   }
   // Gradient of class c: every class of every pixel exactly once.
-  SEGADV_INLINE void put(int64_t c, int p, A g) const {
-    if constexpr (kUp) {
-      g0[c * g_stride + p] += w0 * g;
-      g1[c * g_stride + p] += w1 * g;
-    } else {
-      g0[c * g_stride + p] = g;
-    }
-  }
+  SEGADV_INLINE void put(int64_t c, int p, A g) const { grad[c * grad_stride + p] = g; }
 };
 
 // The largest logit of each pixel, and its class by the tie rule where `best_class` is given.
@@ -124,20 +99,6 @@ template <class S>
 void store_block(const Compute<S>* from, int64_t from_stride, int64_t classes, int64_t count, S* to,
                  int64_t class_stride, int64_t pixel_stride);
 
-// Resampling along x of all classes, for the output columns of a tile: x0, x1 and weight (of x1) are theirs.
-template <class A>
-struct Columns {
-  const int32_t* x0;
-  const int32_t* x1;
-  const A* weight;
-  int count;
-};
-template <class A>
-void expand(const A* row, int64_t width, int64_t classes, const Columns<A>& columns, A* to, int64_t to_stride);
-// Its transpose, added to a row of sums; neighbours that share their taps are added up first.
-template <class A>
-void contract(const A* from, int64_t from_stride, int64_t classes, const Columns<A>& columns, A* row, int64_t width);
-
 template <class T>
 SEGADV_INLINE int load_labels(const Problem& problem, const T& tile, int32_t* y, int64_t* first_bad) {
   return load_labels(problem, tile.n, tile.y, tile.x, tile.count, y, first_bad);
@@ -168,7 +129,6 @@ template <class S>
 class FullTiles {
  public:
   using A = Compute<S>;
-  static constexpr bool kUp = false;
 
   // `map`: a further input [N, H, W] of any strides that the body reads, or none.
   FullTiles(const Problem& problem, const TensorView& map = {}) : problem_(problem) {
@@ -201,9 +161,8 @@ class FullTiles {
     std::vector<A> in(copy_in ? classes * tile_ : 0), out(copy_out ? classes * tile_ : 0);
     const int64_t first = item % items_per_image_ * tiles_per_item_;
     const int64_t last = std::min(first + tiles_per_item_, tiles_);
-    Tile<S, false> tile{};
+    Tile<A> tile{};
     tile.n = item / items_per_image_;
-    tile.w0 = 1;
     for (int64_t t = first; t < last; ++t) {
       tile.y = t / tiles_per_row_;
       tile.x = t % tiles_per_row_ * tile_;
@@ -211,20 +170,20 @@ class FullTiles {
       if (copy_in) {
         load_block<S>(at<S>(logits, tile.n, 0, tile.y, tile.x), logits.stride[1], logits.stride[3], classes,
                       tile.count, in.data(), tile_);
-        tile.z0 = in.data();
-        tile.z_stride = tile_;
+        tile.logits = in.data();
+        tile.logits_stride = tile_;
       } else if (logits) {
-        tile.z0 = at<A>(logits, tile.n, 0, tile.y, tile.x);
-        tile.z_stride = logits.stride[1];
+        tile.logits = at<A>(logits, tile.n, 0, tile.y, tile.x);
+        tile.logits_stride = logits.stride[1];
       }
       if (copy_out) {
-        tile.g0 = out.data();
-        tile.g_stride = tile_;
+        tile.grad = out.data();
+        tile.grad_stride = tile_;
       } else if (grad) {
-        tile.g0 = at<A>(grad, tile.n, 0, tile.y, tile.x);
-        tile.g_stride = grad.stride[1];
+        tile.grad = at<A>(grad, tile.n, 0, tile.y, tile.x);
+        tile.grad_stride = grad.stride[1];
       }
-      body(static_cast<const Tile<S, false>&>(tile));
+      body(static_cast<const Tile<A>&>(tile));
       if (copy_out) {
         store_block<S>(out.data(), tile_, classes, tile.count, at<S>(grad, tile.n, 0, tile.y, tile.x),
                        grad.stride[1], grad.stride[3]);
@@ -238,151 +197,6 @@ class FullTiles {
   int tile_;
   int64_t rows_, columns_, tiles_, tiles_per_row_, tiles_per_item_, items_per_image_;
 };
-
-template <class S>
-class UpTiles {
- public:
-  using A = Compute<S>;
-  static constexpr bool kUp = true;
-
-  UpTiles(const Problem& problem, const TensorView& = {}) : problem_(problem) {
-    const int64_t N = problem.logits.size[0], C = problem.logits.size[1];
-    h_ = problem.logits.size[2], w_ = problem.logits.size[3];
-    H_ = problem.labels.size[1], W_ = problem.labels.size[2];
-    tile_ = tile_for(24 << 10, 5, C, sizeof(A));
-    bands_ = ceil_div(h_, kBand);
-    first_row_.assign(h_ + 1, H_);
-    weight_y_.resize(H_);
-    for (int64_t y = H_ - 1; y >= 0; --y) {
-      const Tap tap = bilinear_tap(y, h_, H_, problem.align_corners);
-      first_row_[tap.i0] = y;
-      weight_y_[y] = static_cast<A>(tap.w1);
-    }
-    for (int64_t q = h_ - 1; q >= 0; --q) first_row_[q] = std::min(first_row_[q], first_row_[q + 1]);
-    x0_.resize(W_), x1_.resize(W_), weight_x_.resize(W_);
-    for (int64_t x = 0; x < W_; ++x) {
-      const Tap tap = bilinear_tap(x, w_, W_, problem.align_corners);
-      x0_[x] = static_cast<int32_t>(tap.i0);
-      x1_[x] = static_cast<int32_t>(tap.i1);
-      weight_x_[x] = static_cast<A>(tap.w1);
-    }
-    if (problem.grad) shared_rows_.resize(2 * N * bands_ * C * w_);
-  }
-  int64_t items() const { return problem_.logits.size[0] * bands_; }
-  int64_t items_per_image() const { return bands_; }
-  int width() const { return tile_; }
-
-  template <class Body>
-  SEGADV_INLINE void walk(int64_t item, Body&& body) {
-    const TensorView &logits = problem_.logits, &grad = problem_.grad;
-    const int64_t C = logits.size[1], row = C * w_, block = C * tile_;
-    std::vector<A> rows(logits ? 2 * row : 0), sums(grad ? 2 * row : 0);
-    std::vector<A> t(logits ? 2 * block : 0), g(grad ? 2 * block : 0);
-    A *upper = rows.data(), *lower = rows.data() + (logits ? row : 0);
-    A *sum0 = sums.data(), *sum1 = sums.data() + (grad ? row : 0);
-    Tile<S, true> tile{};
-    tile.n = item / bands_;
-    tile.z0 = t.data(), tile.z1 = t.data() + (logits ? block : 0);
-    tile.g0 = g.data(), tile.g1 = g.data() + (grad ? block : 0);
-    tile.z_stride = tile.g_stride = tile_;
-    const int64_t q_begin = item % bands_ * kBand, q_end = std::min(q_begin + kBand, h_);
-    if (logits) load_row(tile.n, q_begin, lower);
-    for (int64_t q = q_begin; q < q_end; ++q) {
-      if (logits) {
-        std::swap(upper, lower);
-        load_row(tile.n, std::min(q + 1, h_ - 1), lower);
-      }
-      const int64_t y_begin = first_row_[q], y_end = first_row_[q + 1];
-      for (int64_t x = 0; x < W_ && y_begin < y_end; x += tile_) {
-        tile.x = x;
-        tile.count = static_cast<int>(std::min<int64_t>(tile_, W_ - x));
-        if (logits) {
-          expand(upper, w_, C, columns(tile), t.data(), tile_);
-          expand(lower, w_, C, columns(tile), t.data() + block, tile_);
-        }
-        std::fill(g.begin(), g.end(), A(0));
-        for (int64_t y = y_begin; y < y_end; ++y) {
-          tile.y = y;
-          tile.w1 = weight_y_[y];
-          tile.w0 = A(1) - tile.w1;
-          body(static_cast<const Tile<S, true>&>(tile));
-        }
-        if (grad) {
-          contract(g.data(), tile_, C, columns(tile), sum0, w_);
-          contract(g.data() + block, tile_, C, columns(tile), sum1, w_);
-        }
-      }
-      if (!grad) continue;
-      if (q == h_ - 1) {  // the row below the last one is the last one itself
-        for (int64_t i = 0; i < row; ++i) sum0[i] += sum1[i];
-      }
-      if (q == q_begin) {
-        std::copy(sum0, sum0 + row, shared_row(item, 0));
-      } else {
-        store_row(tile.n, q, sum0);
-      }
-      std::swap(sum0, sum1);
-      std::fill(sum1, sum1 + row, A(0));
-    }
-    if (grad) std::copy(sum0, sum0 + row, shared_row(item, 1));
-  }
-
-  // The first row of every band: its own sums and what the band above left for it.
-  void finish() {
-    if (!problem_.grad) return;
-    const int64_t row = problem_.logits.size[1] * w_;
-    for (int64_t item = 0; item < items(); ++item) {
-      A* sum = shared_row(item, 0);
-      if (item % bands_ != 0) {
-        const A* above = shared_row(item - 1, 1);
-        for (int64_t i = 0; i < row; ++i) sum[i] += above[i];
-      }
-      store_row(item / bands_, item % bands_ * kBand, sum);
-    }
-  }
-
- private:
-  static constexpr int64_t kBand = 4;  // rows of quads in an item
-
-  A* shared_row(int64_t item, int which) {
-    return shared_rows_.data() + (2 * item + which) * problem_.logits.size[1] * w_;
-  }
-  void load_row(int64_t n, int64_t y, A* row) const {
-    const TensorView& logits = problem_.logits;
-    load_block<S>(at<S>(logits, n, 0, y, 0), logits.stride[1], logits.stride[3], logits.size[1], w_, row, w_);
-  }
-  void store_row(int64_t n, int64_t y, const A* row) const {
-    const TensorView& grad = problem_.grad;
-    store_block<S>(row, w_, grad.size[1], w_, at<S>(grad, n, 0, y, 0), grad.stride[1], grad.stride[3]);
-  }
-  SEGADV_INLINE Columns<A> columns(const Tile<S, true>& tile) const {
-    return {x0_.data() + tile.x, x1_.data() + tile.x, weight_x_.data() + tile.x, tile.count};
-  }
-
-  const Problem& problem_;
-  int tile_;
-  int64_t h_, w_, H_, W_, bands_;
-  std::vector<int64_t> first_row_;      // [h + 1]: first output row whose upper tap is q or below
-  std::vector<A> weight_y_, weight_x_;  // of the lower and of the right tap
-  std::vector<int32_t> x0_, x1_;
-  std::vector<A> shared_rows_;  // [items][2][C][w]: a band's first row, and its share of the row below it
-};
-
-// Calls f(tiles) with the walk that fits the problem and its storage type.
-template <class F>
-void dispatch_tiles(const Problem& problem, const TensorView& map, F&& f) {
-  dispatch_floating(problem.logits.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    const bool same = problem.logits.size[2] == problem.labels.size[1] && problem.logits.size[3] == problem.labels.size[2];
-    if (same) {
-      FullTiles<S> tiles(problem, map);
-      f(tiles);
-    } else {
-      UpTiles<S> tiles(problem, map);
-      f(tiles);
-    }
-  });
-}
 
 // Sums the slots of each image's items, in order.
 template <class T, class Partial, class Member>
