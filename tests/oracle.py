@@ -172,6 +172,41 @@ def random_case(seed: int, dtype: torch.dtype, *, largest: int = 40, full_resolu
     return leave_out_ties(Case(logits, labels.to(label_dtype), ignore_index, bool(integer(0, 1)), 0))
 
 
+# Own size, labels' size, align_corners, dtype, by seed: small ones first, which suffice slow backends; then several
+# tiles, bands and blocks of the CPU's walk, and what is left of each; many and no pixels between two logits.
+SMOOTH: list[tuple[tuple[int, int], tuple[int, int], bool, torch.dtype]] = [
+    ((2, 3), (16, 24), False, torch.float32),
+    ((3, 2), (12, 19), True, torch.float64),
+    ((3, 5), (7, 11), False, torch.float32),
+    ((2, 2), (8, 8), True, torch.float32),
+    *(
+        (own, size, align_corners, dtype)
+        for own, size in (((5, 33), (40, 264)), ((2, 40), (41, 300)), ((6, 9), (24, 150)), ((7, 150), (9, 140)))
+        for align_corners in (False, True)
+        for dtype in (torch.float32, torch.float64)
+    ),
+    ((9, 1), (99, 6), False, torch.float32),
+]
+
+
+def smooth_case(seed: int) -> Case:
+    """As of a trained network: smooth logits, of which few classes compete anywhere, and labels in regions.
+
+    Most labels are the class of the largest logit, some any class. `seed`: of `SMOOTH`.
+    """
+    own, size, align_corners, dtype = SMOOTH[seed]
+    classes, g = 19, torch.Generator().manual_seed(seed)
+    field = 4 * torch.randn(2, classes, 3, 3, generator=g, dtype=torch.float64, device="cpu")
+    noise = 0.2 * torch.randn(2, classes, *own, generator=g, dtype=torch.float64, device="cpu")
+    labels = upsample(field, size).argmax(1)
+    other = torch.rand(labels.shape, generator=g, device="cpu") < 0.1
+    labels[other] = torch.randint(0, classes, (int(other.sum()),), generator=g, device="cpu")
+    labels[:, :1] = 255
+    device = torch.get_default_device()
+    logits = (upsample(field, own) + noise).to(dtype)
+    return leave_out_ties(Case(logits.to(device), labels.to(device), 255, align_corners, 0))
+
+
 # --- comparing --------------------------------------------------------------------------------------------------
 
 

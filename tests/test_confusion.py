@@ -26,6 +26,13 @@ def test_random_cases(backend: str, seed: int, dtype: torch.dtype, largest: int)
     assert prediction.dtype is torch.uint8
 
 
+@pytest.mark.parametrize("seed", range(len(oracle.SMOOTH)))
+def test_smooth_logits(backend: str, seed: int) -> None:
+    case = oracle.smooth_case(seed)
+    expected = oracle.confusion(case.logits, case.labels, **case.options)
+    assert torch.equal(F.confusion_matrix(case.logits, case.labels, per_image=True, **case.options), expected)
+
+
 def test_ties_nan_and_infinity(backend: str) -> None:
     z = torch.zeros(1, 3, 1, 5)
     z[0, :, 0, 1] = torch.tensor([1.0, 2.0, 2.0])

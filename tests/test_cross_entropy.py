@@ -81,6 +81,29 @@ def test_cross_entropy_of_logits_far_from_each_other(
         oracle.assert_accurate(ours(logits), values(logits), values(logits.double()), f"pixels of {what}")
 
 
+@pytest.mark.parametrize("seed", range(len(oracle.SMOOTH)))
+def test_smooth_logits(backend: str, seed: int) -> None:
+    case = oracle.smooth_case(seed)
+    for name in LOSSES:
+        steps = {"step": 1, "steps": 3} if name == "segpgd" else {}
+
+        def plain(z: Tensor, name: str = name) -> Tensor:
+            if name == "segpgd":
+                return oracle.segpgd_map(z, case.labels, 1 / 6, **case.options)
+            if name == "cospgd":
+                return oracle.cospgd_map(z, case.labels, **case.options)
+            return oracle.cross_entropy_map(z, case.labels, **case.options)
+
+        z_eager, z64 = case.logits.clone().requires_grad_(), case.logits.double().requires_grad_()
+        eager, truth = plain(z_eager), plain(z64)
+        loss_sum, _, grad = F.loss_and_grad(case.logits, case.labels, loss=name, **steps, **case.options)
+        oracle.assert_accurate(loss_sum, eager.sum((1, 2)), truth.sum((1, 2)), name)
+        (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
+        (grad64,) = torch.autograd.grad(truth.sum(), z64)
+        oracle.assert_accurate(grad, grad_eager, grad64, f"gradient of {name}")
+        oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {name}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(40))
 def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:

@@ -224,6 +224,39 @@ def test_two_hundred_resampled_cases(seed: int) -> None:
         assert torch.equal(matrix, oracle.confusion(case.logits, case.labels, **case.options))
 
 
+@pytest.mark.parametrize("seed", range(len(oracle.SMOOTH)))
+def test_smooth_logits(backend: str, seed: int) -> None:
+    """Where a backend leaves out classes that cannot be the runner-up, it leaves out the right ones."""
+    case = oracle.smooth_case(seed)
+    z, z_eager = case.logits.clone().requires_grad_(), case.logits.clone().requires_grad_()
+    z64 = case.logits.double().requires_grad_()
+    eager, truth = (oracle.pixel_margin(x, case.labels, **case.options) for x in (z_eager, z64))
+    margin = F.pixel_margin(z, case.labels, **case.options)
+    oracle.assert_accurate(margin, eager, truth, "pixel_margin")
+    (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
+    (grad64,) = torch.autograd.grad(truth.sum(), z64)
+    (grad,) = torch.autograd.grad(margin.sum(), z)
+    gain_sum, _, grad_in_one_pass = F.gain_and_grad(z, case.labels, **case.options)
+    oracle.assert_accurate(gain_sum, eager.sum((1, 2)), truth.sum((1, 2)), "gain_sum", addends=truth.abs().sum((1, 2)))
+    for ours in (grad, grad_in_one_pass):
+        oracle.assert_accurate(ours, grad_eager, grad64, "gradient")
+        oracle.assert_same_direction(ours, grad_eager, grad64, "gradient")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("of_label", [False, True])
+def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(backend: str, value: float, of_label: bool) -> None:
+    """Those next to it, and there the margin is eager PyTorch's."""
+    z, y = torch.randn(2, 5, 5, 7), torch.randint(0, 3, (2, 20, 35))
+    z[0, 1 if of_label else 4, 2, 3] = value
+    margin, eager = F.pixel_margin(z, y), oracle.pixel_margin(z, y)
+    assert torch.equal(margin.isfinite(), eager.isfinite())
+    assert torch.equal(margin.isnan(), eager.isnan())
+    torch.testing.assert_close(margin, eager, equal_nan=True)
+    matrix, expected = F.confusion_matrix(z, y), oracle.confusion(z, y).sum(0)
+    assert torch.equal(matrix, expected)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_resampled_ties_are_ties(backend: str, seed: int) -> None:
     """Two equal planes of logits have margin 0 everywhere, whatever the rounding of the resampling."""
