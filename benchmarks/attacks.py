@@ -21,6 +21,7 @@ from segadv.attacks.base import frozen
 from segadv.evaluation import evaluate
 from segadv.models import small_pspnet
 
+from .cases import random_regions
 from .measure import commit, machine
 from .overhead import destination
 from .records import Record, Samples, Where, median, milliseconds_of, percent_over, write_records
@@ -78,7 +79,7 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
     torch.manual_seed(0)
     model = small_pspnet().eval()
     batch = torch.rand(images, 3, *size)
-    labels = torch.randint(0, 19, (images, *size)).to(torch.uint8)
+    labels = random_regions(images, 19, size).to(torch.uint8)
     logits_grad = torch.randn_like(model(batch).detach())
     attacks: dict[tuple[str, int], Attack] = {("FGSM", 1): FGSM(model, eps=0.03), ("FastNewton", 1): FastNewton(model)}
     attacks |= {(kind.__name__, steps): kind(model, steps=steps, **BUDGET) for kind in ITERATIVE for steps in (1, 3)}

@@ -37,7 +37,7 @@ from segadv import functional as F
 from segadv import models
 from segadv.ops import backends, library
 
-from .cases import CASES, Case
+from .cases import CASES, Case, random_regions
 from .measure import (
     DeviceRow,
     Timing,
@@ -306,10 +306,9 @@ class Run:
 
     @property
     def cases(self) -> dict[str, Case]:
-        """All with the batch size of training."""
-        if self.dry:
-            return {name: replace(case, images=2, own=8, size=32) for name, case in CASES.items()}
-        return {name: replace(case, images=16) for name, case in CASES.items()}
+        """All with the batch size of training; noise is a case for the CPU."""
+        changes = {"images": 2, "own": 8, "size": 32} if self.dry else {"images": 16}
+        return {name: replace(case, **changes) for name, case in CASES.items() if not case.noise}
 
     @property
     def seconds_left(self) -> float:
@@ -492,7 +491,7 @@ def _measure_glue(run: Run, network: Callable[[], tuple[str, nn.Module]]) -> Non
 def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
     side = 64 if run.dry else 712
     images = torch.rand(count, 3, side, side, device=run.device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 19, (count, side, side), device=run.device)
+    labels = random_regions(count, 19, (side, side), device=run.device)
     labels[:, : side // 50] = 255
     autocast = partial(torch.autocast, run.device.type, dtype=torch.bfloat16)
 

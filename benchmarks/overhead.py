@@ -47,6 +47,7 @@ from segadv.models import ModelConfig, build_model
 from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
 
+from .cases import random_regions
 from .ops import upsampled, usual_cross_entropy, usual_gain_sum, usual_newton_step, usual_sign_step
 from .records import (
     Record,
@@ -178,7 +179,7 @@ class Training:
         self.model = model.build(model.classes).to(device, memory_format=layout)  # type: ignore[call-overload]
         random_numbers = torch.Generator().manual_seed(seed)
         images = torch.rand(count, 3, height, width, generator=random_numbers)
-        labels = torch.randint(0, model.classes, (count, height, width), generator=random_numbers)
+        labels = random_regions(count, model.classes, (height, width), generator=random_numbers)
         labels[:, : max(1, height // 50)] = 255
         self.images, self.labels = images.to(device, memory_format=layout), labels.to(device)
         self.optimizer = torch.optim.SGD(

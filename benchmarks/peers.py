@@ -50,7 +50,7 @@ from segadv.compat import import_torchvision
 from segadv.models import ModelConfig, build_model
 from segadv.results import miou
 
-from .cases import CASES, Case
+from .cases import CASES, Case, random_regions
 from .ops import upsampled, usual_confusion_matrix, usual_cross_entropy
 from .overhead import (
     Gradient,
@@ -166,7 +166,7 @@ class Attacks:
         return cls(
             network.to(device).eval().requires_grad_(False),
             torch.rand(count, 3, height, width, generator=numbers).to(device),
-            torch.randint(0, CLASSES, (count, height, width), generator=numbers).to(device),
+            random_regions(count, CLASSES, (height, width), generator=numbers).to(device),
             steps,
         )
 
@@ -314,7 +314,7 @@ def segformer(device: torch.device, *, quick: bool) -> Comparison:
         return Comparison("segformer", "", {}, lambda *results: None, [f"segformer is left out: {error}"])
     numbers = torch.Generator().manual_seed(0)
     images = torch.rand(count, 3, side, side, generator=numbers).to(device)
-    labels = torch.randint(0, classes, (count, side, side), generator=numbers).to(device)
+    labels = random_regions(count, classes, (side, side), generator=numbers).to(device)
     labels[:, : side // 32] = 255
 
     def trained(loss_of: Callable[[], Tensor]) -> Result:

@@ -167,7 +167,7 @@ def _shape(operation: str, case_name: str) -> str:
     if operation in PIXEL_SPACE:
         return f"{case.images} x 3 x {case.size}²"
     if operation.startswith("upsample"):
-        return f"{case.images} x {case.classes} x {case.own}² → {case.size}²"
+        return f"{case.images} x {case.classes} x {case.own}² → {case.size}²{', noise' * case.noise}"
     return f"{case.images} x {case.classes} x {case.size}²"
 
 
@@ -209,8 +209,10 @@ def _operations_notes(measured: Operations) -> str:
         if case == "cityscapes19" and (mode == BOTH or not operation.endswith(("averaged_gain", "cross_entropy")))
     ]
     return (
-        "Medians of interleaved rounds; memory is the peak beyond the inputs, results included; *faster* and *less "
-        "memory* are against the better of eager and `torch.compile`. Eager's averaged gain is the faster of two: "
+        "Logits and labels are smooth, as of a trained network; *noise*, where every one is a random number of its "
+        "own, is the worst case. Medians of interleaved rounds; memory is the peak beyond the inputs, results "
+        "included; *faster* and *less memory* are against the better of eager and `torch.compile`. Eager's averaged "
+        "gain is the faster of two: "
         f"with `amax`, whose backward divides the gradient among ties, value and gradient take {amax[0]} with `max` in "
         f"the first row and {amax[1]} at full resolution. There memory decides: value "
         f"and gradient take {' and '.join(floors)} times as long as copying the logits into memory allocated the same "

@@ -30,6 +30,7 @@ from segadv import training
 from segadv.models import small_pspnet
 from segadv.training import TrainConfig, Trainer
 
+from .cases import random_regions
 from .measure import commit, machine
 from .overhead import destination, require_native_core
 from .records import Where, write_records
@@ -45,7 +46,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, length: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.rand(length, 3, 160, 320, generator=generator)
-        self.labels = torch.randint(0, 19, (length, 160, 320), generator=generator, dtype=torch.uint8)
+        self.labels = random_regions(length, 19, (160, 320), generator=generator).to(torch.uint8)
 
     def __len__(self) -> int:
         return len(self.images)
