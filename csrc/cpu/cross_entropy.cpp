@@ -1,9 +1,10 @@
 // Cross-entropy, SegPGD's and CosPGD's weighted forms of it, and their gradients.
 //
 // Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and the gradient. The
-// classes of a tile are read twice (maximum, then exponentials), from the cache the second time. Fewest bytes: the
-// logits read once, the gradient written once, labels read once. Bound by the exponentials, one per class and pixel: at
-// full resolution 2 to 3 times a copy of the logits into fresh memory (benchmarks/ops.py, floor).
+// classes of a tile are read twice (maximum, then exponentials), from the cache the second time; where they are
+// resampled, the maximum is looked for among few of them (up_tiles.h). Fewest bytes: the logits read once, the gradient
+// written once, labels read once. Bound by the exponentials, one per class and pixel: at full resolution 2 to 3 times a
+// copy of the logits into fresh memory (benchmarks/ops.py, floor).
 #include <cstring>
 
 #include "common/softmax.h"
@@ -22,9 +23,9 @@ struct Partial {
 // What is done once per pixel. `best` is the largest logit and becomes the loss; `own` is the label's logit. Where a
 // pixel is not valid, all results are 0.
 template <class A>
-SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, const int32_t* y, const int32_t* best_class,
-                                 const A* own, const A* sum, const A* squares, A* best, A* largest, A* log_normalizer,
-                                 A* weight) {
+SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, const int32_t* y,
+                                 const int32_t* best_class, const A* own, const A* sum, const A* squares, A* best,
+                                 A* largest, A* log_normalizer, A* weight) {
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   for (int p = 0; p < count; ++p) {
     largest[p] = y[p] >= 0 ? best[p] : A(0);

@@ -5,10 +5,11 @@
 // once along x into two rows of low-resolution sums. A band of rows of logits is one item; the rows that two bands
 // share are added at the end, in a fixed order. Nothing larger than some rows of logits is kept.
 //
-// Which classes matter: resampling is a mean whose weights are not negative, and rounding keeps the order of numbers. So
-// a class that lies below another one at both taps of both rows lies nowhere above it in between, and a class below two
-// others is neither the largest nor, whatever the label, the runner-up. `mark_rivals` looks for them once for all
-// pixels between four logits: in smooth logits of 19 classes three or four remain, in noise twelve.
+// Which classes matter: resampling is a mean whose weights are not negative, and rounding keeps the order of numbers.
+// So a class that lies below another one at both taps of both rows lies nowhere above it in between, and a class below
+// two others is neither the largest nor, whatever the label, the runner-up. `mark_rivals` looks for them once for all
+// pixels between four logits. With the labels' classes, 3.8 of 19 remain in a block where the margin of the demo's
+// trained networks is looked for, and 2.1 where their prediction is; of random numbers all.
 #pragma once
 
 #include <algorithm>
@@ -104,18 +105,18 @@ class UpTiles {
   int64_t items_per_image() const { return bands_; }
 
   struct Block {
-    int64_t first;   // column of logits
-    int columns;     // of logits that it reads
-    int count;       // of pixels along x
-    int64_t matrix;  // where weights_x_ [columns][kLanes] begin
-    int64_t transposed;  // where transposed_x_ [ceil_div(columns, kGroup)][kLanes][kGroup] begin
+    int64_t first;       // column of logits
+    int columns;         // of logits that it reads
+    int count;           // of pixels along x
+    int64_t matrix;      // where its weights_x_ [columns][kLanes] begin
+    int64_t transposed;  // where its transposed_x_ [ceil_div(columns, kGroup)][kLanes][kGroup] begin
   };
 
   // What a kernel sees of a tile, and what it does with each block of it: begin, mark, list, read t0 and t1, add.
   struct Tile {
     int64_t n, y, x;  // image, first row and column of pixels
     int rows, count;  // of pixels
-    A w0[kRows], w1[kRows];  // 0 behind the last row
+    A w0[kRows], w1[kRows];  // of the upper and the lower row of logits; 0 behind the last row of pixels
 
     // The classes that can be among the largest in block b are marked.
     SEGADV_INLINE void begin(int b) {
@@ -341,12 +342,12 @@ class UpTiles {
   int rivals_;
   bool looks_for_rivals_;
   int64_t C_, h_, w_, H_, W_, bands_;
-  int64_t columns_, stride_;        // w rounded up to kLanes; some more, so that column x + 1 and groups are always there
+  int64_t columns_, stride_;        // w rounded up to kLanes; some more, so that column x + 1 is there, and a group
   std::vector<int64_t> first_row_;  // [h + 1]: first row of pixels whose upper tap is q or below
   std::vector<A> weight_y_;         // [H] of the lower tap
   std::vector<Block> blocks_;       // of a row
   std::vector<Tap> taps_;           // [blocks][kLanes]
-  std::vector<A> weights_x_, transposed_x_;
+  std::vector<A> weights_x_, transposed_x_;  // of all blocks
   std::vector<A> shared_rows_;  // [items][2][C][stride]: a band's first row, and its share of the row below it
 };
 
@@ -465,8 +466,8 @@ template <class F>
 void dispatch_tiles(const Problem& problem, const TensorView& map, int rivals, F&& f) {
   dispatch_floating(problem.logits.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    const bool same = problem.logits.size[2] == problem.labels.size[1] && problem.logits.size[3] == problem.labels.size[2];
-    if (same) {
+    const TensorView &logits = problem.logits, &labels = problem.labels;
+    if (logits.size[2] == labels.size[1] && logits.size[3] == labels.size[2]) {
       FullTiles<S> tiles(problem, map);
       f(tiles);
     } else {
