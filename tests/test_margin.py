@@ -100,6 +100,17 @@ def test_ties_go_to_the_lowest_class(backend: str, label: int) -> None:
     assert torch.equal(grad[0, :, 0, 0], expected)
 
 
+@pytest.mark.parametrize("label", [0, 1, 2, 3])
+def test_resampled_ties_go_to_the_lowest_class(backend: str, label: int) -> None:
+    """Of three equal planes of logits above a fourth one."""
+    z, y = torch.randn(1, 1, 2, 3).repeat(1, 4, 1, 1), torch.full((1, 8, 15), label)
+    z[:, 1] -= 9
+    grad = F.gain_and_grad(z, y)[2]
+    runner_up = 2 if label == 0 else 0
+    assert grad.sum((0, 2, 3)).tolist() == pytest.approx([120 * ((c == label) - (c == runner_up)) for c in range(4)])
+    assert (F.argmax_labels(z, (8, 15)) == 0).all()
+
+
 @pytest.mark.parametrize("label", [0, 1, 2])
 def test_other_classes_all_minus_infinity(backend: str, label: int) -> None:
     z, y = torch.full((1, 3, 1, 1), -torch.inf), torch.tensor([[[label]]])
