@@ -1,6 +1,7 @@
 """What adversarial training costs: `python -m benchmarks.overhead [--models ...] [--write]`.
 
-The time of whole training steps, with the data in memory, of every arm and in three ways of writing them:
+The time of whole training steps, with the data in memory and the images to be attacked in front, where segadv's
+trainer has them, of every arm and in three ways of writing them:
 
 * conventional: eager PyTorch as in public trainers. Logits are resampled to the labels' size, the loss is
   `F.cross_entropy`, the margin is gather and scatter; the attack calls `.backward()`, which computes the weights'
@@ -182,6 +183,7 @@ class Training:
         labels = random_regions(count, model.classes, (height, width), generator=random_numbers)
         labels[:, : max(1, height // 50)] = 255
         self.images, self.labels = images.to(device, memory_format=layout), labels.to(device)
+        self.batches = {share: self.images.clone() for share in SHARES}
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True if cuda else None
         )
@@ -234,17 +236,20 @@ class Training:
         self.model.train()
         return adversarial
 
-    def chosen(self, share: float) -> Tensor:
-        """Positions of exactly that share of the batch, spread over it: every second image, or all."""
-        return torch.arange(len(self.images), device=self.device)[:: round(1 / share)]
+    def chosen(self, share: float) -> int:
+        """Exactly that share of the batch: its first images."""
+        return round(share * len(self.images))
 
     def with_adversarial(self, column: str, arm: str, share: float) -> Tensor:
-        """The batch with the chosen images attacked."""
-        images, labels, index = self.images, self.labels, self.chosen(share)
-        if column != CONVENTIONAL:
-            return images.index_copy(0, index, self.attack(column, arm, images[index], labels[index]))
-        adversarial = self.attack(column, arm, images, labels)
-        return adversarial if len(index) == len(images) else images.index_copy(0, index, adversarial[index])
+        """The batch with the chosen images attacked, as a trainer writes them into it: in place of the clean ones.
+
+        The next step needs the clean ones again: they are kept, and the batch is one of its own for every share.
+        """
+        chosen, batch = self.chosen(share), self.batches[share]
+        attacked = slice(None) if column == CONVENTIONAL else slice(chosen)
+        adversarial = self.attack(column, arm, self.images[attacked], self.labels[attacked])
+        batch[:chosen].copy_(adversarial[:chosen])
+        return batch
 
     def loss_and_weight_gradients(self, column: str, images: Tensor, mark: Mark = _unmarked) -> Tensor:
         """The training step's loss, detached; the gradients are in the parameters' .grad."""
@@ -323,8 +328,8 @@ def check(training: Training, arms: Sequence[str], columns: Sequence[str]) -> No
     every fourth sign is another one.
     """
     training.model.train()
-    index = training.chosen(0.5)
-    images, labels = training.images[index], training.labels[index]
+    chosen = training.chosen(0.5)
+    images, labels = training.images[:chosen], training.labels[:chosen]
     for arm in arms:
         with training.in_float32():
             expected = training.attack(EFFICIENT, arm, images, labels)

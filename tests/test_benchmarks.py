@@ -220,9 +220,11 @@ def test_a_step_changes_no_weight_and_leaves_no_gradient(training: Training) -> 
 
 @pytest.mark.parametrize("column", overhead.COLUMNS)
 def test_exactly_the_chosen_images_are_attacked(training: Training, column: str) -> None:
-    for share, chosen in ((0.5, [True, False]), (1.0, [True, True])):
+    clean = training.images.clone()
+    for share, chosen in ((0.5, [True, False]), (1.0, [True, True]), (0.5, [True, False])):
         images = training.with_adversarial(column, "fgsm", share)
-        assert (images != training.images).flatten(1).any(1).tolist() == chosen
+        assert (images != clean).flatten(1).any(1).tolist() == chosen
+    assert torch.equal(training.images, clean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
