@@ -91,7 +91,10 @@ def _reader_left() -> bool:
 
 
 def _arranged(argv: Sequence[str]) -> list[str]:
-    """--config first, so that the options beside it override the file, whatever their order; - in names becomes _."""
+    """--config first, so that the options beside it override the file, whatever their order; - in names becomes _.
+
+    Lists may be written as elsewhere: 0,8/255 for [0, 0.0314].
+    """
     if not argv or argv[0] not in ("train", "reproduce"):
         return list(argv)
     configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -100,9 +103,25 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     if argv[0] == "reproduce" and "--quick" in options:
         found.config.append("quick")
     names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
+    for i, option in enumerate(names):
+        name, given, value = option.partition("=")
+        if name in ("--validation.eps", "--validation.attacks"):
+            if given:
+                names[i] = f"{name}={_as_list(name, value)}"
+            elif i + 1 < len(names):
+                names[i + 1] = _as_list(name, names[i + 1])
     # behind the setting that reproduce has
     at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
+
+
+def _as_list(option: str, value: str) -> str:
+    """What jsonargparse reads as a list."""
+    if value.startswith(("[", "-")):
+        return value
+    name = option.removeprefix("--")
+    parts = [str(number) for number in _numbers(name, value)] if name.endswith("eps") else value.split(",")
+    return f"[{','.join(parts)}]"
 
 
 class _Parser(ArgumentParser):

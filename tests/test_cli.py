@@ -62,6 +62,8 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --data x --out y --steps 0", "got 0"),
         ("train --data x --out y --arm newton", "did you mean"),
         ("train --data x --out y --crop 128", "must be height x width, such as 160x320, got '128'"),
+        ("train --data x --out y --validation.eps 0,x", "validation.eps must be numbers with commas between them"),
+        ("train --data x --out y --validation.eps 0,8", "validation.eps must be different numbers in [0, 1]"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
         ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),

@@ -103,6 +103,20 @@ def parsed(*arguments: str) -> tuple[TrainConfig, ModelConfig, Any]:
     return *cli._configs(found), found
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--validation.eps", "0,0.03,8/255", "--validation.attacks", "fgsm,pgd"],
+        ["--validation.eps=0,0.03,8/255", "--validation.attacks=fgsm,pgd"],
+        ["--validation.eps", f"[0,0.03,{8 / 255}]", "--validation.attacks", "[fgsm,pgd]"],
+    ],
+)
+def test_lists_are_written_as_for_evaluate(options: list[str]) -> None:
+    config, _, _ = parsed(*options)
+    assert config.validation.eps == (0, 0.03, 8 / 255)
+    assert config.validation.attacks == ("fgsm", "pgd")
+
+
 def test_wheel_holds_the_recipes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     build = subprocess.run(
