@@ -104,6 +104,18 @@ def test_smooth_logits(backend: str, seed: int) -> None:
         oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {name}")
 
 
+def test_nan_reaches_the_gradient_of_its_neighbours_alone(backend: str) -> None:
+    z, y = torch.randn(2, 4, 5, 9), torch.randint(0, 4, (2, 20, 45))
+    z[0, 1, 2, 4] = torch.nan
+    z_eager = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.cross_entropy_map(z_eager, y).sum(), z_eager)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), z)
+    for ours in (F.loss_and_grad(z.detach(), y)[2], grad):
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(40))
 def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:

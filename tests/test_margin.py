@@ -268,6 +268,26 @@ def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(backend: str, value
     assert torch.equal(matrix, expected)
 
 
+def test_an_outgoing_nan_reaches_its_logits_alone(backend: str) -> None:
+    z, y = torch.randn(2, 5, 4, 7, requires_grad=True), torch.randint(0, 5, (2, 16, 35))
+    z_eager = z.detach().clone().requires_grad_()
+    outgoing = torch.randn(2, 16, 35)
+    outgoing[0, 6, 17] = torch.nan
+    (grad,) = torch.autograd.grad(F.pixel_margin(z, y), z, outgoing)
+    (expected,) = torch.autograd.grad(oracle.pixel_margin(z_eager, y), z_eager, outgoing)
+    torch.testing.assert_close(grad, expected, equal_nan=True)
+    assert 0 < grad.isfinite().logical_not().sum() <= 8  # four taps, two classes
+
+
+def test_the_map_of_runners_up_is_zero_where_a_pixel_is_not_valid(backend: str) -> None:
+    """So that a backward on another backend may read it."""
+    for size in ((4, 6), (16, 24)):
+        z, y = torch.randn(1, 5, 4, 6), torch.full((1, *size), 255)
+        y[0, 0, 0] = 1
+        _, runner_up = torch.ops.segadv.pixel_margin(z, y, 255, False)
+        assert runner_up.flatten()[1:].count_nonzero() == 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_resampled_ties_are_ties(backend: str, seed: int) -> None:
     """Two equal planes of logits have margin 0 everywhere, whatever the rounding of the resampling."""

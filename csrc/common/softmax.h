@@ -1,8 +1,8 @@
 // exp and log as the fused losses need them: polynomials without branches, because a call to expf stops vectorisation.
 // A GPU has an instruction for the exponential, whose error of some ulp stands beside a largest term of 1.
 //
-// Coefficients: log, Cephes (S. Moshier), logf; exp, a minimax fit of 2^f. Errors: log at most 1.5 ulp; exp at most 0.6
-// ulp of 1, the largest term.
+// Coefficients: log, Cephes (S. Moshier), logf; exp, a minimax fit. Errors, measured over their ranges: at most 1.5 ulp
+// (exp: where its result is a normal number).
 #pragma once
 
 #include <cmath>
@@ -23,25 +23,25 @@ __device__ __forceinline__ float exp2_instruction(float x) {
 #endif
 
 // exp(x) for x <= 0 or NaN (a logit minus the largest one, or minus their log-sum-exp up to rounding).
-// 0 below -88, where float would be subnormal.
+// 0 below -87.7, where float would be subnormal.
 SEGADV_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return exp2_instruction(x * kLog2e);
 #else
-  // 2^y = 2^n * 2^f with an integer n and |f| <= 1/2. That y is rounded costs x * 2^-24 of a result which, where x is
-  // large, is small beside 1.
+  // exp(y) = 2^n * exp(r) with an integer n and |r| <= log(2) / 2
+  constexpr float kLowest = -88.0297f;   // n = -127, which 2^n below makes 0 of
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  const float exact = x * 1.44269504088896341f;
-  const float y = exact < -127.0f ? -127.0f : exact;  // 2^-127 becomes 0 below
-  const float shifted = y + kRound;
-  const float f = y - (shifted - kRound);
-  float p = 1.53533604504e-4f;
-  p = p * f + 1.33988750167e-3f;
-  p = p * f + 9.61843691766e-3f;
-  p = p * f + 5.55033236742e-2f;
-  p = p * f + 2.40226477385e-1f;
-  p = p * f + 6.93147182465e-1f;
-  p = p * f + 1.0f;
+  const float y = x < kLowest ? kLowest : x;
+  const float shifted = y * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts, so that the first is exact
+  float p = 1.38436059933e-3f;
+  p = p * r + 8.37419554591e-3f;
+  p = p * r + 4.16680052876e-2f;
+  p = p * r + 1.66664302349e-1f;
+  p = p * r + 4.99999940395e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   return p * bit_cast<float>((bit_cast<int32_t>(shifted) - 0x4b400000 + 127) << 23);
 #endif
 }

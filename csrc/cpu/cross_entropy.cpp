@@ -29,9 +29,7 @@ SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, co
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   for (int p = 0; p < count; ++p) {
     largest[p] = y[p] >= 0 ? best[p] : A(0);
-    // Not below 0, where resampling rounds the label's logit otherwise than in the search for the best.
-    const A difference = best[p] - own[p];
-    best[p] = difference < A(0) ? A(0) : difference;
+    best[p] -= own[p];
   }
   if (params.loss == Loss::kSegPGD) {
     const A correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
@@ -163,9 +161,9 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
   const int64_t classes = problem.logits.size[1];
   TileMap<int32_t> y;
   TileMap<A> loss, largest, log_normalizer, weight;
-  // exp(z - largest logit) of a block, then their sum and that of their squares
+  // exp(z - largest logit) of a block, and what makes gradients of them
   std::vector<A> exponentials(problem.grad ? classes * kRows * kLanes : 0);
-  A sum[kRows][kLanes];
+  A scale[kRows][kLanes];
   const bool cosine = params.loss == Loss::kCosPGD;
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
@@ -209,7 +207,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
             loss[r][p0 + p] = best[i][j][p];
             loss_sum[p] += best[i][j][p];
             weight_sum[p] += weight[r][p0 + p];
-            sum[r][p] = weight[r][p0 + p] / total[j][p];
+            scale[r][p] = weight[r][p0 + p] / total[j][p];
           }
         }
       }
@@ -222,7 +220,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
           const A w0 = tile.w0[r], w1 = tile.w1[r];
           SEGADV_SIMD
           for (int p = 0; p < kLanes; ++p) {
-            A g = e[p] * sum[r][p];
+            A g = e[p] * scale[r][p];
             if (labelled) g -= select(label[p] == k, pixel_weight[p], A(0));
             if (!finite) g = select(label[p] >= 0, g, A(0));
             g0[p] += w0 * g;

@@ -226,7 +226,11 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, 
     for (int p = 0; p < kLanes; ++p) sum += sums[p];
     partial.gain_sum += sum;
     if (params.margin) store_map(params.margin, tile, margin);
-    if (params.runner_up) store_classes(params.runner_up, tile, runner_up);
+    if (params.runner_up) {
+      for (int r = 0; r < tile.rows; ++r)
+        for (int p = 0; p < kTile; ++p) runner_up[r][p] = std::max(runner_up[r][p], 0);
+      store_classes(params.runner_up, tile, runner_up);
+    }
   });
   result = partial;
 }
@@ -241,7 +245,6 @@ SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, cons
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     load_labels(problem, tile, y, &partial.bad);
-    if (!problem.grad) return;
     load_classes(params.runner_up, tile, runner_up);
     load_map(params.grad_margin, tile, value);
     for (int b = 0; b < tile.blocks(); ++b) {
@@ -249,12 +252,10 @@ SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, cons
       const int p0 = tile.p0;
       for (int r = 0; r < tile.rows; ++r) {
         for (int p = 0; p < kLanes; ++p) {
-          if (y[r][p0 + p] < 0) {
-            runner_up[r][p0 + p] = -1;
-            continue;
-          }
+          int32_t& runner = runner_up[r][p0 + p];
+          if (y[r][p0 + p] < 0 || runner >= problem.logits.size[1]) runner = -1;
           tile.mark(y[r][p0 + p]);
-          tile.mark(runner_up[r][p0 + p]);
+          tile.mark(runner);
         }
       }
       tile.list();

@@ -9,7 +9,8 @@
 // So a class that lies below another one at both taps of both rows lies nowhere above it in between, and a class below
 // two others is neither the largest nor, whatever the label, the runner-up. `mark_rivals` looks for them once for all
 // pixels between four logits. With the labels' classes, 3.8 of 19 remain in a block where the margin of the demo's
-// trained networks is looked for, and 2.1 where their prediction is; of random numbers all.
+// trained networks is looked for, and 2.1 where their prediction is; of random numbers all. (Rounding can make a class
+// equal to one that it lies below; then the larger one at the taps counts as the larger one, not the lower index.)
 #pragma once
 
 #include <algorithm>
@@ -35,8 +36,8 @@ using TileMap = T[kRows][kTile];
 
 // --- tiles.cpp ---
 
-// mark[c * columns + x] = whether class c matters between the columns x and x + 1 of two rows of logits: 0 where it is
-// finite and lies below `rivals` (1 or 2) other classes at all four. Rows are [classes][stride] with at least one
+// mark[c * columns + x] = whether class c matters between the columns x and x + 1 of two rows of logits: 0 only where
+// it is finite and lies below `rivals` (1 or 2) other classes at all four. Rows are [classes][stride] with at least one
 // element behind the last of `columns`, which is a multiple of kLanes.
 template <class A>
 void mark_rivals(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes, int rivals,
@@ -96,9 +97,7 @@ class UpTiles {
           transposed[(i / kGroup * kLanes + p) * kGroup + i % kGroup] = matrix[i * kLanes + p];
     }
     // To look for rivals costs as much as to go through the classes for two pixels between four logits.
-    const int64_t between = make_axis(h_, H_, problem.align_corners).most_outputs() *
-                            make_axis(w_, W_, problem.align_corners).most_outputs();
-    looks_for_rivals_ = rivals > 0 && between >= 6;
+    looks_for_rivals_ = rivals > 0 && H_ * W_ >= 6 * h_ * w_;
     if (problem.grad) shared_rows_.resize(2 * N * bands_ * C_ * stride_);
   }
   int64_t items() const { return problem_.logits.size[0] * bands_; }
@@ -181,27 +180,20 @@ class UpTiles {
     SEGADV_INLINE void add(int32_t c, const A* g0, const A* g1) {
       A* to0 = sum0 + c * tiles->stride_ + block->first;
       A* to1 = sum1 + c * tiles->stride_ + block->first;
-      if (!tiles->has_matrix(*block)) {
-        const Tap* taps = tiles->taps_of(*block);
-        for (int p = 0; p < block->count; ++p) {
-          const A w1 = static_cast<A>(taps[p].w1), w0 = A(1) - w1;
-          const int64_t i0 = taps[p].i0 - block->first, i1 = taps[p].i1 - block->first;
-          to0[i0] += w0 * g0[p], to1[i0] += w0 * g1[p];
-          to0[i1] += w1 * g0[p], to1[i1] += w1 * g1[p];
-        }
-        return;
-      }
+      if (!tiles->has_matrix(*block)) return add_to_taps(g0, g1, to0, to1);
       const A* weight = tiles->transposed_x_.data() + block->transposed;
       for (int i = 0; i < block->columns; i += kGroup, weight += kLanes * kGroup) {
         A s0[kGroup] = {}, s1[kGroup] = {};
         for (int p = 0; p < kLanes; ++p) {
-          const A p0 = g0[p], p1 = g1[p];
+          const A from0 = g0[p], from1 = g1[p];
           SEGADV_SIMD
           for (int j = 0; j < kGroup; ++j) {
-            s0[j] += weight[p * kGroup + j] * p0;
-            s1[j] += weight[p * kGroup + j] * p1;
+            s0[j] += weight[p * kGroup + j] * from0;
+            s1[j] += weight[p * kGroup + j] * from1;
           }
         }
+        // Every sum has all pixels in it: one that is not finite is seen in the first.
+        if (i == 0 && !std::isfinite(s0[0] + s1[0])) return add_to_taps(g0, g1, to0, to1);
         SEGADV_SIMD
         for (int j = 0; j < kGroup; ++j) to0[i + j] += s0[j];
         SEGADV_SIMD
@@ -229,7 +221,16 @@ class UpTiles {
       SEGADV_SIMD
       for (int p = 0; p < kLanes; ++p) to[p] = t[p];
     }
-    // Where a logit is not finite it must not reach pixels that do not read it, not even with weight 0.
+    // Where a logit or a gradient is not finite: it must reach nothing but its neighbours, not even with weight 0.
+    SEGADV_INLINE void add_to_taps(const A* g0, const A* g1, A* to0, A* to1) const {
+      const Tap* taps = tiles->taps_of(*block);
+      for (int p = 0; p < block->count; ++p) {
+        const A w1 = static_cast<A>(taps[p].w1), w0 = A(1) - w1;
+        const int64_t i0 = taps[p].i0 - block->first, i1 = taps[p].i1 - block->first;
+        to0[i0] += w0 * g0[p], to1[i0] += w0 * g1[p];
+        to0[i1] += w1 * g0[p], to1[i1] += w1 * g1[p];
+      }
+    }
     SEGADV_INLINE void look_up(const A* row, A* to) const {
       const Tap* taps = tiles->taps_of(*block);
       for (int p = 0; p < block->count; ++p) {
@@ -260,7 +261,7 @@ class UpTiles {
     tile.rivals.resize(looks_for_rivals_ ? C_ * columns_ : 0);
     tile.marks.resize(C_ + 1);
     tile.labelled.resize(C_ + 1);
-    tile.classes.resize(C_ + 1);
+    tile.classes.resize(C_);
     if (logits) tile.t0.resize(C_ * kLanes), tile.t1.resize(C_ * kLanes);
     const int64_t q_begin = item % bands_ * kBand, q_end = std::min(q_begin + kBand, h_);
     bool upper_finite, lower_finite = logits && load_row(tile.n, q_begin, lower);
