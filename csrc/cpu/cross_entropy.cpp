@@ -135,19 +135,26 @@ SEGADV_INLINE void sum_exponentials(const T& tile, int r0, const Rows<A>& best, 
                                     A* store) {
   Rows<A> total = {}, total_squares = {}, shift;  // copies, which the compiler keeps in registers
   std::memcpy(shift, best, sizeof(shift));
-  for (int i = 0; i < tile.listed; ++i) {
-    const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
-    for (int r = 0; r < kTogether; ++r) {
-      const A w0 = tile.w0[r0 + r], w1 = tile.w1[r0 + r];
-      A* to = kStore ? store + (i * kRows + r0 + r) * kLanes : nullptr;
-      SEGADV_SIMD
-      for (int p = 0; p < kLanes; ++p) {
-        const A e = exp_nonpositive((w0 * t0[p] + w1 * t1[p]) - shift[r][p]);
-        total[r][p] += e;
-        if constexpr (kSquares) total_squares[r][p] += e * e;
-        if constexpr (kStore) to[p] = e;
+  const auto add_up = [&](auto rows) SEGADV_BODY {
+    for (int i = 0; i < tile.listed; ++i) {
+      const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
+      for (int r = 0; r < rows; ++r) {
+        const A w0 = tile.w0[r0 + r], w1 = tile.w1[r0 + r];
+        A* to = kStore ? store + (i * kRows + r0 + r) * kLanes : nullptr;
+        SEGADV_SIMD
+        for (int p = 0; p < kLanes; ++p) {
+          const A e = exp_nonpositive((w0 * t0[p] + w1 * t1[p]) - shift[r][p]);
+          total[r][p] += e;
+          if constexpr (kSquares) total_squares[r][p] += e * e;
+          if constexpr (kStore) to[p] = e;
+        }
       }
     }
+  };
+  if (r0 + kTogether <= tile.rows) {
+    add_up(AllRows());
+  } else {
+    add_up(OneRow());
   }
   std::memcpy(sum, total, sizeof(total));
   std::memcpy(squares, total_squares, sizeof(total));

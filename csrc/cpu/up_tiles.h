@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "common/bilinear.h"
@@ -352,9 +353,11 @@ class UpTiles {
   std::vector<A> shared_rows_;  // [items][2][C][stride]: a band's first row, and its share of the row below it
 };
 
-// Some rows of a block.
+// Some rows of a block, and how many of them there are.
 template <class T>
 using Rows = T[kTogether][kLanes];
+using AllRows = std::integral_constant<int, kTogether>;
+using OneRow = std::integral_constant<int, 1>;
 
 // What find_best looks for: the largest logit; but for the label's; the largest one's class too; the label's logit too.
 struct Largest {
@@ -384,11 +387,11 @@ SEGADV_INLINE void find_best(What, const T& tile, int r0, const TileMap<int32_t>
       own[r][p] = A(0);
     }
   }
-  const auto search = [&](auto finite) SEGADV_BODY {
+  const auto search = [&](auto finite, auto rows) SEGADV_BODY {
     for (int i = 0; i < tile.listed; ++i) {
       const int32_t k = tile.classes[i];
       const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
-      for (int r = 0; r < kTogether; ++r) {
+      for (int r = 0; r < rows; ++r) {
         const A w0 = tile.w0[r0 + r], w1 = tile.w1[r0 + r];
         const int32_t* label = y[r0 + r] + p0;
         SEGADV_SIMD
@@ -413,10 +416,12 @@ SEGADV_INLINE void find_best(What, const T& tile, int r0, const TileMap<int32_t>
       }
     }
   };
-  if (tile.finite) {
-    search(std::true_type());
+  if (!tile.finite) {
+    search(std::false_type(), AllRows());
+  } else if (r0 + kTogether <= tile.rows) {
+    search(std::true_type(), AllRows());
   } else {
-    search(std::false_type());
+    search(std::true_type(), OneRow());
   }
   std::memcpy(to_best, best, sizeof(best));
   if constexpr (What::kClass) std::memcpy(to_class, best_class, sizeof(best_class));
