@@ -42,7 +42,7 @@ SEGADV_INLINE float exp_nonpositive(float x) {
   p = p * r + 4.99999940395e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * bit_cast<float>((bit_cast<int32_t>(shifted) - 0x4b400000 + 127) << 23);
+  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
 #endif
 }
 SEGADV_INLINE double exp_nonpositive(double x) { return std::exp(x); }
@@ -64,7 +64,7 @@ SEGADV_INLINE float log_normalizer_of(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
   const int32_t e = (bits - 0x3f3504f3) >> 23;
-  const float m = bit_cast<float>(bits - (e << 23)) - 1.0f;
+  const float m = bit_cast<float>(static_cast<uint32_t>(bits) - (static_cast<uint32_t>(e) << 23)) - 1.0f;
   const float k = static_cast<float>(e);
   const float square = m * m;
   float p = 7.0376836292e-2f;
