@@ -20,7 +20,7 @@ struct Partial {
   int64_t bad = kNoBadLabel;
 };
 
-// Label and runner-up of every pixel in a small type, -1 (all bits set) where the pixel is not valid.
+// At full resolution: label and runner-up of every pixel in a small type, -1 (all bits set) where it is not valid.
 struct PixelClasses {
   PixelClasses(const Problem& problem, bool wanted) {
     if (!wanted) return;

@@ -1,6 +1,7 @@
 // How a kernel walks over the pixels, and what all kernels share: labels, logits, outputs of the labels' size, sums.
 //
-// The twin of cpu/tiles.h. A thread owns P pixels and goes through the classes one after the other. Three walks:
+// The twin of cpu/tiles.h and cpu/up_tiles.h. A thread owns P pixels and goes through the classes one after the other.
+// Three walks:
 //
 // * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
 //   addresses allow (kVector); else one pixel.

@@ -1,6 +1,8 @@
 """How a kernel walks over the pixels, and what all kernels share: labels, logits, sums per image.
 
-The twin of csrc/cpu/tiles.h. A program works on a tile of pixels [BLOCK_Y, BLOCK_X] of one image at the labels' size
+The twin of csrc/cpu/tiles.h and up_tiles.h.
+
+A program works on a tile of pixels [BLOCK_Y, BLOCK_X] of one image at the labels' size
 and goes through the classes one after the other. Logits of the labels' size are read as they are. Logits of another
 size are resampled on the fly. Where they become four times as large or more, the rows of a tile lie in one quad row
 (`QUAD_ROWS`): two rows of logits then serve them all, each is resampled along x once per class and column, and a pixel
