@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
+
+import segadv
+from benchmarks import instructions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,10 +70,9 @@ def needed_libraries(extension: str) -> list[str]:
 
 def kernels_that_spill(extension: str) -> list[str]:
     """Kernels that need the stack, which is where registers go that do not fit."""
-    output = run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", extension).stdout
-    kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", output)
+    kernels = instructions.kernels_of(Path(extension), "sm_90")
     assert len(kernels) > 50
-    return [name for name, stack in kernels if int(stack) > 0]
+    return [name for name, resources, _ in kernels if "STACK:0" not in resources.split()]
 
 
 def narrow_gradient_stores(extension: str) -> list[str]:
@@ -79,11 +80,35 @@ def narrow_gradient_stores(extension: str) -> list[str]:
 
     The compiler has been seen to take vectors apart which it stored under a condition.
     """
-    output = run(triton.knobs.nvidia.cuobjdump.path, "-sass", extension).stdout
-    kernels = re.findall(r"Function : (\S*15gradient_kernelIfLi4E\S*)\n(.*?)(?=\n\s+\.\.\.\.)", output, re.DOTALL)
-    assert len(kernels) == 2, [name for name, _ in kernels]  # of margins, of cross-entropy
-    assert all("STG.E.EF.128" in code for _, code in kernels)
-    return [line for _, code in kernels for line in code.splitlines() if re.search(r"STG\.E(\.EF)?\s", line)]
+    found = instructions.kernels_of(Path(extension), "sm_90", ["gradient_kernel<float, 4"])
+    kernels = {name: code for name, _, code in found if not name.startswith("resampled")}
+    assert len(kernels) == 2, list(kernels)  # of margins, of cross-entropy
+    assert all("STG.E.EF.128" in code for code in kernels.values())
+    return [line for code in kernels.values() for line in code.splitlines() if re.search(r"STG\.E(\.EF)?\s", line)]
+
+
+def test_instructions_of_a_loop_are_its_own() -> None:
+    """A loop in a loop, a branch forward, and the branch to itself that ends every kernel."""
+    code = ["MOV R1, c[0x0][0x28]", "LDG.E R2, [R4.64]", "@P0 BRA 0x40", "IADD3 R2, R2, 0x1, RZ", "FADD R3, R3, R2",
+            "@!P1 BRA `(.L_x_1) 0x30", "IADD3 R5, R5, 0x1, RZ", "@P2 BRA 0x10", "EXIT", "BRA 0x90"]  # fmt: skip
+    sass = "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x00 */\n" for i, line in enumerate(code))
+    assert instructions.loops_of(sass) == [4, 3]
+
+
+def test_instructions_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    info = segadv.build_info()["cuda"]
+    if not info:
+        pytest.skip("this core has no CUDA kernels")
+    arch = "sm_" + re.findall(r"(\d+)-real", info)[0]
+    assert instructions.main(["margin_kernel<float", "--arch", arch]) == 0
+    table = capsys.readouterr().out
+    (row,) = re.findall(r"\| margin_kernel<float, 8, true> \| (\d+) \| \d+ \| 0 \| ([\d ]+) \|\n", table)
+    assert 32 <= int(row[0]) <= 255
+    assert all(count > 3 for count in map(int, row[1].split()))
+    assert "double" not in table
+    with pytest.raises(SystemExit):
+        instructions.main(["--arch", "sm_1"])
+    assert "compiled for --arch sm_1; CUDA: nvcc" in capsys.readouterr().err
 
 
 def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: Path) -> None:

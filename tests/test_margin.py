@@ -299,6 +299,21 @@ def test_resampled_ties_are_ties(backend: str, seed: int) -> None:
         assert (margin == 0).all()
 
 
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_integers_resampled_without_rounding(backend: str, scale: int) -> None:
+    """Every number on the way is exact, and ties are everywhere: so must be margin, runner-up and prediction."""
+    torch.manual_seed(scale)
+    z, size = torch.randint(-2, 3, (2, 6, 3, 5)).float(), (3 * scale, 5 * scale)
+    y = torch.randint(0, 6, (2, *size))
+    y[:, :scale, : 2 * scale] = 3  # also where all labels of a block are one
+    full = oracle.upsample(z.double(), size)
+    others = full.scatter(1, y[:, None], -torch.inf)
+    margin, runner_up = torch.ops.segadv.pixel_margin(z, y, 255, False)
+    assert torch.equal(margin.double(), full.gather(1, y[:, None])[:, 0] - others.amax(1))
+    assert torch.equal(runner_up.long(), others.argmax(1))
+    assert torch.equal(F.argmax_labels(z, size).long(), full.argmax(1))
+
+
 def test_labels_without_pixels(backend: str) -> None:
     z, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 0, 5, dtype=torch.long)
     gain = F.averaged_gain(z, y)

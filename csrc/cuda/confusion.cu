@@ -5,9 +5,10 @@
 // keep the few cells that take most pixels from being the queue for all threads. Fewest bytes: the logits read once,
 // labels read once (or predictions written once). Resampled, bound by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
-// registers, 75 % occupancy; 19 classes and int64 labels take 84 bytes per pixel. Resampled, eightfold: 73 instructions
-// for a class of 8 pixels, 71 registers, 43 %. Fraction of the limit reached: not yet measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
+// measured: at full resolution 34 registers, 75 % occupancy; 19 classes and int64 labels take 84 bytes per pixel.
+// Resampled, eightfold: 74 instructions for a class of 8 pixels, 34 where `find_largest` leaves them out, 71 registers,
+// 43 %. Fraction of the limit reached: not yet measured.
 #include "cuda/pixels.cuh"
 
 namespace segadv::cuda {
@@ -19,35 +20,12 @@ __global__ void __launch_bounds__(kThreads) confusion_kernel(ConfusionParams par
   using A = Compute<S>;
   const Problem& problem = params.problem;
   const Mine pixels(problem, walk);
-  A best[P];
-  int32_t best_class[P];
+  A best[P], unused[P];
+  int32_t label[P], best_class[P];
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
-  if constexpr (Mine::kIsColumn) {
-    int32_t none[P];
-#pragma unroll
-    for (int i = 0; i < P; ++i) none[i] = -1;
-    find_largest(pixels, classes, none, best, best_class);
-  } else {
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      best[i] = -kInfinity<A>;
-      best_class[i] = 0;
-    }
-#pragma unroll Mine::kUnroll
-    for (int32_t c = 0; c < classes; ++c) {
-      A z[P];
-      pixels.load(c, z);
-#pragma unroll
-      for (int i = 0; i < P; ++i) {
-        const bool takes = beats(z[i], best[i]);
-        best[i] = takes ? z[i] : best[i];
-        best_class[i] = takes ? c : best_class[i];
-      }
-    }
-  }
+  find_largest<false>(pixels, classes, label, unused, best, best_class);
   if (params.prediction.data != nullptr) pixels.store_classes(params.prediction, best_class);
   if (params.counts.data == nullptr) return;
-  int32_t label[P];
   const int32_t counts = pixels.labels(problem, label);
   const int64_t cells = int64_t{classes} * classes, copies = params.counts.size[1];
   const int64_t copy = (params.per_image ? pixels.n * copies : 0) + blockIdx.x % copies;

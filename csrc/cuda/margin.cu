@@ -4,10 +4,10 @@
 // bytes: the logits read once, the gradient written once (where wanted), labels read once. At full resolution bound by
 // memory. Resampled, by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 43
-// registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
-// eightfold: 87 instructions for a class of 8 pixels, 89 registers, 31 %. Fraction of the limit reached: not yet
-// measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
+// measured: at full resolution 48 registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160
+// with the gradient. Resampled, eightfold: 84 instructions for a class of 8 pixels, 36 where `find_largest` leaves them
+// out, 83 registers, 31 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
@@ -24,30 +24,7 @@ __global__ void __launch_bounds__(kThreads) margin_kernel(MarginParams params, W
   const int32_t counts = pixels.labels(problem, label);
   A best[P], own[P];
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
-  if constexpr (Mine::kIsColumn) {
-    find_largest(pixels, classes, label, best, runner_up);
-    pixels.load_own(label, own);
-  } else {
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      best[i] = -kInfinity<A>;
-      own[i] = A(0);
-      runner_up[i] = lowest_other_class(label[i]);
-    }
-#pragma unroll Mine::kUnroll
-    for (int32_t c = 0; c < classes; ++c) {
-      A z[P];
-      pixels.load(c, z);
-#pragma unroll
-      for (int i = 0; i < P; ++i) {
-        const bool is_label = label[i] == c;
-        own[i] = is_label ? z[i] : own[i];
-        const bool takes = beats(z[i], best[i]) & !is_label;
-        best[i] = takes ? z[i] : best[i];
-        runner_up[i] = takes ? c : runner_up[i];
-      }
-    }
-  }
+  find_largest<true>(pixels, classes, label, own, best, runner_up);
   A sum = 0;
 #pragma unroll
   for (int i = 0; i < P; ++i) {

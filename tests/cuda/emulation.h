@@ -2,9 +2,9 @@
 // same files. Not fast, and no model of a GPU's memory: what it shows is what a kernel computes.
 //
 // The threads of a block are fibers of one CPU thread. A fiber runs until it waits (at __syncthreads, or at a shuffle
-// for the other lanes of its warp); which one runs next is drawn at random, and so is the order of the blocks. So code
-// that relies on an order it has not asked for, because a barrier is missing, gives another result for another seed. A
-// thread that ends, or waits elsewhere, while others wait for it is an error.
+// or a vote for the other lanes of its warp); which one runs next is drawn at random, and so is the order of the
+// blocks. So code that relies on an order it has not asked for, because a barrier is missing, gives another result for
+// another seed. A thread that ends, or waits elsewhere, while others wait for it is an error.
 #pragma once
 
 #include <ucontext.h>
@@ -242,6 +242,11 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   const uint64_t* values = segadv::emulation::exchange(value);
   const unsigned lane = threadIdx.x % 32;
   return segadv::emulation::from_lane<T>(values, lane + delta < 32 ? lane + delta : lane);
+}
+
+inline int __all_sync(unsigned, int predicate) {
+  const uint64_t* values = segadv::emulation::exchange(uint64_t{predicate != 0});
+  return std::all_of(values, values + 32, [](uint64_t value) { return value != 0; });
 }
 
 template <class T>

@@ -91,14 +91,23 @@ def exp(x):
 
 
 @triton.jit
+def load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A: tl.constexpr):
+    """The logits of one class, `plane`, in the upper and the lower row of taps, at a tile's columns."""
+    upper = wx0 * tl.load(plane + o00, mask=inside, other=0).to(A)
+    upper += wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
+    lower = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
+    lower += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
+    return upper, lower
+
+
+@triton.jit
 def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr, A: tl.constexpr):
     """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
-    z = tl.load(plane + o00, mask=inside, other=0).to(A)
     if UP:
-        across0 = wx0 * z + wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
-        across1 = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
-        across1 += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
-        z = wy0 * across0 + wy1 * across1
+        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+        z = wy0 * upper + wy1 * lower
+    else:
+        z = tl.load(plane + o00, mask=inside, other=0).to(A)
     return z
 
 
@@ -106,6 +115,62 @@ def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.con
 def beats(value, best):
     """Whether `value`, of a higher class index, takes best's place: ties go to the lowest class, NaN wins, once."""
     return ~(value <= best) & (best == best)
+
+
+@triton.jit
+def search(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, WITHOUT_NAN: tl.constexpr,
+           UP: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+           UNROLL: tl.constexpr):  # fmt: skip
+    own = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), A)
+    best_class = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
+    if label is not None:
+        best_class = tl.where(label == 0, 1, 0)
+    has_nan = tl.zeros(o00.shape, tl.int1)
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        plane = logits + tl.cast(c, tl.int64) * stride_c
+        if WITHOUT_NAN:
+            upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+            has_nan |= ~(tl.abs(upper) + tl.abs(lower) < float("inf"))  # 0 * infinity would be one
+            z = wy0 * upper + wy1 * lower
+            takes = z > best
+            if label is not None:
+                takes &= label != c
+        else:
+            z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+            if label is not None:
+                is_label = label == c
+                own = tl.where(is_label, z, own)
+                z = tl.where(is_label, float("-inf"), z)  # takes no place, not even that of a NaN
+            takes = beats(z, best)
+        best = tl.where(takes, z, best)
+        best_class = tl.where(takes, c, best_class)
+    return own, best, best_class, has_nan
+
+
+@triton.jit
+def find_largest(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr,
+                 QUAD_ROWS: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+                 UNROLL: tl.constexpr):  # fmt: skip
+    """(own, largest logit, its class) of each pixel of an image, `logits`.
+
+    Given a label, the largest is that of the other classes, and own the label's logit (where not valid: any number).
+    """
+    # In a column of pixels the two rows that serve them all tell of NaN; without it one comparison does.
+    own, best, best_class, has_nan = search(
+        logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, QUAD_ROWS,
+        UP, A, BLOCK_Y, BLOCK_X, UNROLL,
+    )  # fmt: skip
+    if QUAD_ROWS:
+        if tl.max(has_nan.to(tl.int32)) > 0:
+            own, best, best_class, has_nan = search(
+                logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, False,
+                UP, A, BLOCK_Y, BLOCK_X, UNROLL,
+            )  # fmt: skip
+        elif label is not None:  # one look at the label's class instead of a comparison with every class
+            plane = logits + tl.maximum(label, 0).to(tl.int64) * stride_c
+            own = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+    return own, best, best_class
 
 
 @triton.jit
