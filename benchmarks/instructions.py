@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: `python -m benchmarks.instructions [KERNEL ...] [--arch sm_90]`.
 
-Registers, shared memory, and how many instructions each loop holds, without those of the loops inside it. No GPU is
-needed, only a core that was built for the architecture. The kernels' heads cite these figures where nothing has been
-measured. A loop's branches all count: what a run takes is fewer.
+Registers, shared memory, stack, and how many instructions each loop holds, without those of the loops inside it. No
+GPU is needed, only a core that was built with nvcc. The kernels' heads cite these figures where nothing has been
+measured. All branches of a loop count, functions that it calls do not, and an unrolled loop holds several classes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ def loops_of(sass: str) -> list[int]:
     """How many instructions each loop of a kernel holds, in the order of the code."""
     code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
     ends: dict[int, int] = {}  # of the loops, by where they begin
+    last_exit = -1  # what stands behind it and branches to before it is the rare path of an instruction there
     for at, what in code:
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what)
-        if branch and (begin := int(branch[1], 16)) < at:
+        if branch and last_exit < (begin := int(branch[1], 16)) < at:
             ends[begin] = at
+        if what.strip() == "EXIT":
+            last_exit = at
     counts = []
     for begin, end in sorted(ends.items()):
         inner = [(b, e) for b, e in ends.items() if begin < b and e <= end]
@@ -34,24 +37,35 @@ def loops_of(sass: str) -> list[int]:
     return counts
 
 
-def run(*command: str | Path) -> str:
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stdout
+def cuobjdump(*arguments: str | Path) -> str:
+    command = (triton.knobs.nvidia.cuobjdump.path, *arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def kernels_of(core: Path, arch: str, parts: Sequence[str] = ("",)) -> list[tuple[str, str, str]]:
-    """Name, resources and machine code of the kernels in the core whose names have one of these parts."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    found = re.findall(r"Function (\S+):\s+(REG:.*)", run(tool, "-res-usage", "-arch", arch, core))
-    readable = run("c++filt", *(name for name, _ in found)).splitlines()
-    kernels = []
-    for (name, resources), long in zip(found, readable, strict=True):
-        short = re.sub(r"^void |\(anonymous namespace\)::|\w+::", "", long)
-        short = re.sub(r"\(\w+\)(?=\d)", "", short).split("(")[0]
-        if any(part in short for part in parts):
-            kernels.append((name, short, resources))
-    listing = run(tool, "-sass", "-arch", arch, "-fun", ",".join(name for name, _, _ in kernels), core)
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)\n\s+\.{10}", listing, re.DOTALL))
-    return [(short, resources, code[name]) for name, short, resources in kernels]
+def architectures_of(core: Path) -> list[str]:
+    """Those whose machine code the core holds, in ascending order."""
+    found = set(re.findall(r"\.(sm_(\d+)\w?)\.cubin", cuobjdump("-lelf", core)))
+    return [name for name, _ in sorted(found, key=lambda pair: int(pair[1]))]
+
+
+def kernels_of(core: Path, arch: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """The kernels by readable name: their name in the file, and what they need (REG, STACK, SHARED and others)."""
+    found = re.findall(r"Function (\S+):\s+(REG:.*)", cuobjdump("-res-usage", "-arch", arch, core))
+    names = subprocess.run(
+        ["c++filt", *(name for name, _ in found)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    kernels = {}
+    for readable, (name, needs) in zip(names, found, strict=True):
+        short = re.sub(r"^void |\(anonymous namespace\)::|\w+::", "", readable)
+        short = re.sub(r"\(\w+\)(?=\d)", "", short).split("(")[0]  # (Loss)0, and the parameters
+        kernels[short] = name, dict(item.split(":", 1) for item in needs.split())
+    return kernels
+
+
+def code_of(core: Path, arch: str, names: Sequence[str]) -> dict[str, str]:
+    """The machine code of kernels, by their names in the file."""
+    listing = cuobjdump("-sass", "-arch", arch, "-fun", ",".join(names), core)
+    return dict(re.findall(r"Function : (\S+)\n(.*?)\n\s+\.{10}", listing, re.DOTALL))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,23 +77,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="part of the name; default: all")
     parser.add_argument("--arch", default="sm_90")
     options = parser.parse_args(arguments)
+    if not build_info()["cuda"]:
+        parser.error("the installed core has no CUDA kernels: SEGADV_CUDA=ON pip install . says why")
     import _segadv_native
 
-    kernels = kernels_of(Path(_segadv_native.__file__), options.arch, options.kernels or [""])
-    if not kernels:
-        parser.error(
-            f"no kernel of the installed core is named {' or '.join(options.kernels) or 'anything'} and compiled for "
-            f"--arch {options.arch}; CUDA: {build_info()['cuda']}"
-        )
-    rows = [
-        (name, resource["REG"], resource["SHARED"], resource["STACK"], " ".join(map(str, loops_of(code))))
-        for name, resources, code in kernels
-        for resource in [dict(item.split(":", 1) for item in resources.split())]
-    ]
+    core = Path(_segadv_native.__file__)
+    known = architectures_of(core)
+    if options.arch not in known:
+        parser.error(f"--arch: {options.arch} came; the installed core was compiled for {', '.join(known)}")
+    kernels = kernels_of(core, options.arch)
+    chosen = [name for name in sorted(kernels) if any(part in name for part in options.kernels or [""])]
+    if not chosen:
+        parser.error(f"KERNEL: {' '.join(options.kernels)} came, and is part of no name: {', '.join(sorted(kernels))}")
+    code = code_of(core, options.arch, [kernels[name][0] for name in chosen])
     print("| kernel | registers | shared, bytes | stack, bytes | instructions of its loops |")
     print("|---|---:|---:|---:|---|")
-    for row in sorted(rows):
-        print(f"| {' | '.join(row)} |")
+    for name in chosen:
+        mangled, needs = kernels[name]
+        loops = " ".join(map(str, loops_of(code[mangled])))
+        print(f"| {name} | {needs['REG']} | {needs['SHARED']} | {needs['STACK']} | {loops} |")
     return 0
 
 

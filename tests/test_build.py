@@ -68,39 +68,44 @@ def needed_libraries(extension: str) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", output)
 
 
-def kernels_that_spill(extension: str) -> list[str]:
+def kernels_that_spill(extension: Path) -> list[str]:
     """Kernels that need the stack, which is where registers go that do not fit."""
-    kernels = instructions.kernels_of(Path(extension), "sm_90")
+    kernels = instructions.kernels_of(extension, instructions.architectures_of(extension)[-1])
     assert len(kernels) > 50
-    return [name for name, resources, _ in kernels if "STACK:0" not in resources.split()]
+    return [name for name, (_, needs) in kernels.items() if needs["STACK"] != "0"]
 
 
-def narrow_gradient_stores(extension: str) -> list[str]:
+def narrow_gradient_stores(extension: Path) -> list[str]:
     """Stores of less than 16 bytes in the kernels that write a full-resolution gradient of float32 in vectors.
 
     The compiler has been seen to take vectors apart which it stored under a condition.
     """
-    found = instructions.kernels_of(Path(extension), "sm_90", ["gradient_kernel<float, 4"])
-    kernels = {name: code for name, _, code in found if not name.startswith("resampled")}
-    assert len(kernels) == 2, list(kernels)  # of margins, of cross-entropy
-    assert all("STG.E.EF.128" in code for code in kernels.values())
-    return [line for code in kernels.values() for line in code.splitlines() if re.search(r"STG\.E(\.EF)?\s", line)]
+    arch = instructions.architectures_of(extension)[-1]
+    kernels = instructions.kernels_of(extension, arch)
+    names = [kernels[f"gradient_kernel<float, 4, {margin}>"][0] for margin in ("true", "false")]
+    codes = instructions.code_of(extension, arch, names).values()
+    assert len(codes) == 2
+    assert all("STG.E.EF.128" in code for code in codes)
+    return [line for code in codes for line in code.splitlines() if re.search(r"STG\.E(\.EF)?\s", line)]
 
 
 def test_instructions_of_a_loop_are_its_own() -> None:
-    """A loop in a loop, a branch forward, and the branch to itself that ends every kernel."""
+    """A loop in a loop, a branch forward, a rare path behind the end, and the branch to itself that ends a kernel."""
     code = ["MOV R1, c[0x0][0x28]", "LDG.E R2, [R4.64]", "@P0 BRA 0x40", "IADD3 R2, R2, 0x1, RZ", "FADD R3, R3, R2",
-            "@!P1 BRA `(.L_x_1) 0x30", "IADD3 R5, R5, 0x1, RZ", "@P2 BRA 0x10", "EXIT", "BRA 0x90"]  # fmt: skip
+            "@!P1 BRA `(.L_x_1) 0x30", "BRA.DIV UR4, 0xa0", "@P2 BRA 0x10", "@P3 EXIT", "EXIT", "VOTE.ALL P6, !P6",
+            "BRA 0x70", "BRA 0xc0"]  # fmt: skip
     sass = "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x00 */\n" for i, line in enumerate(code))
     assert instructions.loops_of(sass) == [4, 3]
 
 
 def test_instructions_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    info = segadv.build_info()["cuda"]
-    if not info:
-        pytest.skip("this core has no CUDA kernels")
-    arch = "sm_" + re.findall(r"(\d+)-real", info)[0]
-    assert instructions.main(["margin_kernel<float", "--arch", arch]) == 0
+    if not segadv.build_info()["cuda"]:
+        with pytest.raises(SystemExit):
+            instructions.main([])
+        assert "the installed core has no CUDA kernels" in capsys.readouterr().err
+        return
+    known = instructions.architectures_of(Path(sys.modules["_segadv_native"].__file__ or ""))
+    assert instructions.main(["margin_kernel<float", "--arch", known[0]]) == 0
     table = capsys.readouterr().out
     (row,) = re.findall(r"\| margin_kernel<float, 8, true> \| (\d+) \| \d+ \| 0 \| ([\d ]+) \|\n", table)
     assert 32 <= int(row[0]) <= 255
@@ -108,7 +113,10 @@ def test_instructions_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "double" not in table
     with pytest.raises(SystemExit):
         instructions.main(["--arch", "sm_1"])
-    assert "compiled for --arch sm_1; CUDA: nvcc" in capsys.readouterr().err
+    assert f"--arch: sm_1 came; the installed core was compiled for {', '.join(known)}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        instructions.main(["marginal", "--arch", known[0]])
+    assert "KERNEL: marginal came, and is part of no name: " in capsys.readouterr().err
 
 
 def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: Path) -> None:
@@ -131,8 +139,8 @@ def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: P
     info = run(python, "-c", "import segadv; print(segadv.build_info()['cuda'])", cwd=tmp_path).stdout
     if nvcc():
         assert re.fullmatch(r"nvcc [\d.]+ for \d.*\n", info)
-        assert kernels_that_spill(extension) == []
-        assert narrow_gradient_stores(extension) == []
+        assert kernels_that_spill(Path(extension)) == []
+        assert narrow_gradient_stores(Path(extension)) == []
     else:
         assert info == "None\n"
 

@@ -6,6 +6,7 @@ The kernels run emulated on the CPU (tests/cuda/emulation.h); what only a GPU ca
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,6 +293,9 @@ def test_emulation_finds_missing_barriers() -> None:
     assert int(lines[3].removesuffix(" right without the barrier")) < 50
     assert lines[4] == "leaves: 1 threads of block 0 ended and 0 wait for their warp, 63 wait at a barrier"
     assert lines[5] == "other_barrier: 0 threads of block 0 ended and 24 wait for their warp, 40 wait at a barrier"
+    waiting = re.fullmatch("other_exchange: lanes of a warp wait at __(.*)_sync, another one at __(.*)_sync", lines[6])
+    assert waiting is not None
+    assert {waiting[1], waiting[2]} == {"all", "shfl_xor"}
 
 
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:

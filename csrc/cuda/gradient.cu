@@ -11,8 +11,8 @@
 // ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
 // twice. Bound by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
-// (margin) or 42 registers, 100 % or 62 to 75 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
+// (margin) or 42 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 122 instructions for a class of 8
 // pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is
 // some 23 per class and pixel, with 19 classes, and for a margin 8. 127 (margin: 92) registers, 25 %. Fraction of the

@@ -339,7 +339,7 @@ __device__ __forceinline__ void find_largest(const Mine& pixels, int32_t classes
         compare(c, i, z, z > best[i]);
       }
     });
-    // Not all finite: pixels may be NaN, which takes more than one comparison.
+    // Perhaps not all finite: a pixel may be NaN, which takes more than one comparison.
     if (!(sum < kInfinity<A>)) {
       begin();
       pixels.template for_each_class<Index>(0, classes, [&](int32_t c, auto rows) {

@@ -47,6 +47,14 @@ void other_barrier_kernel(double* to) {
   }
 }
 
+void other_exchange_kernel(double* to) {
+  if (threadIdx.x % 2 == 0) {
+    to[threadIdx.x] = __all_sync(kAllLanes, 1);
+  } else {
+    to[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1.0, 1);
+  }
+}
+
 // How many of the seeds give every thread the number of its opposite.
 int right(void (*kernel)(int*)) {
   int count = 0;
@@ -71,5 +79,6 @@ int main() {
   std::printf("%s\n", launch("leaves", leaves_kernel, 1, 0).message);
   double to[kThreads];
   std::printf("%s\n", launch("other_barrier", other_barrier_kernel, 1, 0, static_cast<double*>(to)).message);
+  std::printf("%s\n", launch("other_exchange", other_exchange_kernel, 1, 0, static_cast<double*>(to)).message);
   return 0;
 }

@@ -53,6 +53,7 @@ struct Fiber {
 
 struct Warp {
   unsigned arrived = 0, rank = 0;
+  const char* what = nullptr;  // the exchange for which lanes have arrived
   uint64_t values[2][kLanes];  // alternating: a lane is at most one exchange ahead of the others
 };
 
@@ -197,13 +198,16 @@ const char* run(const char* kernel, unsigned blocks, unsigned threads, Body&& bo
   return nullptr;
 }
 
-// Hands in a value and waits for the whole warp; gives what all its lanes handed in.
+// Hands in a value and waits for the whole warp, whose lanes must all do the same; gives what all of them handed in.
 template <class T>
-const uint64_t* exchange(T value) {
+const uint64_t* exchange(const char* what, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Fiber& fiber = block.fibers[block.current];
   const unsigned first = block.current / kLanes * kLanes;
   Warp& warp = block.warps[block.current / kLanes];
+  if (warp.arrived == 0) warp.what = what;
+  if (std::strcmp(warp.what, what) != 0)
+    throw std::runtime_error(std::string("lanes of a warp wait at ") + warp.what + ", another one at " + what);
   uint64_t* values = warp.values[fiber.exchanges++ % 2];
   std::memcpy(&values[block.current - first], &value, sizeof(T));
   if (++warp.arrived < kLanes) {
@@ -233,19 +237,19 @@ inline void __syncthreads() {
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  const uint64_t* values = segadv::emulation::exchange(value);
+  const uint64_t* values = segadv::emulation::exchange("__shfl_xor_sync", value);
   return segadv::emulation::from_lane<T>(values, threadIdx.x % 32 ^ static_cast<unsigned>(mask));
 }
 
 template <class T>
 T __shfl_down_sync(unsigned, T value, unsigned delta) {
-  const uint64_t* values = segadv::emulation::exchange(value);
+  const uint64_t* values = segadv::emulation::exchange("__shfl_down_sync", value);
   const unsigned lane = threadIdx.x % 32;
   return segadv::emulation::from_lane<T>(values, lane + delta < 32 ? lane + delta : lane);
 }
 
 inline int __all_sync(unsigned, int predicate) {
-  const uint64_t* values = segadv::emulation::exchange(uint64_t{predicate != 0});
+  const uint64_t* values = segadv::emulation::exchange("__all_sync", uint64_t{predicate != 0});
   return std::all_of(values, values + 32, [](uint64_t value) { return value != 0; });
 }
 
