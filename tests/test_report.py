@@ -420,6 +420,15 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     assert "pass takes 60.0 [59.5, 60.5] % of Fast Newton's attack with segadv" in " ".join(text.split())
 
 
+def test_the_overhead_names_the_commits_of_what_it_shows(tmp_path: Path) -> None:
+    """Not that of p = 1, which is among the details."""
+    rows = overhead_rows()
+    other = replace(rows[-1], mode="fgsm, p = 1", commit="decade")
+    write_records(tmp_path / "overhead-cpu.csv", [*rows, other])
+    assert "commit c0ffee)" in report.training_overhead(tmp_path)
+    assert "commits c0ffee, decade)" in report.overhead_details(tmp_path)
+
+
 def test_the_headline(tmp_path: Path) -> None:
     """Shows both networks; more time is called more, and what is not known is not told."""
     path = tmp_path / "overhead-cpu.csv"
