@@ -467,12 +467,16 @@ def _arms(checkpoints: Sequence[str]) -> dict[str, str]:
 def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
     """ "20,0.03:100" -> eps: steps."""
     steps: dict[float, int] = {}
-    for part in value.split(","):
+    seen: set[str] = set()
+    for part in sorted(value.split(","), key=lambda part: ":" in part):  # first the number for all eps
         at, _, count = part.strip().rpartition(":")
         try:
             steps |= dict.fromkeys([float(Fraction(at))] if at else eps, int(count))
         except ValueError:
             raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
+        if at in seen:
+            raise ValueError(f"steps gives {f'eps {at}' if at else 'the number without an eps'} twice: {value!r}")
+        seen.add(at)
     if unknown := [at for at in steps if at not in eps]:
         raise ValueError(f"steps names eps that are not evaluated: {unknown}")
     return steps

@@ -69,6 +69,7 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
 # Stacked eps make larger batches, which a CPU works off faster up to about this many pixels (measured: half the
 # time per image at 16 images of 160 x 320 against 4) and slower beyond.
 _CPU_PIXELS = 1 << 20
+_ROUNDING = 1e-6  # by which an attack may leave box and ball
 
 
 # --- the work -----------------------------------------------------------------------------------------------
@@ -112,16 +113,27 @@ class _Judge:
             self.strayed.setdefault((name, eps), []).append(torch.stack([-low, high - 1, far]).double().cpu())
         return adversarial.to(images.dtype)
 
+    def approves(self, attack: str, eps: float) -> bool:
+        """Whether the outcomes of a batch may be kept. Those of images out of box or ball are not: whoever goes on
+        with them would not be warned.
+
+        Raises:
+            ValueError: bad labels.
+        """
+        self.check()
+        batches = self.strayed.get((attack, eps))
+        return batches is None or not bool((batches[-1] > _ROUNDING).any())
+
     def warn_of_strays(self) -> None:
         """Attacks whose images are not numbers are an error; some leave box and ball on purpose."""
         for (name, eps), batches in self.strayed.items():
             below, above, far = torch.stack(batches).amax(0).tolist()
             if not math.isfinite(below + above + far):
                 raise ValueError(f"attack {name!r} at eps {eps:g} gave pixels that are NaN or infinite")
-            if max(below, above) > 1e-6:
+            if max(below, above) > _ROUNDING:
                 box = f"[{-below:g}, {1 + above:g}]"
                 warnings.warn(f"attack {name!r} at eps {eps:g} gave pixels in {box}, outside of [0, 1]", stacklevel=3)
-            if far > 1e-6:
+            if far > _ROUNDING:
                 moved = f"moved pixels by up to {eps + far:g}"
                 warnings.warn(f"attack {name!r} at eps {eps:g} {moved}: out of the ball of that radius", stacklevel=3)
 
@@ -168,6 +180,7 @@ def _clean(judge: _Judge) -> _Work:
 def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
     """One gradient serves all eps, and the logits on its way are the clean prediction: eps 0 costs nothing."""
     attack = FGSM(model, **judge.options)
+    arguments = [{}, *(FGSM(model, eps=value, **judge.options).arguments for value in eps)]
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         with attack._isolated(images, labels) as (own_images, own_labels):
@@ -177,7 +190,7 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
             matrices.append(judge(functional.sign_step(images, clean.grad, value), labels))
         return torch.stack(matrices)[:, None]
 
-    return _Work("fgsm", (0.0, *eps), (1,), outcomes, [{}, *(FGSM(model, eps=value).arguments for value in eps)])
+    return _Work("fgsm", (0.0, *eps), (1,), outcomes, arguments)
 
 
 def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
@@ -388,9 +401,11 @@ def evaluate(
         align_corners: how logits of another size than the labels are resampled.
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. A model is told
-            from others by its parameters, buffers and what it prints, not by its code and other attributes: give
-            another folder where those change. Attacks from factories are recorded where they are one of
-            `segadv.attacks`, not a sub-class, and have neither a generator nor a callable.
+            from others by its parameters, buffers, what it prints, and attributes of its modules that are True,
+            False, words or functions (such as ``output=`` of `segadv.models.wrap`), not by its code and other
+            attributes: give another folder where those change. Attacks from factories are recorded where they are
+            one of `segadv.attacks`, not a sub-class, have neither a generator nor a callable, and stay in box and
+            ball.
         progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
             tqdm.
         sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
@@ -419,12 +434,13 @@ def evaluate(
         "model_sha256": model_hash(model),
         "seed": seed,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "device": device.type,
         "backend": backends.requested() or backends.default(device.type),
         **judge.options,
         "versions": versions(),
     }
-    store, tally = Records(records, identity, approve=judge.check), _Tally()
-    data, images_seen = hashlib.sha256(), 0
+    store, tally = Records(records, identity, approve=judge.approves), _Tally()
+    data, images_seen, batch_size = hashlib.sha256(), 0, 0
     with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
         for index, (images, labels, *_) in enumerate(loader):
             if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
@@ -435,13 +451,13 @@ def evaluate(
             check_sizes(images, labels)
             content = content_hash(images, labels)
             data.update(content.encode())
-            images_seen += len(images)
+            images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))
             images, labels = images.to(device), labels.to(device)
             number = index * distributed.world_size() + distributed.rank() if sharded else index
             batch_seed = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)[0])
             finals: dict[float, list[Tensor]] = {value: [] for value in positive}
             for work in works:
-                depends_on = [[arguments, work.steps, index, content] for arguments in work.arguments]
+                depends_on = [[arguments, work.steps, number, content] for arguments in work.arguments]
                 compute = partial(work.outcomes, images, labels, batch_seed)
                 outcomes = store.outcomes(work.attack, work.eps, depends_on, compute)
                 for value, by_steps in zip(work.eps, outcomes, strict=True):
@@ -456,13 +472,14 @@ def evaluate(
                 tally.add("worst-case", value, judged["worst-case", value][0], _worst(finals[value]))
     number_invalid, digest = judge.number_invalid, data.hexdigest()
     if sharded:
-        shares = distributed.gather((tally, number_invalid, images_seen, digest))
+        shares = distributed.gather((tally, number_invalid, images_seen, batch_size, digest))
         tally = _Tally()
         for share, *_ in shares:
             tally.merge(share)
         number_invalid = sum(share[1] for share in shares)
         images_seen = sum(share[2] for share in shares)
-        digest = hashlib.sha256("".join(share[3] for share in shares).encode()).hexdigest()
+        batch_size = max(share[3] for share in shares)
+        digest = hashlib.sha256("".join(share[4] for share in shares).encode()).hexdigest()
     judge.check(number_invalid)
     judge.warn_of_strays()
     if not tally.confusion:
@@ -480,6 +497,7 @@ def evaluate(
         "attacks": {name: [a for w in works if w.attack == name for a in w.arguments if a] for name in names},
         "eps": values,
         "images": images_seen,
+        "batch_size": batch_size,
         "data_sha256": digest,
         "device": str(device),
     }

@@ -33,7 +33,9 @@ _ARMS: dict[str, tuple[str, str, str]] = {
     "n-fgsm": ("N-FGSM", "#999999", ">"),
     "kim": ("Kim et al.", "#666666", "h"),
 }
-_FURTHER = (("#0072B2", "d"), ("#CC79A7", "H"), ("#999999", "8"))
+# of arms with other names; as many colours as have no factor in common with the number of markers: 15 pairs
+_FURTHER_COLORS = ("#0072B2", "#CC79A7", "#999999", "#E69F00", "#009E73")
+_FURTHER_MARKERS = ("d", "H", "8")
 _ATTACKS = {
     "fgsm": "FGSM",
     "bim": "BIM",
@@ -75,7 +77,8 @@ def _style(arms: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """(label, colour, marker) of each arm: an arm looks the same in every figure."""
     further = [arm for arm in arms if arm not in _ARMS]
     return {arm: _ARMS[arm] for arm in arms if arm in _ARMS} | {
-        arm: (arm, *_FURTHER[i % len(_FURTHER)]) for i, arm in enumerate(further)
+        arm: (arm, _FURTHER_COLORS[i % len(_FURTHER_COLORS)], _FURTHER_MARKERS[i % len(_FURTHER_MARKERS)])
+        for i, arm in enumerate(further)
     }
 
 
@@ -97,10 +100,13 @@ def _panel_size(count: int) -> tuple[float, float]:
     return 5.0 * min(count, _COLUMNS), 0.6 + 3.8 * -(-count // _COLUMNS)
 
 
-def _arms_legend(figure: Figure, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if any(labels):
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+def _arms_legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """Of all arms, each of which may miss in some panels."""
+    handles = {
+        label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    if any(handles):
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6))
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -125,6 +131,8 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
                 for row in rows:
                     if row["attack"] == attack and row.get("arm", "") == arm:
                         line.setdefault(row["eps"], []).append(row["miou"])
+                if not line:  # another attack was made on this arm
+                    continue
                 eps = sorted(line)
                 if max(map(len, line.values())) > 1:
                     low, high = ([edge(line[x]) for x in eps] for edge in (min, max))
@@ -137,7 +145,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(bottom=0)  # of all; only now, as it freezes the upper end
-        _arms_legend(figure, axes[0])
+        _arms_legend(figure, axes)
         _save(figure, path)
 
 
@@ -179,7 +187,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
-        _arms_legend(figure, axes[0])
+        _arms_legend(figure, axes)
         _save(figure, path)
 
 

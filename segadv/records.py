@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -23,16 +25,34 @@ __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over what it prints.
+    """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
-    That is its modules with their settings; neither code nor other attributes are seen.
+    Those are what it prints, and those attributes of its modules that are True, False, words or functions: of
+    `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Neither code nor other attributes are seen;
+    numbers may be counters.
     """
     network = unwrapped(model)
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", repr(network)).encode())  # without addresses in memory
+    settings = [repr(network)]
+    for name, module in network.named_modules(remove_duplicate=False):
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, FunctionType):
+                settings.append(f"{name}.{key} {_body(value)}")
+            elif isinstance(value, (bool, str)) and not key.startswith("_") and key != "training":
+                settings.append(f"{name}.{key} {value!r}")
+    # without addresses in memory
+    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", "\n".join(settings)).encode())
     named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
     for name, value in chain(*named):
         digest.update(f"{name} {content_hash(value)}\n".encode())
     return digest.hexdigest()
+
+
+def _body(function: FunctionType) -> str:
+    """What a function does, as far as its own code and the plain values around it decide."""
+    code = function.__code__
+    around = [cell.cell_contents for cell in function.__closure__ or ()]
+    plain = [value for value in around if isinstance(value, (bool, int, float, str, tuple))]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_consts} {plain} {function.__defaults__}"
 
 
 def content_hash(*tensors: Tensor) -> str:
@@ -62,11 +82,12 @@ class Records:
     Args:
         folder: None keeps nothing.
         identity: what all outcomes depend on, fit for JSON: model, seed, versions.
-        approve: called before anything is written; what it raises keeps that from happening.
+        approve: (attack, eps) -> whether what was computed is written; called before anything is. What it raises
+            keeps that from happening as well.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], approve: Callable[[], None]
+        self, folder: str | os.PathLike[str] | None, identity: Mapping[str, Any], approve: Callable[[str, float], bool]
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.identity = identity
@@ -91,8 +112,8 @@ class Records:
         if len(found) == len(paths):
             return torch.stack(found)
         outcomes = compute().cpu()
-        self.approve()
-        for path, matrices in zip(paths, outcomes, strict=True):
+        approved = [self.approve(attack, value) for value in eps]
+        for path, matrices in itertools.compress(zip(paths, outcomes, strict=True), approved):
             with atomic_write(path) as temporary:
                 np.savez_compressed(temporary, outcomes=matrices.numpy())
         return outcomes

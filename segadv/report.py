@@ -34,7 +34,11 @@ def write_report(
         checks: arm -> what `segadv.masking.masking_checks` found; empty where it was not asked.
         class_names: those of the data set, for ``per_class.png``; None: numbers.
         command: what repeats it, for the reader.
+
+    Raises:
+        ValueError: the models were put under different attacks or eps, or have different numbers of classes.
     """
+    _check_alike(result)
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     result.to_csv(out / "curves.csv")
@@ -51,6 +55,18 @@ def write_report(
     with atomic_write(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def _check_alike(result: EvaluationResult) -> None:
+    seen: dict[str, set[tuple[str, float, int]]] = {}
+    for entry in result.final:
+        seen.setdefault(entry.arm, set()).add((entry.attack, entry.eps, len(entry.confusion)))
+    first, *others = seen
+    if other := next((arm for arm in others if seen[arm] != seen[first]), None):
+        raise ValueError(
+            f"result: {first!r} and {other!r} were evaluated under different attacks or eps, or on different numbers "
+            "of classes; a report is for models that were evaluated alike"
+        )
 
 
 def _shown_eps(result: EvaluationResult) -> float:

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from segadv import evaluation, functional, records, results
 from segadv.attacks import BIM, FGSM, PGD, CosPGD, FastNewton, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
-from segadv.models import small_pspnet
+from segadv.models import small_pspnet, wrap
 
 CLASSES = 19
 
@@ -628,6 +628,17 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     assert records.model_hash(network(nn.Tanh(), 1.0)) != first
     assert records.model_hash(network(nn.ReLU(), 2.0)) != first
     assert records.model_hash(network(nn.Dropout(0.1), 1.0)) != records.model_hash(network(nn.Dropout(0.2), 1.0))
+    assert records.model_hash(network(nn.Upsample(2), 1.0)) == records.model_hash(network(nn.Upsample(2), 1.0))
+    resized = [network(nn.Upsample(2, mode="bilinear", align_corners=value), 1.0) for value in (False, True)]
+    assert records.model_hash(resized[0]) != records.model_hash(resized[1])
+
+    def entry(key: str) -> Any:
+        return lambda output: output[key]
+
+    outputs = [None, entry("a"), entry("b"), lambda output: output["a"], lambda output: output["b"], entry("a")]
+    *others, first, again = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in (*outputs, entry("a"))]
+    assert first == again == others[1]
+    assert len({*others}) == 5
     printed = [network(Printed(), 1.0) for _ in range(2)]
     assert repr(printed[0]) != repr(printed[1])
     assert records.model_hash(printed[0]) == records.model_hash(printed[1])
@@ -650,10 +661,42 @@ def test_records_of_other_arguments_are_never_taken(
         def newton(model: nn.Module, eps: float, options: dict[str, Any] = options) -> FastNewton:
             return FastNewton(model, **options)
 
-        fresh = evaluate(model, loader, {"newton": newton}, [0.3])
-        assert evaluate(model, loader, {"newton": newton}, [0.3], records=tmp_path).rows == fresh.rows
+        fresh = evaluate(model, loader, {"newton": newton}, [1.0])  # a ball that no step leaves
+        assert evaluate(model, loader, {"newton": newton}, [1.0], records=tmp_path).rows == fresh.rows
         found.append(fresh.rows)
     assert found[0] != found[1]
+
+
+def test_records_of_a_named_attack_are_not_those_of_ones_own_with_other_options(
+    tmp_path: Path, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, CLASSES, 3, stride=2, padding=1)
+    named = evaluate(network, loader, ["fgsm", "bim-10"], [0.03], align_corners=True, records=tmp_path)
+    for (arguments,) in named.run["attacks"].values():
+        assert (arguments["align_corners"], arguments["ignore_index"]) == (True, 255)
+    own = {"fgsm": lambda model, eps: FGSM(model, eps=eps)}
+    fresh = evaluate(network, loader, own, [0.03], align_corners=True)
+    assert evaluate(network, loader, own, [0.03], align_corners=True, records=tmp_path).rows == fresh.rows
+    assert fresh.rows[-1]["miou"] != next(row for row in named.rows if row["attack"] == "fgsm")["miou"]
+
+
+def test_records_of_a_share_belong_to_the_number_that_decides_the_noise(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch of rank 1 of 2 is batch 1 of all, and has its noise."""
+    whole = evaluate(model, loader, ["pgd"], [0.3], steps=3, records=tmp_path)
+    monkeypatch.setattr(evaluation.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(evaluation.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(evaluation.distributed, "gather", lambda share: [share])
+    model.forwards = 0
+    found = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, sharded=True, records=tmp_path)
+    assert model.forwards == 0
+    fresh = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, sharded=True)
+    assert found.rows == fresh.rows
+    assert (whole.run["batch_size"], found.run["batch_size"]) == (3, 1)
+    at_rank_0 = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, records=tmp_path)
+    assert at_rank_0.rows == evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3).rows
 
 
 class Gentle(PGD):
@@ -751,6 +794,71 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert len(texts) == 2
     assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
     assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
+
+
+def test_who_goes_on_with_records_is_told_as_well(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    wide = {"wide": lambda model, eps: FGSM(model, eps=2 * eps)}
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="attack 'wide' at eps 0.1 moved pixels by up to 0.2: out of the ball"):
+            evaluate(model, loader, wide, [0.1], records=tmp_path)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"clean"}
+
+
+def test_inference_mode_and_images_made_there(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    @torch.inference_mode()
+    def noise(images: Tensor, labels: Tensor) -> Tensor:
+        return (images + 0.04 * torch.randn_like(images).sign()).clamp(0, 1)
+
+    names = ["fgsm", "bim-10", "pgd"]
+    own = {"noise": lambda model, eps: noise}
+    expected = [evaluate(model, loader, attacks, [0.0, 0.04], steps=3).rows for attacks in (names, own)]
+    with torch.inference_mode():
+        made_there = [(images.clone(), labels.clone()) for images, labels in loader]
+        assert [evaluate(model, made_there, attacks, [0.0, 0.04], steps=3).rows for attacks in (names, own)] == expected
+    assert [evaluate(model, made_there, attacks, [0.0, 0.04], steps=3).rows for attacks in (names, own)] == expected
+
+
+def test_results_of_different_attacks_and_classes_in_one(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    few = [(images, labels.clamp(max=4)) for images, labels in loader]
+    pgd, fgsm = (evaluate(model, loader, [name], [0.0, 0.1], steps=4) for name in ("pgd", "fgsm"))
+    both = evaluate(nn.Conv2d(3, 5, 1), few, ["fgsm", "pgd"], [0.0, 0.02], steps=4, worst_case=False)
+    merged = EvaluationResult.merge({"a": fgsm, "b": pgd, "c": both})
+    from segadv import plots, report
+
+    shown: list[set[str]] = []
+    save = plots._save
+    monkeypatch.setattr(
+        plots,
+        "_save",
+        lambda figure, path: (
+            shown.append({text.get_text() for text in figure.legends[0].get_texts()}),
+            save(figure, path),
+        ),
+    )
+    merged.plot(tmp_path / "curves.png")
+    rows = [entry.row for entry in EvaluationResult.merge({"c": both, "b": pgd}).measurements]
+    plots.plot_steps([row | {"eps": 0.1} for row in rows if row["eps"]], tmp_path / "steps.png", eps=0.1)
+    assert shown == [{"a", "b", "c"}, {"b", "c"}]
+    merged.to_details_csv(tmp_path / "details.csv")
+    with open(tmp_path / "details.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert (written[-1]["iou_4"], written[-1]["iou_5"]) != ("", "0.0")
+    assert [row["iou_18"] for row in written if row["arm"] == "c"] == [""] * len(both.measurements)
+    with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks or eps"):
+        report.write_report(tmp_path / "report", merged, {})
+    assert not (tmp_path / "report").exists()
+
+
+def test_arms_with_names_of_their_own_look_different() -> None:
+    from segadv import plots
+
+    looks = [look[1:] for look in plots._style([f"run {i}" for i in range(15)] + list(plots._ARMS)).values()]
+    assert len(set(looks)) == len(looks)
 
 
 def test_a_result_prints_its_curves(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:

@@ -123,6 +123,23 @@ def test_figures_are_the_measured_ones(data: list[Batch], network: nn.Module) ->
     assert f"{sum(losses) / len(losses):.3f} at 0" in checks[5].finding
 
 
+def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], network: nn.Module) -> None:
+    for eps, count in ((0.2, 6), (0.25, 5), (0.3, 5), (0.5, 4)):
+        falls, _, steps, *_ = masking_checks(network, data, eps=eps, steps=3)
+        shown = [float(value) for value in re.findall(r"at eps ([0-9.]+)", falls.finding)]
+        assert shown == sorted({*shown})
+        assert (shown[-1], len(shown)) == (0.5, count)
+        assert steps.passed is None  # PGD was judged once
+    for eps in (0.0, 0.6, float("nan")):
+        with pytest.raises(ValueError, match=r"eps: .* came; more than 0 and at most 0\.5 is allowed"):
+            masking_checks(network, data, eps=eps)
+
+
+def test_images_without_a_label_do_not_count(data: list[Batch], network: nn.Module) -> None:
+    void = [(images, torch.full_like(labels, 255)) for images, labels in data]
+    assert masking_checks(network, [*data, *void])[5] == masking_checks(network, data)[5]
+
+
 # --- the report ---------------------------------------------------------------------------------------------
 
 
