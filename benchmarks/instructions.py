@@ -13,14 +13,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 
 from segadv import build_info
 
 
-def loops_of(sass: str) -> list[int]:
-    """How many instructions each loop of a kernel holds, in the order of the code."""
+class Loop(NamedTuple):
+    instructions: list[str]
+    """Its own, without those of the loops inside it."""
+    is_innermost: bool
+
+
+def loops_of(sass: str) -> list[Loop]:
+    """The loops of a kernel, in the order of the code."""
     code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
     ends: dict[int, int] = {}  # of the loops, by where they begin
     last_exit = -1  # what stands behind it and branches to before it is the rare path of an instruction there
@@ -30,11 +37,12 @@ def loops_of(sass: str) -> list[int]:
             ends[begin] = at
         if what.strip() == "EXIT":
             last_exit = at
-    counts = []
+    loops = []
     for begin, end in sorted(ends.items()):
         inner = [(b, e) for b, e in ends.items() if begin < b and e <= end]
-        counts.append(sum(begin <= at <= end and not any(b <= at <= e for b, e in inner) for at, _ in code))
-    return counts
+        own = [what for at, what in code if begin <= at <= end and not any(b <= at <= e for b, e in inner)]
+        loops.append(Loop(own, not inner))
+    return loops
 
 
 def cuobjdump(*arguments: str | Path) -> str:
@@ -94,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("|---|---:|---:|---:|---|")
     for name in chosen:
         mangled, needs = kernels[name]
-        loops = " ".join(map(str, loops_of(code[mangled])))
+        loops = " ".join(str(len(loop.instructions)) for loop in loops_of(code[mangled]))
         print(f"| {name} | {needs['REG']} | {needs['SHARED']} | {needs['STACK']} | {loops} |")
     return 0
 

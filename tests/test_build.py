@@ -95,7 +95,7 @@ def test_instructions_of_a_loop_are_its_own() -> None:
             "@!P1 BRA `(.L_x_1) 0x30", "BRA.DIV UR4, 0xa0", "@P2 BRA 0x10", "@P3 EXIT", "EXIT", "VOTE.ALL P6, !P6",
             "BRA 0x70", "BRA 0xc0"]  # fmt: skip
     sass = "".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x00 */\n" for i, line in enumerate(code))
-    assert instructions.loops_of(sass) == [4, 3]
+    assert [(len(own), innermost) for own, innermost in instructions.loops_of(sass)] == [(4, False), (3, True)]
 
 
 def test_instructions_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,10 @@ The interpreter accepts much that the compiler does not. Run as a program: the t
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from segadv.ops.triton_kernels import configs, confusion, cross_entropy, gradient, margin, step, tiles
+sys.path.append(str(Path(__file__).parents[1]))  # behind the installed packages
+
+from benchmarks.instructions import cuobjdump, loops_of
+from segadv.ops.triton_kernels import (
+    configs,
+    confusion,
+    cross_entropy,
+    gradient,
+    margin,
+    step,
+    tiles,
+)
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -126,14 +137,16 @@ def target(name: str) -> GPUTarget:
 
 
 def resources(cubin: bytes) -> str:
-    """Registers, and bytes of the stack, to which registers that do not fit are spilled."""
+    """Registers; bytes of the stack, to which registers that do not fit are spilled; barriers in innermost loops,
+    which move values between layouts through shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
-    return f"registers {registers} stack {stack}"
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", file.name)).groups()
+        loops = loops_of(cuobjdump("-sass", file.name))
+    barriers = sum("BAR.SYNC" in what for loop in loops if loop.is_innermost for what in loop.instructions)
+    sizes = " ".join(str(len(loop.instructions)) for loop in loops)
+    return f"registers {registers} stack {stack} barriers {barriers} | loops {sizes}"
 
 
 def conversions_in_loops(ttgir: str) -> int:

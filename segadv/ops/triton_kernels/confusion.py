@@ -28,7 +28,7 @@ def confusion_kernel(
     program = tl.program_id(0)
     n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
     o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
-        program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
+        program, programs, tiles_x, chunks, one, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
     )
     inside_taps = x < W if QUAD_ROWS else inside
     _, _, best_class = find_largest(

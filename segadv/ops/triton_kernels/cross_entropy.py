@@ -36,7 +36,7 @@ def cross_entropy_kernel(
     at = n * label_n + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
     label, is_bad = load_labels(labels, at, inside, C, ignore_index)
     o00, o01, o10, o11, wy0, wy1, wx0, wx1 = taps(
-        program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
+        program, programs, tiles_x, chunks, one, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
     )
     inside_taps = x < W if QUAD_ROWS else inside
     # Not -inf: the difference to a class of logit -inf must not be NaN.

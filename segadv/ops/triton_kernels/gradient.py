@@ -5,10 +5,12 @@ once, and for cross-entropy the logits read once. Bound by memory.
 
 `gradient_up_kernel`, resampled logits: the transpose of the resampling without atomics. A lane owns a column of quads
 (the output pixels between four neighbouring taps, see bilinear.py) for a few classes, and walks down: over the pixels
-of a quad it adds up four corner sums; two of them complete the row of logits above, two are carried to the row below.
+of a quad, column by column, it adds up four corner sums; two of them complete the row of logits above, two are carried
+to the row below.
 Along x the sums of neighbouring lanes meet once per quad. Nothing of C classes is ever larger than the gradient
-itself. Rows at the upper edge of a program, and one column of quads, are computed twice. Bound by arithmetic: 90
-(margin) or 122 (cross-entropy) instructions for 8 classes of a pixel, as Triton 3.9 compiles it for sm_90.
+itself. Rows at the upper edge of a program, and one column of quads, are computed twice. Bound by arithmetic: 91
+(margin) or 126 (cross-entropy) instructions for 8 classes of a pixel, as Triton 3.9 compiles it for sm_90 (3.6: 93 and
+128; tests/triton_compile.py prints them).
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 from ..common import compute_dtype
 from .bilinear import first_output, largest_quad, weights
 from .configs import config
-from .tiles import check_sizes, exp, launch, load_labels, power_of_two, tile_of, tiles, triton_dtype
+from .tiles import check_sizes, exp, launch, load_labels, mean, power_of_two, tile_of, tiles, triton_dtype
 
 
 @triton.jit
@@ -83,11 +85,11 @@ def gradient_kernel(
         tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def gradient_up_kernel(
     grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
-    loss_n, loss_y, loss_x, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, ignore_index,
+    loss_n, loss_y, loss_x, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, one, ignore_index,
     ALIGN: tl.constexpr, A: tl.constexpr, CLASSES: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -101,10 +103,13 @@ def gradient_up_kernel(
 
     begin_x = first_output(quad_x, w, W, ALIGN)
     end_x = tl.where(quad_x <= w, first_output(quad_x + 1, w, W, ALIGN), begin_x)
-    left = tl.minimum(tl.maximum(quad_x - 1, 0), w - 1) * stride_x
-    right = tl.minimum(quad_x, w - 1) * stride_x
+    # Where a tap does not exist its weight is 0. For one - 1 and the hint below see load_rows.
+    left = (quad_x - 1) * stride_x + (one - 1)
+    right = quad_x * stride_x + (one - 1)
     to_the_right = tl.broadcast_to(tl.minimum(lane + 1, QUADS - 1), [CLASSES, QUADS])
     is_class = c < C
+    has_left = is_class & (quad_x > 0) & (quad_x <= w)
+    has_right = is_class & (quad_x < w)
     planes = n * stride_n + c.to(tl.int64) * stride_c  # [CLASSES, 1]
     grad_planes = n * grad_n + c.to(tl.int64) * grad_c
     bad_labels = tl.zeros([1, QUADS], tl.int32)
@@ -119,42 +124,40 @@ def gradient_up_kernel(
         if runner_up is None:
             upper = logits + planes + tl.maximum(quad_y - 1, 0) * stride_y
             lower = logits + planes + tl.minimum(quad_y, h - 1) * stride_y
-            z00 = tl.load(upper + left, mask=is_class, other=0).to(A)
-            z01 = tl.load(upper + right, mask=is_class, other=0).to(A)
-            z10 = tl.load(lower + left, mask=is_class, other=0).to(A)
-            z11 = tl.load(lower + right, mask=is_class, other=0).to(A)
-        for y in range(first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)):
-            wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
-            y64 = tl.cast(y, tl.int64)
-            row_labels = labels + n * label_n + y64 * label_y
-            row_loss = n * loss_n + y64 * loss_y
-            row_map = n * H * W + y64 * W
-            if runner_up is None:
-                z0, z1 = wy0 * z00 + wy1 * z10, wy0 * z01 + wy1 * z11
-            sum_left = tl.zeros([CLASSES, QUADS], A)
-            sum_right = tl.zeros([CLASSES, QUADS], A)
-            for i in range(0, widest):
-                x = begin_x + i
+            z00 = tl.load(tl.max_contiguous(upper + left, [1, 2]), mask=has_left, other=0).to(A)
+            z01 = tl.load(tl.max_contiguous(upper + right, [1, 2]), mask=has_right, other=0).to(A)
+            z10 = tl.load(tl.max_contiguous(lower + left, [1, 2]), mask=has_left, other=0).to(A)
+            z11 = tl.load(tl.max_contiguous(lower + right, [1, 2]), mask=has_right, other=0).to(A)
+        begin_y, end_y = first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)
+        for i in range(0, widest):
+            x = begin_x + i
+            wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
+            if runner_up is None:  # first along x, as the forward
+                z0, z1 = mean(z00, z01, wx0, wx1), mean(z10, z11, wx0, wx1)
+            sum_upper = tl.zeros([CLASSES, QUADS], A)
+            sum_lower = tl.zeros([CLASSES, QUADS], A)
+            for y in range(begin_y, end_y):
                 inside = x < end_x
-                wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
-                label, is_bad = load_labels(row_labels, x * label_x, inside, C, ignore_index)
+                wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
+                y64 = tl.cast(y, tl.int64)
+                row_map = n * H * W + y64 * W
+                label, is_bad = load_labels(labels, n * label_n + y64 * label_y + x * label_x, inside, C, ignore_index)
                 bad_labels += is_bad.to(tl.int32)
-                value = load_value(
-                    grad_loss, row_loss + x * loss_x, class_weight, pixel_weight, row_map + x, label, inside, A
-                )
+                at_loss = n * loss_n + y64 * loss_y + x * loss_x
+                value = load_value(grad_loss, at_loss, class_weight, pixel_weight, row_map + x, label, inside, A)
                 if runner_up is not None:
                     runner = tl.load(runner_up + row_map + x, mask=inside, other=0).to(tl.int32)
                     g = margin_gradient(c, label, tl.where(label >= 0, runner, -1), value)
                 else:
                     top = tl.load(largest + row_map + x, mask=inside, other=0)
                     scale = value * exp(-tl.load(log_normalizer + row_map + x, mask=inside, other=0))
-                    g = cross_entropy_gradient(c, label, wx0 * z0 + wx1 * z1, top, scale, value)
-                sum_left += wx0 * g
-                sum_right += wx1 * g
-            upper_left += wy0 * sum_left
-            upper_right += wy0 * sum_right
-            lower_left += wy1 * sum_left
-            lower_right += wy1 * sum_right
+                    g = cross_entropy_gradient(c, label, mean(z0, z1, wy0, wy1), top, scale, value)
+                sum_upper += wy0 * g
+                sum_lower += wy1 * g
+            upper_left += wx0 * sum_upper
+            upper_right += wx1 * sum_upper
+            lower_left += wx0 * sum_lower
+            lower_right += wx1 * sum_lower
         if quad_y > row:
             # Column i: the right corner of quad i and the left one of quad i + 1.
             g = upper_right + tl.gather(upper_left, to_the_right, axis=1)
@@ -208,7 +211,7 @@ def launch_gradient(
     launch(
         gradient_up_kernel, bad.numel(), labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
         *labels.stride(), *loss_stride, num_classes, h, w, H, W, *walk, largest_quad(w, W, align_corners),
-        ignore_index, ALIGN=align_corners, A=triton_dtype(compute_dtype(grad.dtype)), CLASSES=classes, QUADS=quads,
-        ROWS=rows, num_warps=shape.num_warps,
+        1, ignore_index, ALIGN=align_corners, A=triton_dtype(compute_dtype(grad.dtype)), CLASSES=classes, QUADS=quads,
+        ROWS=rows, num_warps=shape.num_warps * (2 if grad.dtype is torch.float64 else 1),
     )  # fmt: skip
     return bad

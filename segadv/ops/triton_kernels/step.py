@@ -38,7 +38,7 @@ def is_finite(x):
 
 @triton.jit
 def absolute_sum_kernel(grad, partial, numel, blocks, A: tl.constexpr, BLOCK: tl.constexpr):
-    n, k = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    n, k = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
     i = k * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(grad + n * numel + i, mask=i < numel, other=0).to(A)
     tl.store(partial + tl.program_id(0), tl.sum(tl.abs(g), 0))
@@ -56,7 +56,7 @@ def newton_step_kernel(
     CLAMP_NEGATIVE: tl.constexpr, MAX_EPS: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    n, k = (program // blocks).to(tl.int64), program % blocks
+    n, k = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64)
     length = total_of(partial, n, blocks, 1024).to(A)
     g = tl.load(gain + n)
     # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
@@ -84,7 +84,7 @@ def sign_step_kernel(
     images, grad, origin, adversarial, alpha_per_image, eps_per_image, numel, blocks,
     alpha_bits, eps_bits, low_bits, high_bits, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, k = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    n, k = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
     i = k * BLOCK + tl.arange(0, BLOCK)
     at, mask = n * numel + i, i < numel
     if alpha_per_image is not None:

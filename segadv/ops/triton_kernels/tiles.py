@@ -7,8 +7,9 @@ and goes through the classes one after the other. Logits of the labels' size are
 size are resampled on the fly. Where they become four times as large or more, the rows of a tile lie in one quad row
 (`QUAD_ROWS`): two rows of logits then serve them all, each is resampled along x once per class and column, and a pixel
 is two multiplications more. A thread should then own whole columns. The compiler would rather give it four pixels of a
-row, for wide loads of labels, and let every row's threads load the same taps; so it is not told that columns are
-neighbours (`one`).
+row, for wide loads of labels, and let every row's threads load the same taps. So columns are counted from `one` - 1,
+of which it does not know that it is 0, and no wide load is possible. That columns are neighbours it has to know:
+otherwise some versions deal the threads out along y, and move values between layouts for every class (3.6).
 
 Sums per image go through one number per program (`sums`, `counts`), which `finish` adds in a fixed order.
 """
@@ -40,7 +41,7 @@ def tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP: tl.constexpr, 
     n, k = program // programs, program % programs
     x = k % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)[None, :]
     if UP:
-        x *= one
+        x += one - 1
     if QUAD_ROWS:
         quad = k // tiles_x // chunks
         begin = first_output(quad, h, H, ALIGN) + k // tiles_x % chunks * BLOCK_Y
@@ -62,15 +63,15 @@ def load_labels(labels, offsets, inside, num_classes, ignore_index):
 
 
 @triton.jit
-def taps(program, programs, tiles_x, chunks, y, x, h, w, H, W, stride_y, stride_x, UP: tl.constexpr,
+def taps(program, programs, tiles_x, chunks, one, y, x, h, w, H, W, stride_y, stride_x, UP: tl.constexpr,
          QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr):  # fmt: skip
     """Offsets of the four taps (upper and lower row, left and right) and weights along y and x of a tile's pixels."""
     if UP:
         quad_x, quad_y = quad_of(x, w, W, ALIGN), quad_of(y, h, H, ALIGN)
         wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
         wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
-        left = tl.maximum(quad_x - 1, 0) * stride_x
-        right = tl.minimum(quad_x, w - 1) * stride_x
+        left = tl.maximum(quad_x - 1, 0) * stride_x + (one - 1)
+        right = tl.minimum(quad_x, w - 1) * stride_x + (one - 1)
         if QUAD_ROWS:
             row = program % programs // tiles_x // chunks
         else:
@@ -91,13 +92,22 @@ def exp(x):
 
 
 @triton.jit
+def mean(a, b, w0, w1):
+    """w0 * a + w1 * b. Fused by hand: the compiler would fuse either product, one way here and another there, and what
+    the forward kept of a logit (the largest one) would differ by its rounding from what the gradient computes."""
+    return tl.fma(w1, b, w0 * a)
+
+
+@triton.jit
 def load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A: tl.constexpr):
     """The logits of one class, `plane`, in the upper and the lower row of taps, at a tile's columns."""
-    upper = wx0 * tl.load(plane + o00, mask=inside, other=0).to(A)
-    upper += wx1 * tl.load(plane + o01, mask=inside, other=0).to(A)
-    lower = wx0 * tl.load(plane + o10, mask=inside, other=0).to(A)
-    lower += wx1 * tl.load(plane + o11, mask=inside, other=0).to(A)
-    return upper, lower
+    # That neighbours lie together need not be so: it keeps the layout of all other loads. No wide load comes of it, as
+    # the compiler does not know that `one` - 1, in the offsets of all taps, is a multiple of anything.
+    z00 = tl.load(tl.max_contiguous(plane + o00, [1, 2]), mask=inside, other=0).to(A)
+    z01 = tl.load(tl.max_contiguous(plane + o01, [1, 2]), mask=inside, other=0).to(A)
+    z10 = tl.load(tl.max_contiguous(plane + o10, [1, 2]), mask=inside, other=0).to(A)
+    z11 = tl.load(tl.max_contiguous(plane + o11, [1, 2]), mask=inside, other=0).to(A)
+    return mean(z00, z01, wx0, wx1), mean(z10, z11, wx0, wx1)
 
 
 @triton.jit
@@ -105,7 +115,7 @@ def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.con
     """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
     if UP:
         upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
-        z = wy0 * upper + wy1 * lower
+        z = mean(upper, lower, wy0, wy1)
     else:
         z = tl.load(plane + o00, mask=inside, other=0).to(A)
     return z
@@ -132,7 +142,7 @@ def search(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0
         if WITHOUT_NAN:
             upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
             has_nan |= ~(tl.abs(upper) + tl.abs(lower) < float("inf"))  # 0 * infinity would be one
-            z = wy0 * upper + wy1 * lower
+            z = mean(upper, lower, wy0, wy1)
             takes = z > best
             if label is not None:
                 takes &= label != c
@@ -188,7 +198,7 @@ def finish_kernel(sum0, out0, sum1, out1, valid, n_valid, bad, poisoned0, numel0
                   BLOCK: tl.constexpr):  # fmt: skip
     """Adds up what the programs of each image left. NaN wherever a floating result belongs to an image with a bad
     label: every program looks, and writes only then."""
-    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_bad = total_of(bad, n, programs, BLOCK) > 0
     if j == 0:
         if out0 is not None:
@@ -333,7 +343,9 @@ def finish(
     filled = [(t, math.prod(t.shape[1:])) for t in poisoned]
     (poisoned0, numel0), (poisoned1, numel1) = (*filled, (None, 0), (None, 0))[:2]
     counts, n_valid = valid if valid is not None else (None, None)
+    block = 1024
+    writers = max(1, min(32, triton.cdiv(max(numel0, numel1), block)))
     launch(
-        finish_kernel, (n, 32 if filled else 1), bad, sum0, out0, sum1, out1, counts, n_valid, bad,
-        poisoned0, numel0, poisoned1, numel1, programs, BLOCK=1024, num_warps=4,
+        finish_kernel, (n, writers), bad, sum0, out0, sum1, out1, counts, n_valid, bad,
+        poisoned0, numel0, poisoned1, numel1, programs, BLOCK=block, num_warps=4,
     )  # fmt: skip
