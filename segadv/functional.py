@@ -85,7 +85,8 @@ def pixel_margin(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, ali
 def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
     """Mean logit margin of an image over its valid pixels: gbar = (1 / n_v) sum_j g_j.
 
-    Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel.
+    Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel (two
+    from 257 classes on), or the gradient itself where it is smaller than the labels' size by four and more.
 
     Args:
         logits: [N, C, h, w] (or [N, C]).

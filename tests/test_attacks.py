@@ -1053,6 +1053,21 @@ def test_checkpointing_is_supported_unless_it_is_reentrant(name: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_other_errors_that_speak_of_checkpoints_stay_what_they_are() -> None:
+    class Unequal(nn.Conv2d):
+        calls = 0
+
+        def block(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.sigmoid(x if self.calls % 2 else x[:, :2].double()).float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, super().forward(x), use_reentrant=False)
+
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        FGSM(Unequal(3, 3, 1))(IMAGES, LABELS)
+
+
 def test_torch_func_inside_the_model_is_supported_and_around_the_attack_refused() -> None:
     net, (images, labels) = Net(dropout=0).eval(), sample()
 
@@ -1155,6 +1170,18 @@ def test_a_model_that_changes_its_input_in_place_is_refused(change: str) -> None
         FGSM(InPlace(3, 3, 1))(IMAGES.clone(), LABELS)
 
 
+def test_a_model_that_changes_another_leaf_in_place_is_told_so() -> None:
+    class Leaf(nn.Conv2d):
+        leaf = torch.zeros(3, requires_grad=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.leaf.mul_(0.9)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="Or it changes another tensor that requires a gradient"):
+        FGSM(Leaf(3, 3, 1))(IMAGES, LABELS)
+
+
 def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cache() -> None:
     """Weights that it computed, without a graph, would be what the caller's next forward pass trains."""
     model = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
@@ -1167,6 +1194,50 @@ def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cac
     with torch.nn.utils.parametrize.cached():
         FGSM(model)(IMAGES, LABELS)
         assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize("change", ["data", "dtype", "resize"])
+def test_a_buffer_that_gets_other_memory_is_restored(change: str) -> None:
+    class Replacing(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            if change == "resize":
+                self.own.resize_(5).fill_(1)
+            else:
+                self.own.data = torch.ones(5 if change == "data" else 2, dtype=torch.float64)
+            return super().forward(x)
+
+    model = Replacing(3, 3, 1)
+    model.register_buffer("own", torch.tensor([3.0, 4.0]))
+    before, address = model.own, model.own.data_ptr()
+    FGSM(model)(IMAGES, LABELS)
+    assert model.own is before
+    assert (model.own.tolist(), model.own.dtype) == ([3.0, 4.0], torch.float32)
+    assert change == "resize" or model.own.data_ptr() == address
+
+
+def test_statistics_that_a_norm_layer_writes_in_eval_mode_are_restored() -> None:
+    class Adapting(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Adapting(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    FGSM(model)(IMAGES, LABELS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_logit_of_more_pixels_than_float16_can_count() -> None:
+    class Coarse(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.adaptive_avg_pool2d(x, 1)).half()
+
+    torch.manual_seed(0)
+    model, images = Coarse(3, 3, 1), torch.rand(1, 3, 320, 320)
+    labels = torch.zeros(1, 320, 320, dtype=torch.uint8)
+    adversarial, info = FastNewton(model)(images, labels, return_info=True)
+    assert info.grad_norm.item() > 0
+    torch.testing.assert_close(info.eps, info.gain / info.grad_norm)
+    assert not torch.equal(adversarial, images)
 
 
 def test_a_buffer_that_a_forward_pass_registers_is_removed() -> None:

@@ -54,5 +54,9 @@ def test_more_than_256_classes(backend: str) -> None:
 def test_classification_and_empty(backend: str) -> None:
     z, y = torch.randn(9, 4), torch.randint(0, 4, (9,))
     assert F.confusion_matrix(z, y).sum() == 9
-    assert F.confusion_matrix(torch.randn(0, 4, 2, 2), torch.zeros(0, 4, 4, dtype=torch.uint8)).sum() == 0
+    for per_image in (False, True):
+        z, y = torch.randn(0, 4, 2, 2), torch.zeros(0, 4, 4, dtype=torch.uint8)
+        matrix = F.confusion_matrix(z, y, per_image=per_image)
+        assert matrix.shape == ((0, 4, 4) if per_image else (4, 4))
+        assert (matrix.sum(), matrix.invalid) == (0, 0)
     assert F.confusion_matrix(torch.randn(2, 4, 2, 2), torch.full((2, 4, 4), 255)).sum() == 0

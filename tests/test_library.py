@@ -211,6 +211,27 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatc
     assert z.grad is not None
 
 
+@pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", ["pixel_margin", "averaged_gain", "cross_entropy", "none", "cospgd_loss"])
+def test_saved_tensors_that_come_back_with_other_strides(backend: str, name: str, own: tuple[int, int]) -> None:
+    """As hooks that offload or compress them may do."""
+    z, y = torch.randn(2, 3, *own, requires_grad=True), torch.randint(0, 3, (2, 6, 8))
+
+    def gradient() -> Tensor:
+        if name == "none":
+            value = F.cross_entropy(z, y, reduction="none")
+        else:
+            value = getattr(F, name)(z, y)
+        return torch.autograd.grad(value, z, torch.ones_like(value))[0]
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() < 3 else tensor.transpose(-1, -2).contiguous()
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda t: t if t.dim() < 3 else t.transpose(-1, -2)):
+        assert torch.equal(gradient(), expected)
+
+
 def test_unknown_backend() -> None:
     with (
         pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, triton, reference"),
@@ -259,6 +280,21 @@ def test_triton_is_refused_with_the_reason_and_never_the_default_on_the_cpu() ->
         else:
             assert lines[1] == f"backend 'triton' was requested for cpu tensors but cannot run: {reason}"
             assert f"  triton: cannot run: {reason}" in lines
+
+
+def test_triton_of_another_distribution_is_named(tmp_path: Path) -> None:
+    """pytorch-triton, pytorch-triton-rocm, triton-windows: no metadata under the name of the module."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '9.9'\n")
+    code = (
+        "import importlib.metadata as m\n"
+        "def missing(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = missing\n"
+        "import segadv; print(segadv.build_info()['triton'])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "9.9\n", result.stderr
 
 
 def test_import_needs_no_extras() -> None:

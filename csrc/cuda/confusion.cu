@@ -46,21 +46,24 @@ __global__ void __launch_bounds__(kThreads) confusion_kernel(ConfusionParams par
   if (cell >= 0) atomicAdd(matrix + cell, run);
 }
 
-// Adds up the copies: a thread for every cell, and one for the bad labels.
+// Adds up the copies: a thread for every cell, and a block, the last one, for the bad labels.
 __global__ void __launch_bounds__(kThreads) sum_counts_kernel(ConfusionParams params) {
   const TensorView& counts = params.counts;
   const int64_t images = counts.size[0], copies = counts.size[1], cells = counts.size[2] - 1;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i > images * cells) return;
-  int64_t total = 0;
-  if (i == images * cells) {
-    for (int64_t k = 0; k < images * copies; ++k) total += *at<const int32_t>(counts, k * (cells + 1) + cells);
-    *at<int64_t>(params.invalid, 0) = total;
-  } else {
-    const int64_t image = i / cells, cell = i % cells;
-    for (int64_t k = 0; k < copies; ++k) total += *at<const int32_t>(counts, (image * copies + k) * (cells + 1) + cell);
-    *at<int64_t>(params.matrix, i) = total;
+  if (blockIdx.x == gridDim.x - 1) {
+    int64_t total = 0;
+    for (int64_t k = threadIdx.x; k < images * copies; k += kThreads)
+      total += *at<const int32_t>(counts, k * (cells + 1) + cells);
+    total = block_sum(total);
+    if (threadIdx.x == 0) *at<int64_t>(params.invalid, 0) = total;
+    return;
   }
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= images * cells) return;
+  const int64_t image = i / cells, cell = i % cells;
+  int64_t total = 0;
+  for (int64_t k = 0; k < copies; ++k) total += *at<const int32_t>(counts, (image * copies + k) * (cells + 1) + cell);
+  *at<int64_t>(params.matrix, i) = total;
 }
 
 }  // namespace
@@ -73,9 +76,9 @@ Error confusion(const ConfusionParams& params, void*, int64_t stream) {
     const auto kernel = confusion_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
     return launch("confusion", kernel, problem.logits.size[0] * walk.blocks, stream, params, walk);
   });
-  if (error || !params.counts) return error;
-  const int64_t numbers = params.counts.size[0] * (params.counts.size[2] - 1) + 1;
-  return launch("sum_counts", sum_counts_kernel, ceil_div(numbers, kThreads), stream, params);
+  if (error || !params.invalid) return error;  // not the counts: those of no image have no address
+  const int64_t numbers = params.counts.size[0] * (params.counts.size[2] - 1);
+  return launch("sum_counts", sum_counts_kernel, ceil_div(numbers, kThreads) + 1, stream, params);
 }
 
 }  // namespace segadv::cuda

@@ -8,7 +8,7 @@
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 50
 // to 53 registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
-// Resampled, eightfold: 103 instructions for a class of 8 pixels (SegPGD 115, CosPGD 135), 112 to 131 registers, 18 to
+// Resampled, eightfold: 103 instructions for a class of 8 pixels (SegPGD 115, CosPGD 135), 112 to 133 registers, 18 to
 // 25 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"

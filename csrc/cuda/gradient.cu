@@ -322,7 +322,7 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
       return finish<S>(results, n, partial, blocks, stream);
     });
   }
-  const bool aligned = maps_are_aligned(inputs.runner_up, inputs.largest, inputs.log_normalizer);
+  const bool aligned = maps_are_aligned(inputs.runner_up, inputs.largest, inputs.log_normalizer, inputs.pixel_weight);
   return dispatch_pixels(problem, inputs.grad_loss, aligned, [&](auto tag, const Walk& walk) -> Error {
     using Mine = typename decltype(tag)::type;
     using S = typename Mine::Storage;

@@ -49,7 +49,7 @@ class AttackInfo:
             helps the model, 0 where the image was left as it is; RandomFGSM: the drawn step; others: their
             eps.
         loss: mean of the attack's loss over the image's valid pixels, where the last gradient was taken. None
-            for FastNewton.
+            for FastNewton. (Of no images all fields are empty.)
         gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
         grad_norm: L1 norm of the averaged gain's gradient with respect to the image. FastNewton only:
             eps == gain / grad_norm, before clamp_negative and max_eps.
@@ -103,7 +103,7 @@ def forward(model: nn.Module, images: Tensor) -> Any:
         output = model(images)
     except RuntimeError as error:
         if "leaf Variable" in str(error):  # such a change, where they require a gradient
-            raise ValueError(_IN_PLACE) from error
+            raise ValueError(f"{_IN_PLACE}. Or it changes another tensor that requires a gradient") from error
         raise
     if images._version != version:
         raise ValueError(_IN_PLACE)
@@ -155,8 +155,9 @@ def _kind(output: Any) -> str:
 def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
-    Restored, also after an exception, are the `training` flag of every module, every buffer and
-    `requires_grad` of every parameter. `.grad` is not touched.
+    Restored, also after an exception, are the `training` flag of every module, every buffer (but for the statistics of
+    a norm layer of torch that the model's own forward puts into train mode) and `requires_grad` of every parameter.
+    `.grad` is not touched.
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
@@ -197,15 +198,14 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             raise ValueError('bn: "train" came with a ScriptModule, whose norm layers cannot be switched; use "eval"')
     # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
     buffers = [
-        (buffer, buffer.clone())
+        (buffer, buffer.data, buffer.clone())
         for module, own in registered.items()
         for name, buffer in own.items()
         if buffer is not None and not _is_kept(module, name) and not _is_expanded(buffer)
     ]
     with ExitStack() as stack:  # whatever the model did, each of these is done
-        for buffer, copy in buffers:
-            # .data: a graph of the caller's that has saved the buffer goes on being valid
-            stack.callback(lambda buffer, copy: buffer.data.copy_(copy), buffer, copy)
+        for buffer, data, copy in buffers:
+            stack.callback(_restore_buffer, buffer, data, copy)
         stack.callback(_restore_registered, registered)
         for module in own_statistics:
             # In eval mode and without running statistics a norm layer takes its input's, and counts nothing.
@@ -223,9 +223,19 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
 
 
 def _is_kept(module: nn.Module, name: str) -> bool:
-    """Whether it is one of those statistics that torch's norm layers do not write in eval mode."""
+    """Whether it is one of those statistics that torch's and timm's norm layers do not write in eval mode."""
     tracked = isinstance(module, _NormBase) and module.track_running_stats
+    tracked = tracked and type(module).forward.__module__.startswith(("torch.", "timm."))
     return tracked and name in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _restore_buffer(buffer: Tensor, data: Tensor, copy: Tensor) -> None:
+    """`data` shares the buffer's memory: a graph of the caller's that has saved the buffer goes on being valid."""
+    if data.shape != copy.shape:
+        data.resize_(copy.shape)
+    data.copy_(copy)
+    if buffer.data_ptr() != data.data_ptr() or buffer.shape != data.shape or buffer.dtype is not data.dtype:
+        buffer.data = data
 
 
 def _is_expanded(buffer: Tensor) -> bool:
@@ -359,7 +369,8 @@ class Attack(ABC):
         return (adversarial, info) if return_info else adversarial
 
     def input_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Gradient with respect to the images, like them, that the attack's first step uses.
+        """Gradient with respect to the images, like them, that the attack's first step uses; with a random start, the
+        one that it would use without.
 
         The gradient of each image carries a positive factor, a power of two near 1 / sqrt(number of valid
         pixels), which its sign does not see: FGSM at many eps costs one gradient and, for each eps,
@@ -416,7 +427,7 @@ class Attack(ABC):
             warnings.warn(
                 'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
                 'with one value per channel cannot even do that); use bn="eval", or more images',
-                stacklevel=2,
+                stacklevel=5,  # the line that calls the attack
             )
         if synchronous_checks() and images.numel():
             low, high = images.min().item(), images.max().item()
@@ -445,16 +456,20 @@ class Attack(ABC):
             raise ValueError(_NO_GRADIENT)
         # The backward of what ran under autocast belongs outside of it.
         with torch.autocast(images.device.type, enabled=False):
-            total, n_valid, logits_grad = self._objective(logits.detach(), labels, step=step, steps=steps)
+            values = logits.detach()
+            # A logit whose pixels are so many that float16 could not hold their sum.
+            if values.dtype is torch.float16 and labels.numel() * values.shape[1] > 2**15 * values.numel():
+                values = values.float()
+            total, n_valid, logits_grad = self._objective(values, labels, step=step, steps=steps)
             pixels = n_valid.clamp(min=1)
             # Half precision holds neither the gradient of a mean over half a million pixels nor, inside the
             # network, that of the sum. In the logits' dtype: total and gradient get the same factor.
             scale = torch.exp2(torch.round(-0.5 * torch.log2(pixels.to(total.dtype)))).to(logits.dtype)
-            logits_grad.mul_(per_image(scale, logits_grad))
+            logits_grad = logits_grad.mul_(per_image(scale, logits_grad)).to(logits.dtype)
             try:
                 (grad,) = torch.autograd.grad(logits, leaf, logits_grad, allow_unused=True)
             except RuntimeError as error:
-                if "checkpoint" in str(error).lower():
+                if "use_reentrant=True" in str(error):
                     raise ValueError(_REENTRANT) from error
                 raise
         if grad is None:

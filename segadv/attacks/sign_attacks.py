@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -155,7 +156,7 @@ class CheckpointFGSM(FGSM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("checkpoints", self.checkpoints)
+        self.checkpoints = _whole_number("checkpoints", self.checkpoints)
         if self.targeted:
             raise ValueError("targeted: True came; the search is for misclassification, only False is possible")
 
@@ -202,7 +203,7 @@ class BIM(_SignAttack):
     Args, besides those of `Attack`:
         eps: radius of the ball in the units of the images; a float, or a tensor [N] on their device.
         alpha: step size, likewise. A UserWarning says when steps * alpha < eps, too little to reach the
-            ball's surface.
+            ball's surface; not where one of them is a tensor, which would have to be waited for.
         steps: number of steps.
         targeted: the labels are the target, and the steps descend.
         best: give for each image the iterate 1 ... steps with the most wrong valid pixels (targeted: with the
@@ -218,7 +219,7 @@ class BIM(_SignAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.alpha = checked_size("alpha", self.alpha, self.bounds)
-        _check_count("steps", self.steps)
+        self.steps = _whole_number("steps", self.steps)
         if isinstance(self.eps, Tensor) or isinstance(self.alpha, Tensor):
             return
         if self.steps * self.alpha < self.eps * (1 - 1e-9):
@@ -299,7 +300,7 @@ class BIM(_SignAttack):
 class PGD(BIM):
     """Projected gradient descent: `BIM` from a random start in the ball, x_0 = clip(x + U(-eps, eps)).
 
-    An image without a valid pixel stays as it is.
+    An image without a valid pixel stays as it is; not with bn="train", where other images' losses depend on it.
 
     Source: Madry et al. 2018 (arXiv 1706.06083).
 
@@ -316,7 +317,7 @@ class PGD(BIM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("restarts", self.restarts)
+        self.restarts = _whole_number("restarts", self.restarts)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts: {self.restarts} came with random_start=False, where all runs are the same")
 
@@ -399,6 +400,7 @@ def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:
         raise ValueError(f"generator: it is on {generator.device}, the images are on {images.device}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _whole_number(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: {value!r} came; a whole number of at least 1 is needed")
+    return int(value)

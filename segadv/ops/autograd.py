@@ -102,6 +102,7 @@ def _save_margin(
 
 def _margin_backward(ctx: Any, grad_margin: Tensor) -> Tensor:
     labels, runner_up = ctx.saved_tensors
+    runner_up = runner_up.contiguous()  # hooks on saved tensors may give other strides back
     with _remembered_backend(ctx):
         grad: Tensor = library.margin_backward(
             grad_margin.expand(labels.shape), labels, runner_up, *ctx.layout, *ctx.options
@@ -233,6 +234,10 @@ class WeightedLoss(torch.autograd.Function):
 
 def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
     logits, labels, largest, log_normalizer, weight, pixel_weight = ctx.saved_tensors
+    # Hooks on saved tensors may give other strides back.
+    largest, log_normalizer = largest.contiguous(), log_normalizer.contiguous()
+    if pixel_weight is not None:
+        pixel_weight = pixel_weight.contiguous()
     if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
         grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
     with _remembered_backend(ctx):

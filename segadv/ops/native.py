@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -91,12 +92,21 @@ def compiled_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
     return False
 
 
+def _triton_version() -> str | None:
+    if find_spec("triton") is None:
+        return None
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # it comes under another name: pytorch-triton, pytorch-triton-rocm, triton-windows
+        return str(importlib.import_module("triton").__version__)
+
+
 def build_info() -> dict[str, Any]:
     """What is installed and compiled in: versions, compiler, instruction set, OpenMP, and where the extension lies."""
     info: dict[str, Any] = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
+        "triton": _triton_version(),
         "native": core is not None,
     }
     if core is None:
@@ -139,7 +149,7 @@ class CpuKernels(Kernels):
             self.core.confusion, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), ignore_index, align_corners, None, view(matrix), per_image, None, None,
         )  # fmt: skip
-        return matrix, torch.zeros((), dtype=torch.int64)
+        return matrix, torch.zeros((), dtype=torch.int64, device=logits.device)
 
 
 CPU = CpuKernels(core)

@@ -20,7 +20,8 @@ class Config:
     """Elements of a program, and the warps that work on them."""
 
     block: int  # pixels of a program; quads for `gradient_up`
-    num_warps: int = 1  # float64 takes twice as many where logits are resampled; not of `pixels`, where every thread takes 16 bytes of logits
+    # Float64 takes twice as many where logits are resampled. Not of `pixels`: a thread takes 16 bytes of logits there.
+    num_warps: int = 1
     rows: int = 1  # `pixels_up`: most rows of pixels of a program. `gradient_up`: its rows of logits
     unroll: int = 1  # `pixels`, `pixels_up`: classes whose logits are loaded at once
     classes: int = 1  # `gradient_up`: classes of a program
