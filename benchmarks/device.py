@@ -9,6 +9,7 @@ where there is no GPU; its figures mean nothing and are not kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import os
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby, product
@@ -295,6 +296,7 @@ class Run:
     rows: list[DeviceRow] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    device_failed: bool = False  # nothing runs there any more
 
     @property
     def backends(self) -> list[str]:
@@ -327,8 +329,8 @@ class Run:
         )  # fmt: skip
 
     def attempt(self, what: str, measurement: Call) -> None:
-        """One measurement; its failure is written down and does not touch the others."""
-        if self.seconds_left < 0:
+        """One measurement; its failure is written down and does not touch the others, unless it was the device's."""
+        if self.seconds_left < 0 or self.device_failed:
             self.left_out.append(what)
             return
         print(f"\n{what}", flush=True)
@@ -337,9 +339,15 @@ class Run:
         except Exception:
             self.failed.append(what)
             traceback.print_exc()
-            sys.stderr.flush()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except Exception:  # an illegal address, say, of which every later call in this process tells again
+            self.device_failed = True
+            self.failed.append(f"{what}: the device, which takes nothing more in this process")
+            traceback.print_exc()
+        sys.stderr.flush()
 
     def add(self, rows: Iterable[DeviceRow]) -> None:
         for row in rows:
@@ -396,27 +404,37 @@ def part_tests(run: Run) -> None:
     ]
     # once, before all of them look for it
     subprocess.run([sys.executable, "-c", "import emulated; emulated.load()"], cwd=ROOT / "tests", check=not run.dry)
-    with tempfile.TemporaryDirectory() as directory:
-        started = []
-        for i, shard in enumerate(shards):
-            log = Path(directory) / f"{i}.log"
-            with log.open("w") as file:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                command = [*pytest, *shard]
-                process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            started.append((f"pytest {shlex.join(shard)}", process, log))
-        for what, process, log in started:
-            try:
-                if process.wait(max(run.seconds_left, 1)):
-                    run.failed.append(f"{what}: exit status {process.returncode}")
-            except subprocess.TimeoutExpired:
-                run.left_out.append(f"{what}: stopped")
-                process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-            print(f"\n{what}\n{log.read_text()}", flush=True)
+    started = []
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    for i, shard in enumerate(shards):
+        log = run.path.with_name(f"{run.path.stem}-tests-{i}.log")  # is there also where this process is ended
+        with log.open("w") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [*pytest, *shard]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        started.append((f"pytest {shlex.join(shard)}", process, log))
+    running = _wait([process for _, process, _ in started], run.seconds_left)
+    for process in running:
+        process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
+    for process in _wait(running, 20):
+        process.kill()
+    for what, process, log in started:
+        if process in running:
+            run.left_out.append(f"{what}: stopped")
+        elif process.returncode:
+            run.failed.append(f"{what}: exit status {process.returncode}")
+        print(f"\n{what}\n{log.read_text()}", flush=True)
+        log.unlink()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[subprocess.Popen[bytes]]:
+    """Those that still run after that time."""
+    until = time.monotonic() + seconds
+    running = list(processes)
+    while running and time.monotonic() < until:
+        time.sleep(0.1)
+        running = [process for process in running if process.poll() is None]
+    return running
 
 
 def part_launch(run: Run) -> None:
@@ -712,23 +730,33 @@ def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
 def run_apart(part: str, directory: Path, *, dry: bool) -> str | None:
     """The part in a process of its own; None, or what went wrong."""
     command = [sys.executable, "-m", "benchmarks.device", "--here", "--only", part, "--results", str(directory)]
+    process = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], cwd=ROOT, start_new_session=True)
     try:
-        result = subprocess.run(
-            [*command, *(["--dry-run"] if dry else [])], cwd=ROOT, timeout=PART_SECONDS, check=False
-        )
+        status = process.wait(PART_SECONDS)
     except subprocess.TimeoutExpired:
         return f"ended after {PART_SECONDS} s"
-    return f"exit status {result.returncode}" if result.returncode else None
+    finally:  # what it has started, too: it would disturb the next part
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return f"exit status {status}" if status else None
 
 
 def install_native_core() -> None:
-    """What the tests need, built without a network; nothing where it is there already."""
+    """What the tests need, built without a network, for this GPU alone; nothing where it is there already."""
     if importlib.util.find_spec("_segadv_native") is not None:
         return
     print("the compiled core is missing: pip install", flush=True)
     install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "."]
-    if subprocess.run(install, cwd=ROOT, check=False, timeout=PART_SECONDS).returncode:
-        print("the installation failed; what does not need the compiled core goes on")
+    environment = dict(os.environ)
+    if torch.cuda.is_available() and torch.version.cuda:
+        environment.setdefault("CUDAARCHS", "{}{}-real".format(*torch.cuda.get_device_capability()))
+    try:
+        failed = subprocess.run(install, cwd=ROOT, check=False, timeout=PART_SECONDS, env=environment).returncode != 0
+    except subprocess.TimeoutExpired:
+        failed = True
+    if failed:
+        print("the installation failed; what does not need the compiled core goes on", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

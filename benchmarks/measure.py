@@ -132,11 +132,14 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """That of the clone, marked where its code, not its rows, tables and pictures, differs from it."""
+    """That of the clone, marked where its code, not its rows, tables and pictures, differs from it.
+
+    A copy of the files without their history does not know it: SEGADV_COMMIT says it then.
+    """
     name = _output("git", "rev-parse", "--short=10", "HEAD")
     made = (":(top,exclude)benchmarks/results", ":(top,exclude)*.md", ":(top,exclude)docs/*.png")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *made)
-    return name + "-dirty" * bool(changed) if name else "unknown"
+    return name + "-dirty" * bool(changed) if name else os.environ.get("SEGADV_COMMIT") or "unknown"
 
 
 def _output(*command: str) -> str:

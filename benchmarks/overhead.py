@@ -457,15 +457,15 @@ def phases_of(training: Training, step: Step) -> dict[str, float]:
     return clock.milliseconds()
 
 
-def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds: int, seed: int = 0) -> list[Record]:
-    """All rows of one network; steps begin with the basic ones."""
+def measured(
+    training: Training, where: Where, steps: Sequence[Step], *, rounds: int, seed: int = 0
+) -> Iterator[list[Record]]:
+    """All rows of one network, first those of the times of steps; steps begin with the basic ones."""
     for step in steps:
         training.step(step.column, step.arm, step.share)  # warm
     calls = {step: partial(training.step, step.column, step.arm, step.share) for step in steps}
     times = milliseconds_of(calls, training.device, rounds=rounds, seed=seed)
-    phases = in_rounds(partial(phases_of, training), steps, rounds=max(2, rounds // 2), seed=seed + 1)
     basic = {step.column: times[step] for step in steps if step.arm == "basic"}
-    clean_cost = Passes(training).count(steps[0]).cost
     records: list[Record] = []
     for step in steps:
         add = partial(_add, records, where, step)
@@ -476,6 +476,13 @@ def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds:
             add("over conventional basic", times[step], basic[CONVENTIONAL], unit="%", statistic=percent_over)
         if step.arm == "fast-newton" and (fgsm := times.get(Step(step.column, "fgsm", step.share))) is not None:
             add(NEWTON_OVER_FGSM, times[step], fgsm, basic[step.column], unit="points", statistic=points_between)
+    yield records
+
+    phases = in_rounds(partial(phases_of, training), steps, rounds=max(2, rounds // 2), seed=seed + 1)
+    clean_cost = Passes(training).count(steps[0]).cost
+    records = []
+    for step in steps:
+        add = partial(_add, records, where, step)
         parts = {phase: np.array([found[phase] for found in phases[step]]) for phase in PHASES}
         for phase, values in parts.items():
             if values.any():
@@ -490,7 +497,7 @@ def measured(training: Training, where: Where, steps: Sequence[Step], *, rounds:
         if step.arm != "basic":
             add(COST_MODEL, np.array([100 * (passes.cost / clean_cost - 1)]), unit="%")
         add("peak memory", np.array([peak_memory(calls[step], training.device) / 1e6]), unit="MB")
-    return records
+    yield records
 
 
 def _add(
@@ -729,18 +736,22 @@ def main(arguments: list[str] | None = None) -> int:
     require_native_core()
     device = options.device
     path = destination("overhead", options.write, device, quick=options.quick)
-    torch.backends.cudnn.benchmark = True
     for name in options.models:
         model = MODELS[name]
         training = Training(model, device, quick=options.quick)
         where = Where(model.case(device, quick=options.quick), training.dtype, device, ("timm", "transformers"))
+        torch.backends.cudnn.benchmark = False  # the check runs everything once, and in float64
         check(training, options.arms, options.columns)
+        torch.backends.cudnn.benchmark = True
         steps = steps_of(options.columns, options.arms, options.shares)
-        records = measured(training, where, steps, rounds=3 if options.quick else options.rounds)
+        records = []
+        for found in measured(training, where, steps, rounds=3 if options.quick else options.rounds):
+            records += found
+            if path is not None:  # at once: what comes after may be cut off
+                write_records(path, found)
         del training
         print(report(where.case, records), flush=True)
         if path is not None:
-            write_records(path, records)
             plot(read_records(path), path.with_suffix(".png"))
             print(f"\nin {path} and {path.with_suffix('.png').name}")
     return 0

@@ -41,7 +41,7 @@ def build(sources: Sequence[Path], name: str, *flags: str, link: Sequence[str] =
             run(compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target))
             return target
 
-        with ThreadPoolExecutor(max_workers=2) as pool:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         run(compiler, *flags, *map(str, objects), *link, "-o", str(work / name))
         for path in objects:

@@ -282,6 +282,14 @@ def test_triton_is_refused_with_the_reason_and_never_the_default_on_the_cpu() ->
             assert f"  triton: cannot run: {reason}" in lines
 
 
+def test_triton_is_refused_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    reason = backends.BACKENDS["triton"].unavailable.__wrapped__("cuda")
+    assert reason == "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
+
+
 def test_triton_of_another_distribution_is_named(tmp_path: Path) -> None:
     """pytorch-triton, pytorch-triton-rocm, triton-windows: no metadata under the name of the module."""
     (tmp_path / "triton").mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -51,6 +52,8 @@ def unavailable(device_type: str) -> str | None:
         return "TRITON_INTERPRET=1 is set, with which Triton runs on CPU tensors only"
     if device_type not in ("cpu", "cuda"):
         return f"it has not been tried with {device_type} tensors"
+    if device_type == "cuda" and not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
         return "Triton needs a GPU of compute capability 7.5 or higher"
     try:
