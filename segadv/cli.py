@@ -19,6 +19,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
     for i, option in enumerate(names):
         name, given, value = option.partition("=")
-        if name in ("--validation.eps", "--validation.attacks"):
+        if name in ("--validation.eps", "--validation.attacks", "--evaluation.stronger"):
             if given:
                 names[i] = f"{name}={_as_list(name, value)}"
             elif i + 1 < len(names):
@@ -336,7 +337,6 @@ def _train(arguments: Namespace) -> None:
     from .comparison import describe, untrained
     from .data import open_dataset
     from .distributed import from_first, process_group, rank
-    from .results import atomic_write
     from .run_directory import RunDirectory
     from .training import Trainer
 
@@ -348,17 +348,37 @@ def _train(arguments: Namespace) -> None:
     with process_group(config.device):
         model = untrained(model_config, out / "last.pt", num_classes=dataset.num_classes, seed=config.seed)
         trainer = Trainer(config, model, dataset, validation_dataset=validation, description=description)
-        if from_first((out / "last.pt").exists):
-            trainer.load(out / "last.pt")  # refuses another run's before anything is written
-        if rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            with atomic_write(out / "config.yaml") as temporary:
-                temporary.write_text(_effective(arguments), encoding="utf-8")
-        trainer.run(out)
+        with closing(RunDirectory(out)) as directory:  # no other run may write there, from now on
+            if from_first(directory.prepare):
+                trainer.load(directory.checkpoint)  # refuses another run's before anything is written
+            from_first(lambda: _write_options(out / "config.yaml", arguments, model_config, directory.checkpoint))
+            trainer.run(out)
         if rank() != 0:
             return
-    pictures = RunDirectory(out).draw(f"trained with {config.arm}")
+    pictures = directory.draw(f"trained with {config.arm}")
     print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
+
+
+def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpoint: Path) -> None:
+    """config.yaml; ValueError where the run began with other initial weights than these options name."""
+    from .results import atomic_write
+
+    if checkpoint.exists() and path.exists():
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+            differing = [name for name in ("pretrained", "backbone") if before[name] != getattr(model, name)]
+        except (yaml.YAMLError, TypeError, KeyError):  # not ours any more
+            differing = []
+        if differing:
+            told = ", ".join(
+                f"model.{name} {before[name]!r} there, {getattr(model, name)!r} here" for name in differing
+            )
+            raise ValueError(
+                f"{checkpoint.parent} holds a run that began with other weights ({told}): a run that goes on "
+                "has its own; give another output folder"
+            )
+    with atomic_write(path) as temporary:
+        temporary.write_text(_effective(arguments), encoding="utf-8")
 
 
 def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:

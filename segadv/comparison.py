@@ -6,6 +6,7 @@ What `segadv demo`, `segadv reproduce` and `segadv evaluate` share.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,9 +122,10 @@ def measure_overhead(
     dataset: Dataset[tuple[Tensor, Tensor]],
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn: one batch, every second sample chosen, models of their own.
+    """Times the arms' training steps in turn: one batch, models of their own. Of the batch the configs' share
+    (adversarial_share, rounded down to whole samples) is chosen, every second sample where that is a half.
 
-    With several processes all call it; each has its share of the batch.
+    With several processes all call it; each has its part of the batch.
 
     Args:
         configs: arm -> its run; one arm is "basic".
@@ -139,11 +141,13 @@ def measure_overhead(
         for arm, config in configs.items()
     }
     basic = trainers["basic"]
-    share = basic.config.batch_size // distributed.world_size()
-    samples = [basic.dataset[0, distributed.rank() * share + i] for i in range(share)]
+    part = basic.config.batch_size // distributed.world_size()
+    own = range(distributed.rank() * part, (distributed.rank() + 1) * part)
+    samples = [basic.dataset[0, i] for i in own]
     images = torch.stack([image for image, _, _ in samples]).to(basic.device)
     labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
-    chosen = list(range(0, share, 2))
+    share = basic.config.adversarial_share
+    chosen = [i - own.start for i in own if _whole(share * (i + 1)) > _whole(share * i)]
     milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
     for _ in range(_WARM_UP_STEPS + steps):
         for arm, trainer in trainers.items():
@@ -166,6 +170,11 @@ def measure_overhead(
             }
         )
     return rows
+
+
+def _whole(number: float) -> int:
+    """Rounded down; 0.3 * 10 is 3."""
+    return math.floor(number + 1e-9)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -28,7 +28,7 @@ from .comparison import SHOWN_EPS as _SHOWN_EPS
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
-from .results import atomic_write, csv_text, read_rows
+from .results import atomic_write, csv_text, is_leftover, read_rows, remove_leftovers
 from .training import TrainConfig, Trainer
 
 __all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]
@@ -119,12 +119,14 @@ def run_demo(
 
     Raises:
         FileExistsError: `out` holds something else.
-        ValueError: `out` holds a demo of other arguments, or `seeds` is not positive.
+        ValueError: `out` holds a demo of other arguments, `seeds` is not positive, or `seed` is none.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     out = Path(out)
     sizes = sizes or (QUICK if quick else FULL)
+    for which in (seed, seed + seeds - 1):
+        _config("basic", sizes, which)  # raises where it is no seed
     record = _Record(out, {"segadv": __version__, "seed": seed, **dataclasses.asdict(sizes)})
     print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(sizes).items()), flush=True)
 
@@ -234,7 +236,7 @@ class _Record:
         self.content: dict[str, Any] = {"arguments": arguments, "finished": False, "seconds": {}}
         if self.path.exists():
             self.content |= self._previous()
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
             raise FileExistsError(f"out must be a new or empty folder or an earlier demo's; {out} is neither")
         found = self.content["arguments"]
         if differing := [key for key in arguments if found.get(key) != arguments[key]]:
@@ -242,6 +244,7 @@ class _Record:
             raise ValueError(f"out: the demo in {out} has other arguments ({told}); choose another folder")
         self.content |= {"machine": _machine(), "build_info": build_info()}
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         self._write()
 
     def _previous(self) -> dict[str, Any]:

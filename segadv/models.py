@@ -322,7 +322,7 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
     The global random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the GPUs' as well
         return MODELS[config.name](config, num_classes)
 
 

@@ -63,7 +63,11 @@ def _check_keys(path: Path, known: Collection[str]) -> None:
         raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values such as 'steps: 300', it holds {content!r}")
+    if twice := [key for key in content if "." in str(key) and str(key).partition(".")[0] in content]:
+        raise ValueError(f"{path}: {twice[0]} stands beside {twice[0].partition('.')[0]}; write it inside of that")
     for key, value in flat(content).items():
+        if value is None:
+            raise ValueError(f"{path}: {key} has no value")
         if key not in known:
             raise ValueError(f"{path}: there is no option {key!r}, did you mean {nearest(key, known)!r}?")
         if parts := [name for name in known if name.startswith(f"{key}.")]:

@@ -34,7 +34,7 @@ from .models import ModelConfig, build_model
 from .recipes import flat, recipe_file
 from .records import model_hash
 from .report import table
-from .results import atomic_write, csv_text
+from .results import atomic_write, csv_text, is_leftover, remove_leftovers
 from .run_directory import environment
 from .training import _FREE_TO_CHANGE, TrainConfig, Trainer, _resolve_device
 
@@ -159,7 +159,11 @@ def reproduce(
             )
             trainer.run(out / arm)
             del trainer, network
-        if distributed.from_first(lambda: not (out / "overhead.json").exists()):
+        # Only now: the arms' checkpoints have accepted them.
+        distributed.from_first(lambda: _write_options(out, options))
+        device = _resolve_device(config.device)
+        way = {"steps": overhead_steps, "processes": distributed.world_size(), "device": device.type}
+        if not distributed.from_first(lambda: _is_measured(out / "overhead.json", way)):
             say("overhead: steps of all arms in turn")
             rows = measure_overhead(
                 {arm: dataclasses.replace(config, arm=arm) for arm in ARMS},
@@ -169,13 +173,22 @@ def reproduce(
             )
             measured = {
                 "rows": rows,
-                "processes": distributed.world_size(),
-                "environment": environment(_resolve_device(config.device)),
+                **way,
+                "adversarial_share": config.adversarial_share,
+                "environment": environment(device),
             }
             distributed.from_first(lambda: _write_json(out / "overhead.json", measured))
         first = distributed.rank() == 0
     # What follows needs one process, and may take longer than the others would wait for it
     return _attack_and_report(setting, config, dataset, val, out, arms, evaluation, command) if first else {}
+
+
+def _is_measured(path: Path, way: Mapping[str, Any]) -> bool:
+    """Whether the steps were timed in that way."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: found.get(name) for name in way} == way
 
 
 def say(text: str) -> None:
@@ -185,10 +198,13 @@ def say(text: str) -> None:
 
 
 def _prepare(out: Path, options: str) -> None:
-    """Makes the folder, or makes sure that it holds a run of the same options."""
+    """Makes the folder with its config.yaml, or makes sure that it holds a run of the same options."""
     path = out / "config.yaml"
     if path.exists():
-        here, there = yaml.safe_load(options), yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            here, there = yaml.safe_load(options), yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
         here, there = flat(here), flat(there) if isinstance(there, dict) else {}
         differing = [
             f"{key} {there.get(key)} there and {here.get(key)} here"
@@ -199,10 +215,16 @@ def _prepare(out: Path, options: str) -> None:
             raise ValueError(
                 f"out: {out} holds a run with other options ({', '.join(differing)}); choose another folder"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return
+    if out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
         raise FileExistsError(f"out must be a new or empty folder or an earlier reproduction's; {out} is neither")
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    remove_leftovers(out)
+    _write_options(out, options)
+
+
+def _write_options(out: Path, options: str) -> None:
+    with atomic_write(out / "config.yaml") as temporary:
         temporary.write_text(options, encoding="utf-8")
 
 
@@ -312,7 +334,7 @@ def _differences(setting: str, out: Path) -> list[str]:
     return [
         f"{key} {here[key]} instead of {value}"
         for key, value in recipe.items()
-        if key.partition(".")[0] not in _FREE and here[key] != value
+        if key.partition(".")[0] not in _FREE - {"accumulation"} and here[key] != value
     ]
 
 
@@ -416,7 +438,7 @@ def _report(
     lines += [
         "## Tables 1 and 2: additional training time",
         "",
-        f"Steps of the arms in turn, a batch in memory, on {device}"
+        f"Steps of the arms in turn, a batch in memory, {overhead['adversarial_share']:.0%} of it attacked, on {device}"
         + (f" ({processes} processes)" if processes > 1 else "")
         + f"; medians. The paper's {paper_table} is the one for {name}. As trained: with the loading of data, each arm "
         "at its own time.",

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ __all__ = [
     "atomic_write",
     "class_iou",
     "csv_text",
+    "is_leftover",
     "miou",
     "pixel_accuracy",
     "read_rows",
+    "remove_leftovers",
 ]
 
 
@@ -68,6 +71,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether it is what an `atomic_write` leaves that was killed."""
+    return re.fullmatch(r"\..+\.\d+\.\d+\.\w+", path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    for path in folder.iterdir():
+        if is_leftover(path):
+            path.unlink()
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

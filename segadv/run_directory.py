@@ -19,7 +19,7 @@ import torch
 from .checkpoints import drop_lines_after, explained, replacing
 from .ops.native import build_info
 from .records import versions
-from .results import read_rows
+from .results import read_rows, remove_leftovers
 
 if sys.platform != "win32":
     import fcntl
@@ -43,6 +43,7 @@ class RunDirectory:
         self.validation = self.path / "validation.jsonl"
         self.curves = self.path / "curves.csv"
         self.run = self.path / "run.json"
+        self.pictures = (self.path / "training.png", self.path / "robustness.png")
         self._lock: IO[str] | None = None
 
     def prepare(self) -> bool:
@@ -58,8 +59,7 @@ class RunDirectory:
         with explained(self.path):
             for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
                 path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-            for path in self.path.glob(".*.png"):
-                path.unlink()
+            remove_leftovers(self.path)
         return self.checkpoint.exists()
 
     def _keep_others_out(self) -> None:
@@ -101,8 +101,9 @@ class RunDirectory:
         """Removes what was written after the checkpoint, and adds this start to run.json."""
         for path in (self.metrics, self.validation):
             drop_lines_after(path, steps_done)
+        self.model.unlink(missing_ok=True)  # of another run, or of this one when it had an end before
         if steps_done == 0:  # a run that is started anew
-            for path in (self.model, self.curves, self.run):
+            for path in (self.curves, self.run, *self.pictures):
                 path.unlink(missing_ok=True)
         config = dict(config)
         content = {"config": config, "description": config.pop("description"), "starts": []} | self._previous()
@@ -133,14 +134,15 @@ class RunDirectory:
             return []
         from .plots import plot_robustness, plot_training
 
-        pictures = []
+        training, robustness = self.pictures
+        drawn = []
         if self.metrics.exists() and (lines := self.metrics.read_text(encoding="utf-8").splitlines()):
-            pictures.append(self.path / "training.png")
-            plot_training([json.loads(line) for line in lines], pictures[-1], title=title)
+            plot_training([json.loads(line) for line in lines], training, title=title)
+            drawn.append(training)
         if self.curves.exists():
-            pictures.append(self.path / "robustness.png")
-            plot_robustness(read_rows(self.curves), pictures[-1])
-        return pictures
+            plot_robustness(read_rows(self.curves), robustness)
+            drawn.append(robustness)
+        return drawn
 
     def append(self, path: Path, entry: Mapping[str, Any]) -> None:
         """One more line, a JSON object."""

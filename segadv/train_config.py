@@ -169,6 +169,8 @@ class TrainConfig:
             ("checkpoint_every", self.checkpoint_every, 1),
             ("monitor_every", self.monitor_every, 1 if self.arm in EARLY_STOP else 0),
         )
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be less than 2^64, got {self.seed}")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
@@ -198,4 +200,4 @@ def adversarial_coins(seed: int, epoch: int, length: int, share: float) -> npt.N
 
 def poly_learning_rate(step: int, *, steps: int, learning_rate: float = 0.01, power: float = 0.9) -> float:
     """learning_rate * (1 - step / steps) ** power for step 0 ... steps - 1, and 0 from there on."""
-    return float(learning_rate * max(0.0, 1 - step / steps) ** power)
+    return float(learning_rate * (1 - step / steps) ** power) if step < steps else 0.0

@@ -163,7 +163,11 @@ class Trainer:
             raise TypeError(f"config must hold plain numbers and strings: {error}") from error
         self._batches(start_step=0)  # raises where the batch cannot be divided
         part = config.batch_size // (self.processes * config.accumulation)
-        if part < 2 and not (cuda and self.processes > 1) and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        # a layer frozen in eval mode takes none; a model in eval mode as a whole is put into train mode
+        takes_statistics = any(
+            isinstance(m, _BatchNorm) and (m.training or not model.training) for m in model.modules()
+        )
+        if part < 2 and not (cuda and self.processes > 1) and takes_statistics:
             raise ValueError(
                 f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
                 f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
@@ -377,6 +381,8 @@ class Trainer:
             if self.steps_done < self.config.steps and self.stopped_at is None:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
                 self._train(directory, progress)
+            if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
+                self.save(directory.checkpoint)
             if distributed.from_first(lambda: not directory.model.exists()):
                 distributed.from_first(lambda: share(directory.model, self.model, self._identity(), self.steps_done))
 
@@ -392,6 +398,7 @@ class Trainer:
             worker_init_fn=_ignore_interrupts,
         )
         alone = self.processes == 1
+        self._interrupts_told.clear()  # what was told before this run has ended another
         show = progress and distributed.rank() == 0
         bar = progress_bar(config.arm, total=config.steps, initial=self.steps_done, unit="step", show=show)
         with bar, contextlib.ExitStack() as stack:
@@ -433,12 +440,15 @@ class Trainer:
             bar.set_postfix_str(_summary(metrics), refresh=False)
         ends = last or self.stopped_at is not None
         if self._due(config.validation.every) or (ends and config.validation.every):
+            started = time.perf_counter()
             result = self._validate()
             if first:
                 directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
                 with replacing(directory.curves) as temporary:
                     temporary.write_text(csv_text(EvaluationResult.merge({config.arm: result}).rows), encoding="utf-8")
                 directory.draw(f"trained with {config.arm}")
+            steps, clock = self._clock
+            self._clock = (steps, clock + time.perf_counter() - started)  # it is no training: see steps_per_s
         if ends or interrupted or self._due(config.checkpoint_every):
             self.save(directory.checkpoint)
         if interrupted:
@@ -479,10 +489,16 @@ class Trainer:
 
         Raises:
             OSError: it cannot be written.
-            FloatingPointError: a loss since the last line of metrics is not finite.
+            FloatingPointError: a loss since the last line of metrics is not finite, or a weight after the last step.
         """
         self._gather_window()
         self._check_finite()
+        finite = [parameter.isfinite().all() for parameter in self.model.parameters()]
+        if finite and not bool(torch.stack(finite).all()):
+            raise FloatingPointError(
+                f"weights are not finite after {self.steps_done} steps, learning rate "
+                f"{self._learning_rate(self.steps_done - 1):.3g}: a lower one or another precision may help"
+            )
         distributed.from_first(lambda: self._save(Path(path)))
 
     def _save(self, path: Path) -> None:
@@ -513,7 +529,14 @@ class Trainer:
             raise ValueError(f"{path} holds weights only, to continue a run its last.pt is needed")
         if missing := [name for name in self._state() if name not in state]:
             raise ValueError(f"{path} is no complete checkpoint, it lacks {', '.join(missing)}")
-        self._check_identity(state["config"], path)
+        is_over = state["steps_done"] >= self.config.steps or state["stopped_at"] is not None
+        self._check_identity(state["config"], path, is_over=is_over)
+        sizes = [
+            [len(group["params"]) for group in groups]
+            for groups in (state["optimizer"]["param_groups"], self.optimizer.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{path} belongs to another architecture, or other parameters were trained")
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
@@ -538,9 +561,10 @@ class Trainer:
         }
         return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # lists for tuples, as in a file
 
-    def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str], *, is_over: bool) -> None:
         ours = self._identity()
-        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split else set())
+        # of a training that is over nothing is divided any more
+        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split or is_over else set())
         if self.config.arm in EARLY_STOP:  # where the probes decide when to stop, their number is part of the run
             free = free - {"monitor_every"}
         there, here = (_flat({k: v for k, v in values.items() if k not in free}) for values in (saved, ours))
@@ -667,8 +691,7 @@ class Trainer:
         return found
 
     def _validate(self) -> EvaluationResult:
-        """The model under attack; batches are dealt out to the processes. It is no training: see steps_per_s."""
-        started = time.perf_counter()
+        """The model under attack; batches are dealt out to the processes."""
         validation, dataset = self.config.validation, self.validation_dataset
         assert dataset is not None
         length = len(dataset)  # type: ignore[arg-type]
@@ -683,12 +706,9 @@ class Trainer:
             worker_init_fn=_ignore_interrupts,
         )
         with self._autocast():
-            result = evaluate(
+            return evaluate(
                 self.model, loader, validation.attacks, validation.eps, worst_case=False, sharded=self.processes > 1
             )
-        steps, clock = self._clock
-        self._clock = (steps, clock + time.perf_counter() - started)
-        return result
 
 
 def _sgd(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.SGD:

@@ -52,6 +52,16 @@ def counting(trained: list[tuple[str, int]]) -> Callable[..., Any]:
     return step
 
 
+def test_what_is_left_by_a_killed_write_or_a_wrong_seed_does_not_end_the_demo(tmp_path: Path) -> None:
+    for seed in (-1, 2**64 - 1):
+        with pytest.raises(ValueError, match="seed must be"):
+            run_demo(tmp_path, sizes=TINY, seed=seed, seeds=2)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / ".results.123.456.json").write_text("{")
+    demo._Record(tmp_path, {"seed": 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 @pytest.mark.usefixtures("two_arms")
 def test_seeds_extend_a_finished_demo_and_come_back_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     single = run_demo(tmp_path, sizes=TINY, seed=5, progress=False)

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from segadv import cli, comparison, plots, progress, recipes, reproduce, results
+from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results
 from segadv.cli import main
 from segadv.data import DATASETS, open_dataset
 from segadv.models import ModelConfig, small_pspnet
@@ -226,6 +226,8 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--config wrong-type.yaml", 'wrong-type.yaml: Parser key "steps": Expected a value of type int'),
         ("--config no-parts.yaml", "no-parts.yaml: model consists of model.name, model.pretrained, "),
         ("--config not.yaml", "not.yaml is no YAML file"),
+        ("--config no-value.yaml", "no-value.yaml: learning_rate has no value"),
+        ("--config twice.yaml", "twice.yaml: validation.every stands beside validation; write it inside of that"),
         ("--config empty.yaml", "empty.yaml must hold keys and values such as 'steps: 300', it holds None"),
     ],
 )  # fmt: skip
@@ -235,7 +237,8 @@ def test_what_is_wrong_is_named_with_what_is_right(
     monkeypatch.chdir(tmp_path)
     files = {
         "wrong-key": "stepz: 7", "wrong-part": "augmentation:\n  rot: 3", "wrong-type": "steps: many",
-        "no-parts": "model: pspnet50", "not": "a: [", "empty": "# nothing",
+        "no-parts": "model: pspnet50", "not": "a: [", "empty": "# nothing", "no-value": "steps: 3\nlearning_rate:",
+        "twice": "validation.every: 5\nvalidation:\n  images: 2",
     }  # fmt: skip
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)
@@ -662,6 +665,7 @@ def test_reproduce_leaves_foreign_folders_alone(
     ("options", "message"),
     [
         ("--arms basic,fgms", "arms must be names out of basic, fgsm, random-fgsm, bim-3, fast-newton, got fgms"),
+        ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.steps 0", "evaluation.steps must be at least 1, got 0"),
         ("--overhead-steps 0", "overhead_steps must be at least 1, got 0"),
@@ -725,6 +729,134 @@ def test_overhead_is_measured_without_validation(streets: Path) -> None:
     assert rows[0]["overhead_percent"] == 0
     expected = (rows[1]["step_ms_p50"] / rows[0]["step_ms_p50"] - 1) * 100
     assert rows[1]["overhead_percent"] == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("share", "processes", "expected"),
+    [
+        (0.5, 1, [[1, 3, 5]]),
+        (0.5, 2, [[1], [0, 2]]),
+        (0.5, 6, [[], [0], [], [0], [], [0]]),
+        (1.0, 2, [[0, 1, 2], [0, 1, 2]]),
+        (0.0, 1, [[]]),
+        (0.3, 1, [[3]]),
+        (1 / 3, 2, [[2], [2]]),
+    ],
+)
+def test_overhead_is_that_of_the_runs_share(
+    share: float, processes: int, expected: list[list[int]], streets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole batch, however it is divided among processes."""
+    config = TrainConfig(arm="basic", steps=3, batch_size=6, crop=(32, 32), device="cpu", adversarial_share=share)
+    dataset = open_dataset("cityscapes", streets, "train")
+    dataset.image_paths, dataset.label_paths = dataset.image_paths * 3, dataset.label_paths * 3
+    taken: list[list[int]] = []
+
+    def step(self: Trainer, images: Any, labels: Any, chosen: list[int]) -> None:
+        assert len(images) == 6 // processes
+        taken.append(chosen)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    for rank in range(processes):
+        monkeypatch.setattr(comparison.distributed, "world_size", lambda: processes)
+        monkeypatch.setattr(comparison.distributed, "rank", lambda rank=rank: rank)
+        with monkeypatch.context() as alone:  # the trainer itself
+            alone.setattr(comparison, "Trainer", OneProcess)
+            comparison.measure_overhead({"basic": config}, small_pspnet, dataset, 1)
+    assert taken[::3] == taken[1::3] == expected
+
+
+class OneProcess(Trainer):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(comparison.distributed, "world_size", lambda: 1)
+            patched.setattr(comparison.distributed, "rank", lambda: 0)
+            super().__init__(*args, **options)
+
+
+def test_overhead_is_measured_anew_where_more_steps_are_asked_for(
+    streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = reproduction("cityscapes", streets, out, "--arms basic --steps 1 --batch-size 2")
+    genuine, asked = reproduce.measure_overhead, []
+
+    def measured(configs: Any, model: Any, dataset: Any, steps: int) -> Any:
+        asked.append(steps)
+        return genuine(configs, model, dataset, 1)
+
+    monkeypatch.setattr(reproduce, "measure_overhead", measured)
+    for steps in (1, 1, 2):  # --quick takes two at most
+        assert run(f"{command} --overhead-steps {steps}") == 0
+        assert json.loads((out / "overhead.json").read_text())["steps"] == steps
+    assert asked == [1, 2]
+    assert "50% of it attacked" in (out / "report.md").read_text()
+
+
+def test_refused_reproduction_leaves_the_options_and_a_finished_one_takes_any_split(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = reproduction("cityscapes", streets, out, "--arms basic --steps 2 --batch-size 4 --overhead-steps 1")
+    assert run(f"{command} --accumulation 2") == 0
+    assert "accumulation 2 instead of 1" in (out / "report.md").read_text()
+    assert run(command) == 0  # nothing is left to train
+    state = torch.load(out / "basic" / "last.pt", weights_only=True)
+    torch.save(state | {"steps_done": 1}, out / "basic" / "last.pt")
+    before = content(out)
+    assert "it differs in accumulation (2 there, 1 here)" in failure(command, capsys)
+    assert content(out) == before
+
+
+def test_a_killed_first_write_does_not_make_a_folder_foreign(streets: Path, tmp_path: Path) -> None:
+    for name, command in (
+        ("out", reproduction("cityscapes", streets, tmp_path / "out", "--arms basic --steps 1 --batch-size 2")),
+        ("train", f"train --data {streets} --out {tmp_path / 'train'} --steps 1 --batch-size 2 --crop 32x32"),
+    ):
+        (tmp_path / name).mkdir()
+        for left in (".config.123.456.yaml", ".training.123.456.png"):
+            (tmp_path / name / left).write_text("half")
+        if name == "train":
+            (tmp_path / name / ".wallpaper.png").write_text("mine")
+        assert run(command) == 0
+        assert [path.name for path in (tmp_path / name).glob(".*.*")] == [".wallpaper.png"] * (name == "train")
+
+
+def test_a_refused_training_leaves_the_options_of_the_one_that_runs_there(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"train --data {streets} --out {tmp_path} --batch-size 2 --crop 32x32 --steps"
+    assert run(f"{command} 1") == 0
+    before = content(tmp_path)
+    (tmp_path / "last.pt").rename(tmp_path / "last.pt.away")  # as before a first checkpoint
+    code = (
+        "import fcntl, sys\n"
+        "lock = open(sys.argv[1], 'a+')\n"
+        "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        assert "is training there" in failure(f"{command} 7 --arm kim", capsys)
+        other.communicate("")
+    (tmp_path / "last.pt.away").rename(tmp_path / "last.pt")
+    assert content(tmp_path) == before
+
+
+def test_a_run_goes_on_with_its_own_initial_weights_only(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.MODELS, "pspnet50", lambda config, num_classes: small_pspnet(num_classes))
+    command = f"train --data {streets} --out {tmp_path} --steps 1 --batch-size 2 --crop 32x32 --model.name pspnet50"
+    assert run(f"{command} --model.backbone robust.pth") == 0
+    assert run(f"{command} --model.backbone robust.pth") == 0
+    before = content(tmp_path)
+    message = failure(f"{command} --model.backbone other.pth", capsys)
+    assert "holds a run that began with other weights (model.backbone 'robust.pth' there, 'other.pth' here)" in message
+    assert content(tmp_path) == before
 
 
 def test_evaluation_checks_its_values() -> None:

@@ -359,6 +359,7 @@ def test_basic_arm_is_the_plain_training_loop(tmp_path: Path) -> None:
 
 
 def test_poly_learning_rate(tmp_path: Path) -> None:
+    assert [training.poly_learning_rate(step, steps=2, power=0) for step in range(4)] == [0.01, 0.01, 0, 0]
     schedule = [training.poly_learning_rate(step, steps=4, learning_rate=0.01, power=0.9) for step in range(6)]
     # 0.01 * (0.75, 0.5, 0.25) ** 0.9 by hand
     assert schedule == pytest.approx([0.01, 0.0077189, 0.0053589, 0.0028717, 0, 0], abs=1e-7)
@@ -686,6 +687,95 @@ def test_time_of_validation_and_probes_is_not_that_of_steps(tmp_path: Path, monk
     trainer.run(tmp_path, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["steps_per_s"] for line in lines] == [1.0] * 7
+
+
+def test_time_of_pictures_is_not_that_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    settings = config(log_every=2, validation=Validation(every=3, images=2), monitor_every=0)
+    trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares())
+    real_step = trainer.step_in_place
+
+    def step(*arguments: Any) -> Any:
+        clock[0] += 1
+        return real_step(*arguments)
+
+    def draw(self: training.RunDirectory, title: str) -> list[Path]:
+        clock[0] += 50
+        return []
+
+    monkeypatch.setattr(trainer, "step_in_place", step)
+    monkeypatch.setattr(training.RunDirectory, "draw", draw)
+    trainer.run(tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["steps_per_s"] for line in lines] == [1.0] * 7
+
+
+@pytest.mark.parametrize("at", [7, 13])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, at: int) -> None:
+    """The loss is that of before the last update, which may have been one too many."""
+    model = tiny_model()
+    trainer = Trainer(config(), model, Squares())
+    model[4].bias.register_hook(lambda grad: grad / 0 if trainer.steps_done == at else grad)
+    with pytest.raises(FloatingPointError, match=f"weights are not finite after {at + 1} steps"):
+        trainer.run(tmp_path, progress=False)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["steps_done"] == (4 if at == 7 else 12)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_load_changes_nothing_where_other_parameters_were_trained(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, trained: bool) -> None:
+            super().__init__()
+            self.conv, scale = nn.Conv2d(3, CLASSES, 1), torch.ones(())
+            if trained:
+                self.scale = nn.Parameter(scale)
+            else:
+                self.register_buffer("scale", scale)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.conv(images) * self.scale
+
+    run(tmp_path, Scaled(trained=True), steps=2)
+    trainer = Trainer(config(steps=2), Scaled(trained=False), Squares())
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(ValueError, match="other parameters were trained"):
+        trainer.load(tmp_path / "last.pt")
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_one_image_suffices_norm_layers_that_are_frozen() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="batch normalisation needs at least two"):
+        Trainer(config(batch_size=2, accumulation=2), model.eval(), Squares())  # is put into train mode
+    model.train()[1].eval()
+    trainer = Trainer(config(batch_size=2, accumulation=2), model, Squares())
+    samples = [trainer.dataset[0, i] for i in range(2)]
+    trainer.step(torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples]), [0])
+
+
+def test_files_of_another_run_do_not_stay(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", steps=4)
+    before = (tmp_path / "first" / "model.safetensors").read_bytes()
+    first.run(tmp_path / "second", progress=False)  # there is nothing left to train
+    assert {path.name for path in (tmp_path / "second").iterdir()} >= {"last.pt", "model.safetensors"}
+
+    run(tmp_path / "third", steps=2, arm="fgsm")
+    for name in ("robustness.png", "training.png"):
+        (tmp_path / "third" / name).write_text("of the old run")
+    (tmp_path / "third" / "last.pt").unlink()
+    run(tmp_path / "third", steps=4)
+    assert not (tmp_path / "third" / "robustness.png").exists()
+    assert (tmp_path / "third" / "model.safetensors").read_bytes() == before
+
+
+def test_an_interruption_that_was_told_before_a_run_does_not_end_it(tmp_path: Path) -> None:
+    trainer = Trainer(config(steps=2), tiny_model(), Squares())
+    trainer._interrupts_told.extend([torch.tensor(1)] * 3)
+    trainer.run(tmp_path, progress=False)
+    assert not trainer._interrupts_told
 
 
 def test_validation_of_images_of_different_sizes(tmp_path: Path) -> None:
