@@ -241,6 +241,18 @@ def test_minus_infinity_for_a_class(backend: str) -> None:
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("at", [(2, 3), (-1, -1), (0, 0)])
+def test_a_class_that_is_masked_out_at_one_logit(backend: str, at: tuple[int, int]) -> None:
+    z, y = torch.randn(1, 4, 5, 7), torch.randint(0, 3, (1, 20, 42))
+    z[(0, 3, *at)] = -torch.inf
+    leaf, leaf64 = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss, expected = F.cross_entropy(leaf, y), oracle.cross_entropy_map(leaf64, y).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (grad,), (grad64,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(expected, leaf64)
+    torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("own", [(4, 6), (2, 3)])
 def test_nan_stays_in_its_image_and_out_of_ignored_pixels(backend: str, own: tuple[int, int]) -> None:
     z, y = torch.randn(2, 3, *own), torch.zeros(2, 4, 6, dtype=torch.long)

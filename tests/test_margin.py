@@ -256,10 +256,13 @@ def test_smooth_logits(backend: str, seed: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("of_label", [False, True])
-def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(backend: str, value: float, of_label: bool) -> None:
+@pytest.mark.parametrize(("at", "width"), [((2, 3), 35), ((-1, -1), 42), ((0, 0), 42)], ids=str)
+def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(
+    backend: str, value: float, of_label: bool, at: tuple[int, int], width: int
+) -> None:
     """Those next to it, and there the margin is eager PyTorch's."""
-    z, y = torch.randn(2, 5, 5, 7), torch.randint(0, 3, (2, 20, 35))
-    z[0, 1 if of_label else 4, 2, 3] = value
+    z, y = torch.randn(2, 5, 5, 7), torch.randint(0, 3, (2, 20, width))
+    z[(0, 1 if of_label else 4, *at)] = value
     margin, eager = F.pixel_margin(z, y), oracle.pixel_margin(z, y)
     assert torch.equal(margin.isfinite(), eager.isfinite())
     assert torch.equal(margin.isnan(), eager.isnan())

@@ -5,6 +5,8 @@
 // inputs q - 1 and q, for q = 0 ... in: what lies before the first input or behind the last one are quads of their own,
 // whose weight is all on the input that exists. So input i receives from quad i (its weight w1) and quad i + 1 (w0),
 // and from no other: the transpose of the resampling, which the gradient needs, is a sum over neighbours, no scatter.
+// Forward, such a quad may read the input that exists twice and take half of each: the same number, and infinity stays
+// what it is, where a weight of 0 would make NaN of it.
 #pragma once
 
 #include <cmath>
@@ -60,14 +62,16 @@ SEGADV_INLINE Axis make_axis(int64_t in, int64_t out, bool align_corners) {
 }
 
 // Weights of a quad's two inputs as a function of the rest: w1 = rest / denominator, rounded once, w0 = 1 - w1; behind
-// the edges w1 = shift. Division is slow on a GPU: a product, corrected by what it leaves over.
+// the edges half and half, of an input that is read twice. Division is slow on a GPU: a product, corrected by what it
+// leaves over.
 template <class A>
 struct QuadWeights {
   A denominator, slope, shift;
-  SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad)
-      : denominator(static_cast<A>(axis.denominator)),
-        slope(quad > 0 && quad < axis.in ? A(1) / denominator : A(0)),
-        shift(quad == 0) {}
+  SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad) : denominator(static_cast<A>(axis.denominator)) {
+    const bool between = quad > 0 && quad < axis.in;
+    slope = between ? A(1) / denominator : A(0);
+    shift = between ? A(0) : A(0.5);
+  }
   SEGADV_INLINE A w1(int64_t rest) const {
 #if defined(__CUDA_ARCH__)
     const A value = static_cast<A>(static_cast<int32_t>(rest));  // enough: see Axis::is_narrow
@@ -79,6 +83,12 @@ struct QuadWeights {
   }
 };
 
+// What w1 is for the transpose: behind the edges all goes to the input that exists.
+template <class A>
+SEGADV_INLINE A transposed(A w1, int64_t quad, int64_t in) {
+  return quad > 0 && quad < in ? w1 : A(quad == 0);
+}
+
 // The same as one output sees it: inputs i0 and i1 = min(i0 + 1, in - 1) with weights w0 = 1 - w1 and w1. i0 never
 // decreases with o.
 struct Tap {
@@ -89,9 +99,10 @@ struct Tap {
 SEGADV_INLINE Tap bilinear_tap(int64_t o, int64_t in, int64_t out, bool align_corners) {
   const Axis axis = make_axis(in, out, align_corners);
   const int64_t quad = axis.quad_of(o), i0 = quad > 0 ? quad - 1 : 0;
-  const bool between = quad > 0 && quad < in;
-  return {i0, i0 + 1 < in ? i0 + 1 : i0,
-          between ? static_cast<double>(axis.rest(o, quad)) / static_cast<double>(axis.denominator) : 0.0};
+  const bool between = quad > 0 && quad < in, twice = i0 + 1 == in;
+  return {i0, twice ? i0 : i0 + 1,
+          between ? static_cast<double>(axis.rest(o, quad)) / static_cast<double>(axis.denominator)
+                  : (twice ? 0.5 : 0.0)};
 }
 
 }  // namespace segadv

@@ -117,8 +117,8 @@ struct alignas(2 * sizeof(A)) Ends {
 // Returns whether a label is bad.
 template <bool kMargin, class S, int P>
 __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const GradientInputs& inputs,
-                                                   const Pixels<S, P, true>& pixels, int32_t first_class,
-                                                   int32_t classes, Ends<Compute<S>>* ends) {
+                                                   const Pixels<S, P, true>& pixels, int64_t quad_y, int64_t h,
+                                                   int32_t first_class, int32_t classes, Ends<Compute<S>>* ends) {
   using A = Compute<S>;
   int32_t label[P];
   const int32_t counts = pixels.labels(problem, label);
@@ -126,7 +126,7 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
   load_values(inputs, pixels, label, upper);
 #pragma unroll
   for (int i = 0; i < P; ++i) {
-    lower[i] = pixels.wy1[i] * upper[i];
+    lower[i] = transposed(pixels.wy1[i], quad_y, h) * upper[i];
     upper[i] -= lower[i];
   }
   if constexpr (kMargin) {
@@ -226,8 +226,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
           const Mine pixels(problem, patches.y, patches.x, n, y, x, quad_y, quad_x,
                             static_cast<int>(end_y - y < P ? end_y - y : P));
           const int32_t slot = thread + static_cast<int32_t>(quad_x - first_quad);
-          right_weight[thread] = pixels.wx1;
-          counts |= column_gradient<kMargin>(problem, inputs, pixels, first_class, classes, &of_pixels[0][slot]);
+          right_weight[thread] = transposed(pixels.wx1, quad_x, w);
+          counts |= column_gradient<kMargin>(problem, inputs, pixels, quad_y, h, first_class, classes,
+                                             &of_pixels[0][slot]);
         }
         __syncthreads();
         for_each_logit([&](int32_t c, int32_t j) {

@@ -54,6 +54,15 @@ def weights(o, quad, size_in, size_out, ALIGN: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
+def forward_weights(o, quad, size_in, size_out, ALIGN: tl.constexpr, A: tl.constexpr):
+    """The same, but behind the edges half and half, of an input that is read twice: a weight of 0 would make NaN of
+    infinity."""
+    w0, w1 = weights(o, quad, size_in, size_out, ALIGN, A)
+    behind = (quad <= 0) | (quad >= size_in)
+    return tl.where(behind, 0.5, w0).to(A), tl.where(behind, 0.5, w1).to(A)
+
+
+@triton.jit
 def first_output(quad, size_in, size_out, ALIGN: tl.constexpr):
     """The lowest output that lies in this quad or behind it; size_out for quads behind the last one."""
     if ALIGN:

@@ -103,7 +103,7 @@ def gradient_up_kernel(
 
     begin_x = first_output(quad_x, w, W, ALIGN)
     end_x = tl.where(quad_x <= w, first_output(quad_x + 1, w, W, ALIGN), begin_x)
-    # Where a tap does not exist its weight is 0. For one - 1 and the hint below see load_rows.
+    # Where a tap does not exist its weight is 0, and it is read as 0. For one - 1 and the hint below see load_rows.
     left = (quad_x - 1) * stride_x + (one - 1)
     right = quad_x * stride_x + (one - 1)
     to_the_right = tl.broadcast_to(tl.minimum(lane + 1, QUADS - 1), [CLASSES, QUADS])
@@ -122,12 +122,13 @@ def gradient_up_kernel(
         lower_left = tl.zeros([CLASSES, QUADS], A)
         lower_right = tl.zeros([CLASSES, QUADS], A)
         if runner_up is None:
-            upper = logits + planes + tl.maximum(quad_y - 1, 0) * stride_y
-            lower = logits + planes + tl.minimum(quad_y, h - 1) * stride_y
-            z00 = tl.load(tl.max_contiguous(upper + left, [1, 2]), mask=has_left, other=0).to(A)
-            z01 = tl.load(tl.max_contiguous(upper + right, [1, 2]), mask=has_right, other=0).to(A)
-            z10 = tl.load(tl.max_contiguous(lower + left, [1, 2]), mask=has_left, other=0).to(A)
-            z11 = tl.load(tl.max_contiguous(lower + right, [1, 2]), mask=has_right, other=0).to(A)
+            rows = lane * 0 + quad_y  # a number alone would not do in a mask, for the interpreter
+            upper = logits + planes + (quad_y - 1) * stride_y
+            lower = logits + planes + quad_y * stride_y
+            z00 = tl.load(tl.max_contiguous(upper + left, [1, 2]), mask=has_left & (rows > 0), other=0).to(A)
+            z01 = tl.load(tl.max_contiguous(upper + right, [1, 2]), mask=has_right & (rows > 0), other=0).to(A)
+            z10 = tl.load(tl.max_contiguous(lower + left, [1, 2]), mask=has_left & (rows < h), other=0).to(A)
+            z11 = tl.load(tl.max_contiguous(lower + right, [1, 2]), mask=has_right & (rows < h), other=0).to(A)
         begin_y, end_y = first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)
         for i in range(0, widest):
             x = begin_x + i

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import compute_dtype
-from .bilinear import MAX_PRODUCT, first_output, largest_quad, quad_of, weights
+from .bilinear import MAX_PRODUCT, first_output, forward_weights, largest_quad, quad_of
 from .configs import config
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
@@ -68,8 +68,8 @@ def taps(program, programs, tiles_x, chunks, one, y, x, h, w, H, W, stride_y, st
     """Offsets of the four taps (upper and lower row, left and right) and weights along y and x of a tile's pixels."""
     if UP:
         quad_x, quad_y = quad_of(x, w, W, ALIGN), quad_of(y, h, H, ALIGN)
-        wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
-        wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
+        wx0, wx1 = forward_weights(x, quad_x, w, W, ALIGN, A)
+        wy0, wy1 = forward_weights(y, quad_y, h, H, ALIGN, A)
         left = tl.maximum(quad_x - 1, 0) * stride_x + (one - 1)
         right = tl.minimum(quad_x, w - 1) * stride_x + (one - 1)
         if QUAD_ROWS:
