@@ -15,7 +15,7 @@
 // (margin) or 42 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 122 instructions for a class of 8
 // pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is
-// some 23 per class and pixel, with 19 classes, and for a margin 8. 127 (margin: 92) registers, 25 %. Fraction of the
+// some 23 per class and pixel, with 19 classes, and for a margin 8. 127 (margin: 90) registers, 25 %. Fraction of the
 // limit reached: not yet measured.
 #include <type_traits>
 
