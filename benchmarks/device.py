@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,7 +332,7 @@ class Run:
     def attempt(self, what: str, measurement: Call) -> None:
         """One measurement; its failure is written down and does not touch the others, unless it was the device's."""
         if self.seconds_left < 0 or self.device_failed:
-            self.left_out.append(what)
+            self.left_out.append(f"{what}: {'the device had failed' if self.device_failed else 'the time was up'}")
             return
         print(f"\n{what}", flush=True)
         try:
@@ -420,7 +421,7 @@ def part_tests(run: Run) -> None:
         process.kill()
     for what, process, log in started:
         if process in running:
-            run.left_out.append(f"{what}: stopped")
+            run.left_out.append(f"{what}: stopped, the time was up")
         elif process.returncode:
             run.failed.append(f"{what}: exit status {process.returncode}")
         print(f"\n{what}\n{log.read_text()}", flush=True)
@@ -435,6 +436,62 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[
         time.sleep(0.1)
         running = [process for process in running if process.poll() is None]
     return running
+
+
+def every_walk(device: torch.device) -> None:
+    """All operations once on small inputs, along every way that the CUDA kernels walk over the pixels."""
+    sizes = [((8, 12), (8, 12)), ((5, 7), (5, 7)), ((4, 5), (32, 43)), ((4, 5), (17, 20)), ((5, 4), (7, 9)),
+             ((9, 11), (4, 5)), ((1, 1), (6, 1))]  # fmt: skip
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for (own, size), dtype, layout in product(sizes, dtypes, layouts):
+        z = torch.randn(3, 19, *own, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y = torch.randint(0, 19, (3, *size), device=device)
+        y[0, :2] = 255
+        for value in (
+            F.pixel_margin(z, y),
+            F.averaged_gain(z, y),
+            F.cross_entropy(z, y, reduction="none"),
+            F.cross_entropy(z, y, reduction="image"),
+            F.segpgd_loss(z, y, 1, 4),
+            F.cospgd_loss(z, y),
+        ):
+            torch.autograd.grad(value.sum(), z)
+        F.gain_and_grad(z, y)
+        for loss in ("cross_entropy", "segpgd", "cospgd"):
+            F.loss_and_grad(z, y, loss=loss, **({"step": 1, "steps": 4} if loss == "segpgd" else {}))
+        F.confusion_matrix(z, y, per_image=True)
+        F.argmax_labels(z, size)
+    for shape, dtype in product(((3, 3, 40, 52), (3, 1, 7, 11)), (torch.float32, torch.float64)):
+        images, grad = torch.rand(2, *shape, dtype=dtype, device=device)
+        F.l1_norm(grad)
+        F.newton_step(images, grad, images.new_ones(len(images)))
+        F.sign_step(images, grad, 0.1, origin=images, eps=0.05)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def part_sanitizer(run: Run) -> None:
+    """NVIDIA's compute-sanitizer over the CUDA kernels alone, each tensor in memory of its own."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    code = "import torch; from benchmarks.device import every_walk, under; "
+    code += f"under('native', every_walk, torch.device('{run.device}'))"
+    plain = [sys.executable, "-c", code]
+    if run.dry or program is None or "native" not in run.backends:
+        run.left_out.append("compute-sanitizer: it needs a GPU, the program and the CUDA kernels")
+        subprocess.run(plain, cwd=ROOT, check=True, timeout=run.seconds_left)
+        return
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        print(f"\ncompute-sanitizer --tool {tool}", flush=True)
+        command = [program, "--tool", tool, "--kernel-name", "kns=segadv", "--error-exitcode", "9", *plain]
+        try:
+            result = subprocess.run(command, cwd=ROOT, check=False, env=environment, timeout=run.seconds_left)
+        except subprocess.TimeoutExpired:
+            run.left_out.append(f"compute-sanitizer --tool {tool}: stopped, the time was up")
+            return
+        if result.returncode:
+            run.failed.append(f"compute-sanitizer --tool {tool}: exit status {result.returncode}")
 
 
 def part_launch(run: Run) -> None:
@@ -700,6 +757,7 @@ def _operations_of(name: str, run: Run) -> None:
 PARTS: Mapping[str, Callable[[Run], None]] = {
     "machine": part_machine,
     "tests": part_tests,
+    "sanitizer": part_sanitizer,
     "launch": part_launch,
     "operations-cityscapes19": partial(_operations_of, "cityscapes19"),
     "operations-voc21": partial(_operations_of, "voc21"),
@@ -715,12 +773,12 @@ def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
     run = Run(device, path, dry)
     print(f"\n=== {part}: {device_name(device)}; segadv backends: {', '.join(run.backends) or 'none'}", flush=True)
     begin = time.monotonic()
-    if part != "tests":
+    if part not in ("tests", "sanitizer"):
         run.attempt("copy bandwidth", run.measure_copy)
     run.attempt(part, partial(PARTS[part], run))
     if run.rows:
         print("\n" + markdown([{name: str(value) for name, value in asdict(row).items()} for row in run.rows]))
-    for title, names in (("failed", run.failed), ("left out, the time was up", run.left_out)):
+    for title, names in (("failed", run.failed), ("left out", run.left_out)):
         if names:
             print(f"\n{title}:\n  " + "\n  ".join(names))
     print(f"=== {part}: {time.monotonic() - begin:.0f} s, {len(run.failed)} failed", flush=True)

@@ -667,24 +667,23 @@ class Trainer:
         warned = any(catastrophic_overfitting(self._probes[: i + 1]) for i in range(len(self._probes)))
         self._probes.append(found)
         drop = before["pgd_accuracy"] - found["pgd_accuracy"]
+        message = ""
         if drop > EARLY_STOP.get(config.arm, math.inf):
             self.stopped_at = self.steps_done
             self.model.load_state_dict(self._probed_weights)
-            warnings.warn(
+            message = (
                 f"{config.arm} stops after {self.steps_done} of {config.steps} steps: the accuracy under PGD fell "
-                f"from {before['pgd_accuracy']:.3f} to {found['pgd_accuracy']:.3f}; the weights are those of before",
-                RuntimeWarning,
-                stacklevel=3,
+                f"from {before['pgd_accuracy']:.3f} to {found['pgd_accuracy']:.3f}; the weights are those of before"
             )
         elif catastrophic_overfitting(self._probes) and not warned:
-            warnings.warn(
+            message = (
                 f"catastrophic overfitting: after {self.steps_done} steps the accuracy on {_PROBE_IMAGES} training "
                 f"images is {found['pgd_accuracy']:.3f} under PGD and {found['fgsm_accuracy']:.3f} under FGSM: the "
                 "network has learnt to withstand a single step only. An arm with several steps (segpgd-3), n-fgsm "
-                "or an earlier checkpoint may help",
-                RuntimeWarning,
-                stacklevel=3,
+                "or an earlier checkpoint may help"
             )
+        if message and distributed.rank() == 0:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
         if config.arm in EARLY_STOP:
             self._probed_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self._clock = (self.steps_done, time.perf_counter())  # the probe is no training

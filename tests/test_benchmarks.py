@@ -1,8 +1,10 @@
-"""benchmarks.overhead and benchmarks.peers on tiny sizes: statistics, counted passes, rows, and what they refuse."""
+"""benchmarks.overhead, .peers and .device on tiny sizes: statistics, counted passes, rows, and what they refuse."""
 
 from __future__ import annotations
 
 import math
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import overhead, peers, records
+from benchmarks import device, measure, overhead, peers, records
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
 from benchmarks.records import Record, Where
 
@@ -396,3 +398,86 @@ def test_a_peer_that_is_missing_is_named() -> None:
     assert calls == {}
     assert "no_such_package is left out" in missing[0]
     assert missing[0].endswith("pip install other")
+
+
+# --- device: what does not need a GPU -------------------------------------------------------------------------------
+
+
+def test_sanitizer_runs_every_tool_and_names_those_that_find_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\ntest "$2" = racecheck && exit 9\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = device.Run(CPU, tmp_path / "cpu.csv")
+    device.part_sanitizer(run)
+    assert run.failed == ["compute-sanitizer --tool racecheck: exit status 9"]
+    assert not run.left_out
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert all("--kernel-name kns=segadv" in line and "every_walk" in line for line in lines)
+
+
+def test_the_walks_run_on_every_kernel(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes; these are the CUDA kernels' walks")
+    if torch.get_default_device().type == "cpu":
+        device.every_walk(CPU)
+
+
+def test_a_measurement_that_fails_does_not_touch_the_next_unless_the_device_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    done: list[str] = []
+    run = device.Run(torch.device("cuda"), tmp_path / "gpu.csv")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    run.attempt("first", broken)
+    run.attempt("second", lambda: done.append("second"))
+    assert (run.failed, run.left_out, done) == (["first"], [], ["second"])
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    run.attempt("third", broken)
+    run.attempt("fourth", lambda: done.append("fourth"))
+    assert run.failed[1:] == ["third", "third: the device, which takes nothing more in this process"]
+    assert (run.left_out, done) == (["fourth: the device had failed"], ["second"])
+
+
+def test_nothing_runs_on_after_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what it has started, nor the part itself when its time is up."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "device.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open('child', 'w').write(str(child.pid))\n"
+        "time.sleep(60 if 'tune' in sys.argv else 0)\n"
+    )
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    monkeypatch.setattr(device, "PART_SECONDS", 2)
+    for part, outcome in (("launch", None), ("tune", "ended after 2 s")):
+        assert device.run_apart(part, tmp_path, dry=False) == outcome
+        child = int((tmp_path / "child").read_text())
+        for _ in range(200):  # it dies soon, not at once
+            if is_gone(child):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"what {part} has started runs on")
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_a_copy_without_history_names_the_commit_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_output", lambda *command: "")
+    assert measure.commit.__wrapped__() == "unknown"
+    monkeypatch.setenv("SEGADV_COMMIT", "abc1234")
+    assert measure.commit.__wrapped__() == "abc1234"
