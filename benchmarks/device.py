@@ -431,7 +431,7 @@ def part_tests(run: Run) -> None:
 def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[subprocess.Popen[bytes]]:
     """Those that still run after that time."""
     until = time.monotonic() + seconds
-    running = list(processes)
+    running = [process for process in processes if process.poll() is None]
     while running and time.monotonic() < until:
         time.sleep(0.1)
         running = [process for process in running if process.poll() is None]
@@ -830,6 +830,7 @@ def main(arguments: list[str] | None = None) -> int:
     file = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv"
     if options.here:
         return max(run_here(part, device, options.results / file, dry=options.dry_run) for part in options.only)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_apart takes along what runs
     install_native_core()
     outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -375,7 +375,7 @@ def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpo
             )
             raise ValueError(
                 f"{checkpoint.parent} holds a run that began with other weights ({told}): a run that goes on "
-                "has its own; give another output folder"
+                "has its own; name them as there, or give another output folder"
             )
     with atomic_write(path) as temporary:
         temporary.write_text(_effective(arguments), encoding="utf-8")
@@ -487,16 +487,17 @@ def _arms(checkpoints: Sequence[str]) -> dict[str, str]:
 def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
     """ "20,0.03:100" -> eps: steps."""
     steps: dict[float, int] = {}
-    seen: set[str] = set()
+    seen: set[float | None] = set()
     for part in sorted(value.split(","), key=lambda part: ":" in part):  # first the number for all eps
         at, _, count = part.strip().rpartition(":")
         try:
-            steps |= dict.fromkeys([float(Fraction(at))] if at else eps, int(count))
+            named = float(Fraction(at)) if at else None
+            steps |= dict.fromkeys(eps if named is None else [named], int(count))
         except ValueError:
             raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
-        if at in seen:
+        if named in seen:
             raise ValueError(f"steps gives {f'eps {at}' if at else 'the number without an eps'} twice: {value!r}")
-        seen.add(at)
+        seen.add(named)
     if unknown := [at for at in steps if at not in eps]:
         raise ValueError(f"steps names eps that are not evaluated: {unknown}")
     return steps

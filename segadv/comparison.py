@@ -29,6 +29,7 @@ __all__ = [
     "ARMS",
     "PAPER_OVERHEAD",
     "SHOWN_EPS",
+    "attacked_positions",
     "describe",
     "examples",
     "load_trained",
@@ -122,8 +123,8 @@ def measure_overhead(
     dataset: Dataset[tuple[Tensor, Tensor]],
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn: one batch, models of their own. Of the batch the configs' share
-    (adversarial_share, rounded down to whole samples) is chosen, every second sample where that is a half.
+    """Times the arms' training steps in turn: one batch, models of their own. Of the batch the configs'
+    `attacked_positions` are chosen.
 
     With several processes all call it; each has its part of the batch.
 
@@ -146,8 +147,7 @@ def measure_overhead(
     samples = [basic.dataset[0, i] for i in own]
     images = torch.stack([image for image, _, _ in samples]).to(basic.device)
     labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
-    share = basic.config.adversarial_share
-    chosen = [i - own.start for i in own if _whole(share * (i + 1)) > _whole(share * i)]
+    chosen = [i - own.start for i in attacked_positions(basic.config) if i in own]
     milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
     for _ in range(_WARM_UP_STEPS + steps):
         for arm, trainer in trainers.items():
@@ -170,6 +170,13 @@ def measure_overhead(
             }
         )
     return rows
+
+
+def attacked_positions(config: TrainConfig) -> list[int]:
+    """As many samples of a batch as the share says, rounded down, but one at least where it is not 0; evenly spread."""
+    share = config.adversarial_share
+    found = [i for i in range(config.batch_size) if _whole(share * (i + 1)) > _whole(share * i)]
+    return found or [0] * (share > 0)
 
 
 def _whole(number: float) -> int:

@@ -122,7 +122,7 @@ class _Judge:
         """
         self.check()
         batches = self.strayed.get((attack, eps))
-        return batches is None or not bool((batches[-1] > _ROUNDING).any())
+        return batches is None or bool((batches[-1] <= _ROUNDING).all())  # not where one is NaN
 
     def warn_of_strays(self) -> None:
         """Attacks whose images are not numbers are an error; some leave box and ball on purpose."""

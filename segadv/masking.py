@@ -77,12 +77,12 @@ def masking_checks(
         steps: of the iterative attacks.
         sources: name -> other models on the same device, for check 5; none leaves it out.
     """
+    if not 0 < eps <= LARGE_EPS:
+        raise ValueError(f"eps: {eps} came; more than 0 and at most {LARGE_EPS} is allowed, in the unit of the images")
     options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
     shared: dict[str, Any] = {**options, "seed": seed, "records": records}
     batches = list(loader)
 
-    if not 0 < eps <= LARGE_EPS:
-        raise ValueError(f"eps: {eps} came; more than 0 and at most {LARGE_EPS} is allowed, in the unit of the images")
     growing = sorted({0.0, eps / 4, eps / 2, eps, min(2 * eps, LARGE_EPS), LARGE_EPS})
     curves = evaluate(model, batches, ["pgd", "segpgd"], growing, steps=steps, **shared)
     curve = [row["pixel_accuracy"] for row in curves.rows if row["attack"] == "worst-case"]

@@ -317,12 +317,12 @@ MODELS: Mapping[str, Callable[[ModelConfig, int], nn.Module]] = {
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
-    """The network of a config, with initial weights that depend on the seed alone.
+    """The network of a config, on the CPU, with initial weights that depend on the seed alone.
 
     The global random state stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds the GPUs' as well
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed seeds the GPUs' as well
         return MODELS[config.name](config, num_classes)
 
 

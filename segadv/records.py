@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from types import FunctionType
+from types import CellType, CodeType, FunctionType, NoneType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from .attacks.base import unwrapped
 from .results import atomic_write
 
+_DEEPEST = 8
+
 __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
 
@@ -28,17 +31,16 @@ def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
     Those are what it prints, and those attributes of its modules that are True, False, words or functions: of
-    `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Neither code nor other attributes are seen;
-    numbers may be counters.
+    `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Functions are seen by their byte code and the
+    plain values that they hold. Neither other code nor other attributes are seen; numbers may be counters.
     """
     network = unwrapped(model)
     settings = [repr(network)]
     for name, module in network.named_modules(remove_duplicate=False):
         for key, value in sorted(vars(module).items()):
-            if isinstance(value, FunctionType):
-                settings.append(f"{name}.{key} {_body(value)}")
-            elif isinstance(value, (bool, str)) and not key.startswith("_") and key != "training":
-                settings.append(f"{name}.{key} {value!r}")
+            told = isinstance(value, (bool, str, FunctionType, functools.partial))
+            if told and not key.startswith("_") and key != "training":
+                settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory
     digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", "\n".join(settings)).encode())
     named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
@@ -47,12 +49,32 @@ def model_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _body(function: FunctionType) -> str:
-    """What a function does, as far as its own code and the plain values around it decide."""
-    code = function.__code__
-    around = [cell.cell_contents for cell in function.__closure__ or ()]
-    plain = [value for value in around if isinstance(value, (bool, int, float, str, tuple))]
-    return f"{code.co_code.hex()} {code.co_names} {code.co_consts} {plain} {function.__defaults__}"
+def _described(value: Any, depth: int = 0) -> str:
+    """Plain values as they are, functions by their byte code and what they hold, of anything else its type."""
+    if depth > _DEEPEST:  # a function that holds itself
+        return "..."
+    inner = functools.partial(_described, depth=depth + 1)
+    if isinstance(value, FunctionType):
+        held = [value.__code__, value.__defaults__, value.__kwdefaults__, *map(_held, value.__closure__ or ())]
+        return f"function {inner(held)}"
+    if isinstance(value, CodeType):
+        return f"{value.co_code.hex()} {value.co_names} {inner(value.co_consts)}"
+    if isinstance(value, functools.partial):
+        return f"partial {inner([value.func, value.args, value.keywords])}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(inner, value))}]"
+    if isinstance(value, dict):
+        return inner([entry for item in value.items() for entry in item])
+    if isinstance(value, (set, frozenset)):
+        return inner(sorted(map(inner, value)))
+    return repr(value) if isinstance(value, (bool, int, float, complex, str, bytes, NoneType)) else str(type(value))
+
+
+def _held(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
 
 
 def content_hash(*tensors: Tensor) -> str:

@@ -80,7 +80,7 @@ def is_leftover(path: Path) -> bool:
 
 def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
-        if is_leftover(path):
+        if is_leftover(path) and path.is_file():
             path.unlink()
 
 

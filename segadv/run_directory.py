@@ -101,10 +101,9 @@ class RunDirectory:
         """Removes what was written after the checkpoint, and adds this start to run.json."""
         for path in (self.metrics, self.validation):
             drop_lines_after(path, steps_done)
-        self.model.unlink(missing_ok=True)  # of another run, or of this one when it had an end before
         if steps_done == 0:  # a run that is started anew
-            for path in (self.curves, self.run, *self.pictures):
-                path.unlink(missing_ok=True)
+            self.clear()
+        self.model.unlink(missing_ok=True)  # of another run, or of this one when it had an end before
         config = dict(config)
         content = {"config": config, "description": config.pop("description"), "starts": []} | self._previous()
         start = {
@@ -118,6 +117,11 @@ class RunDirectory:
         content["starts"].append(start)
         with replacing(self.run) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def clear(self) -> None:
+        """Removes what another run has left, but for a checkpoint."""
+        for path in (self.model, self.metrics, self.validation, self.curves, self.run, *self.pictures):
+            path.unlink(missing_ok=True)
 
     def _previous(self) -> dict[str, Any]:
         try:

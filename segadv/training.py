@@ -368,7 +368,7 @@ class Trainer:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read; or
                 another process is training in out_dir.
             OSError: a file cannot be written, for a full disk for example. The last checkpoint is whole.
-            FloatingPointError: the loss is not finite. The last checkpoint is from before that.
+            FloatingPointError: the loss, or a weight, is not finite. The last checkpoint is from before that.
             RuntimeError: another process of the group ended.
         """
         directory = RunDirectory(out_dir)
@@ -382,6 +382,7 @@ class Trainer:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
                 self._train(directory, progress)
             if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
+                distributed.from_first(directory.clear)
                 self.save(directory.checkpoint)
             if distributed.from_first(lambda: not directory.model.exists()):
                 distributed.from_first(lambda: share(directory.model, self.model, self._identity(), self.steps_done))
@@ -489,14 +490,16 @@ class Trainer:
 
         Raises:
             OSError: it cannot be written.
-            FloatingPointError: a loss since the last line of metrics is not finite, or a weight after the last step.
+            FloatingPointError: a loss since the last line of metrics is not finite, or, after the last step, a trained
+                weight or a running statistic.
         """
         self._gather_window()
         self._check_finite()
-        finite = [parameter.isfinite().all() for parameter in self.model.parameters()]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        finite = [value.isfinite().all() for value in (*trained, *_running_statistics(self.model))]
         if finite and not bool(torch.stack(finite).all()):
             raise FloatingPointError(
-                f"weights are not finite after {self.steps_done} steps, learning rate "
+                f"weights or running statistics are not finite after {self.steps_done} steps, learning rate "
                 f"{self._learning_rate(self.steps_done - 1):.3g}: a lower one or another precision may help"
             )
         distributed.from_first(lambda: self._save(Path(path)))
@@ -563,8 +566,9 @@ class Trainer:
 
     def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str], *, is_over: bool) -> None:
         ours = self._identity()
-        # of a training that is over nothing is divided any more
-        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split or is_over else set())
+        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split else set())
+        if is_over:  # nothing is divided any more
+            free = free | {"processes"}
         if self.config.arm in EARLY_STOP:  # where the probes decide when to stop, their number is part of the run
             free = free - {"monitor_every"}
         there, here = (_flat({k: v for k, v in values.items() if k not in free}) for values in (saved, ours))

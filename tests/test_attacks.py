@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import segadv
 from segadv import functional
 from segadv.attacks import (
     BIM,
@@ -1023,6 +1024,14 @@ def test_batch_statistics_of_one_image_warn(recwarn: pytest.WarningsRecorder) ->
     pooled = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).double()
     with pytest.warns(UserWarning, match=r'bn: "train" came with a batch of one image.*use bn="eval"'):
         FGSM(Net(), bn="train")(images, labels)
+    for call in (
+        PGD(Net(), bn="train"),
+        FastNewton(Net(), bn="train").input_gradient,
+        lambda x, y: segadv.fast_newton_step(Net(), x, y, bn="train"),
+    ):
+        with pytest.warns(UserWarning, match='use bn="eval"') as told:
+            call(images, labels)
+        assert told[0].filename == __file__
     with pytest.warns(UserWarning, match='use bn="eval"'), pytest.raises(ValueError, match="more than 1 value"):
         FGSM(pooled, bn="train")(images, labels)
     recwarn.clear()
@@ -1194,6 +1203,26 @@ def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cac
     with torch.nn.utils.parametrize.cached():
         FGSM(model)(IMAGES, LABELS)
         assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_a_model_may_have_sparse_buffers(layout: str) -> None:
+    model = nn.Conv2d(3, 3, 1)
+    model.register_buffer("own", getattr(torch.eye(3), layout)())
+    FGSM(model)(IMAGES, LABELS)
+    assert torch.equal(model.own.to_dense(), torch.eye(3))
+
+
+def test_a_buffer_that_is_turned_is_restored() -> None:
+    class Turning(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.own.t_()
+            return super().forward(x)
+
+    model = Turning(3, 3, 1)
+    model.register_buffer("own", torch.arange(4.0).view(2, 2))
+    FGSM(model)(IMAGES, LABELS)
+    assert torch.equal(model.own, torch.arange(4.0).view(2, 2))
 
 
 @pytest.mark.parametrize("change", ["data", "dtype", "resize"])

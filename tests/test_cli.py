@@ -224,7 +224,7 @@ def test_data_train_evaluate(
     assert cli._numbers("eps", "0,8/255,1e-2") == [0.0, 8 / 255, 0.01]
     for given in ("20,8/255:100", "8/255:100,20"):
         assert cli._steps(given, [0.0, 8 / 255]) == {0.0: 20, 8 / 255: 100}
-    assert "steps gives eps 0.02 twice" in failure(f"{command} --steps 0.02:3,0.02:4", capsys)
+    assert "steps gives eps 2/100 twice" in failure(f"{command} --steps 0.02:3,2/100:4", capsys)
     assert "steps gives the number without an eps twice" in failure(f"{command} --steps 3,4", capsys)
     assert "out of fgsm, bim-10, bim, pgd" in failure(f"{command} --attacks pdg", capsys)
     for steps in ("many", "3:0.02", "0.02:", "2.5"):

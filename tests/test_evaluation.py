@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -635,10 +636,28 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     def entry(key: str) -> Any:
         return lambda output: output[key]
 
-    outputs = [None, entry("a"), entry("b"), lambda output: output["a"], lambda output: output["b"], entry("a")]
-    *others, first, again = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in (*outputs, entry("a"))]
-    assert first == again == others[1]
-    assert len({*others}) == 5
+    def named(output: Any, *, key: str = "a") -> Any:
+        return output[key]
+
+    def other(output: Any, *, key: str = "b") -> Any:
+        return output[key]
+
+    other.__code__ = named.__code__
+    key = ["a"]
+    several = [lambda output: output[key[0]]]
+    different = [None, entry("a"), entry("b"), lambda output: output["a"], lambda output: output["b"], named, other]
+    different += [partial(named, key=name) for name in "ab"] + several
+    hashes = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in different]
+    assert len({*hashes}) == len(different)
+    assert records.model_hash(wrap(nn.ReLU(), output=entry("a"))) == hashes[1]
+    key[0] = "b"
+    assert records.model_hash(wrap(nn.ReLU(), output=several[0])) not in hashes
+
+    def recursive(output: Any) -> Any:
+        return recursive(output) if output is None else later
+
+    records.model_hash(wrap(nn.ReLU(), output=recursive))  # ends, with a cell that is empty yet
+    later = None
     printed = [network(Printed(), 1.0) for _ in range(2)]
     assert repr(printed[0]) != repr(printed[1])
     assert records.model_hash(printed[0]) == records.model_hash(printed[1])
@@ -804,6 +823,16 @@ def test_who_goes_on_with_records_is_told_as_well(
         with pytest.warns(UserWarning, match="attack 'wide' at eps 0.1 moved pixels by up to 0.2: out of the ball"):
             evaluate(model, loader, wide, [0.1], records=tmp_path)
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"clean"}
+
+
+def test_images_that_are_no_numbers_are_not_recorded(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    broken = [(images.clone(), labels) for images, labels in loader]
+    broken[0][0][0, 0, 0, 0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            evaluate(model, broken, {"own": lambda model, eps: FGSM(model, eps=eps)}, [0.1], records=tmp_path)
 
 
 def test_inference_mode_and_images_made_there(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:

@@ -740,6 +740,8 @@ def test_overhead_is_measured_without_validation(streets: Path) -> None:
         (1.0, 2, [[0, 1, 2], [0, 1, 2]]),
         (0.0, 1, [[]]),
         (0.3, 1, [[3]]),
+        (0.1, 1, [[0]]),
+        (0.1, 2, [[0], []]),
         (1 / 3, 2, [[2], [2]]),
     ],
 )
@@ -786,26 +788,37 @@ def test_overhead_is_measured_anew_where_more_steps_are_asked_for(
         return genuine(configs, model, dataset, 1)
 
     monkeypatch.setattr(reproduce, "measure_overhead", measured)
-    for steps in (1, 1, 2):  # --quick takes two at most
+    for steps, timed in ((1, 1), (1, 1), (2, 2), (1, 2)):  # --quick takes two at most
         assert run(f"{command} --overhead-steps {steps}") == 0
-        assert json.loads((out / "overhead.json").read_text())["steps"] == steps
+        assert json.loads((out / "overhead.json").read_text())["steps"] == timed
     assert asked == [1, 2]
     assert "50% of it attacked" in (out / "report.md").read_text()
 
+    # Of another machine, or of an earlier version: it stays
+    old = json.loads((out / "overhead.json").read_text()) | {"processes": 4}
+    old["environment"]["device"] = "another"
+    (out / "overhead.json").write_text(json.dumps({k: v for k, v in old.items() if k not in ("steps", "attacked")}))
+    assert run(f"{command} --overhead-steps 2") == 0
+    assert asked == [1, 2]
+    assert "a batch in memory, on another (4 processes)" in (out / "report.md").read_text()
 
-def test_refused_reproduction_leaves_the_options_and_a_finished_one_takes_any_split(
+
+def test_refused_reproduction_leaves_the_options_and_a_finished_one_takes_any_number_of_processes(
     streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = reproduction("cityscapes", streets, out, "--arms basic --steps 2 --batch-size 4 --overhead-steps 1")
     assert run(f"{command} --accumulation 2") == 0
     assert "accumulation 2 instead of 1" in (out / "report.md").read_text()
-    assert run(command) == 0  # nothing is left to train
-    state = torch.load(out / "basic" / "last.pt", weights_only=True)
-    torch.save(state | {"steps_done": 1}, out / "basic" / "last.pt")
     before = content(out)
     assert "it differs in accumulation (2 there, 1 here)" in failure(command, capsys)
     assert content(out) == before
+    state = torch.load(out / "basic" / "last.pt", weights_only=True)
+    state["config"]["processes"] = 2
+    torch.save(state, out / "basic" / "last.pt")
+    assert run(f"{command} --accumulation 2") == 0  # nothing is left to train
+    torch.save(state | {"steps_done": 1}, out / "basic" / "last.pt")
+    assert "it differs in processes (2 there, 1 here)" in failure(f"{command} --accumulation 2", capsys)
 
 
 def test_a_killed_first_write_does_not_make_a_folder_foreign(streets: Path, tmp_path: Path) -> None:

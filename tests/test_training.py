@@ -717,12 +717,25 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, at: int) -> N
     model = tiny_model()
     trainer = Trainer(config(), model, Squares())
     model[4].bias.register_hook(lambda grad: grad / 0 if trainer.steps_done == at else grad)
-    with pytest.raises(FloatingPointError, match=f"weights are not finite after {at + 1} steps"):
+    with pytest.raises(FloatingPointError, match=f"statistics are not finite after {at + 1} steps"):
         trainer.run(tmp_path, progress=False)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert state["steps_done"] == (4 if at == 7 else 12)
     assert all(value.isfinite().all() for value in state["model"].values())
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_running_statistics_that_are_not_finite_are_not_saved_and_frozen_infinities_are(tmp_path: Path) -> None:
+    class Masked(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)
+
+    model = Masked(*tiny_model())
+    model.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+    trainer = run(tmp_path, model, steps=2)
+    model[1].running_var[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="running statistics are not finite"):
+        trainer.save(tmp_path / "last.pt")
 
 
 def test_load_changes_nothing_where_other_parameters_were_trained(tmp_path: Path) -> None:
@@ -761,6 +774,13 @@ def test_files_of_another_run_do_not_stay(tmp_path: Path) -> None:
     before = (tmp_path / "first" / "model.safetensors").read_bytes()
     first.run(tmp_path / "second", progress=False)  # there is nothing left to train
     assert {path.name for path in (tmp_path / "second").iterdir()} >= {"last.pt", "model.safetensors"}
+
+    # into the folder of another run: all of it is replaced
+    run(tmp_path / "other", steps=4, seed=8, log_every=1)
+    (tmp_path / "other" / "last.pt").unlink()
+    first.run(tmp_path / "other", progress=False)
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {".lock", "last.pt", "model.safetensors"}
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
 
     run(tmp_path / "third", steps=2, arm="fgsm")
     for name in ("robustness.png", "training.png"):

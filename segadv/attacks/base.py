@@ -19,12 +19,14 @@ An attack
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from types import FrameType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -231,11 +233,16 @@ def _is_kept(module: nn.Module, name: str) -> bool:
 
 def _restore_buffer(buffer: Tensor, data: Tensor, copy: Tensor) -> None:
     """`data` shares the buffer's memory: a graph of the caller's that has saved the buffer goes on being valid."""
-    if data.shape != copy.shape:
-        data.resize_(copy.shape)
     data.copy_(copy)
-    if buffer.data_ptr() != data.data_ptr() or buffer.shape != data.shape or buffer.dtype is not data.dtype:
+    if data.layout is torch.strided and _place(buffer) != _place(data):
         buffer.data = data
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements lie, and how."""
+    if tensor.layout is not torch.strided:
+        return (tensor.layout,)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_expanded(buffer: Tensor) -> bool:
@@ -427,7 +434,7 @@ class Attack(ABC):
             warnings.warn(
                 'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
                 'with one value per channel cannot even do that); use bn="eval", or more images',
-                stacklevel=5,  # the line that calls the attack
+                stacklevel=_levels_to_the_caller(),
             )
         if synchronous_checks() and images.numel():
             low, high = images.min().item(), images.max().item()
@@ -495,6 +502,15 @@ _REENTRANT = (
     "torch.utils.checkpoint use_reentrant=False (in Hugging Face models "
     'gradient_checkpointing_enable({"use_reentrant": False}))'
 )
+
+
+def _levels_to_the_caller() -> int:
+    """stacklevel= of a warning that should name the line which called this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("segadv", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_sizes(images: Tensor, labels: Tensor) -> None:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,12 @@ def __getattr__(name: str) -> Any:
     return operation
 
 
+def _has_compiler() -> bool:
+    build = getattr(importlib.import_module("triton.knobs"), "build", None)
+    replaced = getattr(build, "impl", None) is not None
+    return replaced or "CC" in os.environ or bool(shutil.which("gcc") or shutil.which("clang"))
+
+
 @cache
 def unavailable(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
@@ -52,7 +59,7 @@ def unavailable(device_type: str) -> str | None:
         return "TRITON_INTERPRET=1 is set, with which Triton runs on CPU tensors only"
     if device_type not in ("cpu", "cuda"):
         return f"it has not been tried with {device_type} tensors"
-    if device_type == "cuda" and not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
+    if device_type == "cuda" and sys.platform == "linux" and not _has_compiler():
         return "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
         return "Triton needs a GPU of compute capability 7.5 or higher"
