@@ -55,6 +55,7 @@ from .measure import (
     write_rows,
 )
 from .ops import (
+    predicted,
     segadv_newton_step,
     segadv_sign_step,
     upsampled,
@@ -82,7 +83,7 @@ def usual_loss_sum(logits: Tensor, labels: Tensor, *, loss: str) -> Tensor:
     z = upsampled(logits, labels.shape[-2:])
     entropy = TF.cross_entropy(z, labels, ignore_index=255, reduction="none")
     if loss == "segpgd":
-        entropy = entropy * torch.where(z.argmax(1) == labels, 0.75, 0.25)
+        entropy = entropy * torch.where(predicted(z) == labels, 0.75, 0.25)
     elif loss == "cospgd":
         p = z.detach().softmax(1)
         y = labels.where(labels != 255, 0).unsqueeze(1)

@@ -49,7 +49,7 @@ from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
 
 from .cases import random_regions
-from .ops import upsampled, usual_cross_entropy, usual_gain_sum, usual_newton_step, usual_sign_step
+from .ops import predicted, upsampled, usual_cross_entropy, usual_gain_sum, usual_newton_step, usual_sign_step
 from .records import (
     Record,
     Samples,
@@ -133,13 +133,13 @@ def usual_segpgd_sum(logits: Tensor, labels: Tensor, *, step: int, steps: int) -
     logits = upsampled(logits, labels.shape[-2:])
     loss = TF.cross_entropy(logits, labels, ignore_index=255, reduction="none")
     lam = step / (2 * steps)
-    return (torch.where(logits.argmax(1) == labels, 1 - lam, lam) * loss).sum()
+    return (torch.where(predicted(logits) == labels, 1 - lam, lam) * loss).sum()
 
 
 def usual_attack(arm: str, gradient: Gradient, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Adversarial images of an arm in eager PyTorch. `gradient` gives a loss and its gradient for given images."""
     if arm == "fast-newton":
-        gain, grad = gradient(usual_gain_sum, images, labels)
+        gain, grad = gradient(partial(usual_gain_sum, by_max=True), images, labels)
         return usual_newton_step(images, grad, gain)
     uniform = partial(torch.rand, generator=generator, device=images.device, dtype=images.dtype)
     if arm in ("fgsm", "random-fgsm"):

@@ -20,7 +20,7 @@ attacks. "eager" is the same attack in plain PyTorch with `torch.autograd.grad`;
 the network, and of upsampling and loss (all in one, Inductor of torch 2.13 gave a gradient of 0 on the CPU); "segadv,
 compile" is the package's attack on the compiled network.
 
-    pip install "segadv[peers]"
+    pip install -c constraints.txt ".[peers]"
     pip install --no-deps torchattacks
 
 The second line apart, because torchattacks 3.5.1 asks for requests 2.25 and torchvision, and imports neither.
@@ -51,7 +51,7 @@ from segadv.models import ModelConfig, build_model
 from segadv.results import miou
 
 from .cases import CASES, Case, random_regions
-from .ops import upsampled, usual_confusion_matrix, usual_cross_entropy
+from .ops import predicted, upsampled, usual_confusion_matrix, usual_cross_entropy
 from .overhead import (
     Gradient,
     Loss,
@@ -284,11 +284,13 @@ def jaccard(device: torch.device, *, quick: bool) -> Comparison:
 
     def torchmetrics() -> Call:
         module = package("torchmetrics.classification", "pip install torchmetrics")
-        metric = module.MulticlassJaccardIndex(num_classes=case.classes, ignore_index=255).to(device)
+        # As fast as its documentation offers: class indices, nothing looked at.
+        metric = module.MulticlassJaccardIndex(num_classes=case.classes, ignore_index=255, validate_args=False)
+        metric = metric.to(device)
 
         def update() -> Result:
             metric.reset()
-            metric.update(upsampled(logits, labels.shape[-2:]), labels)
+            metric.update(predicted(upsampled(logits, labels.shape[-2:])), labels)
             return (metric.compute().cpu(),)
 
         return update
