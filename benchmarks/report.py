@@ -385,7 +385,8 @@ def training_overhead(results: Path) -> str:
                 f"{case}; a basic step: {', '.join(steps)}.\n\n{table(header, lines)}\n\n"
                 + paragraph(
                     f"Medians of {rounds} rounds with 95 % intervals. What is neither the network's forward nor its "
-                    f"backward pass takes {interval(glue)} % of Fast Newton's attack with segadv. {provenance_of(shown)}"
+                    f"backward pass takes {interval(glue)} % of Fast Newton's attack with segadv. "
+                    f"{provenance_of(shown)}"
                 )
             )
     return "\n\n".join(blocks)
