@@ -217,7 +217,7 @@ def _import_timm() -> ModuleType:
         import_torchvision()  # timm imports it
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
-        raise ImportError(f'pspnet50 needs timm ({error}): pip install "segadv[models]"') from error
+        raise ImportError(f"pspnet50 needs timm ({error}): pip install timm torchvision") from error
     module: ModuleType = timm
     return module
 
@@ -262,11 +262,21 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: a sub-class of batch normalisation with a forward pass of its own, which would be lost.
     """
+    return _synchronised(model, {})
+
+
+def _synchronised(model: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`done`: layer -> what took its place, as a layer may have several names."""
+    if model not in done:
+        done[model] = _synchronised_layer(model) if isinstance(model, _BatchNorm) else model
+        for name, child in list(model._modules.items()):
+            if child is not None and done[model] is model:
+                model._modules[name] = _synchronised(child, done)
+    return done[model]
+
+
+def _synchronised_layer(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.SyncBatchNorm):
-        return model
-    if not isinstance(model, _BatchNorm):
-        for name, child in model.named_children():
-            model.add_module(name, sync_batchnorm(child))
         return model
     timm_layers = sys.modules.get("timm.layers")  # a model with timm's layers has imported them
     convert = nn.SyncBatchNorm.convert_sync_batchnorm

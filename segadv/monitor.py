@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import functional
 from .attacks import FGSM, PGD, FastNewton
 from .attacks.base import frozen, model_logits, unwrapped
+from .data import IGNORE_INDEX
 
 __all__ = ["catastrophic_overfitting", "probe"]
 
@@ -37,7 +38,7 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
         pgd_accuracy: pixel accuracy under PGD with 10 steps of 0.01 at eps 0.03, from the same start every time.
         fgsm_accuracy: under FGSM at eps 0.03.
         gradient_cosine: between the gradient of an image's cross-entropy at the image and at a random point of
-            the ball, the same one every time; mean over the images.
+            the ball, the same one every time; mean over the images with a labelled pixel.
         newton_eps_p10, newton_eps_median, newton_eps_p90: of the step sizes that FastNewton would take.
         newton_share_negative_gain: of the images, those whose averaged gain is negative.
     """
@@ -53,12 +54,18 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     return {
         "pgd_accuracy": _accuracy(model, pgd(images, labels), labels),
         "fgsm_accuracy": _accuracy(model, fgsm(images, labels), labels),
-        "gradient_cosine": F.cosine_similarity(gradient, other).mean().item(),
+        "gradient_cosine": _mean_of_labelled(F.cosine_similarity(gradient, other), labels),
         "newton_eps_p10": p10,
         "newton_eps_median": median,
         "newton_eps_p90": p90,
         "newton_share_negative_gain": (newton.gain < 0).double().mean().item(),
     }
+
+
+def _mean_of_labelled(values: Tensor, labels: Tensor) -> float:
+    """Mean over the images that have a labelled pixel; 0 where none has."""
+    labelled = values[(labels != IGNORE_INDEX).flatten(1).any(1)]
+    return labelled.mean().item() if len(labelled) else 0.0
 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

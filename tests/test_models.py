@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -478,7 +479,7 @@ class Malicious:
 
 def test_pspnet50_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r'pspnet50 needs timm .*pip install "segadv\[models\]"'):
+    with pytest.raises(ImportError, match=r"pspnet50 needs timm .*pip install timm torchvision"):
         models.pspnet50(19)
 
 
@@ -511,10 +512,31 @@ def test_nothing_else_needs_timm_torchvision_or_transformers() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert 'pip install "segadv[models]"' in result.stdout
+    assert "pip install timm torchvision" in result.stdout
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    state = torch.get_rng_state()
+    first = models.build_model(models.ModelConfig(), num_classes=3, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    with torch.device("meta"):  # any default device
+        second = models.build_model(models.ModelConfig(), num_classes=3, seed=np.int64(4))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 # --- sync_batchnorm -----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_with_two_names_stays_one() -> None:
+    shared = nn.BatchNorm2d(3)
+    model = nn.Module()
+    model.a, model.b, model.c = shared, nn.Sequential(shared, nn.ReLU()), shared
+    models.sync_batchnorm(model)
+    assert type(model.a) is nn.SyncBatchNorm
+    assert model.a is model.b[0] is model.c
 
 
 def test_sync_batchnorm_keeps_the_network(network: nn.Module) -> None:

@@ -68,6 +68,17 @@ def test_probe_is_what_it_says() -> None:
     assert model.training
 
 
+def test_an_image_without_a_label_does_not_count() -> None:
+    images, labels = sample()
+    void = torch.full_like(labels, 255)
+    model = tiny_model().eval().to(images.dtype)
+    whole = probe(model, images.repeat(2, 1, 1, 1), labels.repeat(2, 1, 1))
+    beside = probe(model, images.repeat(2, 1, 1, 1), torch.cat([labels, void]))
+    assert whole["gradient_cosine"] > 0.1
+    assert beside["gradient_cosine"] > 0.75 * whole["gradient_cosine"]  # not half of it
+    assert probe(model, images, void)["gradient_cosine"] == 0
+
+
 @pytest.mark.parametrize(
     ("pgd", "fgsm", "expected"),
     [

@@ -1,6 +1,6 @@
 """Fast Newton adversarial training inside Hugging Face's Trainer: override `compute_loss`.
 
-    pip install segadv transformers accelerate
+    pip install -c constraints.txt . transformers accelerate
     python docs/examples/hf_trainer.py
 
 The data set gives images in [0, 1], and the model normalises them (`segadv.models.wrap`), so that the attack steps

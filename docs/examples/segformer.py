@@ -1,6 +1,6 @@
 """A Hugging Face SegFormer, whose logits are at a quarter of the images' size.
 
-    pip install segadv transformers
+    pip install -c constraints.txt . transformers
     python docs/examples/segformer.py
 
 The network here is tiny and random; `SegformerForSemanticSegmentation.from_pretrained(...)` takes its place.

@@ -1,6 +1,6 @@
 """PSPNet and Unet of segmentation-models-pytorch.
 
-    pip install "segadv[models]" segmentation-models-pytorch
+    pip install -c constraints.txt ".[models]" segmentation-models-pytorch
     python docs/examples/smp_models.py
 
 Its Unet returns logits of the images' size: nothing is to be done. Its PSPNet upsamples them eightfold at its end,

@@ -1,6 +1,6 @@
 """DeepLabV3 of torchvision, which returns a dict with "out" and, for training, "aux".
 
-    pip install "segadv[models]"
+    pip install -c constraints.txt ".[models]"
     python docs/examples/torchvision_deeplabv3.py
 
 The attacks take "out" by themselves. torchvision upsamples both to the images' size (align_corners=False);
