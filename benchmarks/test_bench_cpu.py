@@ -73,7 +73,7 @@ def _compiled_core() -> None:
 
 @pytest.fixture(scope="module")
 def copy_bytes_per_ms() -> float:
-    """Read and written, into memory allocated as the native core allocates it."""
+    """Read and written, between memory that is there."""
     call = copying(COPIED)
     call()
     return 2 * COPIED / float(np.median(milliseconds_of({"copy": call}, torch.device("cpu"), rounds=ROUNDS)["copy"]))
