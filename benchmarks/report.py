@@ -705,8 +705,8 @@ def robustness(results: Path) -> str:
     how = f"mean and range of {len(trainings)} trainings" if len(trainings) > 1 else "one training"
     others = " and ".join(f"{eps:g}" for eps in _OTHER_EPS)
     notes = paragraph(
-        f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, the "
-        f"others have {steps[_ROBUST_EPS]}, {max(steps[eps] for eps in _OTHER_EPS)} at {others}. "
+        f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, "
+        f"the others have {steps[_ROBUST_EPS]}, {max(steps[eps] for eps in _OTHER_EPS)} at {others}. "
         f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"

@@ -806,7 +806,7 @@ def test_evaluations_become_rows_and_a_table(count: int, root: Path, tmp_path: P
         assert cells(text, arm) == [arm, *(miou(i, attack, eps) for attack, eps in wanted)]
     assert "mean and range of 3 trainings" in text or count == 1
     assert "32 validation scenes" in text
-    assert "have 100 steps, 20 at 0.02 and 0.04" in text.replace("\n", " ")
+    assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in text.replace("\n", " ")
 
 
 def test_what_is_no_evaluation_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
