@@ -351,7 +351,7 @@ def test_a_run_that_is_started_anew_forgets_the_former(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 8
     assert training.read_config(tmp_path / "model.safetensors")["seed"] == 8
     assert [line["step"] for line in metrics_of(tmp_path)] == [3, 6, 9, 12, 14]
-    assert (tmp_path / "validation.jsonl").read_text() == ""
+    assert not (tmp_path / "validation.jsonl").exists()
     assert not (tmp_path / "curves.csv").exists()
 
 
