@@ -419,11 +419,10 @@ def test_sanitizer_runs_every_tool_and_names_those_that_find_something(
     assert all("--kernel-name kns=segadv" in line and "every_walk" in line for line in lines)
 
 
-def test_the_walks_run_on_every_kernel(backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("the interpreter takes minutes; these are the CUDA kernels' walks")
-    if torch.get_default_device().type == "cpu":
-        device.every_walk(CPU)
+@pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
+def test_the_walks_run(backend: str) -> None:
+    """They are those of the CUDA kernels."""
+    device.every_walk(CPU)
 
 
 def test_a_measurement_that_fails_does_not_touch_the_next_unless_the_device_failed(
