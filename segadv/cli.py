@@ -60,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     command = None
     try:
-        arguments = _parser().parse_args(_arranged(sys.argv[1:] if argv is None else argv))
+        options = _arranged(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(options)
         command = arguments.command
+        if command == "train":
+            _refuse_idle(options, arguments.train)
         commands[command](arguments[command])
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -114,6 +117,15 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     # behind the setting that reproduce has
     at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
+
+
+def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
+    """Refuses options of a validation that never takes place."""
+    if getattr(arguments.validation, "every", True):
+        return
+    for name in (option.partition("=")[0] for option in options):
+        if name.startswith("--validation.") and name != "--validation.every":
+            raise ValueError(f"{name} has no effect without --validation.every, the number of steps between validations")
 
 
 def _as_list(option: str, value: str) -> str:

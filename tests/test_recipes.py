@@ -220,6 +220,7 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--model.name pspnet5", "got 'pspnet5', did you mean 'pspnet50'?"),
         ("--arm fast-newtn", "got 'fast-newtn', did you mean 'fast-newton'?"),
         ("--validation.every 1 --validation.attacks [pdg]", "validation.attacks must be names out of"),
+        ("--validation.every 0 --validation.eps 0,0.02", "--validation.eps has no effect without --validation.every"),
         ("--config voc_pspnet5", "is neither, did you mean 'voc_pspnet50'?"),
         ("--config wrong-key.yaml", "wrong-key.yaml: there is no option 'stepz', did you mean 'steps'?"),
         ("--config wrong-part.yaml", "'augmentation.rot', did you mean 'augmentation.rotation'?"),

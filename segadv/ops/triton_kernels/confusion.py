@@ -1,8 +1,8 @@
 """argmax over the classes at the labels' size, and the confusion matrix.
 
 Fuses upsampling, the arg-max, label lookup, masking and the counting. Counts are integers, added by atomics: the same
-bits in any order. There are several copies of the matrix, so that the few cells that take most pixels are not the
-queue for all programs. Fewest bytes: the logits read once, labels read once (or predictions written once). Resampled,
+bits in any order. Several copies of the matrix, and one addition for neighbours in the same cell (`add_counts`), keep
+the few cells that take most pixels from being the queue for all programs. Fewest bytes: the logits read once, labels read once (or predictions written once). Resampled,
 bound by arithmetic: 9 instructions for a class of a pixel, as Triton 3.9 compiles it for sm_90.
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
@@ -15,6 +15,17 @@ from torch import Tensor
 
 from ..common import check_labels, prediction_dtype
 from .tiles import find_largest, launch, load_labels, taps, tile_of, tiles
+
+
+@triton.jit
+def add_counts(counts, cell, counted, AXIS: tl.constexpr):
+    """Counts the pixels `counted` in their cells: those along AXIS, which a thread owns, at once where they are in the
+    same cell, as neighbours mostly are."""
+    lowest = tl.min(tl.where(counted, cell, 2**31 - 1), AXIS, keep_dims=True)
+    highest = tl.max(tl.where(counted, cell, -1), AXIS, keep_dims=True)
+    number = tl.sum(counted.to(tl.int32), AXIS, keep_dims=True)
+    tl.atomic_add(counts + lowest, number, mask=lowest == highest, sem="relaxed")
+    tl.atomic_add(counts + cell, 1, mask=counted & (lowest != highest), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -40,12 +51,19 @@ def confusion_kernel(
     if counts is not None:
         at = n * label_n + y.to(tl.int64) * label_y + x.to(tl.int64) * label_x
         label, is_bad = load_labels(labels, at, inside, C, ignore_index)
-        cells = tl.cast(C, tl.int64) * C
-        cell = tl.where(is_bad, cells, label.to(tl.int64) * C + best_class)  # one cell more counts the bad labels
-        copy = program % copies
+        cells = C * C  # below 2^30
+        cell = tl.where(is_bad, cells, label * C + best_class)  # one cell more counts the bad labels
+        copy = (program % copies).to(tl.int64)
         if PER_IMAGE:
             copy += n * copies
-        tl.atomic_add(counts + copy * (cells + 1) + cell, 1, mask=(label >= 0) | is_bad, sem="relaxed")
+        counts += copy * (cells + 1)
+        counted = (label >= 0) | is_bad
+        if QUAD_ROWS:
+            add_counts(counts, cell, counted, 0)
+        else:
+            GROUP: tl.constexpr = min(4, BLOCK_Y * BLOCK_X)
+            rows: tl.constexpr = [BLOCK_Y * BLOCK_X // GROUP, GROUP]
+            add_counts(counts, tl.reshape(cell, rows), tl.reshape(counted, rows), 1)
 
 
 def _launch(
