@@ -308,6 +308,7 @@ def l1_norm(grad: Tensor) -> Tensor:
 
     Equivalent to: `grad.float().abs().flatten(1).sum(1)`
     """
+    _check_tensor("grad", grad)
     if grad.dtype not in _FLOATS:
         raise ValueError(f"grad: dtype {grad.dtype} is not one of {_names(_FLOATS)}")
     if grad.dim() < 1:
@@ -364,6 +365,7 @@ def _newton_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`newton_step` with the norm [N], which the kernel has anyway, as a third result."""
     _check_step(images, grad, bounds)
+    _check_tensor("gain", gain)
     if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
         raise ValueError(
             f"gain: {_describe(gain)} came; a floating point [{images.shape[0]}] on {images.device} is needed"
@@ -411,6 +413,8 @@ def sign_step(
     _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
         raise ValueError("origin, eps: they describe the ball together; give both or neither")
+    if origin is not None:
+        _check_tensor("origin", origin)
     if origin is not None and (
         origin.shape != images.shape or origin.dtype != images.dtype or origin.device != images.device
     ):
@@ -501,6 +505,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a {type(value).__name__} came; a tensor is needed")
+
+
 def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(
@@ -525,8 +534,7 @@ def _check_logits(logits: Tensor) -> None:
 def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: a {type(labels).__name__} came; a tensor is needed")
+    _check_tensor("labels", labels)
     if labels.dtype not in _LABELS:
         raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
@@ -555,6 +563,7 @@ def _quotient(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
+    _check_tensor("weight", weight)
     if weight.shape != logits.shape[1:2] or not weight.is_floating_point() or weight.device != logits.device:
         raise ValueError(
             f"weight: {_describe(weight)} came; a floating point [{logits.shape[1]}] on {logits.device} is needed"
@@ -568,6 +577,8 @@ def _segpgd_lambda(step: int, steps: int) -> float:
 
 
 def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> None:
+    _check_tensor("images", images)
+    _check_tensor("grad", grad)
     if images.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"images: {_describe(images)} came; keep images in float32 and use autocast "

@@ -395,6 +395,12 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.l1_norm(Y), "grad: dtype torch.int64"),
         (lambda: F.cross_entropy({"out": Z}, Y), "logits: a dict came; .* Take the logits out of the model's output"),
         (lambda: F.gain_and_grad(Z, None), "labels: a NoneType came"),
+        (lambda: F.cross_entropy(Z, Y, weight=[1.0, 1.0, 2.0]), "weight: a list came; a tensor is needed"),
+        (lambda: F.newton_step(IMAGES, IMAGES, 0.5), "gain: a float came; a tensor is needed"),
+        (lambda: F.sign_step(IMAGES, None, 0.1), "grad: a NoneType came"),
+        (lambda: F.sign_step(IMAGES.numpy(), IMAGES, 0.1), "images: a ndarray came"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=0.5, eps=0.1), "origin: a float came"),
+        (lambda: F.l1_norm(0.5), "grad: a float came"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:
