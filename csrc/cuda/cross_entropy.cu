@@ -3,8 +3,8 @@
 // Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and, at full resolution,
 // the gradient. Largest logit and sum of exponentials are found in one pass over the classes (online softmax, with one
 // exponential per class). Fewest bytes: the logits read once, the gradient written once (its exponentials need a second
-// reading of the logits, from the cache where the blocks at work fit), labels read once. At full resolution bound by
-// memory. Resampled, by arithmetic.
+// reading of the logits, from the cache as far as the blocks at work fit), labels read once. At full resolution bound
+// by memory. Resampled, by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 50
 // to 53 registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient.
@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> - (kLoss == Loss::k
     if (problem.grad.data != nullptr) {
 #pragma unroll
       for (int i = 0; i < P; ++i) total[i] = weight[i] / total[i];
+      // Backwards: where the cache does not hold all logits of the blocks at work, it holds those read last.
 #pragma unroll Mine::kUnroll
-      for (int32_t c = 0; c < classes; ++c) {
+      for (int32_t c = classes - 1; c >= 0; --c) {
         A z[P], g[P];
         pixels.load(c, z);
 #pragma unroll

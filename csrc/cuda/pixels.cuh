@@ -291,10 +291,10 @@ struct Pixels {
 // where not valid). All threads of a warp must call it.
 //
 // In a column of pixels most classes need no look at the pixels: a pixel's logit is a mean of both rows', and rounding
-// keeps the order of numbers (equal ones may result), so a class whose larger row lies below the smaller row of another class before it takes
-// no place from that one; for margins of two, as one may be the label. The results are the same to the bit. A warp
-// looks where one of its threads must: of the smooth logits in benchmarks/cases.py at 45 % (margin) or 30 % of 19
-// classes, at 16 or 10 % of 150, of noise at nearly all.
+// keeps the order of numbers (equal ones may result), so a class whose larger row lies below the smaller row of another
+// class before it takes no place from that one; for margins of two, as one may be the label. The results are the same
+// to the bit. A warp looks where one of its threads must: of the smooth logits in benchmarks/cases.py at 45 % (margin)
+// or 30 % of 19 classes, at 16 or 10 % of 150, of noise at nearly all.
 template <bool kMargin, class Mine, int P = Mine::kPixels, class A = typename Mine::A>
 __device__ __forceinline__ void find_largest(const Mine& pixels, int32_t classes, const int32_t (&label)[P],
                                              A (&own)[P], A (&best)[P], int32_t (&best_class)[P]) {

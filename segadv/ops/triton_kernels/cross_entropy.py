@@ -92,7 +92,9 @@ def cross_entropy_kernel(
     if grad is not None:
         scale = weight * exp(-log_sum)
         at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
-        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        # Backwards: where the cache does not hold all logits of the programs at work, it holds those read last.
+        for k in tl.range(0, C, loop_unroll_factor=UNROLL):
+            c = C - 1 - k
             plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
             z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
             g = gradient.cross_entropy_gradient(c, label, z, top, scale, weight)
