@@ -403,7 +403,7 @@ def headline(results: Path) -> str:
             raise ReportError(f"{name}: whether it takes more or less time is not known: {interval(found)} %")
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
-        huge.append(f"{interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL), 0)} %")
+        huge.append(f"{interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
     return paragraph(
         "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
         f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
