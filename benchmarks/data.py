@@ -11,8 +11,7 @@ v2, crop first: as early as it can be: the part of the image that the crop will 
 rotated about its own centre, cut to the crop, flipped and blurred. The rotation's centre is another one: these
 samples are not those of the other two.
 
-The files hold generated street scenes; photographs are larger files and take longer to decode. `--write` adds rows to
-benchmarks/results/cpu.csv.
+The files hold generated street scenes. `--write` adds rows to benchmarks/results/cpu.csv.
 """
 
 from __future__ import annotations

@@ -151,10 +151,12 @@ class Operations:
         return self._faster_way("compile", operation, mode, case, thp=thp)
 
     def _faster_way(self, name: str, operation: str, mode: str, case: str, *, thp: bool) -> Row:
+        return min(self.ways(name, operation, mode, case, thp=thp), key=lambda row: float(row["ms_p50"]))
+
+    def ways(self, name: str, operation: str, mode: str, case: str, *, thp: bool = False) -> list[Row]:
         """Of writing it: the runner-up of the averaged gain is found with amax or with max."""
         providers = (name, f"{name}, max") if operation.endswith("averaged_gain") else (name,)
-        rows = [self.get(operation, mode, case, provider, thp=thp) for provider in providers]
-        return min(rows, key=lambda row: float(row["ms_p50"]))
+        return [self.get(operation, mode, case, provider, thp=thp) for provider in providers]
 
     def faster(self, operation: str, mode: str, case: str, *, thp: bool = False) -> float:
         """By how much ours is faster than the better of eager and torch.compile."""
@@ -190,7 +192,7 @@ def operations(results: Path) -> str:
         key = (operation, mode, case)
         eager, compiled, ours = measured.eager(*key), measured.compiled(*key), measured.get(*key, "segadv")
         used += [eager, compiled, ours]
-        least = min(float(eager["peak_mb"]), float(compiled["peak_mb"]))
+        least = min(float(row["peak_mb"]) for name in ("eager", "compile") for row in measured.ways(name, *key))
         own = float(ours["peak_mb"])
         # Below a megabyte a peak is as noisy as what else is in the process.
         less = f"{three_digits(least / own)} x" if own >= 1 else f"> {math.floor(least)} x"
@@ -220,7 +222,8 @@ def _operations_notes(measured: Operations) -> str:
         "Logits and labels are smooth, as of a trained network; *noise*, where every one is a random number of its "
         "own, is the worst case. Medians of interleaved rounds; memory is the peak beyond the inputs, results "
         "included; *faster* and *less memory* are against the better of eager and `torch.compile`. Less than a "
-        "megabyte of memory counts as one. The averaged gain of both is the faster of two: "
+        "megabyte of memory counts as one. The averaged gain of both is the faster of two (*less memory* is against "
+        "the one that takes least): "
         f"with `amax`, whose backward divides the gradient among ties, value and gradient take {amax[0]} with `max` in "
         f"the first row and {amax[1]} at full resolution. There memory decides: value "
         f"and gradient take {' and '.join(floors)} times as long as copying the logits into memory allocated the same "
@@ -342,9 +345,12 @@ def _by_case(path: Path) -> dict[str, list[Record]]:
         raise ReportError(f"{path.name}: no rows of {THREADS} threads")
     for case, records in cases.items():
         runs = {(record.commit, record.rounds) for record in records if record.operation == "training step"}
-        if len(runs) > 1:
+        # Times are written first: parts of a former run may still be there.
+        commits = {record.commit for record in records if not record.mode.endswith("p = 1")}
+        if len(runs) > 1 or len(commits) > 1:
             raise ReportError(
-                f"{path.name}: {case} is of several runs, {sorted(runs)}; a percentage needs the basic step of its own"
+                f"{path.name}: {case} is of several runs, {sorted(runs)}, commits {sorted(commits)}; a "
+                "percentage needs the basic step of its own"
             )
     networks = list(overhead.MODELS)
     return {case: cases[case] for case in sorted(cases, key=lambda case: networks.index(case.partition(",")[0]))}

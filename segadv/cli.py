@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _arranged(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(options)
         command = arguments.command
-        if command == "train":
-            _refuse_idle(options, arguments.train)
+        _refuse_idle(options, arguments)
         commands[command](arguments[command])
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -80,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141  # as a shell tells of SIGPIPE
         if os.environ.get("SEGADV_DEBUG") == "1":
             raise
-        print(f"segadv: error: {error}", file=sys.stderr)
+        # of a worker of torch's DataLoader it comes with its traceback, the error itself last
+        told = re.split(r"\n(?:\w+\.)*\w+(?:Error|Exception): ", str(error))[-1]
+        print(f"segadv: error: {told if 'DataLoader worker' in str(error) else error}".rstrip(), file=sys.stderr)
         return 2
     return 0
 
@@ -120,12 +121,16 @@ def _arranged(argv: Sequence[str]) -> list[str]:
 
 
 def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
-    """Refuses options of a validation that never takes place."""
-    if getattr(arguments.validation, "every", True):
-        return
-    for name in (option.partition("=")[0] for option in options):
-        if name.startswith("--validation.") and name != "--validation.every":
-            raise ValueError(f"{name} has no effect without --validation.every, the number of steps between validations")
+    """Refuses options of what never takes place."""
+    names = [option.partition("=")[0] for option in options]
+    if arguments.command == "train" and not getattr(arguments.train.validation, "every", True):
+        for name in names:
+            if name.startswith("--validation.") and name != "--validation.every":
+                raise ValueError(f"{name} has no effect without --validation.every, the steps between validations")
+    if arguments.command == "reproduce" and "--evaluation.steps" in names:
+        evaluation = arguments.reproduce[arguments.reproduce.setting].evaluation
+        if not getattr(evaluation, "stronger", True):
+            raise ValueError("--evaluation.steps has no effect without --evaluation.stronger, the attacks with steps")
 
 
 def _as_list(option: str, value: str) -> str:
@@ -360,7 +365,7 @@ def _train(arguments: Namespace) -> None:
     with process_group(config.device):
         model = untrained(model_config, out / "last.pt", num_classes=dataset.num_classes, seed=config.seed)
         trainer = Trainer(config, model, dataset, validation_dataset=validation, description=description)
-        with closing(RunDirectory(out)) as directory:  # no other run may write there, from now on
+        with closing(RunDirectory(out)) as directory:  # no other run may write there, until the trainer's has ended
             if from_first(directory.prepare):
                 trainer.load(directory.checkpoint)  # refuses another run's before anything is written
             from_first(lambda: _write_options(out / "config.yaml", arguments, model_config, directory.checkpoint))
@@ -379,7 +384,7 @@ def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpo
         try:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
             differing = [name for name in ("pretrained", "backbone") if before[name] != getattr(model, name)]
-        except (yaml.YAMLError, TypeError, KeyError):  # not ours any more
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):  # not ours any more
             differing = []
         if differing:
             told = ", ".join(
@@ -439,6 +444,8 @@ def _evaluate(arguments: Namespace) -> None:
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
+    if arguments.steps != "100" and {*attacks} <= {"fgsm", "bim-10"}:
+        raise ValueError("steps has no effect: it is of bim, pgd, segpgd and cospgd, none of which came")
     trained = {name: load_trained(path) for name, path in _arms(arguments.checkpoints).items()}
     models = {name: model.to(device) for name, (model, _) in trained.items()}
     descriptions = [config.get("description") or {} for _, config in trained.values()]

@@ -229,7 +229,7 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
     arguments, iterative = [], None
     # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.
     if isinstance(attack, Attack) and type(attack).__module__.startswith("segadv.attacks."):
-        if isinstance(attack, BIM) and attack.model is model and judge.agrees(attack):
+        if isinstance(attack, BIM) and attack.model is model and judge.agrees(attack) and _keeps_to(attack, eps):
             iterative = attack
         if all(is_plain(getattr(attack, entry.name)) for entry in fields(attack) if entry.name != "model"):
             source = {} if attack.model is model else {"model_sha256": model_hash(attack.model)}
@@ -244,6 +244,12 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
             return judge(judge.looked_at(attack(images, labels), images, name, eps), labels)[None, None]
 
     return _Work(name, (eps,), judged, outcomes, arguments)
+
+
+def _keeps_to(attack: BIM, eps: float) -> bool:
+    """Whether its images stay in box and ball, so that they need not be looked at."""
+    low, high = attack.bounds
+    return low >= 0 and high <= 1 and float(torch.as_tensor(attack.eps).amax()) <= eps + _ROUNDING
 
 
 def _judged_steps(steps: int) -> tuple[int, ...]:

@@ -170,6 +170,8 @@ def cross_entropy(
     if weight is not None:
         _check_class_weight(weight, logits)
         weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
+        if not torch.compiler.is_compiling() and weight.is_inference() and not torch.is_inference_mode_enabled():
+            weight = weight.clone()  # as the labels
     loss, weight_sum = autograd.cross_entropy(
         logits4, labels3, weight, ignore_index, align_corners, reduction == "none"
     )
@@ -330,7 +332,7 @@ def newton_step(
 
     gain and grad must belong to the same function of the images: both of a sum of margins, or both of a mean;
     multiplying both by the same positive number changes nothing. sign(0) = 0. Where gain or norm is non-finite or
-    the norm is 0, eps is 0 and the image stays as it is.
+    the norm is 0, eps is 0 and the image is only clipped.
 
     Args:
         images: [N, ...], float32 or float64, in the units of `bounds`.
@@ -463,7 +465,7 @@ def confusion_matrix(
 
         prediction = F.interpolate(logits, labels.shape[-2:], mode="bilinear").argmax(1)
         valid = labels != ignore_index
-        torch.bincount(labels[valid] * C + prediction[valid], minlength=C * C).view(C, C)
+        torch.bincount(labels[valid].long() * C + prediction[valid], minlength=C * C).view(C, C)
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     logits4 = logits4.detach()

@@ -36,17 +36,13 @@ class _Nothing(contextlib.nullcontext[Any]):
 
 
 def progress_bar(desc: str, *, total: int | None, initial: int = 0, unit: str, show: bool = True) -> Any:
-    """A tqdm bar; lines where the standard error stream is no terminal; nothing unless `show`.
-
-    Raises:
-        ImportError: tqdm is missing, where it is shown.
-    """
+    """A tqdm bar; lines where the standard error stream is no terminal; nothing unless `show`, nor without tqdm."""
     if not show:
         return _Nothing()
     try:
         from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install tqdm") from error
+    except ImportError:
+        return _Nothing()
     options: dict[str, Any] = {"desc": desc, "total": total, "initial": initial, "unit": unit}
     if sys.stderr.isatty():
         return tqdm(**options)

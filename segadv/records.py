@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, NoneType
+from types import CellType, CodeType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,16 @@ __all__ = ["Records", "content_hash", "model_hash", "versions"]
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
-    Those are what it prints, and those attributes of its modules that are True, False, words or functions: of
+    Those are what it prints, and those attributes of its modules that are True, False, words or callables: of
     `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Functions are seen by their byte code and the
-    plain values that they hold. Neither other code nor other attributes are seen; numbers may be counters.
+    plain values that they hold, other callables by what they print and hold. Neither other code nor other attributes
+    are seen; numbers may be counters.
     """
     network = unwrapped(model)
     settings = [repr(network)]
     for name, module in network.named_modules(remove_duplicate=False):
         for key, value in sorted(vars(module).items()):
-            told = isinstance(value, (bool, str, FunctionType, functools.partial))
+            told = isinstance(value, (bool, str)) or (callable(value) and not isinstance(value, nn.Module))
             if told and not key.startswith("_") and key != "training":
                 settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory
@@ -61,6 +62,10 @@ def _described(value: Any, depth: int = 0) -> str:
         return f"{value.co_code.hex()} {value.co_names} {inner(value.co_consts)}"
     if isinstance(value, functools.partial):
         return f"partial {inner([value.func, value.args, value.keywords])}"
+    if isinstance(value, MethodType):
+        return f"method {inner([value.__func__, value.__self__])}"
+    if callable(value) and not isinstance(value, nn.Module):  # built in, a class, or an object that can be called
+        return f"{value!r} {inner(getattr(value, '__dict__', None) if not isinstance(value, type) else None)}"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(inner, value))}]"
     if isinstance(value, dict):

@@ -203,7 +203,7 @@ def _prepare(out: Path, options: str) -> None:
     if path.exists():
         try:
             here, there = yaml.safe_load(options), yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
         here, there = flat(here), flat(there) if isinstance(there, dict) else {}
         differing = [

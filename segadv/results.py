@@ -65,7 +65,7 @@ def wrong_pixels(confusion: Tensor) -> Tensor:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path in the same folder, which replaces `path` when the block ends without error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -75,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def is_leftover(path: Path) -> bool:
     """Whether it is what an `atomic_write` leaves that was killed."""
-    return re.fullmatch(r"\..+\.\d+\.\d+\.\w+", path.name) is not None
+    return re.fullmatch(r"\..+\.\d+\.\d+\.segadv(\.\w+)?", path.name) is not None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -101,7 +101,7 @@ class RunDirectory:
         """Removes what was written after the checkpoint, and adds this start to run.json."""
         for path in (self.metrics, self.validation):
             drop_lines_after(path, steps_done)
-        if steps_done == 0:  # a run that is started anew
+        if steps_done == 0 and self.run.exists():  # a run that is started anew
             self.clear()
         self.model.unlink(missing_ok=True)  # of another run, or of this one when it had an end before
         config = dict(config)
@@ -117,6 +117,10 @@ class RunDirectory:
         content["starts"].append(start)
         with replacing(self.run) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run of this config has written here."""
+        return self._previous().get("config") == {name: config[name] for name in config if name != "description"}
 
     def clear(self) -> None:
         """Removes what another run has left, but for a checkpoint."""

@@ -154,6 +154,8 @@ class Trainer:
             )
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
+        if config.validation.every and config.validation.batch_size > 1:  # what would fail then
+            _one_size(getattr(validation_dataset, "image_paths", [])[: config.validation.images or None])
         # what would fail after the training, when files are written
         if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
             raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
@@ -382,10 +384,15 @@ class Trainer:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
                 self._train(directory, progress)
             if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
-                distributed.from_first(directory.clear)
+                if not distributed.from_first(lambda: directory.is_of(self._identity())):
+                    distributed.from_first(directory.clear)
                 self.save(directory.checkpoint)
             if distributed.from_first(lambda: not directory.model.exists()):
-                distributed.from_first(lambda: share(directory.model, self.model, self._identity(), self.steps_done))
+                distributed.from_first(lambda: self._share(directory))
+
+    def _share(self, directory: RunDirectory) -> None:
+        config = read_checkpoint(directory.checkpoint)["config"]  # of those processes that trained
+        share(directory.model, self.model, config, self.steps_done)
 
     def _train(self, directory: RunDirectory, progress: bool) -> None:
         config = self.config
@@ -741,9 +748,20 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
         statistic
         for module in model.modules()
         if getattr(module, "track_running_stats", False)
-        for statistic in (module.running_mean, module.running_var)
+        for statistic in (getattr(module, name, None) for name in ("running_mean", "running_var"))
         if isinstance(statistic, Tensor)
     ]
+
+
+def _one_size(paths: Sequence[str | os.PathLike[str]]) -> None:
+    sizes = set()
+    for path in paths:
+        from PIL import Image
+
+        with contextlib.suppress(OSError), Image.open(path) as image:  # what cannot be read is told when it is read
+            sizes.add(image.size[::-1])
+    if len(sizes) > 1:
+        raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)[:3]}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

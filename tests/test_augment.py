@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from segadv.compat import import_torchvision
 from segadv.data import IGNORE_INDEX, Augmentation, Augmented, Cityscapes, EpochSampler, augment, generate_streets
 from segadv.data.augment import cut, gaussian_blur, warp
+from segadv.data.checked import CheckedSamples, checked
 
 FULL = Augmentation(scale=(0.5, 2.0), rotation=10.0, blur=1.5)
 
@@ -342,6 +343,19 @@ def test_default_samples_are_those_of_before_there_was_more(streets: Path, crop:
             sample = Augmented(source, crop=crop, seed=11)[epoch, index]
             assert torch.equal(sample[0], out)
             assert torch.equal(sample[1], out_label)
+
+
+def test_samples_of_a_subclass_are_taken(streets: Path) -> None:
+    class Grey(Cityscapes):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            image, label = super().__getitem__(index)
+            return image.mean(0, keepdim=True).expand(3, -1, -1), label % 2
+
+    dataset = Grey(streets, "train")
+    image, label, _ = Augmented(dataset, crop=(16, 16), seed=0)[0, 0]
+    assert torch.equal(image[0], image[1])
+    assert set(label.unique().tolist()) <= {0, 1, 255}
+    assert isinstance(checked(dataset, 2), CheckedSamples)
 
 
 def test_stored_pixels_and_floats_give_the_same(streets: Path) -> None:

@@ -63,7 +63,10 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --data x --out y --arm newton", "did you mean"),
         ("train --data x --out y --crop 128", "must be height x width, such as 160x320, got '128'"),
         ("train --data x --out y --validation.eps 0,x", "validation.eps must be numbers with commas between them"),
-        ("train --data x --out y --validation.eps 0,8", "validation.eps must be different numbers in [0, 1]"),
+        (
+            "train --data x --out y --validation.every 1 --validation.eps 0,8",
+            "validation.eps must be different numbers in [0, 1]",
+        ),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
         ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),
@@ -226,6 +229,7 @@ def test_data_train_evaluate(
         assert cli._steps(given, [0.0, 8 / 255]) == {0.0: 20, 8 / 255: 100}
     assert "steps gives eps 2/100 twice" in failure(f"{command} --steps 0.02:3,2/100:4", capsys)
     assert "steps gives the number without an eps twice" in failure(f"{command} --steps 3,4", capsys)
+    assert "steps has no effect" in failure(f"{command} --steps 3", capsys)
     assert "out of fgsm, bim-10, bim, pgd" in failure(f"{command} --attacks pdg", capsys)
     for steps in ("many", "3:0.02", "0.02:", "2.5"):
         assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps {steps}", capsys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import operator
 import re
 from functools import partial
 from pathlib import Path
@@ -647,9 +648,23 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     several = [lambda output: output[key[0]]]
     different = [None, entry("a"), entry("b"), lambda output: output["a"], lambda output: output["b"], named, other]
     different += [partial(named, key=name) for name in "ab"] + several
+
+    class Entry:
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        def __call__(self, output: Any) -> Any:
+            return output[self.key]
+
+        def taken(self, output: Any) -> Any:
+            return output[self.key]
+
+    different += [operator.itemgetter("a"), operator.itemgetter("b"), Entry("a"), Entry("b"), Entry("a").taken]
+    different += [torch.tanh, torch.sigmoid]
     hashes = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in different]
     assert len({*hashes}) == len(different)
     assert records.model_hash(wrap(nn.ReLU(), output=entry("a"))) == hashes[1]
+    assert records.model_hash(wrap(nn.ReLU(), output=Entry("a"))) in hashes
     key[0] = "b"
     assert records.model_hash(wrap(nn.ReLU(), output=several[0])) not in hashes
 
@@ -813,6 +828,26 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert len(texts) == 2
     assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
     assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
+
+
+@pytest.mark.parametrize("kind", [BIM, PGD])
+def test_a_ball_of_another_radius_is_told_of(
+    kind: type[BIM], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Also where the attack is one of the package's, which is judged on its way otherwise."""
+    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.01 moved pixels by up to 0.1"):
+        evaluate(
+            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.01, 0.1],
+            records=tmp_path,
+        )  # fmt: skip
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept, "those at eps 0.1"
+    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.01 moved pixels"):
+        evaluate(
+            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.01],
+            records=tmp_path,
+        )  # fmt: skip
+    assert kept == [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_who_goes_on_with_records_is_told_as_well(

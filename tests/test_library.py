@@ -71,6 +71,13 @@ def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int],
     for dtype in (torch.float32,) if slow else (torch.float32, torch.bfloat16, torch.float64):
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
+        transposed = [
+            value.transpose(1, 2).contiguous().transpose(1, 2)
+            if isinstance(value, Tensor) and value.dim() == 3
+            else value
+            for value in arguments
+        ]
+        torch.library.opcheck(getattr(library, operation), tuple(transposed))
         if operation in ("cross_entropy", "segpgd_loss", "cospgd_loss"):  # for_backward=False
             without = (*arguments[:-1], False)
             torch.library.opcheck(getattr(library, operation), without)
@@ -288,6 +295,17 @@ def test_triton_is_refused_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("CC", raising=False)
     reason = backends.BACKENDS["triton"].unavailable.__wrapped__("cuda")
     assert reason == "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
+
+
+@pytest.mark.parametrize("content", ["", "raise ImportError('broken')"])
+def test_a_triton_that_does_not_load_is_a_reason(content: str, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(content)
+    code = "from segadv.ops import backends; print(backends.BACKENDS['triton'].unavailable('cuda'))"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("triton does not load: "), result.stderr
 
 
 def test_triton_of_another_distribution_is_named(tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--config not.yaml", "not.yaml is no YAML file"),
         ("--config no-value.yaml", "no-value.yaml: learning_rate has no value"),
         ("--config twice.yaml", "twice.yaml: validation.every stands beside validation; write it inside of that"),
+        ("--config repeated.yaml", "repeated.yaml is no YAML file: validation stands there twice"),
         ("--config empty.yaml", "empty.yaml must hold keys and values such as 'steps: 300', it holds None"),
     ],
 )  # fmt: skip
@@ -239,6 +240,7 @@ def test_what_is_wrong_is_named_with_what_is_right(
     files = {
         "wrong-key": "stepz: 7", "wrong-part": "augmentation:\n  rot: 3", "wrong-type": "steps: many",
         "no-parts": "model: pspnet50", "not": "a: [", "empty": "# nothing", "no-value": "steps: 3\nlearning_rate:",
+        "repeated": "validation: {every: 2}\nvalidation: {batch_size: 1}",
         "twice": "validation.every: 5\nvalidation:\n  images: 2",
     }  # fmt: skip
     for name, text in files.items():
@@ -582,7 +584,7 @@ def test_reproduce_from_end_to_end(
     # Other attacks are computed, training stays; other options are refused
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step_in_place", None)
-        assert run(command.replace("--evaluation.stronger [segpgd]", "--evaluation.stronger []")) == 0
+        assert run(command.replace("--evaluation.stronger [segpgd] --evaluation.steps 3", "")) == 0
     assert "segpgd" not in (out / "report.md").read_text()
     before = content(out)
     assert "holds a run with other options (steps 2 there and 3 here)" in failure(f"{command} --steps 3", capsys)
@@ -668,7 +670,8 @@ def test_reproduce_leaves_foreign_folders_alone(
         ("--arms basic,fgms", "arms must be names out of basic, fgsm, random-fgsm, bim-3, fast-newton, got fgms"),
         ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
-        ("--evaluation.steps 0", "evaluation.steps must be at least 1, got 0"),
+        ("--evaluation.steps 7", "--evaluation.steps has no effect without --evaluation.stronger"),
+        ("--evaluation.stronger pgd --evaluation.steps 0", "evaluation.steps must be at least 1, got 0"),
         ("--overhead-steps 0", "overhead_steps must be at least 1, got 0"),
         ("--arm fgsm", "did you mean --arms?"),
         ("--stepz 3", "did you mean --steps?"),
@@ -828,12 +831,12 @@ def test_a_killed_first_write_does_not_make_a_folder_foreign(streets: Path, tmp_
         ("train", f"train --data {streets} --out {tmp_path / 'train'} --steps 1 --batch-size 2 --crop 32x32"),
     ):
         (tmp_path / name).mkdir()
-        for left in (".config.123.456.yaml", ".training.123.456.png"):
+        for left in (".config.123.456.segadv.yaml", ".training.123.456.segadv.png"):
             (tmp_path / name / left).write_text("half")
         if name == "train":
-            (tmp_path / name / ".wallpaper.png").write_text("mine")
+            (tmp_path / name / ".wallpaper.1.2.png").write_text("mine")
         assert run(command) == 0
-        assert [path.name for path in (tmp_path / name).glob(".*.*")] == [".wallpaper.png"] * (name == "train")
+        assert [path.name for path in (tmp_path / name).glob(".*.*")] == [".wallpaper.1.2.png"] * (name == "train")
 
 
 def test_a_refused_training_leaves_the_options_of_the_one_that_runs_there(

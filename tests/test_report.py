@@ -429,6 +429,16 @@ def test_the_overhead_names_the_commits_of_what_it_shows(tmp_path: Path) -> None
     assert "commits c0ffee, decade)" in report.overhead_details(tmp_path)
 
 
+def test_overhead_of_two_runs_is_refused(tmp_path: Path) -> None:
+    """Whether the steps are of two, or only their parts."""
+    rows = overhead_rows()
+    for at, row in enumerate(rows):
+        if not row.mode.endswith("p = 1"):
+            write_records(tmp_path / "overhead-cpu.csv", [*rows[:at], replace(row, commit="decade"), *rows[at + 1 :]])
+            with pytest.raises(report.ReportError, match="of several runs"):
+                report.training_overhead(tmp_path)
+
+
 def test_the_headline(tmp_path: Path) -> None:
     """Shows both networks; more time is called more, and what is not known is not told."""
     path = tmp_path / "overhead-cpu.csv"
@@ -439,7 +449,7 @@ def test_the_headline(tmp_path: Path) -> None:
     write_records(path, [small, other, *huge])
     words = " ".join(report.headline(tmp_path).split())
     assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
-    assert "on both sides the differences are -13 [-34, 1] % and -3 [-4, -2] %" in words
+    assert "on both sides the differences are -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %" in words
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
     assert " ".join(report.headline(tmp_path).split()) == words

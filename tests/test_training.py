@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -613,8 +614,8 @@ def test_a_checkpoint_of_another_device_fits_this_one(tmp_path: Path) -> None:
 def test_no_progress_bar_needs_no_tqdm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
     run(tmp_path, steps=2)
-    with pytest.raises(ImportError, match="pip install tqdm"):
-        Trainer(config(steps=4), tiny_model(), Squares()).run(tmp_path / "shown")
+    Trainer(config(steps=4), tiny_model(), Squares()).run(tmp_path / "shown")  # nothing is shown
+    assert (tmp_path / "shown" / "last.pt").exists()
 
 
 # --- validation -------------------------------------------------------------------------------------------
@@ -780,6 +781,55 @@ def test_an_interruption_that_was_told_before_a_run_does_not_end_it(tmp_path: Pa
     trainer._interrupts_told.extend([torch.tensor(1)] * 3)
     trainer.run(tmp_path, progress=False)
     assert not trainer._interrupts_told
+
+
+def test_validation_of_files_of_different_sizes_is_refused_before_the_training(tmp_path: Path) -> None:
+    data = Squares()
+    data.image_paths = [str(tmp_path / f"{i}.png") for i in range(3)]  # type: ignore[attr-defined]
+    for i, path in enumerate(data.image_paths[:2]):  # type: ignore[attr-defined]
+        Image.new("RGB", (16, 16 + 8 * i)).save(path)  # the third cannot be read, which is told when it is
+    for batch_size, images in ((1, 0), (2, 1)):
+        settings = config(validation=Validation(every=2, batch_size=batch_size, images=images))
+        Trainer(settings, tiny_model(), Squares(), validation_dataset=data)
+    with pytest.raises(ValueError, match=r"validation.batch_size must be 1 for images of different sizes"):
+        Trainer(config(validation=Validation(every=2, batch_size=2)), tiny_model(), Squares(), validation_dataset=data)
+
+
+def test_images_out_of_range_are_refused(tmp_path: Path) -> None:
+    data = Squares()
+    data.images = data.images * 255
+    with pytest.raises(ValueError, match=r"pixels must be in \[0, 1\], found .* segadv.models.wrap"):
+        Trainer(config(), tiny_model(), data).run(tmp_path, progress=False)
+
+
+def test_norm_layers_of_ones_own_are_saved(tmp_path: Path) -> None:
+    class Norm(nn.Module):
+        track_running_stats = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_var", torch.ones(8))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images / self.running_var.view(-1, 1, 1)
+
+    model = tiny_model()
+    model[1] = Norm()  # type: ignore[index]
+    run(tmp_path, model, steps=2)
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    mine = ("curves.csv", "robustness.png", ".package-1.2.3.json", ".backup.2024.11.tar")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    trainer = run(tmp_path, steps=2)
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    written = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "run.json")}
+    (tmp_path / "last.pt").unlink()
+    trainer.run(tmp_path, progress=False)  # writes what is missing
+    assert (tmp_path / "last.pt").exists()
+    assert written == {name: (tmp_path / name).read_bytes() for name in written}
 
 
 def test_validation_of_images_of_different_sizes(tmp_path: Path) -> None:

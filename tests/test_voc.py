@@ -535,3 +535,12 @@ def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert re.search(rf"train, wrong values: {re.escape(str(labels[2]))}: label values must be 0\.\.33.*\[77\]", out)
     assert main(["data", "check", str(tmp_path), "--split", "val, test"]) == 2
     assert "test, missing: no Cityscapes images for split 'test'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("inside", "given"), [("VOCdevkit", "VOC2012"), ("VOCdevkit/VOC2012", ".")])
+def test_sbd_is_found_from_a_relative_path(
+    inside: str, given: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = len(TrainAug(root, "train"))
+    monkeypatch.chdir(root / inside)
+    assert len(TrainAug(given, "train")) == whole

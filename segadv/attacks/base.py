@@ -99,7 +99,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def forward(model: nn.Module, images: Tensor) -> Any:
     """model(images); ValueError where it changes the images in place, which are the caller's."""
     if images.is_inference():  # changes of such tensors are not counted
-        return model(images)
+        return model(images.clone())
     version = images._version
     try:
         output = model(images)
@@ -158,8 +158,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
     Restored, also after an exception, are the `training` flag of every module, every buffer (but for the statistics of
-    a norm layer of torch that the model's own forward puts into train mode) and `requires_grad` of every parameter.
-    `.grad` is not touched.
+    norm layers of torch and timm, which these do not write in eval mode: what a model's own forward writes there, or
+    makes them write by putting them into train mode, stays) and `requires_grad` of every parameter. `.grad` is not
+    touched.
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a

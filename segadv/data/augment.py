@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import IGNORE_INDEX, SegmentationFiles
+from .files import IGNORE_INDEX, reads_files
 from .sampler import at_least, seeded
 
 __all__ = ["Augmentation", "Augmented"]
@@ -107,7 +107,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
-        if isinstance(self.dataset, SegmentationFiles):
+        if reads_files(self.dataset):
             pixels, classes = self.dataset.pixels(index)
             image, label = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
         else:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import IGNORE_INDEX, SegmentationFiles
+from .files import IGNORE_INDEX, reads_files
 
 __all__ = ["CheckedSamples", "checked"]
+
+_OVERSHOOT = 0.1  # what resampling with a cubic kernel may add
 
 
 def checked(dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None) -> Dataset[tuple[Tensor, Tensor]]:
     """`CheckedSamples` of a data set that does not check its samples itself, as `SegmentationFiles` do."""
-    return dataset if isinstance(dataset, SegmentationFiles) else CheckedSamples(dataset, num_classes=num_classes)
+    return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes)
 
 
 class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
@@ -24,8 +26,8 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         TypeError: a sample that is not two tensors.
-        ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no class (upon
-            indexing).
+        ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no class, an image
+            that is clearly not in [0, 1], to which attacks clip (upon indexing).
     """
 
     def __init__(self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None) -> None:
@@ -47,6 +49,12 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
                 f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
+            )
+        low, high = (value.item() for value in image.aminmax()) if image.numel() else (0.0, 1.0)
+        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+            raise ValueError(
+                f"{self._named(index)}: pixels must be in [0, 1], found {low:.4g} to {high:.4g}. Divide bytes by 255; "
+                "put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
             )
         if self.num_classes is not None:
             wrong = label[((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)]

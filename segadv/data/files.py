@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,12 @@ class Listing:
     def extend(self, other: Listing) -> None:
         for name, messages in vars(self).items():
             messages.extend(getattr(other, name))
+
+
+def reads_files(dataset: object) -> TypeGuard[SegmentationFiles]:
+    """Whether its samples are what `SegmentationFiles.pixels` reads: those of a sub-class with a ``__getitem__`` of its
+    own are not."""
+    return isinstance(dataset, SegmentationFiles) and type(dataset).__getitem__ is SegmentationFiles.__getitem__
 
 
 class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -6,6 +6,7 @@ VOC: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2015,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -167,6 +168,7 @@ def _voc_folder(root: Path) -> Path:
 
 def _beside(root: Path, voc: Path) -> list[Path]:
     """Where SBD's folder may stand."""
+    voc = Path(os.path.abspath(voc))  # a relative path has no parents beyond where it begins
     return list(dict.fromkeys([root, voc.parent, voc.parent.parent]))
 
 

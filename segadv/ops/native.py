@@ -98,7 +98,8 @@ def _triton_version() -> str | None:
     try:
         return version("triton")
     except PackageNotFoundError:  # it comes under another name: pytorch-triton, pytorch-triton-rocm, triton-windows
-        return str(importlib.import_module("triton").__version__)
+        found: str | None = getattr(importlib.import_module("triton"), "__version__", None)  # a folder has none
+        return found
 
 
 def build_info() -> dict[str, Any]:

@@ -56,7 +56,7 @@ class _Labels:
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> None:
         if labels.device.type == "cpu" or synchronous_checks():
             check_labels(labels, num_classes, ignore_index)
-        wide = labels.long()
+        wide = labels.long().contiguous()  # as its fake tensors, all that comes out of it is dense
         in_range = (wide >= 0) & (wide < num_classes)
         not_ignored = wide != ignore_index
         self.valid = in_range & not_ignored
@@ -69,7 +69,7 @@ class _Labels:
 
     def masked(self, value: Tensor) -> Tensor:
         """value [N, H, W] with 0 at ignored pixels, NaN all over an image with a bad label."""
-        return value.where(self.valid, 0) + self.poison.view(-1, 1, 1)
+        return (value.where(self.valid, 0) + self.poison.view(-1, 1, 1)).contiguous()
 
 
 def _margin(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corner
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     margin, runner_up = _margin(z, target.y)
-    return target.masked(margin), runner_up.where(target.valid, 0).to(runner_up_dtype(z.shape[1]))
+    return target.masked(margin), runner_up.where(target.valid, 0).to(runner_up_dtype(z.shape[1])).contiguous()
 
 
 def averaged_gain(

@@ -59,12 +59,12 @@ def unavailable(device_type: str) -> str | None:
         return "TRITON_INTERPRET=1 is set, with which Triton runs on CPU tensors only"
     if device_type not in ("cpu", "cuda"):
         return f"it has not been tried with {device_type} tensors"
-    if device_type == "cuda" and sys.platform == "linux" and not _has_compiler():
-        return "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
-    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
-        return "Triton needs a GPU of compute capability 7.5 or higher"
     try:
         importlib.import_module(".triton_kernels.margin", __package__)
     except ImportError as error:
         return f"triton does not load: {error}"
+    if device_type == "cuda" and sys.platform == "linux" and not _has_compiler():
+        return "Triton needs a C compiler at its first call: gcc or clang on the PATH, or CC"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
+        return "Triton needs a GPU of compute capability 7.5 or higher"
     return None

@@ -2,8 +2,9 @@
 
 Fuses upsampling, the arg-max, label lookup, masking and the counting. Counts are integers, added by atomics: the same
 bits in any order. Several copies of the matrix, and one addition for neighbours in the same cell (`add_counts`), keep
-the few cells that take most pixels from being the queue for all programs. Fewest bytes: the logits read once, labels read once (or predictions written once). Resampled,
-bound by arithmetic: 9 instructions for a class of a pixel, as Triton 3.9 compiles it for sm_90.
+the few cells that take most pixels from being the queue for all programs. Fewest bytes: the logits read once, labels
+read once (or predictions written once). Resampled, bound by arithmetic: 9 instructions for a class of a pixel, as
+Triton 3.9 compiles it for sm_90.
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
