@@ -57,7 +57,7 @@ def test_what_is_left_by_a_killed_write_or_a_wrong_seed_does_not_end_the_demo(tm
         with pytest.raises(ValueError, match="seed must be"):
             run_demo(tmp_path, sizes=TINY, seed=seed, seeds=2)
         assert not list(tmp_path.iterdir())
-    (tmp_path / ".results.123.456.json").write_text("{")
+    (tmp_path / ".results.123.456.segadv.json").write_text("{")
     demo._Record(tmp_path, {"seed": 0})
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 

@@ -1062,3 +1062,15 @@ def test_attacks_get_stronger_in_the_known_order() -> None:
     assert segpgd <= pgd + 0.01
     assert cospgd <= pgd + 0.01
     assert worst <= min(fgsm, pgd, segpgd, cospgd)
+
+
+def test_images_made_under_inference_mode_stay_as_they_are() -> None:
+    class Shifting(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.sub_(0.5)
+
+    with torch.inference_mode():
+        batch = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8)
+        before = batch[0].clone()
+        evaluate(Shifting(), [batch], {"mine": lambda model, eps: lambda images, labels: images}, [0.0, 0.1])
+    assert torch.equal(batch[0], before)
