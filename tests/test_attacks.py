@@ -1255,6 +1255,26 @@ def test_statistics_that_a_norm_layer_writes_in_eval_mode_are_restored() -> None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("bn", ["eval", "train"])
+@pytest.mark.parametrize("how", ["writes", "trains"])
+def test_statistics_that_a_model_writes_into_its_norm_layers_are_restored(how: str, bn: str) -> None:
+    class Adapting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.variances = [self.norm.running_var]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if how == "writes":
+                self.variances[0].mul_(2)
+            return nn.functional.relu(self.norm.train(how == "trains")(self.conv(x)))
+
+    model = Adapting()
+    before = state(model)
+    run("fgsm", model, IMAGES, LABELS, bn=bn)
+    assert_same(before, state(model))
+
+
 def test_a_logit_of_more_pixels_than_float16_can_count() -> None:
     class Coarse(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -157,10 +156,8 @@ def _kind(output: Any) -> str:
 def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
-    Restored, also after an exception, are the `training` flag of every module, every buffer (but for the statistics of
-    norm layers of torch and timm, which these do not write in eval mode: what a model's own forward writes there, or
-    makes them write by putting them into train mode, stays) and `requires_grad` of every parameter. `.grad` is not
-    touched.
+    Restored, also after an exception, are the `training` flag of every module, every buffer and `requires_grad` of
+    every parameter. `.grad` is not touched.
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
@@ -200,15 +197,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError('bn: "train" came with a ScriptModule, whose norm layers cannot be switched; use "eval"')
     # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
-    buffers = [
-        (buffer, buffer.data, buffer.clone())
-        for module, own in registered.items()
-        for name, buffer in own.items()
-        if buffer is not None and not _is_kept(module, name) and not _is_expanded(buffer)
-    ]
+    saved = _SavedBuffers(buffer for own in registered.values() for buffer in own.values() if buffer is not None)
     with ExitStack() as stack:  # whatever the model did, each of these is done
-        for buffer, data, copy in buffers:
-            stack.callback(_restore_buffer, buffer, data, copy)
+        stack.callback(saved.restore)
         stack.callback(_restore_registered, registered)
         for module in own_statistics:
             # In eval mode and without running statistics a norm layer takes its input's, and counts nothing.
@@ -225,31 +216,31 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
         yield
 
 
-def _is_kept(module: nn.Module, name: str) -> bool:
-    """Whether it is one of those statistics that torch's and timm's norm layers do not write in eval mode."""
-    tracked = isinstance(module, _NormBase) and module.track_running_stats
-    tracked = tracked and type(module).forward.__module__.startswith(("torch.", "timm."))
-    return tracked and name in ("running_mean", "running_var", "num_batches_tracked")
+class _SavedBuffers:
+    """Copies of buffers, made and written back in few kernels on a GPU: every norm layer has three of them."""
 
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        # torch lets nobody write to an expanded one
+        self._buffers = [buffer for buffer in dict.fromkeys(buffers) if not _is_expanded(buffer)]
+        # share the buffers' memory: a graph of the caller's that has saved a buffer goes on being valid
+        self._data = [buffer.data for buffer in self._buffers]
+        self._copies = [torch.empty_like(data) for data in self._data]
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._data)
 
-def _restore_buffer(buffer: Tensor, data: Tensor, copy: Tensor) -> None:
-    """`data` shares the buffer's memory: a graph of the caller's that has saved the buffer goes on being valid."""
-    data.copy_(copy)
-    if data.layout is torch.strided and _place(buffer) != _place(data):
-        buffer.data = data
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's elements lie, and how."""
-    if tensor.layout is not torch.strided:
-        return (tensor.layout,)
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    def restore(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._data, self._copies)
+        for buffer, data in zip(self._buffers, self._data, strict=True):
+            if data.layout is torch.strided and not (buffer.is_set_to(data) and buffer.dtype == data.dtype):
+                buffer.data = data
 
 
 def _is_expanded(buffer: Tensor) -> bool:
-    """Whether several of its elements are one in memory; torch lets nobody write to such a tensor."""
-    strided = buffer.layout is torch.strided
-    return strided and any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    """Whether several of its elements are one in memory."""
+    if buffer.layout is not torch.strided or buffer.is_contiguous():
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def _restore_registered(registered: Mapping[nn.Module, dict[str, Tensor | None]]) -> None:
