@@ -26,6 +26,7 @@ from segadv.data import (
     EpochSampler,
     generate_streets,
 )
+from segadv.data.streets import _halved
 
 SIZE = (96, 192)
 TRAIN, VAL = 7, 4
@@ -100,6 +101,21 @@ def test_label_ids_and_unlabelled_border(streets: Path) -> None:
         assert (ids > 4).mean() > 0.7
     assert seen <= set(TRAIN_IDS)
     assert seen >= {7, 8, 11, 17, 20, 21, 23, 24, 26}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_labels_are_not_shifted_against_colours(axis: int) -> None:
+    """Half-planes that begin at every place: the mean of the colours covers as many pixels as the labels."""
+    shifts = []
+    for edge in range(16, 48):
+        covered = np.zeros((64, 64), np.uint8)
+        covered.swapaxes(0, axis)[edge:] = 1
+        color = Image.fromarray(255 * covered.repeat(3).reshape(64, 64, 3))
+        pixels, label = _halved(color, Image.fromarray(covered))
+        assert label.shape == pixels.shape[:2] == (32, 32)
+        shifts.append((pixels.sum() / 3 - label.sum()) / 32)  # in pixels of the result
+    assert np.abs(shifts).max() < 0.26
+    assert abs(np.mean(shifts)) < 1e-3
 
 
 def test_same_bytes_for_any_number_of_images(streets: Path, tmp_path: Path) -> None:
