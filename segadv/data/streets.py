@@ -106,7 +106,7 @@ def _halved(color: Image.Image, label: Image.Image) -> tuple[npt.NDArray[np.floa
     from PIL import ImageFilter
 
     mean = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1))
-    pixels = np.asarray(color.filter(mean))[1::2, 1::2].astype(np.float32) / 255
+    pixels = np.divide(np.asarray(color.filter(mean))[1::2, 1::2], 255, dtype=np.float32)
     return pixels, np.asarray(label)[1::2, 1::2].copy()
 
 
