@@ -478,8 +478,11 @@ def part_sanitizer(run: Run) -> None:
     code = "import torch; from benchmarks.device import every_walk, under; "
     code += f"under('native', every_walk, torch.device('{run.device}'))"
     plain = [sys.executable, "-c", code]
-    if run.dry or program is None or "native" not in run.backends:
-        run.left_out.append("compute-sanitizer: it needs a GPU, the program and the CUDA kernels")
+    if "native" not in run.backends:
+        run.left_out.append("compute-sanitizer: the CUDA kernels are missing")
+        return
+    if run.dry or program is None:
+        run.left_out.append("compute-sanitizer: it needs a GPU and the program; the walk runs without")
         subprocess.run(plain, cwd=ROOT, check=True, timeout=run.seconds_left)
         return
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

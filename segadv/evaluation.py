@@ -185,9 +185,10 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         with attack._isolated(images, labels) as (own_images, own_labels):
             clean = attack._differentiate(own_images, own_labels)
+            gradient = clean.own_grad
         matrices = [judge.clean(clean.logits, labels)]
         for value in eps:
-            matrices.append(judge(functional.sign_step(images, clean.grad, value), labels))
+            matrices.append(judge(functional.sign_step(images, gradient, value), labels))
         return torch.stack(matrices)[:, None]
 
     return _Work("fgsm", (0.0, *eps), (1,), outcomes, arguments)

@@ -537,8 +537,7 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
     _check_tensor("labels", labels)
-    if labels.dtype not in _LABELS:
-        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
+    _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
         needed = "[N]" if logits.dim() == 2 else "[N, H, W]"
         raise ValueError(
@@ -562,6 +561,11 @@ def _as_given(per_pixel: Tensor, labels: Tensor) -> Tensor:
 def _quotient(total: Tensor, count: Tensor) -> Tensor:
     """total / count, and 0 where nothing was counted."""
     return total / count.where(count != 0, 1)
+
+
+def _check_label_type(labels: Tensor) -> None:
+    if labels.dtype not in _LABELS:
+        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:

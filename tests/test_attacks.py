@@ -1207,10 +1207,80 @@ def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cac
 
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
 def test_a_model_may_have_sparse_buffers(layout: str) -> None:
-    model = nn.Conv2d(3, 3, 1)
+    class Scaling(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            if layout == "to_sparse":
+                self.own.mul_(2)
+            else:
+                self.own.values().mul_(2)
+            return super().forward(x)
+
+    model = Scaling(3, 3, 1)
     model.register_buffer("own", getattr(torch.eye(3), layout)())
     FGSM(model)(IMAGES, LABELS)
     assert torch.equal(model.own.to_dense(), torch.eye(3))
+
+
+VALUES = torch.arange(4.0)
+BUFFERS = {
+    "conjugated": lambda: torch.complex(VALUES, VALUES).conj(),
+    "negated": lambda: torch.complex(VALUES, VALUES).conj().imag,
+    "quantised": lambda: torch.quantize_per_tensor(VALUES, 0.5, 0, torch.qint8),
+    "uint16": lambda: VALUES.to(torch.uint16),
+    "float8": lambda: VALUES.to(torch.float8_e4m3fn),
+    "bool": lambda: VALUES > 1,
+    "empty": lambda: VALUES[:0],
+    "meta": lambda: VALUES.to("meta"),
+    "mkldnn": lambda: VALUES.to_mkldnn(),
+    "sub-class": lambda: torch.masked.masked_tensor(VALUES, VALUES > 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|quantization|MaskedTensor)")
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_a_model_may_have_buffers_of_any_kind(kind: str) -> None:
+    """The one that counts says that the others hinder nothing."""
+
+    class Counts(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if kind in ("conjugated", "negated", "uint16", "bool", "empty"):
+                self.own.copy_(torch.ones_like(self.own))
+            return super().forward(x)
+
+    model = Counts(3, 3, 1)
+    model.register_buffer("own", BUFFERS[kind]())
+    model.register_buffer("calls", torch.zeros(()))
+    before = model.own
+    FGSM(model)(IMAGES, LABELS)
+    assert model.own is before
+    assert model.calls == 0
+    if kind in ("conjugated", "negated", "uint16", "bool", "empty"):
+        assert torch.equal(model.own.resolve_conj(), BUFFERS[kind]().resolve_conj())
+
+
+def test_a_frozen_script_module() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    model = torch.jit.freeze(torch.jit.script(network))
+    assert torch.equal(FGSM(model)(IMAGES, LABELS), FGSM(network)(IMAGES, LABELS))
+
+
+def test_parameters_that_a_caller_computed() -> None:
+    """Their graph, the caller's, goes on being valid; functional_call does so in meta-learning."""
+
+    class Attacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(FGSM(self.network)(x, LABELS))
+
+    model = Attacks()
+    computed = {name: 2 * value for name, value in model.named_parameters()}
+    torch.func.functional_call(model, computed, (IMAGES,)).sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
 
 
 def test_a_buffer_that_is_turned_is_restored() -> None:

@@ -210,7 +210,7 @@ def test_palette_does_not_matter_and_few_bits_are_read(voc: Path) -> None:
     mask = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], np.uint8)
     save_image(voc / "JPEGImages" / f"{TRAIN[0]}.jpg", np.zeros((2, 4, 3), np.uint8))
     picture = Image.frombytes("P", (4, 2), mask.tobytes())
-    picture.putpalette([200, 10, 10] * 4)
+    picture.putpalette([0, 0, 0] * 3 + [200, 10, 10])
     for options in ({}, {"bits": 2}, {"transparency": 0}):
         picture.save(voc / "SegmentationClass" / f"{TRAIN[0]}.png", **options)
         assert VOC(voc, "train")[0][1].tolist() == mask.tolist()
@@ -335,6 +335,15 @@ def jpeg(mode: str) -> bytes:
     return content.getvalue()
 
 
+def reordered(old: bytes) -> bytes:
+    """The same picture with its colours in another order, as programs that make PNG files smaller write it."""
+    picture = Image.open(io.BytesIO(old))
+    content = io.BytesIO()
+    picture.remap_palette([0, 5, 1, 15, 20, 255]).save(content, "PNG")
+    assert np.array_equal(Image.open(content).convert("RGB"), picture.convert("RGB"))
+    return content.getvalue()
+
+
 def with_label_21() -> np.ndarray:
     mask = sample(TRAIN[1])[1].copy()
     mask[0, 0], mask[1, 2] = 21, 254
@@ -351,6 +360,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str, str]] = {
     "cut in the header": (MASK, lambda old: old[:20], "unreadable", r"cannot be read.*restore"),
     "empty mask": (MASK, lambda old: b"", "unreadable", r"cannot be read.*restore"),
     "mask of colours": (MASK, lambda old: png(sample(TRAIN[1])[0], "RGB"), "unreadable", r'"P" or "L".*"RGB".*palette'),
+    "re-ordered mask": (MASK, reordered, "unreadable", r"at index 1 the colour of class 5 \(bottle\).*restore"),
     "mask of 1 bit": (MASK, lambda old: png(sample(TRAIN[1])[1], "1"), "unreadable", r'"P" or "L", this one is "1"'),
     "mask of 16 bits": (MASK, lambda old: png(sample(TRAIN[1])[1].astype(np.uint16), "I;16"), "unreadable", '"I;16"'),
     "mask of another size": (MASK, lambda old: png(np.zeros((5, 7), np.uint8)), "other size", r"has 5 x 7.*restore"),

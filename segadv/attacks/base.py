@@ -40,6 +40,9 @@ from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
 
+_TOGETHER = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+"""Types of the buffers that are copied many at once."""
+
 
 @dataclass(kw_only=True)
 class AttackInfo:
@@ -80,6 +83,11 @@ class InputGradient(NamedTuple):
     def mean(self) -> Tensor:
         """[N] mean of the objective over the valid pixels; 0 where there is none."""
         return self.total / self.pixels
+
+    @property
+    def own_grad(self) -> Tensor:
+        """`grad` for use after another pass, in which a model compiled to CUDA graphs writes over it."""
+        return self.grad.clone()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -157,7 +165,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
     Restored, also after an exception, are the `training` flag of every module, every buffer and `requires_grad` of
-    every parameter. `.grad` is not touched.
+    every parameter. `.grad` is not touched. (What a model computes once, on its first or its largest input, and keeps
+    in a buffer is gone then; where it notes in an attribute that it has it, let it see such an input before the attack.)
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
@@ -181,7 +190,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                 "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
                 "torch.distributed.fsdp.fully_shard, where every process has to attack with equally many passes"
             )
-        training[module] = module.training
+        if hasattr(module, "training"):  # not after torch.jit.freeze
+            training[module] = module.training
         registered[module] = dict(module._buffers.items())
         parameters = dict(module._parameters.items())
         for own, tensor in (parameters | registered[module]).items():
@@ -191,7 +201,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                     "torch.inference_mode, so that no gradient passes through it; build or load the model outside of "
                     "that"
                 )
-        trained += [value for value in parameters.values() if value is not None and value.requires_grad]
+        trained += [value for value in parameters.values() if value is not None and value.requires_grad and value.is_leaf]
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -217,23 +227,48 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
 
 
 class _SavedBuffers:
-    """Copies of buffers, made and written back in few kernels on a GPU: every norm layer has three of them."""
+    """Copies of buffers. Those of norm layers, three in each, take a few kernels on a GPU instead of one for each."""
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         # torch lets nobody write to an expanded one
         self._buffers = [buffer for buffer in dict.fromkeys(buffers) if not _is_expanded(buffer)]
-        # share the buffers' memory: a graph of the caller's that has saved a buffer goes on being valid
-        self._data = [buffer.data for buffer in self._buffers]
-        self._copies = [torch.empty_like(data) for data in self._data]
-        if self._buffers:
-            torch._foreach_copy_(self._copies, self._data)
+        # `.data` shares the memory: a graph of the caller's that has saved a buffer goes on being valid. Of a sparse
+        # tensor in coordinates it would be the memory of now, which no change stays in.
+        self._data = [buffer if buffer.layout is torch.sparse_coo else buffer.data for buffer in self._buffers]
+        self._alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        self._others: list[tuple[Tensor, Tensor]] = []
+        for data in self._data:
+            if _is_plain(data):
+                originals, copies = self._alike.setdefault((data.device, data.dtype), ([], []))
+                originals.append(data)
+                copies.append(torch.empty_like(data))
+            else:
+                self._others.append((data, data.clone()))
+        for originals, copies in self._alike.values():
+            torch._foreach_copy_(copies, originals)
 
+    @torch.no_grad()
     def restore(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._data, self._copies)
+        for originals, copies in self._alike.values():
+            torch._foreach_copy_(originals, copies)
+        for data, copy in self._others:
+            data.copy_(copy)
         for buffer, data in zip(self._buffers, self._data, strict=True):
-            if data.layout is torch.strided and not (buffer.is_set_to(data) and buffer.dtype == data.dtype):
+            if data.layout is torch.strided and _place(buffer) != _place(data):
                 buffer.data = data
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it can be copied together with others of its device and type; many a kind cannot."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda")
+    return plain and tensor.dtype in _TOGETHER and not tensor.is_neg()
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's elements lie, and how."""
+    if tensor.layout is not torch.strided:
+        return (tensor.layout,)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _is_expanded(buffer: Tensor) -> bool:
@@ -267,13 +302,9 @@ def _require_grad(parameters: Iterable[Tensor], required: bool) -> None:
         parameter.requires_grad_(required)
 
 
-def _tracks_statistics(module: nn.Module) -> bool:
-    """Whether it is a norm layer with running statistics: batch and instance norm, SyncBatchNorm, timm's."""
-    return bool(getattr(module, "track_running_stats", False))
-
-
 def _uses_batch(module: nn.Module) -> bool:
-    return module.training and _tracks_statistics(module)
+    """Whether it is a norm layer with running statistics (batch and instance norm, SyncBatchNorm, timm's) that trains."""
+    return getattr(module, "training", False) and bool(getattr(module, "track_running_stats", False))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -379,7 +410,7 @@ class Attack(ABC):
         with self._isolated(images, labels) as (own_images, own_labels):
             if images.shape[0] == 0:
                 return torch.zeros_like(images)
-            return self._differentiate(own_images, own_labels).grad
+            return self._differentiate(own_images, own_labels).own_grad
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -420,6 +451,7 @@ class Attack(ABC):
                 f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N is needed, "
                 "labels [N, H, W] or [N]"
             )
+        functional._check_label_type(labels)
         if labels.device != images.device:
             raise ValueError(f"labels: they are on {labels.device}, the images on {images.device}")
         if self.bn == "train" and images.shape[0] == 1 and any(map(_uses_batch, unwrapped(self.model).modules())):

@@ -162,16 +162,17 @@ class CheckpointFGSM(FGSM):
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         loss = self._differentiate(images, labels)
+        gradient = loss.own_grad
         full = self._eps_of(images)
         eps = full
         for k in range(self.checkpoints - 1, 0, -1):
             part = full * (k / self.checkpoints)
-            logits = self._logits(functional.sign_step(images, loss.grad, part, bounds=self.bounds))
+            logits = self._logits(functional.sign_step(images, gradient, part, bounds=self.bounds))
             gain = functional.averaged_gain(
                 logits, labels, ignore_index=self.ignore_index, align_corners=self.align_corners
             )
             eps = torch.where(gain < 0, part, eps)
-        adversarial = functional.sign_step(images, loss.grad, eps, bounds=self.bounds)
+        adversarial = functional.sign_step(images, gradient, eps, bounds=self.bounds)
         return adversarial, AttackInfo(eps=eps, loss=loss.mean)
 
 

@@ -19,7 +19,7 @@ __all__ = ["SplitCheck", "check_files", "format_checks"]
 
 KINDS = ("missing", "orphan", "unreadable", "other size", "wrong values")
 """What can be wrong: a file that should be there, a mask without image, a file that cannot be read or has a wrong
-mode, a mask of another size than its image, a mask with values that stand for no class."""
+mode or palette, a mask of another size than its image, a mask with values that stand for no class."""
 
 _FEW = 64  # files that one process reads before others have started
 

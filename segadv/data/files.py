@@ -6,12 +6,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, TypeGuard
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["IGNORE_INDEX", "Listing", "SegmentationFiles"]
 
@@ -61,8 +64,8 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     Raises:
         FileNotFoundError: a folder, an image or a mask is missing.
         OSError: a file that cannot be read (upon indexing).
-        ValueError: image and mask of different sizes, a wrong image mode, a value that stands for no class (upon
-            indexing).
+        ValueError: image and mask of different sizes, a wrong image mode or palette, a value that stands for no class
+            (upon indexing).
         ImportError: a package that reads the files is missing.
     """
 
@@ -150,10 +153,8 @@ def require_pillow() -> None:
         raise ImportError("reading and writing PNG files needs Pillow: pip install pillow") from error
 
 
-def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[np.uint8]:
-    """The pixels of an image file as they are stored: [H, W, 3] for the mode "RGB", [H, W] for "L" and "P".
-
-    An EXIF orientation is not applied: masks are drawn for the stored pixels.
+def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
+    """An image file as it is stored. An EXIF orientation is not applied: masks are drawn for the stored pixels.
 
     Args:
         modes: of Pillow; any other is refused.
@@ -174,7 +175,12 @@ def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[n
     if image.mode not in modes:
         allowed = " or ".join(f'"{mode}"' for mode in modes)
         raise ValueError(f'{path}: the image mode must be {allowed}, this one is "{image.mode}"; {remedy}')
-    return np.array(image)
+    return image
+
+
+def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[np.uint8]:
+    """The pixels of `load_image`: [H, W, 3] for the mode "RGB", [H, W] for "L" and "P"."""
+    return np.array(load_image(path, modes, remedy))
 
 
 def names_in(folder: Path, ending: str) -> set[str]:

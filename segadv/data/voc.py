@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .files import IGNORE_INDEX, NO_CLASS, Listing, SegmentationFiles, found_in, names_in, read_pixels
+from .files import IGNORE_INDEX, NO_CLASS, Listing, SegmentationFiles, found_in, load_image, names_in, read_pixels
 
 __all__ = ["VOC", "TrainAug"]
 
@@ -43,6 +43,9 @@ _TABLE: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("tvmonitor", (0, 64, 128)),
 )
 
+_INDICES = {color: index for index, (_, color) in enumerate(_TABLE) if index > 0}
+"""Black stands in many a palette, at the indices that are not used."""
+
 
 def _classes_of_indices() -> npt.NDArray[np.uint8]:
     classes = np.full(256, NO_CLASS, np.uint8)
@@ -54,8 +57,9 @@ def _classes_of_indices() -> npt.NDArray[np.uint8]:
 class VOC(SegmentationFiles):
     """Images and the 21 classes of one split of PASCAL VOC 2012, in the order of the split's list file.
 
-    Samples and errors are those of `SegmentationFiles`. The masks' palette indices are the classes (255: void), the
-    palette itself is not looked at. A grey JPEG file becomes RGB with three equal channels; other modes (CMYK)
+    Samples and errors are those of `SegmentationFiles`. The masks' palette indices are the classes (255: void),
+    whatever the palette; but one that has an official colour at another class's index is refused, because a program that
+    saves images small has then re-ordered both. A grey JPEG file becomes RGB with three equal channels; other modes (CMYK)
     are refused, because what their colours are depends on a profile. Blank lines, surrounding white space and
     repeated names in a list file do not count.
 
@@ -85,7 +89,16 @@ class VOC(SegmentationFiles):
 
     @staticmethod
     def read_mask(path: str) -> npt.NDArray[np.uint8]:
-        return read_pixels(path, ["P", "L"], "masks hold class indices, not colours: restore the original palette PNG")
+        image = load_image(path, ["P", "L"], "masks hold class indices, not colours: restore the original palette PNG")
+        palette = iter((image.getpalette() or [])[: 3 * len(_TABLE)])
+        for index, color in enumerate(zip(palette, palette, palette, strict=False)):
+            if _INDICES.get(color, index) != index:
+                raise ValueError(
+                    f"{path}: its palette has at index {index} the colour of class {_INDICES[color]} "
+                    f"({_TABLE[_INDICES[color]][0]}), so that its indices are not the classes; "
+                    "restore the mask from the data set's archive"
+                )
+        return np.array(image)
 
 
 class TrainAug(VOC):
