@@ -37,7 +37,7 @@ from .attacks.base import model_logits
 from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
-from .evaluation import EvaluationResult, evaluate
+from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
 from .progress import progress_bar
@@ -205,7 +205,7 @@ class Trainer:
         # Ctrl-C in this process, and, while several agree on where to stop, how often it was pressed in all of them in
         # the last steps, the oldest first
         self._interrupts = _Interrupts()
-        self._interrupts_told: deque[Tensor] = deque(maxlen=_STEPS_TO_STOP + 1)
+        self._interrupts_told: deque[_Told] = deque(maxlen=_STEPS_TO_STOP + 1)
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
 
@@ -265,7 +265,7 @@ class Trainer:
             valid = (labels != IGNORE_INDEX).sum()
             told = distributed.add_up(torch.stack([valid, torch.full_like(valid, self._interrupts.received)]))
             pixels = told[0].clamp(min=1)
-            self._interrupts_told.append(told[1])
+            self._interrupts_told.append(_Told(told[1]))
         if not self.model.training:  # a layer that someone froze in eval mode stays there
             self.model.train()
         self.optimizer.zero_grad()
@@ -296,11 +296,7 @@ class Trainer:
         number = part * self.processes + distributed.rank()
         key = (_STEP, self.steps_done, number) if number else (_STEP, self.steps_done)
         model_seed, attack_seed = np.random.SeedSequence(self.config.seed, spawn_key=key).generate_state(2, np.uint64)
-        # as torch.manual_seed, which asks every kind of device there might be and takes a millisecond
-        torch.default_generator.manual_seed(int(model_seed))
-        if self.device.type == "cuda":
-            index = torch.cuda.current_device() if self.device.index is None else self.device.index
-            torch.cuda.default_generators[index].manual_seed(int(model_seed))
+        seed_generators(self.device, int(model_seed))
         self.generator.manual_seed(int(attack_seed))
 
     def _accumulate(self, images: Tensor, labels: Tensor, chosen: int, pixels: Tensor | None) -> StepResult:
@@ -776,6 +772,21 @@ def _stack(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(sizes := {tuple(label.shape) for _, label in samples}) > 1:
         raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)}")
     return torch.stack([image for image, _ in samples]), torch.stack([label for _, label in samples])
+
+
+class _Told:
+    """A number that is read steps after it was computed: from a GPU without waiting for what was queued since then."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if number.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def __bool__(self) -> bool:
+        if self._there is not None:
+            self._there.synchronize()
+        return bool(self._number)
 
 
 def _ignore_interrupts(worker: int) -> None:

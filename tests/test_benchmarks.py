@@ -446,7 +446,7 @@ def test_a_measurement_that_fails_does_not_touch_the_next_unless_the_device_fail
 
 
 def test_nothing_runs_on_after_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither what it has started, nor the part itself when its time is up, which is long for a start on any machine."""
+    """Neither what it has started, nor the part itself when its time is up, which is long enough to begin."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "device.py").write_text(

@@ -201,7 +201,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                     "torch.inference_mode, so that no gradient passes through it; build or load the model outside of "
                     "that"
                 )
-        trained += [value for value in parameters.values() if value is not None and value.requires_grad and value.is_leaf]
+        # one that the caller computed, for functional_call say, is no leaf and stays as it is
+        leaves = [value for value in parameters.values() if value is not None and value.is_leaf]
+        trained += [value for value in leaves if value.requires_grad]
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -303,7 +305,7 @@ def _require_grad(parameters: Iterable[Tensor], required: bool) -> None:
 
 
 def _uses_batch(module: nn.Module) -> bool:
-    """Whether it is a norm layer with running statistics (batch and instance norm, SyncBatchNorm, timm's) that trains."""
+    """Whether it is a norm layer (batch, instance, SyncBatchNorm, timm's) with running statistics, in train mode."""
     return getattr(module, "training", False) and bool(getattr(module, "track_running_stats", False))
 
 

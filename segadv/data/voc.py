@@ -58,10 +58,10 @@ class VOC(SegmentationFiles):
     """Images and the 21 classes of one split of PASCAL VOC 2012, in the order of the split's list file.
 
     Samples and errors are those of `SegmentationFiles`. The masks' palette indices are the classes (255: void),
-    whatever the palette; but one that has an official colour at another class's index is refused, because a program that
-    saves images small has then re-ordered both. A grey JPEG file becomes RGB with three equal channels; other modes (CMYK)
-    are refused, because what their colours are depends on a profile. Blank lines, surrounding white space and
-    repeated names in a list file do not count.
+    whatever the palette; but one that has an official colour at another class's index is refused, because a program
+    that saves images small has then re-ordered both. A grey JPEG file becomes RGB with three equal channels; other
+    modes (CMYK) are refused, because what their colours are depends on a profile. Blank lines, surrounding white space
+    and repeated names in a list file do not count.
 
     Args:
         root: the folder ``VOC2012`` with ``JPEGImages/<name>.jpg``, ``SegmentationClass/<name>.png`` and

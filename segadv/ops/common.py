@@ -14,12 +14,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def runner_up_dtype(num_classes: int) -> torch.dtype:
-    """A class index that is kept for the backward: a quarter or half of an int32."""
-    return torch.uint8 if num_classes <= 256 else torch.int16
-
-
-def prediction_dtype(num_classes: int) -> torch.dtype:
+def class_dtype(num_classes: int) -> torch.dtype:
+    """Of a map of classes, a quarter or half of an int32: predictions, or what is kept for the backward."""
     return torch.uint8 if num_classes <= 256 else torch.int16
 
 
@@ -44,6 +40,15 @@ def ordered_like(tensor: Tensor, output: Tensor) -> Tensor:
 def empty_gradient(size: list[int], channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+
+
+def empty_vector(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An [N], of the dtype of floating results unless said otherwise."""
+    return torch.empty(like.shape[0], dtype=dtype or compute_dtype(like.dtype), device=like.device)
 
 
 def empty_map(labels: Tensor, dtype: torch.dtype) -> Tensor:

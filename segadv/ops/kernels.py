@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from .common import (
+    class_dtype,
     compute_dtype,
     empty_gradient,
     empty_images,
     empty_map,
     empty_maps,
+    empty_vector,
+    gradient_like,
     is_channels_last,
     numel_per_image,
     ordered_like,
-    prediction_dtype,
-    runner_up_dtype,
 )
 
 _DTYPES = {
@@ -46,15 +47,6 @@ def view(tensor: Tensor | None) -> View | None:
 def row(tensor: Tensor) -> View:
     """A tensor that the step kernels see as rows of elements in whatever dense order."""
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
-
-
-def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An [N], of the dtype of floating results unless said otherwise."""
-    return torch.empty(tensor.shape[0], dtype=dtype or compute_dtype(tensor.dtype), device=tensor.device)
-
-
-def _gradient(logits: Tensor) -> Tensor:
-    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
 
 
 class Kernels:
@@ -111,7 +103,7 @@ class Kernels:
         n_valid: Tensor | None = None,
     ) -> None:
         if grad is not None and self._in_two_kernels(logits, labels):
-            runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+            runner_up = empty_map(labels, class_dtype(logits.shape[1]))
         self._pixels(
             self.core.margin, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), view(grad), ignore_index, align_corners,
@@ -122,15 +114,15 @@ class Kernels:
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
     ) -> tuple[Tensor, Tensor]:
         margin = empty_map(labels, compute_dtype(logits.dtype))
-        runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+        runner_up = empty_map(labels, class_dtype(logits.shape[1]))
         self._margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
         return margin, runner_up
 
     def averaged_gain(
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gain_sum, n_valid = _like(logits), _like(logits, torch.int64)
-        runner_up = empty_map(labels, runner_up_dtype(logits.shape[1]))
+        gain_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
+        runner_up = empty_map(labels, class_dtype(logits.shape[1]))
         self._margin(
             logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid
         )
@@ -139,7 +131,7 @@ class Kernels:
     def gain_and_grad(
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gain_sum, n_valid, grad = _like(logits), _like(logits, torch.int64), _gradient(logits)
+        gain_sum, n_valid, grad = empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
         self._margin(logits, labels, ignore_index, align_corners, grad=grad, gain_sum=gain_sum, n_valid=n_valid)
         return gain_sum, n_valid, grad
 
@@ -207,8 +199,8 @@ class Kernels:
         for_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = compute_dtype(logits.dtype)
-        loss = empty_map(labels, dtype) if per_pixel else _like(logits)
-        weight_sum = _like(logits)
+        loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
+        weight_sum = empty_vector(logits)
         largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
         self._cross_entropy(
             logits,
@@ -235,7 +227,7 @@ class Kernels:
         align_corners: bool,
         for_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        loss_sum, n_valid = _like(logits), _like(logits, torch.int64)
+        loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
         largest, log_normalizer, pixel_weight = empty_maps(labels, loss_sum.dtype, 3, for_backward)
         self._cross_entropy(
             logits,
@@ -287,8 +279,8 @@ class Kernels:
         ignore_index: int,
         align_corners: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss_sum, n_valid, weight_sum = _like(logits), _like(logits, torch.int64), _like(logits)
-        grad = _gradient(logits)
+        loss_sum, n_valid, weight_sum = empty_vector(logits), empty_vector(logits, torch.int64), empty_vector(logits)
+        grad = gradient_like(logits)
         self._cross_entropy(
             logits,
             labels,
@@ -317,7 +309,7 @@ class Kernels:
         ignore_index: int,
         align_corners: bool,
     ) -> Tensor:
-        grad = _gradient(logits)
+        grad = gradient_like(logits)
         self._pixels(
             self.core.cross_entropy_backward, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), view(grad), ignore_index, align_corners,
@@ -328,7 +320,7 @@ class Kernels:
     # --- steps in pixel space ---
 
     def l1_norm(self, grad: Tensor) -> Tensor:
-        norm = _like(grad)
+        norm = empty_vector(grad)
         if not is_channels_last(grad):
             grad = grad.contiguous()
         self._images(self.core.l1_norm, grad, row(grad), row(norm), sums=True)
@@ -382,7 +374,7 @@ class Kernels:
     # --- predictions ---
 
     def argmax_labels(self, logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
-        dtype = prediction_dtype(logits.shape[1])
+        dtype = class_dtype(logits.shape[1])
         prediction = torch.empty((logits.shape[0], *size), dtype=dtype, device=logits.device)
         labels = (0, _DTYPES[torch.uint8], prediction.shape, prediction.stride())
         self._launch(

@@ -12,18 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import backends
 from .common import (
+    class_dtype,
     compute_dtype,
     empty_gradient,
     empty_images,
     empty_map,
     empty_maps,
-    is_channels_last,
-    prediction_dtype,
-    runner_up_dtype,
+    empty_vector,
+    gradient_like,
 )
 
 _LIBRARY = torch.library.Library("segadv", "DEF")
@@ -49,21 +48,12 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def _vector(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An [N], of the dtype of floating results unless said otherwise."""
-    return torch.empty(logits.shape[0], dtype=dtype or compute_dtype(logits.dtype), device=logits.device)
-
-
-def _gradient(logits: Tensor) -> Tensor:
-    return empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
-
-
 # Margin: csrc/cpu/margin.cpp
 
 
 @_define("(Tensor logits, Tensor labels, int ignore_index, bool align_corners) -> (Tensor margin, Tensor runner_up)")
 def pixel_margin(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return empty_map(labels, compute_dtype(logits.dtype)), empty_map(labels, runner_up_dtype(logits.shape[1]))
+    return empty_map(labels, compute_dtype(logits.dtype)), empty_map(labels, class_dtype(logits.shape[1]))
 
 
 @_define(
@@ -71,7 +61,7 @@ def pixel_margin(logits, labels, ignore_index, align_corners):  # type: ignore[n
     " -> (Tensor gain_sum, Tensor n_valid, Tensor runner_up)"
 )
 def averaged_gain(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return _vector(logits), _vector(logits, torch.int64), empty_map(labels, runner_up_dtype(logits.shape[1]))
+    return empty_vector(logits), empty_vector(logits, torch.int64), empty_map(labels, class_dtype(logits.shape[1]))
 
 
 @_define(
@@ -89,7 +79,7 @@ def margin_backward(  # type: ignore[no-untyped-def]
     " -> (Tensor gain_sum, Tensor n_valid, Tensor grad)"
 )
 def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[no-untyped-def]
-    return _vector(logits), _vector(logits, torch.int64), _gradient(logits)
+    return empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
 
 
 # Cross-entropy and its weighted relatives: csrc/cpu/cross_entropy.cpp. Without for_backward the maps that the backward
@@ -105,8 +95,8 @@ def cross_entropy(  # type: ignore[no-untyped-def]
     logits, labels, weight, ignore_index, align_corners, per_pixel, for_backward
 ):
     dtype = compute_dtype(logits.dtype)
-    loss = empty_map(labels, dtype) if per_pixel else _vector(logits)
-    return loss, _vector(logits), *empty_maps(labels, dtype, 2, for_backward)
+    loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
+    return loss, empty_vector(logits), *empty_maps(labels, dtype, 2, for_backward)
 
 
 @_define(
@@ -117,7 +107,7 @@ def segpgd_loss(  # type: ignore[no-untyped-def]
     logits, labels, lam, targeted, ignore_index, align_corners, for_backward
 ):
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
+    return empty_vector(logits), empty_vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
 
 
 @_define(
@@ -126,7 +116,7 @@ def segpgd_loss(  # type: ignore[no-untyped-def]
 )
 def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backward):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
-    return _vector(logits), _vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
+    return empty_vector(logits), empty_vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
 
 
 @_define(
@@ -136,7 +126,7 @@ def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backw
 def cross_entropy_backward(  # type: ignore[no-untyped-def]
     grad_loss, logits, labels, largest, log_normalizer, weight, pixel_weight, ignore_index, align_corners
 ):
-    return _gradient(logits)
+    return gradient_like(logits)
 
 
 @_define(
@@ -146,7 +136,7 @@ def cross_entropy_backward(  # type: ignore[no-untyped-def]
 def loss_and_grad(  # type: ignore[no-untyped-def]
     logits, labels, weight, loss, lam, targeted, ignore_index, align_corners
 ):
-    return _vector(logits), _vector(logits, torch.int64), _vector(logits), _gradient(logits)
+    return empty_vector(logits), empty_vector(logits, torch.int64), empty_vector(logits), gradient_like(logits)
 
 
 # Steps in pixel space: csrc/cpu/step.cpp
@@ -154,7 +144,7 @@ def loss_and_grad(  # type: ignore[no-untyped-def]
 
 @_define("(Tensor grad) -> Tensor")
 def l1_norm(grad):  # type: ignore[no-untyped-def]
-    return _vector(grad)
+    return empty_vector(grad)
 
 
 @_define(
@@ -162,7 +152,7 @@ def l1_norm(grad):  # type: ignore[no-untyped-def]
     " -> (Tensor adversarial, Tensor eps, Tensor norm)"
 )
 def newton_step(images, grad, gain, low, high, clamp_negative, max_eps):  # type: ignore[no-untyped-def]
-    return empty_images(images), _vector(images), _vector(images)
+    return empty_images(images), empty_vector(images), empty_vector(images)
 
 
 @_define(
@@ -190,4 +180,4 @@ def confusion_matrix(logits, labels, ignore_index, align_corners, per_image):  #
 
 @_define("(Tensor logits, SymInt[2] size, bool align_corners) -> Tensor")
 def argmax_labels(logits, size, align_corners):  # type: ignore[no-untyped-def]
-    return logits.new_empty((logits.shape[0], *size), dtype=prediction_dtype(logits.shape[1]))
+    return logits.new_empty((logits.shape[0], *size), dtype=class_dtype(logits.shape[1]))

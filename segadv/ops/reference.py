@@ -14,12 +14,11 @@ from torch import Tensor
 
 from .common import (
     check_labels,
+    class_dtype,
     compute_dtype,
     empty_gradient,
     empty_images,
     is_channels_last,
-    prediction_dtype,
-    runner_up_dtype,
     synchronous_checks,
 )
 
@@ -84,7 +83,7 @@ def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corner
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     margin, runner_up = _margin(z, target.y)
-    return target.masked(margin), runner_up.where(target.valid, 0).to(runner_up_dtype(z.shape[1])).contiguous()
+    return target.masked(margin), runner_up.where(target.valid, 0).to(class_dtype(z.shape[1])).contiguous()
 
 
 def averaged_gain(
@@ -334,4 +333,4 @@ def confusion_matrix(
 
 def argmax_labels(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
     prediction = _upsample(logits, size, align_corners).argmax(dim=1)
-    return prediction.to(prediction_dtype(logits.shape[1]))
+    return prediction.to(class_dtype(logits.shape[1]))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, prediction_dtype
+from ..common import check_labels, class_dtype
 from .tiles import find_largest, launch, load_labels, taps, tile_of, tiles
 
 
@@ -106,7 +106,7 @@ def confusion_matrix(
 
 
 def argmax_labels(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
-    dtype = prediction_dtype(logits.shape[1])
+    dtype = class_dtype(logits.shape[1])
     prediction = torch.empty((logits.shape[0], *size), dtype=dtype, device=logits.device)
     _launch(logits, None, size, align_corners, prediction=prediction)
     return prediction

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, compute_dtype, empty_gradient, empty_map, empty_maps, is_channels_last
+from ..common import check_labels, compute_dtype, empty_map, empty_maps, empty_vector, gradient_like
 from . import gradient
 from .scalars import bits, scalar
 from .tiles import exp, finish, launch, load_labels, load_logit, taps, tile_of, tiles
@@ -128,7 +128,7 @@ def _cross_entropy(
     t = tiles(logits.shape, labels.shape[-2:], align_corners, logits.dtype, device, strides)
     up = t.options["UP"]
     if up and grad is not None:  # what the gradient's own kernel reads
-        largest, log_normalizer = (torch.empty(labels.shape, dtype=dtype, device=device) for _ in range(2))
+        largest, log_normalizer = empty_maps(labels, dtype, 2, True)
         if loss != "cross_entropy":
             pixel_weight = torch.empty_like(largest)
     losses, weights = (t.partial(dtype, device) for _ in range(2))
@@ -155,10 +155,6 @@ def _cross_entropy(
     )
 
 
-def _vector(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-
-
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -169,9 +165,9 @@ def cross_entropy(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
-    weight_sum = _vector(logits, dtype)
+    weight_sum = empty_vector(logits)
     largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
-    loss = empty_map(labels, dtype) if per_pixel else _vector(logits, dtype)
+    loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, weight_sum, class_weight=weight,
         pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
@@ -191,7 +187,7 @@ def _weighted_loss(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
-    loss_sum, weight_sum, n_valid = _vector(logits, dtype), _vector(logits, dtype), _vector(logits, torch.int64)
+    loss_sum, weight_sum, n_valid = empty_vector(logits), empty_vector(logits), empty_vector(logits, torch.int64)
     largest, log_normalizer, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted,
@@ -229,9 +225,8 @@ def loss_and_grad(
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(logits.dtype)
-    loss_sum, weight_sum, n_valid = _vector(logits, dtype), _vector(logits, dtype), _vector(logits, torch.int64)
-    grad = empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+    loss_sum, weight_sum, n_valid = empty_vector(logits), empty_vector(logits), empty_vector(logits, torch.int64)
+    grad = gradient_like(logits)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted, grad=grad,
         class_weight=weight, loss_sum=loss_sum, n_valid=n_valid,
@@ -250,7 +245,7 @@ def cross_entropy_backward(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    grad = empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+    grad = gradient_like(logits)
     bad = gradient.launch_gradient(
         grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, largest=largest,
         log_normalizer=log_normalizer, class_weight=weight, pixel_weight=pixel_weight,

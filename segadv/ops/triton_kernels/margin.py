@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, compute_dtype, empty_gradient, is_channels_last, runner_up_dtype
+from ..common import check_labels, class_dtype, compute_dtype, empty_gradient, empty_map, empty_vector, gradient_like
 from . import gradient
 from .tiles import find_largest, finish, launch, load_labels, taps, tile_of, tiles
 
@@ -75,7 +75,7 @@ def _margin(
     valid, bad = (t.partial(torch.int32, logits.device) for _ in range(2))
     up = t.options["UP"]
     if up and grad is not None and runner_up is None:
-        runner_up = torch.empty(labels.shape, dtype=runner_up_dtype(logits.shape[1]), device=logits.device)
+        runner_up = empty_map(labels, class_dtype(logits.shape[1]))
     launch(
         margin_kernel, t.total, logits, logits, labels, None if up else grad, margin, runner_up, sums, valid, bad,
         *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()), *t.sizes, *t.walk,
@@ -92,8 +92,8 @@ def _margin(
 
 
 def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    margin = torch.empty(labels.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
-    runner_up = torch.empty(labels.shape, dtype=runner_up_dtype(logits.shape[1]), device=logits.device)
+    margin = empty_map(labels, compute_dtype(logits.dtype))
+    runner_up = empty_map(labels, class_dtype(logits.shape[1]))
     _margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
     return margin, runner_up
 
@@ -101,9 +101,8 @@ def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corner
 def averaged_gain(
     logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gain_sum = torch.empty(logits.shape[0], dtype=compute_dtype(logits.dtype), device=logits.device)
-    n_valid = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    runner_up = torch.empty(labels.shape, dtype=runner_up_dtype(logits.shape[1]), device=logits.device)
+    gain_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
+    runner_up = empty_map(labels, class_dtype(logits.shape[1]))
     _margin(logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid)
     return gain_sum, n_valid, runner_up
 
@@ -111,9 +110,8 @@ def averaged_gain(
 def gain_and_grad(
     logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gain_sum = torch.empty(logits.shape[0], dtype=compute_dtype(logits.dtype), device=logits.device)
-    n_valid = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    grad = empty_gradient(list(logits.shape), is_channels_last(logits), logits.dtype, logits.device)
+    gain_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
+    grad = gradient_like(logits)
     _margin(logits, labels, ignore_index, align_corners, grad=grad, gain_sum=gain_sum, n_valid=n_valid)
     return gain_sum, n_valid, grad
 
