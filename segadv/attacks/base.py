@@ -165,8 +165,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
     Restored, also after an exception, are the `training` flag of every module, every buffer and `requires_grad` of
-    every parameter. `.grad` is not touched. (What a model computes once, on its first or its largest input, and keeps
-    in a buffer is gone then; where it notes in an attribute that it has it, let it see such an input before the attack.)
+    every parameter. `.grad` is not touched. (What a model computes once, for its first or its largest input, and
+    keeps in a buffer is gone then; where an attribute says that it is there, show the model such an input before.)
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
