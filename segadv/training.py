@@ -265,7 +265,8 @@ class Trainer:
             valid = (labels != IGNORE_INDEX).sum()
             told = distributed.add_up(torch.stack([valid, torch.full_like(valid, self._interrupts.received)]))
             pixels = told[0].clamp(min=1)
-            self._interrupts_told.append(_Told(told[1]))
+            if self.processes > 1:
+                self._interrupts_told.append(_Told(told[1]))
         if not self.model.training:  # a layer that someone froze in eval mode stays there
             self.model.train()
         self.optimizer.zero_grad()
@@ -423,6 +424,9 @@ class Trainer:
                     bar.update()
                     if self.stopped_at:
                         break
+                # what was pressed in the last steps has not been told yet; what follows is done by all together
+                if not alone and distributed.add_up(torch.tensor(self._interrupts.received, device=self.device)).item():
+                    raise KeyboardInterrupt
             except KeyboardInterrupt:
                 if alone:
                     self.save(directory.checkpoint)
@@ -781,7 +785,7 @@ class _Told:
         self._number = number.to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if number.is_cuda else None
         if self._there is not None:
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(number.device))
 
     def __bool__(self) -> bool:
         if self._there is not None:

@@ -19,13 +19,14 @@ from torch import Tensor
 import segadv
 from segadv import functional as F
 from segadv.ops import reference
-from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin
+from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin, step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "pixels": configs.Config(block=16, num_warps=1, unroll=2),
     "pixels_up": configs.Config(block=32, num_warps=1, rows=2, unroll=2),
     "gradient_up": configs.Config(block=4, num_warps=1, rows=2, classes=2),
+    "step": configs.Config(block=16, num_warps=1),
 }
 
 
@@ -142,6 +143,22 @@ def test_bad_labels_make_their_image_nan_and_no_other(
         assert torch.equal(value[[0, 2]], expected[what][[0, 2]]), what
     assert matrix.invalid.item() == 2
     assert matrix.sum().item() == 70 + 78 + 80
+
+
+@pytest.mark.parametrize("most", [1, 3, 11, 12])
+def test_many_blocks_have_few_partial_sums(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Twelve blocks in each image, the last one not full."""
+    monkeypatch.setattr(configs, "_INTERPRETED", configs._INTERPRETED | SMALL)
+    monkeypatch.setattr(configs, "_of_device", lambda _: configs._DEFAULT | SMALL)
+    monkeypatch.setattr(step, "_MOST_PARTIALS", most)
+    images, grad, gain = torch.rand(2, 3, 7, 9), torch.randn(2, 3, 7, 9), torch.tensor([0.5, 2.0])
+    assert step._absolute_sums(grad.to(DEVICE)).shape[1] == {1: 1, 3: 3, 11: 6, 12: 12}[most]
+    with segadv.backend("native"):
+        expected = (F.l1_norm(grad), *F.newton_step(images, grad, gain))
+    with segadv.backend("triton"):
+        found = (F.l1_norm(grad.to(DEVICE)), *F.newton_step(*(t.to(DEVICE) for t in (images, grad, gain))))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 def test_numbers_reach_the_kernels_in_float64() -> None:

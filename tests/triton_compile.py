@@ -112,7 +112,7 @@ def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
             signature[parameter.name], constants[(position,)] = "constexpr", value
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
+            if value % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), settings
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from ..common import compute_dtype, empty_images, is_channels_last, numel_per_image, ordered_like
 from .configs import config
 from .scalars import bits, scalar
-from .tiles import launch, power_of_two, total_of, triton_dtype
+from .tiles import UNALIGNED, launch, power_of_two, total_of, triton_dtype
+
+_MOST_PARTIALS = 1024
+"""Of an image: every program of newton_step_kernel adds them all up, so that more would cost more than the image."""
 
 
 @triton.jit
@@ -36,28 +39,30 @@ def is_finite(x):
     return x - x == 0
 
 
-@triton.jit
-def absolute_sum_kernel(grad, partial, numel, blocks, A: tl.constexpr, BLOCK: tl.constexpr):
-    n, k = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
-    i = k * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(grad + n * numel + i, mask=i < numel, other=0).to(A)
-    tl.store(partial + tl.program_id(0), tl.sum(tl.abs(g), 0))
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def absolute_sum_kernel(grad, partial, numel, partials, span, A: tl.constexpr, BLOCK: tl.constexpr):
+    n, k = (tl.program_id(0) // partials).to(tl.int64), (tl.program_id(0) % partials).to(tl.int64)
+    total = tl.zeros([BLOCK], A)
+    for j in range(0, span):
+        i = (k * span + j) * BLOCK + tl.arange(0, BLOCK)
+        total += tl.abs(tl.load(grad + n * numel + i, mask=i < numel, other=0).to(A))
+    tl.store(partial + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
-def norm_kernel(partial, norm, blocks, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def norm_kernel(partial, norm, partials, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
-    tl.store(norm + n, total_of(partial, n, blocks, BLOCK))
+    tl.store(norm + n, total_of(partial, n, partials, BLOCK))
 
 
-@triton.jit(do_not_specialize=["low_bits", "high_bits", "max_eps_bits"])
+@triton.jit(do_not_specialize=["low_bits", "high_bits", "max_eps_bits"], do_not_specialize_on_alignment=UNALIGNED)
 def newton_step_kernel(
-    images, grad, gain, partial, adversarial, eps, norm, numel, blocks, low_bits, high_bits, max_eps_bits,
+    images, grad, gain, partial, adversarial, eps, norm, numel, blocks, partials, low_bits, high_bits, max_eps_bits,
     CLAMP_NEGATIVE: tl.constexpr, MAX_EPS: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n, k = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64)
-    length = total_of(partial, n, blocks, 1024).to(A)
+    length = total_of(partial, n, partials, 1024).to(A)
     g = tl.load(gain + n)
     # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
     usable = is_finite(g) & is_finite(length) & (length > 0)
@@ -107,13 +112,15 @@ def sign_step_kernel(
 
 
 def _absolute_sums(grad: Tensor) -> Tensor:
-    """[N, blocks], the sums of the absolute values of every image's blocks."""
+    """[N, at most _MOST_PARTIALS], sums of absolute values of every image's blocks."""
     numel, shape = numel_per_image(grad), config("step", grad.device)
     block = min(power_of_two(numel), shape.block)
+    blocks = triton.cdiv(numel, block)
+    span = max(1, triton.cdiv(blocks, _MOST_PARTIALS))
     dtype = compute_dtype(grad.dtype)
-    partial = torch.empty(grad.shape[0], triton.cdiv(numel, block), dtype=dtype, device=grad.device)
+    partial = torch.empty(grad.shape[0], triton.cdiv(blocks, span), dtype=dtype, device=grad.device)
     launch(
-        absolute_sum_kernel, partial.numel(), grad, grad, partial, numel, partial.shape[1],
+        absolute_sum_kernel, partial.numel(), grad, grad, partial, numel, partial.shape[1], span,
         A=triton_dtype(dtype), BLOCK=block, num_warps=shape.num_warps,
     )  # fmt: skip
     return partial
@@ -146,9 +153,10 @@ def newton_step(
         return adversarial, eps.zero_(), norm.zero_()
     partial = _absolute_sums(grad)
     block = min(power_of_two(numel), shape.block)
+    blocks = triton.cdiv(numel, block)
     launch(
-        newton_step_kernel, partial.numel(), images, images, grad, gain, partial, adversarial, eps, norm, numel,
-        partial.shape[1], bits(low), bits(high), bits(0.0 if max_eps is None else max_eps),
+        newton_step_kernel, images.shape[0] * blocks, images, images, grad, gain, partial, adversarial, eps, norm,
+        numel, blocks, partial.shape[1], bits(low), bits(high), bits(0.0 if max_eps is None else max_eps),
         CLAMP_NEGATIVE=clamp_negative, MAX_EPS=max_eps is not None, A=triton_dtype(images.dtype), BLOCK=block,
         num_warps=shape.num_warps,
     )  # fmt: skip

@@ -31,6 +31,13 @@ from .configs import config
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
 
+UNALIGNED = [
+    "C", "h", "w", "H", "programs", "tiles_c", "tiles_x", "tiles_y", "chunks", "widest", "copies", "partials", "span",
+    "numel0", "numel1", "ignore_index",
+]  # fmt: skip
+"""Arguments of the kernels whose divisibility by 16 says nothing about an address (that of W and of strides does).
+Told of it, Triton would compile the kernels anew for ever other sizes of images, to the same code."""
+
 # --- device -------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +200,7 @@ def total_of(partial, n, programs, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def finish_kernel(sum0, out0, sum1, out1, valid, n_valid, bad, poisoned0, numel0, poisoned1, numel1, programs,
                   BLOCK: tl.constexpr):  # fmt: skip
     """Adds up what the programs of each image left. NaN wherever a floating result belongs to an image with a bad
