@@ -270,6 +270,17 @@ def test_ctrl_c_at_one_stops_all_at_the_same_step(out: Path) -> None:
     assert metrics_of(out / "interrupted") == metrics_of(out / "batch_norm")
 
 
+def test_ctrl_c_in_the_last_step_stops_all(out: Path) -> None:
+    """With the last checkpoint written; the same command does what was left."""
+    found, whole = of(out, "interrupted_at_the_end"), of(out, "batch_norm")
+    for one, other in zip(found, whole, strict=True):
+        assert one["raised"]
+        assert not one["shared"]
+        assert_equal(one, other)
+    assert (out / "interrupted_at_the_end" / "model.safetensors").exists()
+    assert metrics_of(out / "interrupted_at_the_end") == metrics_of(out / "batch_norm")
+
+
 def test_a_full_disk_is_told_to_all(out: Path) -> None:
     for found in of(out, "full_disk"):
         assert "last.pt could not be written: No space left on device; free some space" in found["message"]

@@ -163,6 +163,27 @@ def interrupted(out: Path) -> dict[str, Any]:
     )
 
 
+def interrupted_at_the_end(out: Path) -> dict[str, Any]:
+    """Ctrl-C in the second process only, in the last step, after which nobody tells of it any more."""
+    stopped = trainer(torch.float32, "batch")
+    genuine = stopped.step_in_place
+
+    def step(*arguments: Any) -> Any:
+        if distributed.rank() == 1 and stopped.steps_done == stopped.config.steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return genuine(*arguments)
+
+    stopped.step_in_place = step  # type: ignore[method-assign]
+    try:
+        stopped.run(out, progress=False)
+        raised = False
+    except KeyboardInterrupt:
+        raised = True
+    shared = (out / "model.safetensors").exists()
+    distributed.gather(None)  # looked in both, before one goes on
+    return {"raised": raised, "shared": shared} | trained(out, torch.float32, "batch")
+
+
 def full_disk(out: Path) -> dict[str, Any]:
     """The first process cannot replace the second checkpoint."""
     filled = trainer(checkpoint_every=4)
@@ -252,7 +273,7 @@ def early_stop(out: Path) -> dict[str, Any]:
 
 SCENARIOS = [
     float64, float32, accumulated, batch_norm, one_all_void, random_numbers, collectives, shares, validated,
-    interrupted, full_disk, only_the_first_writes, refused, early_stop,
+    interrupted, interrupted_at_the_end, full_disk, only_the_first_writes, refused, early_stop,
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ An attack
 * runs the model in eval mode and leaves every module's `training` flag, every buffer, and every parameter's
   `requires_grad` and `.grad` as they were, also when the model raises (`frozen`); a model belongs to one thread at a
   time, and a `train()` of its own that does more than set flags is not called;
-* never waits for a GPU: no `.item()`, no boolean indexing, so that it can be captured in a CUDA graph;
+* never waits for a GPU: no `.item()`, no boolean indexing, so that it can be captured in a CUDA graph, after a call
+  with the same sizes, in which Triton compiles;
 * leaves the caller's tensors alone, and returns a detached tensor of the images' dtype, device and memory
   format, inside the box and, where it has an eps, inside the ball;
 * may be called under `no_grad`, `inference_mode` and autocast: the model's forward runs under the caller's
