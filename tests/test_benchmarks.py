@@ -415,8 +415,14 @@ def test_sanitizer_runs_every_tool_and_names_those_that_find_something(
     assert run.failed == ["compute-sanitizer --tool racecheck: exit status 9"]
     assert not run.left_out
     lines = (tmp_path / "log").read_text().splitlines()
-    assert [line.split()[1] for line in lines] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert all("--kernel-name kns=segadv" in line and "every_walk" in line for line in lines)
+    assert [line.split()[1] for line in lines] == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert all("every_walk" in line for line in lines)
+    # initcheck would take what PyTorch's kernels write for uninitialised
+    assert ["--kernel-name kns=segadv" in line for line in lines] == [True, True, True, False]
+    monkeypatch.setattr(device, "our_backends", lambda _: [])
+    device.part_sanitizer(run)
+    assert run.left_out == ["compute-sanitizer: the CUDA kernels are missing"]
+    assert (tmp_path / "log").read_text().splitlines() == lines
 
 
 @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
