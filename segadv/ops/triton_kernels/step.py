@@ -1,7 +1,7 @@
 """The steps of the attacks in pixel space. Each image is a row of `numel` elements in whatever dense order.
 
-newton_step, two kernels: the absolute sums of blocks; then the norm (each program adds up its image's blocks), eps =
-gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
+newton_step, two kernels: absolute sums of groups of blocks; then the norm (each program adds up its image's sums),
+eps = gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
 reading of the gradient goes backwards, so that it starts with what the cache still holds, and images and result do not
 push that out. sign_step fuses step, projection and clip: every input read once. Both are bound by memory.
 
