@@ -12,9 +12,7 @@
 
 #if defined(SEGADV_EMULATED)
 #include "emulation.h"
-#endif
-
-#ifdef _OPENMP
+#else
 #include <omp.h>
 #endif
 
@@ -176,10 +174,8 @@ PYBIND11_MODULE(_segadv_native, m) {
   m.attr("interface_version") = kInterfaceVersion;
   m.attr("version") = SEGADV_VERSION;
   m.attr("compiler") = SEGADV_COMPILER;
-#ifdef _OPENMP
   m.attr("openmp") = _OPENMP;
   m.def("max_threads", [] { return omp_get_max_threads(); });
-#endif
   m.def("instruction_set", [] { return cpu::instruction_set(); });
   define(m, "margin", margin, cpu::margin);
   define(m, "margin_backward", margin_backward, cpu::margin_backward);

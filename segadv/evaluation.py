@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, forward, frozen, is_plain, model_logits, unwrapped
+from .attacks.sign_attacks import uniform_noise
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -218,7 +219,7 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         # The noise belongs to the batch: the same for all eps and attacks, however they are stacked.
         generator = torch.Generator(images.device).manual_seed(seed)
-        noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device) - 1
+        noise = uniform_noise(images, generator)
         return stacked(eps, images, labels, noise)
 
     return _Work(name, eps, judged, outcomes, [attack.arguments for attack in singles])

@@ -17,7 +17,8 @@ A label that is neither a class nor `ignore_index` is a ValueError on the CPU; o
 stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too).
 
 None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
-torch.compile it is PyTorch's own refusal, which comes with the second backward).
+torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins and gains under a
+torch.func transform (grad, vmap, jvp) raise RuntimeError too.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def pixel_margin(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, ali
     Source: Wiens & Hammer 2022, eq. 14 (doi 10.5220/0010788400003122).
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
-    return _as_given(autograd.PixelMargin.apply(logits4, labels3, ignore_index, align_corners), labels)
+    return _as_given(autograd.apply(autograd.PixelMargin, logits4, labels3, ignore_index, align_corners), labels)
 
 
 def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
@@ -216,7 +217,7 @@ def segpgd_loss(
     lam = _segpgd_lambda(step, steps)
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     return _quotient(
-        *autograd.WeightedLoss.apply(logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
+        *autograd.apply(autograd.WeightedLoss, logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
     )
 
 
@@ -249,7 +250,7 @@ def cospgd_loss(
     """
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     return _quotient(
-        *autograd.WeightedLoss.apply(logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
+        *autograd.apply(autograd.WeightedLoss, logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import functional
 from .attacks import FGSM, PGD, FastNewton
 from .attacks.base import frozen, model_logits, unwrapped
+from .attacks.sign_attacks import uniform_noise
 from .data import IGNORE_INDEX
 
 __all__ = ["catastrophic_overfitting", "probe"]
@@ -43,7 +44,7 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
         newton_share_negative_gain: of the images, those whose averaged gain is negative.
     """
     generator = torch.Generator(images.device).manual_seed(0)
-    noise = 2 * torch.rand(images.shape, generator=generator, dtype=images.dtype, device=images.device) - 1
+    noise = uniform_noise(images, generator)
     neighbours = (images + EPS * noise).clamp(0, 1)
     fgsm = FGSM(model, eps=EPS)
     pgd = PGD(model, eps=EPS, alpha=0.01, steps=10, generator=generator.manual_seed(0))

@@ -24,6 +24,7 @@ import emulated  # noqa: E402
 import segadv  # noqa: E402
 from segadv.compat import import_torchvision  # noqa: E402
 from segadv.ops import backends  # noqa: E402
+from segadv.ops.common import check_labels  # noqa: E402
 from segadv.ops.cuda import CudaKernels  # noqa: E402
 
 import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
@@ -32,8 +33,12 @@ import_torchvision()  # before a test imports torchmetrics, transformers or timm
 class EmulatedKernels(CudaKernels):
     """The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
 
-    Whether they stay inside their workspace is looked at; on a GPU nobody sees it.
+    Whether they stay inside their workspace is looked at; on a GPU nobody sees it. As everywhere on the CPU, a bad
+    label is an error.
     """
+
+    def unavailable(self, device_type: str) -> str | None:
+        return None if device_type == "cpu" else "it is made for CPU tensors"
 
     def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
         workspace = torch.full((workspace_bytes + 65536,), 255, dtype=torch.uint8)  # NaN, and -1
@@ -41,8 +46,26 @@ class EmulatedKernels(CudaKernels):
         behind = int((workspace[workspace_bytes:] != 255).sum())
         assert behind == 0, f"{kernel.__name__} wrote {behind} bytes behind its workspace of {workspace_bytes}"
 
+    def _pixels(
+        self,
+        kernel: Any,
+        size: Any,
+        labels: torch.Tensor,
+        ignore_index: int,
+        align_corners: bool,
+        *arguments: Any,
+    ) -> None:
+        check_labels(labels, size[1], ignore_index)
+        super()._pixels(kernel, size, labels, ignore_index, align_corners, *arguments)
 
-backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load(), "cpu")
+    def confusion_matrix(
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, align_corners: bool, per_image: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_labels(labels, logits.shape[1], ignore_index)
+        return super().confusion_matrix(logits, labels, ignore_index, align_corners, per_image)
+
+
+backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load())
 
 # All run on the CPU, Triton in its interpreter; where there is a GPU, Triton on it, and the native backend on both.
 BACKENDS = ("native", "reference", "triton", "cuda-emulated")

@@ -181,6 +181,18 @@ def test_second_derivatives_raise(backend: str, name: str) -> None:
         torch.autograd.grad(value, z, create_graph=True)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_torch_func_is_refused(name: str) -> None:
+    z, y = torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, 6, 8))
+    for transformed in (
+        lambda: torch.func.grad(lambda z: FUNCTIONS[name](z, y))(z),
+        lambda: torch.func.vmap(lambda y: FUNCTIONS[name](z, y))(y[None]),
+        lambda: torch.func.jvp(lambda z: FUNCTIONS[name](z, y), (z,), (z,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"logits: they came inside of a torch\.func transform"):
+            transformed()
+
+
 # --- backends ---------------------------------------------------------------------------------------------------
 
 

@@ -464,6 +464,11 @@ def test_missing_folders_say_what_is_expected(
         (root.parent / "gone").rename(root / "gone")
 
 
+def test_half_a_folder_beside_a_whole_one_is_passed_over(root: Path) -> None:
+    (root / "VOC2012/JPEGImages").mkdir(parents=True)
+    assert len(VOC(root, "val")) == len(VAL)
+
+
 def test_bad_arguments(root: Path, voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=r'split must be "train" \(trainaug\) or "val".*\'trainval\''):
         TrainAug(root, "trainval")
@@ -529,7 +534,9 @@ def test_check_of_a_good_tree(root: Path, tmp_path: Path, capsys: pytest.Capture
 def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate_streets(tmp_path, train=3, val=2, size=(64, 96))
     assert main(["data", "check", str(tmp_path)]) == 0
-    assert re.search(r"train +3 +2975 +64 x 96 ", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"train +3 +2975 +64 x 96 ", out)
+    assert out.endswith("no problems\ntrain has 3 pairs; 2975 are published\nval has 2 pairs; 500 are published\n")
     images, labels = (sorted(tmp_path.glob(f"{layer}/train/*/*.png")) for layer in ("leftImg8bit", "gtFine"))
     (images[0].parent / f"._{images[0].name}").touch()  # macOS leaves such files
     labels[0].unlink()

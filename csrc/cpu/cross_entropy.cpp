@@ -76,24 +76,22 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTile
     }
     for (int p = 0; p < tile.count; ++p) sum[p] = squares[p] = A(0);
     for (int64_t c = 0; c < classes; ++c) {
-      A* store = problem.grad ? exponentials.data() + c * tile_width : nullptr;
+      A* store = problem.grad ? exponentials.data() + c * tile_width : own;  // `own` comes after
       if (cosine) {
         SEGADV_SIMD
         for (int p = 0; p < tile.count; ++p) {
           const A e = exp_nonpositive(tile.z(c, p) - best[p]);
+          sum[p] += e;
           squares[p] += e * e;
+          store[p] = e;
         }
-      }
-      if (store) {
+      } else {
         SEGADV_SIMD
         for (int p = 0; p < tile.count; ++p) {
           const A e = exp_nonpositive(tile.z(c, p) - best[p]);
           sum[p] += e;
           store[p] = e;
         }
-      } else {
-        SEGADV_SIMD
-        for (int p = 0; p < tile.count; ++p) sum[p] += exp_nonpositive(tile.z(c, p) - best[p]);
       }
     }
     for (int p = 0; p < tile.count; ++p) own[p] = tile.z(y[p] >= 0 ? y[p] : 0, p);

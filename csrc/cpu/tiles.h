@@ -114,9 +114,9 @@ SEGADV_INLINE void load_classes(const TensorView& map, const T& tile, int32_t* c
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Pixels whose `arrays` blocks of all classes take about `bytes`: a multiple of 16 in [16, kMaxTile].
-inline int tile_for(int64_t bytes, int64_t arrays, int64_t classes, size_t element) {
-  const int64_t pixels = bytes / (arrays * classes * static_cast<int64_t>(element)) / 16 * 16;
+// Pixels of which all classes take about 64 KiB: a multiple of 16 in [16, kMaxTile].
+inline int tile_for(int64_t classes, size_t element) {
+  const int64_t pixels = (64 << 10) / (classes * static_cast<int64_t>(element)) / 16 * 16;
   return static_cast<int>(std::clamp<int64_t>(pixels, 16, kMaxTile));
 }
 
@@ -140,7 +140,7 @@ class FullTiles {
       columns_ *= rows_;
       rows_ = 1;
     }
-    tile_ = tile_for(64 << 10, 1, logits.size[1], sizeof(A));
+    tile_ = tile_for(logits.size[1], sizeof(A));
     tiles_per_row_ = ceil_div(columns_, tile_);
     const int64_t tiles = rows_ * tiles_per_row_;
     tiles_per_item_ = std::max<int64_t>(1, (32 << 10) / tile_);

@@ -129,7 +129,7 @@ class NFGSM(FGSM):
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         eps = self._eps_of(images)
         size = self.noise * eps * _labelled(labels, self.ignore_index)
-        start = _noisy(images, _noise(images, self.generator), size, self.bounds)
+        start = _noisy(images, uniform_noise(images, self.generator), size, self.bounds)
         loss = self._differentiate(start, labels)
         adversarial = functional.sign_step(start, loss.grad, eps, bounds=self.bounds)
         return adversarial, AttackInfo(eps=eps, loss=loss.mean)
@@ -343,7 +343,7 @@ class PGD(BIM):
     def _start(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if not self.random_start:
             return images
-        noise = _noise(images, self.generator) if noise is None else noise
+        noise = uniform_noise(images, self.generator) if noise is None else noise
         return _noisy(images, noise, self._eps_of(images) * _labelled(labels, self.ignore_index), self.bounds)
 
 
@@ -373,8 +373,8 @@ def _uniform(shape: torch.Size, images: Tensor, generator: torch.Generator | Non
     return torch.rand(shape, generator=generator, dtype=images.dtype, device=images.device)
 
 
-def _noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """U(-1, 1) of the images' shape."""
+def uniform_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """U(-1, 1), like the images."""
     return 2 * _uniform(images.shape, images, generator) - 1
 
 

@@ -185,6 +185,10 @@ def format_checks(kind: type[SegmentationFiles], checks: Sequence[SplitCheck]) -
     problems = [f"{check.split}, {name}: {message}" for check in checks for name, message in check.problems]
     lines.append(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}:" if problems else "no problems")
     lines += [f"  {message}" for message in problems]
+    for check in checks:  # a folder that is not there leaves no gap to be seen
+        official = kind.official_lengths.get(check.split, check.pairs)
+        if check.pairs != official:
+            lines.append(f"{check.split} has {check.pairs} pairs; {official} are published")
     return "\n".join(lines)
 
 

@@ -161,13 +161,14 @@ _SBD = Path("benchmark_RELEASE") / "dataset"
 
 def _voc_folder(root: Path) -> Path:
     candidates = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+    missing = {folder: [name for name in _FOLDERS if not (folder / name).is_dir()] for folder in candidates}
     for folder in candidates:
-        missing = [name for name in _FOLDERS if not (folder / name).is_dir()]
-        if not missing:
+        if not missing[folder]:
             return folder
-        if len(missing) < len(_FOLDERS):
+    for folder in candidates:
+        if len(missing[folder]) < len(_FOLDERS):
             raise FileNotFoundError(
-                f"{folder} is not a whole VOC2012: {' and '.join(missing)} missing\n"
+                f"{folder} is not a whole VOC2012: {' and '.join(missing[folder])} missing\n"
                 f"  expected: {folder} with {', '.join(_FOLDERS)}\n"
                 f"     found: {found_in(folder)}"
             )

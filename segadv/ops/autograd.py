@@ -18,6 +18,17 @@ from . import backends, library
 from .common import is_channels_last
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply; RuntimeError under a torch.func transform, where PyTorch's own tells how to write a function."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "logits: they came inside of a torch.func transform (grad, vmap, jvp), which the fused losses and margins "
+            "do not support. Take the gradient with torch.autograd.grad or segadv.functional.loss_and_grad, or write "
+            "the loss in plain PyTorch there (the docstring's 'Equivalent to')"
+        )
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
 def _refuse_second_derivative(operation: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -130,7 +141,7 @@ class AveragedGainInOnePass(torch.autograd.Function):
 
 def averaged_gain(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     function = AveragedGainInOnePass if _takes_one_pass(logits, labels) else AveragedGain
-    return function.apply(logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
+    return apply(function, logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -195,8 +206,8 @@ def cross_entropy(
     per_pixel: bool,
 ) -> tuple[Tensor, Tensor]:
     if not per_pixel and _takes_one_pass(logits, labels):
-        return CrossEntropyInOnePass.apply(logits, labels, weight, ignore_index, align_corners)  # type: ignore[no-any-return]
-    return CrossEntropy.apply(logits, labels, weight, ignore_index, align_corners, per_pixel)  # type: ignore[no-any-return]
+        return apply(CrossEntropyInOnePass, logits, labels, weight, ignore_index, align_corners)  # type: ignore[no-any-return]
+    return apply(CrossEntropy, logits, labels, weight, ignore_index, align_corners, per_pixel)  # type: ignore[no-any-return]
 
 
 class WeightedLoss(torch.autograd.Function):

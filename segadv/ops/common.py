@@ -61,6 +61,16 @@ def empty_maps(labels: Tensor, dtype: torch.dtype, count: int, wanted: bool) -> 
     return [empty_map(labels, dtype) if wanted else labels.new_empty(0, dtype=dtype) for _ in range(count)]
 
 
+def zero_counts(logits: Tensor, per_image: bool) -> Tensor:
+    """Zeros, int32 [matrices, copies, C * C + 1], in which a GPU counts (label, prediction), and bad labels at the end.
+
+    64 copies of a matrix, so that few threads meet at one count; less where they would take more than 16 MiB.
+    """
+    matrices, cells = logits.shape[0] if per_image else 1, logits.shape[1] ** 2
+    copies = max(1, min(64, 2**22 // max(1, matrices * cells)))
+    return torch.zeros(matrices, copies, cells + 1, dtype=torch.int32, device=logits.device)
+
+
 def synchronous_checks() -> bool:
     """SEGADV_CHECK=1: GPU labels and the range of images are checked at once, at the price of a wait."""
     on = os.environ.get("SEGADV_CHECK", "0") not in ("", "0")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import check_labels, numel_per_image
+from .common import numel_per_image, zero_counts
 from .kernels import Kernels, empty_matrix, view
 
 # Absent where torch has no CUDA; the public way builds an object at every call.
@@ -28,18 +28,8 @@ class CudaKernels(Kernels):
     """The functions for a GPU, which take a workspace and a stream.
 
     Args:
-        core: the submodule `cuda` of the extension; None where it has none. The tests' emulation, whose kernels run on
-            CPU tensors, offers the same functions.
-        device_type: of the tensors.
+        core: the submodule `cuda` of the extension; None where it has none.
     """
-
-    def __init__(self, core: Any, device_type: str = "cuda") -> None:
-        super().__init__(core)
-        self.device_type = device_type
-
-    def unavailable(self, device_type: str) -> str | None:
-        """For the emulation; of a GPU the native backend answers."""
-        return None if device_type == self.device_type else f"it is made for {self.device_type} tensors"
 
     def _launch(self, kernel: Any, like: Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
         """Calls the kernel on the device and the current stream of the tensor `like`."""
@@ -47,9 +37,7 @@ class CudaKernels(Kernels):
         # Freed when this returns, which is in order: what takes its place is used later on the same stream.
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device) if workspace_bytes else None
         address = 0 if workspace is None else workspace.data_ptr()
-        if device.type != "cuda":
-            kernel(*arguments, address, 0)
-        elif device.index == torch.cuda.current_device():
+        if device.index == torch.cuda.current_device():
             kernel(*arguments, address, _stream(device))
         else:
             with torch.cuda.device(device):
@@ -58,8 +46,6 @@ class CudaKernels(Kernels):
     def _pixels(
         self, kernel: Any, size: Any, labels: Tensor, ignore_index: int, align_corners: bool, *arguments: Any
     ) -> None:
-        if labels.device.type == "cpu":  # emulated: a bad label is an error there
-            check_labels(labels, size[1], ignore_index)
         workspace_bytes = self.core.pixel_workspace(*size, *labels.shape[1:], align_corners)
         self._launch(kernel, labels, *arguments, workspace_bytes=workspace_bytes)
 
@@ -74,13 +60,7 @@ class CudaKernels(Kernels):
     def confusion_matrix(
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, per_image: bool
     ) -> tuple[Tensor, Tensor]:
-        num_images, num_classes = logits.shape[:2]
-        if labels.device.type == "cpu":
-            check_labels(labels, num_classes, ignore_index)
-        images, cells = num_images if per_image else 1, num_classes**2
-        # 64 copies of a matrix, less where they would take more than 16 MiB
-        copies = max(1, min(64, 2**22 // max(1, images * cells)))
-        counts = torch.zeros(images, copies, cells + 1, dtype=torch.int32, device=logits.device)
+        counts = zero_counts(logits, per_image)
         matrix = empty_matrix(logits, per_image)
         invalid = torch.empty((), dtype=torch.int64, device=logits.device)
         self._launch(

@@ -60,10 +60,6 @@ class Kernels:
     def __init__(self, core: Any) -> None:
         self.core = core
 
-    def unavailable(self, device_type: str) -> str | None:
-        """Why it cannot run on a kind of device; None where it can."""
-        raise NotImplementedError
-
     def _launch(self, kernel: Any, like: Tensor, *arguments: Any) -> Any:
         """Calls a function of the core where the tensor `like` is."""
         raise NotImplementedError

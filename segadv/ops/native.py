@@ -118,8 +118,8 @@ def build_info() -> dict[str, Any]:
         "interface_version": core.interface_version,
         "compiler": core.compiler,
         "instruction_set": core.instruction_set(),
-        "openmp": getattr(core, "openmp", None),
-        "threads": core.max_threads() if hasattr(core, "max_threads") else 1,
+        "openmp": core.openmp,
+        "threads": core.max_threads(),
         "cuda": f"nvcc {cuda_core.compiler} for {cuda_core.architectures}" if cuda_core is not None else None,
     }
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, class_dtype
+from ..common import check_labels, class_dtype, zero_counts
 from .tiles import UNALIGNED, find_largest, launch, load_labels, taps, tile_of, tiles
 
 
@@ -90,19 +90,16 @@ def _launch(
 def confusion_matrix(
     logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    num_images, num_classes = logits.shape[:2]
+    num_classes = logits.shape[1]
     if labels.device.type == "cpu":
         check_labels(labels, num_classes, ignore_index)
-    images, cells = num_images if per_image else 1, num_classes**2
-    # 64 copies of a matrix, less where they would take more than 16 MiB
-    copies = max(1, min(64, 2**22 // max(1, images * cells)))
-    counts = torch.zeros(images, copies, cells + 1, dtype=torch.int32, device=logits.device)
+    counts = zero_counts(logits, per_image)
     _launch(logits, labels, list(labels.shape[-2:]), align_corners, ignore_index=ignore_index, counts=counts,
             per_image=per_image)  # fmt: skip
     total = counts.sum(dim=1, dtype=torch.int64)
-    matrix = total[:, :cells].reshape(images, num_classes, num_classes)
+    matrix = total[:, :-1].unflatten(1, (num_classes, num_classes))
     matrix = matrix if per_image else matrix[0]
-    return matrix.clone(), total[:, cells].sum()
+    return matrix.clone(), total[:, -1].sum()
 
 
 def argmax_labels(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:

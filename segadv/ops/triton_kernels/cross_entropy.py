@@ -78,7 +78,8 @@ def cross_entropy_kernel(
     loss = tl.where(is_valid, (log_sum + below_top) * weight, 0.0)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
     tl.store(valid + program, tl.sum(is_valid.to(tl.int32)))
-    tl.store(weight_sum + program, tl.sum(weight))
+    if weight_sum is not None:
+        tl.store(weight_sum + program, tl.sum(weight))
     if loss_sum is not None:
         tl.store(loss_sum + program, tl.sum(loss))
     at = n * H * W + y.to(tl.int64) * W + x
@@ -107,7 +108,6 @@ def _cross_entropy(
     labels: Tensor,
     ignore_index: int,
     align_corners: bool,
-    weight_sum: Tensor,
     *,
     loss: str = "cross_entropy",
     lam: float = 0.0,
@@ -119,11 +119,12 @@ def _cross_entropy(
     log_normalizer: Tensor | None = None,
     pixel_weight: Tensor | None = None,
     loss_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     n_valid: Tensor | None = None,
 ) -> None:
     if labels.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
-    device, dtype = logits.device, weight_sum.dtype
+    device, dtype = logits.device, compute_dtype(logits.dtype)
     strides = [tensor.stride() for tensor in (logits, labels, grad) if tensor is not None]
     t = tiles(logits.shape, labels.shape[-2:], align_corners, logits.dtype, device, strides)
     up = t.options["UP"]
@@ -131,12 +132,12 @@ def _cross_entropy(
         largest, log_normalizer = empty_maps(labels, dtype, 2, True)
         if loss != "cross_entropy":
             pixel_weight = torch.empty_like(largest)
-    losses, weights = (t.partial(dtype, device) for _ in range(2))
+    losses, weights = (None if total is None else t.partial(dtype, device) for total in (loss_sum, weight_sum))
     valid, bad = (t.partial(torch.int32, device) for _ in range(2))
     right, wrong = (lam, 1.0 - lam) if targeted else (1.0 - lam, lam)
     launch(
         cross_entropy_kernel, t.total, logits, logits, labels, None if up else grad, class_weight, pixel_loss,
-        largest, log_normalizer, pixel_weight, None if loss_sum is None else losses, weights, valid, bad,
+        largest, log_normalizer, pixel_weight, losses, weights, valid, bad,
         *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()), *t.sizes, *t.walk,
         ignore_index, bits(right), bits(wrong), SEGPGD=loss == "segpgd", COSPGD=loss == "cospgd", TARGETED=targeted,
         **t.options,
@@ -146,10 +147,9 @@ def _cross_entropy(
             grad, labels, ignore_index, align_corners, logits=logits, largest=largest,
             log_normalizer=log_normalizer, class_weight=class_weight, pixel_weight=pixel_weight,
         )  # fmt: skip
-    sums = [(weights, weight_sum)]
     finish(
         bad,
-        sums=sums if loss_sum is None else [*sums, (losses, loss_sum)],
+        sums=[(losses, loss_sum), (weights, weight_sum)],
         valid=None if n_valid is None else (valid, n_valid),
         poisoned=[x for x in (pixel_loss, grad) if x is not None],
     )
@@ -169,7 +169,7 @@ def cross_entropy(
     largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
     loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
     _cross_entropy(
-        logits, labels, ignore_index, align_corners, weight_sum, class_weight=weight,
+        logits, labels, ignore_index, align_corners, class_weight=weight, weight_sum=weight_sum,
         pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
         largest=largest if for_backward else None, log_normalizer=log_normalizer if for_backward else None,
     )  # fmt: skip
@@ -187,10 +187,10 @@ def _weighted_loss(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
-    loss_sum, weight_sum, n_valid = empty_vector(logits), empty_vector(logits), empty_vector(logits, torch.int64)
+    loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
     largest, log_normalizer, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
     _cross_entropy(
-        logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted,
+        logits, labels, ignore_index, align_corners, loss=loss, lam=lam, targeted=targeted,
         loss_sum=loss_sum, n_valid=n_valid, largest=largest if for_backward else None,
         log_normalizer=log_normalizer if for_backward else None, pixel_weight=pixel_weight if for_backward else None,
     )  # fmt: skip
@@ -228,8 +228,8 @@ def loss_and_grad(
     loss_sum, weight_sum, n_valid = empty_vector(logits), empty_vector(logits), empty_vector(logits, torch.int64)
     grad = gradient_like(logits)
     _cross_entropy(
-        logits, labels, ignore_index, align_corners, weight_sum, loss=loss, lam=lam, targeted=targeted, grad=grad,
-        class_weight=weight, loss_sum=loss_sum, n_valid=n_valid,
+        logits, labels, ignore_index, align_corners, loss=loss, lam=lam, targeted=targeted, grad=grad,
+        class_weight=weight, loss_sum=loss_sum, weight_sum=weight_sum, n_valid=n_valid,
     )  # fmt: skip
     return loss_sum, n_valid, weight_sum, grad
 

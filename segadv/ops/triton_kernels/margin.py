@@ -74,7 +74,7 @@ def _margin(
     sums = None if gain_sum is None else t.partial(gain_sum.dtype, logits.device)
     valid, bad = (t.partial(torch.int32, logits.device) for _ in range(2))
     up = t.options["UP"]
-    if up and grad is not None and runner_up is None:
+    if up and grad is not None:
         runner_up = empty_map(labels, class_dtype(logits.shape[1]))
     launch(
         margin_kernel, t.total, logits, logits, labels, None if up else grad, margin, runner_up, sums, valid, bad,
@@ -85,7 +85,7 @@ def _margin(
         gradient.launch_gradient(grad, labels, ignore_index, align_corners, runner_up=runner_up)
     finish(
         bad,
-        sums=() if gain_sum is None or sums is None else [(sums, gain_sum)],
+        sums=[(sums, gain_sum)],
         valid=None if n_valid is None else (valid, n_valid),
         poisoned=[x for x in (margin, grad) if x is not None],
     )

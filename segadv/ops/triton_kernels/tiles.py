@@ -333,7 +333,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 def finish(
     bad: Tensor,
     *,
-    sums: Sequence[tuple[Tensor, Tensor]] = (),
+    sums: Sequence[tuple[Tensor | None, Tensor | None]] = (),
     valid: tuple[Tensor, Tensor] | None = None,
     poisoned: Sequence[Tensor] = (),
 ) -> None:
@@ -341,7 +341,7 @@ def finish(
 
     Args:
         bad: the number of bad labels of every program.
-        sums: pairs of a partial sum and its result, at most two.
+        sums: pairs of a partial sum and its result, or of None where that is not wanted, at most two.
         valid: the number of valid pixels of every program, and its result.
         poisoned: further results of the images, dense, at most two.
     """
