@@ -23,8 +23,17 @@ from segadv.models import small_pspnet
 
 from .cases import random_regions
 from .measure import commit, machine
-from .overhead import destination
-from .records import Record, Samples, Where, median, milliseconds_of, percent_over, write_records
+from .records import (
+    Record,
+    Samples,
+    Where,
+    destination,
+    median,
+    milliseconds_of,
+    percent_over,
+    require_native_core,
+    write_records,
+)
 
 BUDGET: dict[str, Any] = {"eps": 0.03, "alpha": 0.03}
 ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
@@ -130,12 +139,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", metavar="CSV", nargs="?", const="")
     options = parser.parse_args(arguments)
+    require_native_core()
+    path = destination("attacks", options.write, CPU, quick=False)
     rows = measured(options.images, tuple(options.size), options.rounds)
     print(
         f"{rows[0].case}, float32, {torch.get_num_threads()} threads, {machine()}, commit {commit()}, "
         f"torch {torch.__version__}\n{shown(rows)}"
     )
-    if path := destination("attacks", options.write, CPU, quick=False):
+    if path:
         write_records(path, rows)
     return 0
 

@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -46,6 +45,7 @@ from .measure import (
     copy_timing,
     device_name,
     device_row,
+    device_slug,
     driver_version,
     host_milliseconds,
     package_version,
@@ -838,7 +838,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or options.dry_run):
         sys.exit("benchmarks.device measures a GPU and torch sees none; --dry-run shows that it would run")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    file = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".csv"
+    file = f"{device_slug(device)}.csv"
     if options.here:
         return max(run_here(part, device, options.results / file, dry=options.dry_run) for part in options.only)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_apart takes along what runs

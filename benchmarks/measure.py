@@ -9,7 +9,7 @@ import csv
 import ctypes
 import gc
 import os
-import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,11 @@ import torch
 from torch import Tensor
 
 import segadv
-from segadv.results import atomic_write, csv_text
+from segadv.results import csv_text, write_text
+from segadv.run_directory import processor_name
+
+KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
+"""The columns that tell measurements apart."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,7 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {segadv.build_info().get('instruction_set', 'no native core')}"
+    return f"{processor_name()}, {os.cpu_count()} cores, {segadv.build_info().get('instruction_set', 'no native core')}"
 
 
 @cache
@@ -171,9 +170,6 @@ def row(operation: str, provider: str, mode: str, case: str, dtype: torch.dtype,
     )
 
 
-_KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -186,10 +182,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     new = [{name: str(value) for name, value in asdict(row).items()} for row in rows]
     if not new:
         return
-    table = {tuple(row[name] for name in _KEY): row for row in read_rows(path) + new}
+    table = {tuple(row[name] for name in KEY): row for row in read_rows(path) + new}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
+    write_text(path, csv_text([table[key] for key in sorted(table)]))
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
@@ -296,6 +291,11 @@ def package_version(name: str) -> str:
 @cache
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def device_slug(device: torch.device) -> str:
+    """Its name in file names: cpu, nvidia-h100."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 @cache

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
-import segadv
 from segadv import functional as F
 
 from .cases import CASES, Case
 from .measure import Row, Timing, advise_huge_pages, interleaved, row, write_rows
+from .records import require_native_core
 
 Providers = dict[str, Callable[[], object]]
 
@@ -181,8 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--write", metavar="CSV", nargs="?", const="benchmarks/results/cpu.csv")
     options = parser.parse_args(arguments)
-    if not segadv.build_info()["native"]:
-        sys.exit("benchmarks.ops needs the compiled core: pip install . (see segadv doctor)")
+    require_native_core()
     thp = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, THP_MEM_ALLOC_ENABLE={thp}")
     rows: list[Row] = []

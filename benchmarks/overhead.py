@@ -39,11 +39,10 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 
-import segadv
 from segadv import functional as F
 from segadv.attacks.base import model_logits
+from segadv.comparison import PAPER_OVERHEAD
 from segadv.compat import import_torchvision
-from segadv.demo import PAPER_OVERHEAD
 from segadv.models import ModelConfig, build_model
 from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
@@ -54,13 +53,14 @@ from .records import (
     Record,
     Samples,
     Where,
+    destination,
     in_rounds,
     median,
     milliseconds_of,
     peak_memory,
     percent_over,
     read_records,
-    results_file,
+    require_native_core,
     synchronize,
     write_records,
 )
@@ -702,20 +702,6 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 # --- command line -------------------------------------------------------------------------------------------------
-
-
-def destination(name: str, write: str | None, device: torch.device, *, quick: bool) -> Path | None:
-    """The file that --write names, by default that of the device; None without it."""
-    if write is None:
-        return None
-    if quick and not write:
-        sys.exit("--quick: its figures mean nothing and are not kept with the results; name another file: --write FILE")
-    return Path(write) if write else results_file(name, device)
-
-
-def require_native_core() -> None:
-    if not segadv.build_info()["native"]:
-        sys.exit("the benchmarks need the compiled core: pip install . (see segadv doctor)")
 
 
 def main(arguments: list[str] | None = None) -> int:

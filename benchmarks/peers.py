@@ -57,15 +57,23 @@ from .overhead import (
     Loss,
     check_close,
     check_same_images,
-    destination,
-    require_native_core,
     segformer_b0,
     shown,
     usual_attack,
     usual_iterations,
     usual_segpgd_sum,
 )
-from .records import Record, Samples, Where, median, milliseconds_of, peak_memory, write_records
+from .records import (
+    Record,
+    Samples,
+    Where,
+    destination,
+    median,
+    milliseconds_of,
+    peak_memory,
+    require_native_core,
+    write_records,
+)
 
 EPS, ALPHA = 0.03, 0.01  # usual_attack and usual_iterations have them too
 CLASSES = 19

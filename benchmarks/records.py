@@ -7,7 +7,7 @@ import gc
 import os
 import platform
 import random
-import re
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +20,23 @@ import numpy.typing as npt
 import torch
 
 import segadv
-from segadv.results import atomic_write, csv_text
+from segadv.results import csv_text, write_text
 
-from .measure import commit, device_name, driver_version, machine, package_version, peak_bytes, timing_on_device
+from .measure import (
+    KEY,
+    commit,
+    device_name,
+    device_slug,
+    driver_version,
+    machine,
+    package_version,
+    peak_bytes,
+    timing_on_device,
+)
 
 Samples = npt.NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
-
-KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
 
 
 @dataclass(frozen=True)
@@ -219,11 +227,23 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     table = {tuple(row[name] for name in KEY): row for row in rows}
     if table:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(csv_text([table[key] for key in sorted(table)]), encoding="utf-8")
+        write_text(path, csv_text([table[key] for key in sorted(table)]))
 
 
 def results_file(name: str, device: torch.device) -> Path:
     """Where the rows of a device go by default: <name>-cpu.csv, <name>-nvidia-h100.csv."""
-    suffix = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{name}-{suffix}.csv"
+    return Path(__file__).parent / "results" / f"{name}-{device_slug(device)}.csv"
+
+
+def destination(name: str, write: str | None, device: torch.device, *, quick: bool) -> Path | None:
+    """The file that --write names, by default that of the device; None without it."""
+    if write is None:
+        return None
+    if quick and not write:
+        sys.exit("--quick: its figures mean nothing and are not kept with the results; name another file: --write FILE")
+    return Path(write) if write else results_file(name, device)
+
+
+def require_native_core() -> None:
+    if not segadv.build_info()["native"]:
+        sys.exit("the benchmarks need the compiled core: pip install . (see segadv doctor)")

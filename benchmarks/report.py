@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from segadv import plots
-from segadv.comparison import ARMS, PAPER_OVERHEAD
-from segadv.results import EvaluationResult, atomic_write, csv_text
+from segadv.comparison import PAPER_ARMS, PAPER_OVERHEAD
+from segadv.results import EvaluationResult, atomic_write, csv_text, write_text
 
 from . import attacks, overhead, peers, scaling, trainer
 from .cases import CASES
@@ -617,7 +617,8 @@ def _miou_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             )
     attacks_in_order = list(dict.fromkeys(attack for attack, _ in _COLUMNS))
     return sorted(
-        rows, key=lambda row: (ARMS.index(row["arm"]), attacks_in_order.index(row["attack"]), row["eps"], row["seed"])
+        rows,
+        key=lambda row: (PAPER_ARMS.index(row["arm"]), attacks_in_order.index(row["attack"]), row["eps"], row["seed"]),
     )
 
 
@@ -627,7 +628,7 @@ def demo_outcome(results: Path) -> str:
     seeds = sorted({row["seed"] for row in rows})
     basic = one(records, operation=STEP, provider="basic").p50
     lines = []
-    for arm in ARMS:
+    for arm in PAPER_ARMS:
         cells = []
         for attack, eps in _COLUMNS:
             values = [row["miou"] for row in rows if (row["arm"], row["attack"], row["eps"]) == (arm, attack, eps)]
@@ -833,8 +834,7 @@ def regenerate(root: Path) -> list[str]:
     for name in DOCUMENTS:
         if name in stale:
             text = filled((root / name).read_text(encoding="utf-8"), root / RESULTS)
-            with atomic_write(root / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(root / name, text)
     for picture in PICTURES:
         if picture.path in stale:
             draw(picture, root)
@@ -843,8 +843,7 @@ def regenerate(root: Path) -> list[str]:
 
 def write_anew(path: Path, records: Sequence[Record]) -> None:
     """Rows of what was measured before do not stay."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(csv_text([asdict(record) for record in records]), encoding="utf-8")
+    write_text(path, csv_text([asdict(record) for record in records]))
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:

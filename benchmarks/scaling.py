@@ -35,8 +35,16 @@ from segadv.results import atomic_write
 from .cases import Case
 from .measure import peak_bytes
 from .ops import usual_averaged_gain, usual_cross_entropy, value_and_gradient
-from .overhead import destination, require_native_core
-from .records import Record, Where, in_rounds, milliseconds_of, read_records, write_records
+from .records import (
+    Record,
+    Where,
+    destination,
+    in_rounds,
+    milliseconds_of,
+    read_records,
+    require_native_core,
+    write_records,
+)
 
 CPU = torch.device("cpu")
 STRIDE = 8

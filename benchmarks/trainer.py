@@ -32,8 +32,7 @@ from segadv.training import TrainConfig, Trainer
 
 from .cases import random_regions
 from .measure import commit, machine
-from .overhead import destination, require_native_core
-from .records import Where, write_records
+from .records import Where, destination, require_native_core, write_records
 
 WARM_UP = 3
 PART, SHARE = "part of a training step", "share of a training step"

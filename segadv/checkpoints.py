@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .results import atomic_write
+
 __all__ = [
     "drop_lines_after",
     "load_model",
@@ -50,22 +52,9 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error.
-
-    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
-    The temporary one has always the same name: what a kill leaves behind is overwritten by the next one. So there
-    must be only one writer.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with explained(path):
-        try:
-            yield temporary
-            if durable:
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """`atomic_write` whose OSError is `explained`."""
+    with explained(path), atomic_write(path, durable=durable) as temporary:
+        yield temporary
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -29,14 +29,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from . import __version__, build_info
-from .comparison import ARMS as PAPER_ARMS
+from .comparison import PAPER_ARMS
 from .data import DATASETS
 from .evaluation import ATTACKS, EPS
 from .models import MODELS, ModelConfig
 from .ops import backends
 from .recipes import ConfigFile, nearest, recipe_file, recipes
-from .reproduce import RECIPES as REPRODUCED
-from .reproduce import Evaluation
+from .reproduce import SETTINGS, Evaluation
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
@@ -218,8 +217,8 @@ def _parser() -> ArgumentParser:
     )
     commands.add_subcommand("reproduce", reproduce, help="the paper's comparison on its data sets")
     settings = reproduce.add_subcommands(dest="setting")
-    for name in REPRODUCED:
-        settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {REPRODUCED[name]}")
+    for name in SETTINGS:
+        settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {SETTINGS[name]}")
 
     data = _subparser("Makes and checks data.")
     commands.add_subcommand("data", data, help="generate street scenes, check a data set")
@@ -248,7 +247,7 @@ def _subparser(description: str, **options: Any) -> ArgumentParser:
 
 
 def _reproduce_parser(setting: str) -> ArgumentParser:
-    recipe = REPRODUCED[setting]
+    recipe = SETTINGS[setting]
     parser = _subparser(
         f"Trains with the recipe {recipe} unless options say otherwise. Their names may be written with - for _.",
         default_config_files=[str(recipe_file(recipe))],
@@ -378,7 +377,7 @@ def _train(arguments: Namespace) -> None:
 
 def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpoint: Path) -> None:
     """config.yaml; ValueError where the run began with other initial weights than these options name."""
-    from .results import atomic_write
+    from .results import write_text
 
     if checkpoint.exists() and path.exists():
         try:
@@ -394,8 +393,7 @@ def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpo
                 f"{checkpoint.parent} holds a run that began with other weights ({told}): a run that goes on "
                 "has its own; name them as there, or give another output folder"
             )
-    with atomic_write(path) as temporary:
-        temporary.write_text(_effective(arguments), encoding="utf-8")
+    write_text(path, _effective(arguments))
 
 
 def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks import BIM
 from .attacks.base import frozen, model_logits
 from .data import NUM_CLASSES
+from .evaluation import ATTACKS
 from .models import ModelConfig, build_model
 from .training import TrainConfig, Trainer, Validation, load_model, read_config
 
 __all__ = [
-    "ARMS",
+    "PAPER_ARMS",
     "PAPER_OVERHEAD",
     "SHOWN_EPS",
     "attacked_positions",
@@ -37,7 +37,7 @@ __all__ = [
     "whole_images",
 ]
 
-ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
+PAPER_ARMS = ("basic", "fgsm", "random-fgsm", "bim-3", "fast-newton")
 """The arms of Wiens & Hammer 2022 (doi 10.5220/0010788400003122)."""
 
 PAPER_OVERHEAD: dict[str, dict[str, float]] = {
@@ -196,7 +196,7 @@ def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Te
         for arm, model in models.items():
             device = next(model.parameters()).device
             image, label = (tensor[None].to(device) for tensor in sample)
-            adversarial = BIM(model, eps=SHOWN_EPS, alpha=0.004, steps=10)(image, label)
+            adversarial = ATTACKS["bim-10"](model, SHOWN_EPS, 10)(image, label)
             example = {
                 "image": image,
                 "label": label,

@@ -23,17 +23,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import ARMS, PAPER_OVERHEAD, examples, measure_overhead
-from .comparison import SHOWN_EPS as _SHOWN_EPS
+from .comparison import PAPER_ARMS, PAPER_OVERHEAD, SHOWN_EPS, examples, measure_overhead
 from .data import NUM_CLASSES, Cityscapes, generate_streets
-from .evaluation import EPS, EvaluationResult, evaluate
+from .evaluation import EPS, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
-from .results import atomic_write, csv_text, is_leftover, read_rows, remove_leftovers
+from .results import csv_text, is_leftover, read_rows, remove_leftovers, write_text
+from .run_directory import processor_name
 from .training import TrainConfig, Trainer
 
-__all__ = ["ARMS", "FULL", "PAPER_OVERHEAD", "QUICK", "DemoSizes", "run_demo"]
+__all__ = ["FULL", "QUICK", "DemoSizes", "run_demo"]
 
-_ATTACKS = ("fgsm", "bim-10")
 _MEANINGFUL_STEPS = 100
 
 
@@ -137,23 +136,23 @@ def run_demo(
         )
         train, val = (_InMemory(Cityscapes(root, split)) for split in ("train", "val"))
 
-    configs = {arm: _config(arm, sizes, seed) for arm in ARMS}
+    configs = {arm: _config(arm, sizes, seed) for arm in PAPER_ARMS}
     models, curves = _train_and_evaluate(out, configs, train, val, record, progress=progress)
     rows = curves.rows
     if seeds > 1:
         rows = [row | {"seed": seed} for row in rows]
         for further in range(seed + 1, seed + seeds):
-            of_seed = {arm: _config(arm, sizes, further) for arm in ARMS}
+            of_seed = {arm: _config(arm, sizes, further) for arm in PAPER_ARMS}
             folder = out / f"seed-{further}"
             _, result = _train_and_evaluate(folder, of_seed, train, val, record, f", seed {further}", progress=progress)
             rows += [row | {"seed": further} for row in result.rows]
-    _write_csv(rows, out / "curves.csv")
+    write_text(out / "curves.csv", csv_text(rows))
 
     if not (out / "overhead.csv").exists():
         with record.stage("overhead"):
             print("overhead: steps of all arms in turn", flush=True)
             measured = measure_overhead(configs, lambda: _initial_model(seed), train, sizes.overhead_steps)
-            _write_csv(measured, out / "overhead.csv")
+            write_text(out / "overhead.csv", csv_text(measured))
     overhead = read_rows(out / "overhead.csv")
 
     with record.stage("figures"):
@@ -163,10 +162,10 @@ def run_demo(
         plots.plot_overhead(overhead, out / "overhead.png", references=PAPER_OVERHEAD)
         samples = [val[index] for index in sorted({0, len(val) // 2})]
         shown = examples({arm: models[arm] for arm in ("basic", "fast-newton")}, samples)
-        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=_SHOWN_EPS)
+        plots.plot_qualitative(shown, out / "qualitative.png", attack="bim-10", eps=SHOWN_EPS)
     record.finish(
         train={arm: dataclasses.asdict(config) for arm, config in configs.items()},
-        evaluation={"attacks": _ATTACKS, "eps": EPS},
+        evaluation={"attacks": PAPER_ATTACKS, "eps": EPS},
         curves=rows,
         overhead=overhead,
         overhead_references=PAPER_OVERHEAD,
@@ -213,14 +212,9 @@ def _train_and_evaluate(
             with record.stage(f"evaluate {arm}{suffix}"):
                 print(f"evaluation: {arm}{suffix}", flush=True)
                 loader = DataLoader(val, batch_size=min(8, len(val)))
-                evaluate(model, loader, _ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
+                evaluate(model, loader, PAPER_ATTACKS, EPS, worst_case=False, progress=progress).to_json(evaluation)
         results[arm] = EvaluationResult.from_json(evaluation)
     return models, EvaluationResult.merge(results)
-
-
-def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(csv_text(rows), encoding="utf-8")
 
 
 def _initial_model(seed: int) -> nn.Module:
@@ -273,16 +267,12 @@ class _Record:
         self._write()
 
     def _write(self) -> None:
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_text(self.path, json.dumps(self.content, indent=1, default=str) + "\n")
 
 
 def _machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -318,10 +308,10 @@ def _report(
         scores.setdefault((row["arm"], row["attack"], row["eps"]), []).append(row["miou"])
     score = {key: sum(values) / len(values) for key, values in scores.items()}
     seeds = len(next(iter(scores.values())))
-    columns = [("fgsm", 0.0), *((attack, eps) for attack in _ATTACKS for eps in (0.01, _SHOWN_EPS))]
+    columns = [("fgsm", 0.0), *((attack, eps) for attack in PAPER_ATTACKS for eps in (0.01, SHOWN_EPS))]
     titles = [f"{attack} {eps:g}" if eps else "clean" for attack, eps in columns]
     lines = ["", f"{'mIoU':<14}" + "".join(f"{title:>13}" for title in titles)]
-    for arm in ARMS:
+    for arm in PAPER_ARMS:
         lines.append(f"{arm:<14}" + "".join(f"{score[arm, *column]:>13.3f}" for column in columns))
         if seeds > 1:
             ranges = ((min(scores[arm, *column]), max(scores[arm, *column])) for column in columns)
@@ -341,13 +331,13 @@ def _report(
     if steps < _MEANINGFUL_STEPS:
         lines += ["", f"{steps} steps train nothing: this was a check that all works, its figures mean nothing."]
         return "\n".join([*lines, f"Time: {sum(seconds.values()) / 60:.1f} minutes."])
-    robust = {arm: score[arm, "bim-10", _SHOWN_EPS] for arm in ARMS}
+    robust = {arm: score[arm, "bim-10", SHOWN_EPS] for arm in PAPER_ARMS}
     ranking = sorted(robust, key=lambda arm: robust[arm], reverse=True)
     rivals = ("random-fgsm", "fgsm", "basic")
     not_below = [arm for arm in rivals if robust[arm] >= robust["fast-newton"]]
     lines += [
         "",
-        f"BIM-10, eps {_SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
+        f"BIM-10, eps {SHOWN_EPS:g}: " + " > ".join(f"{arm} {robust[arm]:.3f}" for arm in ranking),
         f"The paper finds fast-newton above {', '.join(rivals)} there; "
         + (f"here it is not above {', '.join(not_below)}." if not_below else "so it is here."),
         *_overlapping(scores, rivals),
@@ -358,10 +348,10 @@ def _report(
 
 def _overlapping(scores: Mapping[tuple[str, str, float], Sequence[float]], rivals: Sequence[str]) -> list[str]:
     """Which arms the seeds do not tell from fast-newton; nothing with one seed."""
-    ours = scores["fast-newton", "bim-10", _SHOWN_EPS]
+    ours = scores["fast-newton", "bim-10", SHOWN_EPS]
     if len(ours) == 1:
         return []
-    theirs = {arm: scores[arm, "bim-10", _SHOWN_EPS] for arm in rivals}
+    theirs = {arm: scores[arm, "bim-10", SHOWN_EPS] for arm in rivals}
     same = [arm for arm, values in theirs.items() if min(values) <= max(ours) and min(ours) <= max(values)]
     return [
         f"These are means; the range of fast-newton overlaps that of {', '.join(same) if same else 'none of them'}."

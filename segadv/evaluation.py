@@ -6,7 +6,6 @@ matrix of each image after each attack, at each eps, after some numbers of steps
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accur
 __all__ = [
     "ATTACKS",
     "EPS",
+    "PAPER_ATTACKS",
     "STEP_COUNTS",
     "EvaluationResult",
     "Measurement",
@@ -44,7 +44,8 @@ __all__ = [
     "pixel_accuracy",
 ]
 
-EPS = (0.0, 0.01, 0.02, 0.03, 0.04)
+PAPER_ATTACKS, EPS = ("fgsm", "bim-10"), (0.0, 0.01, 0.02, 0.03, 0.04)
+"""What Wiens & Hammer 2022 evaluate under, and at which eps."""
 STEP_COUNTS = (3, 5, 10, 20, 40, 100)
 """Numbers of steps at which iterative attacks are judged on their way."""
 
@@ -360,26 +361,10 @@ def _plan(
     return names, works
 
 
-def _progress_bar(loader: Iterable[Any], passes: int, progress: bool) -> Any:
-    """Counts passes of a batch through the model, so that the time left is right in spite of unequal attacks."""
-    if not progress:
-        return _NoProgress()
-    total = len(loader) * passes if isinstance(loader, Sized) else None
-    return progress_bar("evaluate", total=total, unit="pass")
-
-
-class _NoProgress(contextlib.nullcontext[Any]):
-    def __enter__(self) -> Any:
-        return self
-
-    def update(self, passes: int) -> None:
-        pass
-
-
 def evaluate(
     model: nn.Module,
     loader: Iterable[Sequence[Tensor]],
-    attacks: Sequence[str] | Mapping[str, AttackFactory] = ("fgsm", "bim-10"),
+    attacks: Sequence[str] | Mapping[str, AttackFactory] = PAPER_ATTACKS,
     eps: Sequence[float] = EPS,
     *,
     steps: int | Mapping[float, int] = 100,
@@ -461,7 +446,10 @@ def evaluate(
     }
     store, tally = Records(records, identity, approve=judge.approves), _Tally()
     data, images_seen, batch_size = hashlib.sha256(), 0, 0
-    with _progress_bar(loader, sum(work.passes for work in works), progress) as bar, frozen(model):
+    # Passes of a batch through the model, so that the time left is right in spite of unequal attacks.
+    passes = sum(work.passes for work in works)
+    total = len(loader) * passes if isinstance(loader, Sized) else None
+    with progress_bar("evaluate", total=total, unit="pass", show=progress) as bar, frozen(model):
         for index, (images, labels, *_) in enumerate(loader):
             if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
                 came = f"{type(images).__name__} and {type(labels).__name__}"

@@ -6,14 +6,16 @@ Keys are checked here, because a mistyped one must be named with its file and th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 
-__all__ = ["ConfigFile", "flat", "nearest", "recipe_file", "recipes"]
+from .train_config import flat
+
+__all__ = ["ConfigFile", "nearest", "recipe_file", "recipes"]
 
 _FOLDER = Path(__file__).with_name("configs")
 
@@ -83,11 +85,3 @@ def _check_keys(path: Path, known: Collection[str]) -> None:
             raise ValueError(f"{path}: there is no option {key!r}, did you mean {nearest(key, known)!r}?")
         if parts := [name for name in known if name.startswith(f"{key}.")]:
             raise ValueError(f"{path}: {key} consists of {', '.join(parts)}; got {value!r}")
-
-
-def flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import plots
 from .masking import Check
-from .results import EvaluationResult, Measurement, atomic_write
+from .results import EvaluationResult, Measurement, write_text
 
 __all__ = ["write_report"]
 
@@ -52,8 +52,7 @@ def write_report(
         plots.plot_steps([entry.row for entry in result.measurements], out / "steps.png", eps=shown)
     _plot_per_class(result, shown, out / "per_class.png", class_names)
     text = "\n".join(_lines(result, checks, shown, with_steps, command)) + "\n"
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     return text
 
 

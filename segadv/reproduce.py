@@ -18,7 +18,7 @@ import yaml
 
 from . import distributed
 from .comparison import (
-    ARMS,
+    PAPER_ARMS,
     PAPER_OVERHEAD,
     SHOWN_EPS,
     attacked_positions,
@@ -30,22 +30,22 @@ from .comparison import (
     whole_images,
 )
 from .data import open_dataset
-from .evaluation import ATTACKS, EPS, EvaluationResult, evaluate
+from .evaluation import ATTACKS, EPS, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
-from .recipes import flat, recipe_file
+from .recipes import recipe_file
 from .records import model_hash
 from .report import table
-from .results import atomic_write, csv_text, is_leftover, remove_leftovers
+from .results import csv_text, is_leftover, remove_leftovers, write_text
 from .run_directory import environment
+from .train_config import flat
 from .training import _FREE_TO_CHANGE, TrainConfig, Trainer, _resolve_device
 
-__all__ = ["RECIPES", "Claim", "Evaluation", "claims", "reproduce"]
+__all__ = ["SETTINGS", "Claim", "Evaluation", "claims", "reproduce"]
 
-RECIPES = {"cityscapes": "cityscapes_pspnet50", "voc": "voc_pspnet50"}
+SETTINGS = {"cityscapes": "cityscapes_pspnet50", "voc": "voc_pspnet50"}
 """setting -> recipe."""
 
 _TITLES = {"cityscapes": ("Cityscapes", "table 1"), "voc": ("PASCAL VOC", "table 2")}
-_PAPER_ATTACKS = ("fgsm", "bim-10")
 _EQUAL = 0.02
 """Difference of mIoU that still counts as equal."""
 _FREE = {*_FREE_TO_CHANGE, "accumulation", "data", "arms", "evaluation", "overhead_steps", "quick"}
@@ -81,7 +81,7 @@ class Evaluation:
     @property
     def attacks(self) -> list[str]:
         """All of them."""
-        return list(dict.fromkeys([*_PAPER_ATTACKS, *self.stronger]))
+        return list(dict.fromkeys([*PAPER_ATTACKS, *self.stronger]))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def reproduce(
     data: str,
     out: str | Path,
     options: str,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = PAPER_ARMS,
     evaluation: Evaluation = Evaluation(),
     overhead_steps: int = 25,
     command: str = "",
@@ -123,7 +123,7 @@ def reproduce(
     ``results.json`` and ``report.md``, these of the arms that are evaluated so far.
 
     Args:
-        setting: a key of `RECIPES`.
+        setting: a key of `SETTINGS`.
         config: of the training; its arm is not looked at.
         model: the network.
         dataset, data: kind and folder of the data set.
@@ -141,8 +141,8 @@ def reproduce(
         ValueError: `out` holds a run with other options, an unknown arm; else as `Trainer`.
     """
     out = Path(out)
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise ValueError(f"arms must be names out of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    if unknown := [arm for arm in arms if arm not in PAPER_ARMS]:
+        raise ValueError(f"arms must be names out of {', '.join(PAPER_ARMS)}, got {', '.join(unknown)}")
     if overhead_steps < 1:
         raise ValueError(f"overhead_steps must be at least 1, got {overhead_steps}")
     train, val = (open_dataset(dataset, data, split) for split in ("train", "val"))
@@ -165,7 +165,7 @@ def reproduce(
         if not distributed.from_first(lambda: _is_measured(out / "overhead.json", overhead_steps)):
             say("overhead: steps of all arms in turn")
             rows = measure_overhead(
-                {arm: dataclasses.replace(config, arm=arm) for arm in ARMS},
+                {arm: dataclasses.replace(config, arm=arm) for arm in PAPER_ARMS},
                 lambda: build_model(ModelConfig(model.name), num_classes=train.num_classes, seed=config.seed),
                 train,
                 overhead_steps,
@@ -224,8 +224,7 @@ def _prepare(out: Path, options: str) -> None:
 
 
 def _write_options(out: Path, options: str) -> None:
-    with atomic_write(out / "config.yaml") as temporary:
-        temporary.write_text(options, encoding="utf-8")
+    write_text(out / "config.yaml", options)
 
 
 def _attack_and_report(
@@ -243,7 +242,7 @@ def _attack_and_report(
     device = _resolve_device(config.device)
     loader = whole_images(val, images=evaluation.images, batch_size=evaluation.batch_size)
     results, shown, new = {}, {}, False
-    for arm in ARMS:
+    for arm in PAPER_ARMS:
         path = out / arm / "evaluation.json"
         if arm not in arms and not path.exists():
             continue
@@ -279,8 +278,7 @@ def _attack_and_report(
     curves.to_csv(out / "curves.csv")
     curves.plot(out / "robustness.png")
     overhead = json.loads((out / "overhead.json").read_text(encoding="utf-8"))
-    with atomic_write(out / "overhead.csv") as temporary:
-        temporary.write_text(csv_text(overhead["rows"]), encoding="utf-8")
+    write_text(out / "overhead.csv", csv_text(overhead["rows"]))
     plots.plot_overhead(overhead["rows"], out / "overhead.png", references=PAPER_OVERHEAD)
     if shown and (new or not (out / "qualitative.png").exists()):
         samples = [val[index] for index in sorted({0, len(val) // 2})]
@@ -295,7 +293,7 @@ def _attack_and_report(
     found = claims(curves.rows)
     content = {
         "setting": setting,
-        "recipe": RECIPES[setting],
+        "recipe": SETTINGS[setting],
         "differs_from_recipe": _differences(setting, out),
         "options": yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")),
         "command": command,
@@ -309,16 +307,14 @@ def _attack_and_report(
     }
     _write_json(out / "results.json", content)
     text = "\n".join(_report(content, list(results), evaluation, "qualitative.png" if shown else None)) + "\n"
-    with atomic_write(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     print(text)
     print(f"In {out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
     return content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _step_ms_as_trained(path: Path) -> float:
@@ -329,7 +325,7 @@ def _step_ms_as_trained(path: Path) -> float:
 
 def _differences(setting: str, out: Path) -> list[str]:
     """Where the options differ from the recipe, but for what changes no number."""
-    recipe = flat(yaml.safe_load(recipe_file(RECIPES[setting]).read_text(encoding="utf-8")))
+    recipe = flat(yaml.safe_load(recipe_file(SETTINGS[setting]).read_text(encoding="utf-8")))
     here = flat(yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8")))
     return [
         f"{key} {here[key]} instead of {value}"
@@ -389,7 +385,7 @@ def _report(
     rows = {(row["arm"], row["attack"], row["eps"]): row for row in content["curves"]}
     attacks = list(dict.fromkeys(row["attack"] for row in content["curves"]))
     verdict = {True: "agrees", False: "**does not agree**", None: "not measured"}
-    missing = [arm for arm in ARMS if arm not in arms]
+    missing = [arm for arm in PAPER_ARMS if arm not in arms]
     differs = content["differs_from_recipe"]
     run = content["evaluations"][arms[0]]
     lines = [

@@ -29,6 +29,7 @@ __all__ = [
     "pixel_accuracy",
     "read_rows",
     "remove_leftovers",
+    "write_text",
 ]
 
 
@@ -62,15 +63,26 @@ def wrong_pixels(confusion: Tensor) -> Tensor:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error."""
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error.
+
+    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
     try:
         yield temporary
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def is_leftover(path: Path) -> bool:
@@ -192,8 +204,7 @@ class EvaluationResult:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `rows` under the header ``attack,eps,miou,pixel_accuracy`` (``arm,...`` after `merge`)."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(csv_text(self.rows), encoding="utf-8")
+        write_text(path, csv_text(self.rows))
 
     def to_details_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all numbers of all measurements, also those on the way: ``arm,attack,eps,steps,miou,image_miou,
@@ -202,15 +213,13 @@ class EvaluationResult:
         for entry in self.measurements:
             row = entry.row
             rows.append(row | {f"iou_{i}": iou for i, iou in enumerate(row.pop("class_iou"))})
-        with atomic_write(path) as temporary:
-            temporary.write_text(csv_text(rows), encoding="utf-8")
+        write_text(path, csv_text(rows))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `run`, `rows` and all measurements; `from_json` gives the same result back."""
         measurements = [entry.row | {"confusion": entry.confusion.tolist()} for entry in self.measurements]
         content = {"run": self.run, "rows": self.rows, "measurements": measurements}
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        write_text(path, json.dumps(content, allow_nan=False))
 
     @staticmethod
     def from_json(path: str | os.PathLike[str]) -> EvaluationResult:

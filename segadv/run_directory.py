@@ -57,8 +57,6 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         self._keep_others_out()
         with explained(self.path):
-            for path in (self.checkpoint, self.model, self.metrics, self.validation, self.curves, self.run):
-                path.with_name(path.name + ".tmp").unlink(missing_ok=True)
             remove_leftovers(self.path)
         return self.checkpoint.exists()
 
@@ -160,9 +158,6 @@ class RunDirectory:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the numbers of a run may depend on besides its config; fit for JSON."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    processors = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     cuda = device.type == "cuda"
     return {
         **versions(),
@@ -171,11 +166,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else str(device),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "processor": processors[0] if processors else platform.processor(),
+        "processor": processor_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ from torch import nn
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack
 from .data import Augmentation
-from .evaluation import ATTACKS, EPS
+from .data.sampler import COINS, seeded
+from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
 
 __all__ = ["ARMS", "EARLY_STOP", "PRECISIONS", "TrainConfig", "Validation", "adversarial_coins", "poly_learning_rate"]
 
@@ -45,8 +46,6 @@ Wong et al. look once per epoch, with PGD-5 on a batch of training images; here 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_COINS = 2  # first word of a SeedSequence's spawn key: one stream per purpose; 0 and 1 belong to segadv.data
-
 
 @dataclass(frozen=True)
 class Validation:
@@ -65,7 +64,7 @@ class Validation:
 
     every: int = 0
     images: int = 0
-    attacks: tuple[str, ...] = ("fgsm", "bim-10")
+    attacks: tuple[str, ...] = PAPER_ATTACKS
     eps: tuple[float, ...] = EPS
     batch_size: int = 4
 
@@ -186,6 +185,14 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {number}")
 
 
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, such as those of a config, as one with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def adversarial_coins(seed: int, epoch: int, length: int, share: float) -> npt.NDArray[np.bool_]:
     """Which samples of a data set are made adversarial in an epoch: bool [length], each with probability
     share.
@@ -194,8 +201,7 @@ def adversarial_coins(seed: int, epoch: int, length: int, share: float) -> npt.N
     on the arm nor on the batch the sample is in, the number of workers or the length of the data set. Drawn
     on the host, so that the choice of samples never waits for a GPU.
     """
-    stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_COINS, epoch)))
-    return stream.random(length) < share
+    return seeded(seed, COINS, epoch).random(length) < share
 
 
 def poly_learning_rate(step: int, *, steps: int, learning_rate: float = 0.01, power: float = 0.9) -> float:

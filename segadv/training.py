@@ -37,13 +37,23 @@ from .attacks.base import model_logits
 from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
+from .data.sampler import STEP
 from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
 from .progress import progress_bar
 from .results import csv_text
 from .run_directory import RunDirectory
-from .train_config import ARMS, EARLY_STOP, PRECISIONS, TrainConfig, Validation, adversarial_coins, poly_learning_rate
+from .train_config import (
+    ARMS,
+    EARLY_STOP,
+    PRECISIONS,
+    TrainConfig,
+    Validation,
+    adversarial_coins,
+    flat,
+    poly_learning_rate,
+)
 
 __all__ = [
     "ARMS",
@@ -66,8 +76,6 @@ _FREE_TO_CHANGE = {
 
 # how a batch is divided: another way gives the same run up to rounding and random numbers, see allow_other_split
 _SPLIT = {"processes", "accumulation"}
-
-_STEP = 3  # first word of a SeedSequence's spawn key: one stream per purpose; 0 to 2 are taken
 
 _STEPS_TO_STOP = 2
 """From Ctrl-C in one of several processes to the stop of all: what they told so long ago is there without waiting."""
@@ -295,7 +303,7 @@ class Trainer:
 
     def _seed(self, part: int) -> None:
         number = part * self.processes + distributed.rank()
-        key = (_STEP, self.steps_done, number) if number else (_STEP, self.steps_done)
+        key = (STEP, self.steps_done, number) if number else (STEP, self.steps_done)
         model_seed, attack_seed = np.random.SeedSequence(self.config.seed, spawn_key=key).generate_state(2, np.uint64)
         seed_generators(self.device, int(model_seed))
         self.generator.manual_seed(int(attack_seed))
@@ -578,7 +586,7 @@ class Trainer:
             free = free | {"processes"}
         if self.config.arm in EARLY_STOP:  # where the probes decide when to stop, their number is part of the run
             free = free - {"monitor_every"}
-        there, here = (_flat({k: v for k, v in values.items() if k not in free}) for values in (saved, ours))
+        there, here = (flat({k: v for k, v in values.items() if k not in free}) for values in (saved, ours))
         differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
         if not differing:
             return
@@ -762,14 +770,6 @@ def _one_size(paths: Sequence[str | os.PathLike[str]]) -> None:
             sizes.add(image.size[::-1])
     if len(sizes) > 1:
         raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)[:3]}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names with dots."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _stack(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

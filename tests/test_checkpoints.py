@@ -24,6 +24,7 @@ from test_training import FILES, Squares, assert_same_state, config, metrics_of,
 from torch import nn
 
 from segadv import checkpoints, run_directory, training
+from segadv.results import is_leftover
 from segadv.training import Trainer, Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the other processes: so come the same bits
@@ -165,7 +166,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, "the moment never came"
     if moment in ("half 2", "written 3"):
-        assert (tmp_path / "last.pt.tmp").exists()
+        assert any(map(is_leftover, tmp_path.iterdir()))
     if (tmp_path / "last.pt").exists():
         assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] in (4, 8, 12, 14)
     assert_same_run(tmp_path, whole)
@@ -204,7 +205,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
     child.start()
     try:
         assert ready.wait(60)
-        unwritten = tmp_path / "last.pt.tmp"
+        unwritten = tmp_path / f".last.{child.pid}.1.segadv.pt"
         unwritten.write_text("the first run is writing this")
         with pytest.raises(ValueError, match=rf"{tmp_path}: process {child.pid} on .* is training there, and two runs"):
             trainer().run(tmp_path, progress=False)
@@ -260,7 +261,7 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, whole: tuple[
     (tmp_path / file / "in the way").touch()
     with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
         trainer().run(tmp_path, progress=False)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not any(map(is_leftover, tmp_path.iterdir()))
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import torch
 import segadv
 from segadv import cli, demo, evaluation, training
 from segadv.cli import main
-from segadv.demo import ARMS, DemoSizes, run_demo
+from segadv.comparison import PAPER_ARMS
+from segadv.demo import DemoSizes, run_demo
 from segadv.training import Trainer
 
 Image = pytest.importorskip("PIL.Image")
@@ -331,14 +332,14 @@ def test_quick_demo_from_end_to_end(
     curves = read(out / "curves.csv")
     assert list(curves[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
     assert [(row["arm"], row["attack"], float(row["eps"])) for row in curves] == [
-        (arm, attack, eps) for arm in ARMS for attack in ("fgsm", "bim-10") for eps in (0, 0.01, 0.02, 0.03, 0.04)
+        (arm, attack, eps) for arm in PAPER_ARMS for attack in ("fgsm", "bim-10") for eps in (0, 0.01, 0.02, 0.03, 0.04)
     ]
     assert all(0 < float(row["miou"]) < 1 and 0 < float(row["pixel_accuracy"]) < 1 for row in curves)
-    assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(ARMS), "two arms are the same"
+    assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(PAPER_ARMS), "two arms are the same"
 
     overhead = read(out / "overhead.csv")
     assert list(overhead[0]) == ["arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent"]
-    assert [row["arm"] for row in overhead] == list(ARMS)
+    assert [row["arm"] for row in overhead] == list(PAPER_ARMS)
     p50 = {row["arm"]: float(row["step_ms_p50"]) for row in overhead}
     for row in overhead:
         assert 0 < float(row["step_ms_p20"]) <= float(row["step_ms_p50"]) <= float(row["step_ms_p80"])
@@ -379,7 +380,7 @@ def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypat
         patched.setattr(Trainer, "step_in_place", step)
         with pytest.raises(KeyboardInterrupt):
             run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
-    assert steps[-1] == list(ARMS)[2]
+    assert steps[-1] == list(PAPER_ARMS)[2]
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["finished"] is False
     assert not (tmp_path / "parts" / "curves.csv").exists()
 
@@ -392,9 +393,9 @@ def test_interrupted_demo_continues_to_the_same_curves(tmp_path: Path, monkeypat
     monkeypatch.setattr(Trainer, "step_in_place", counted)
     results = run_demo(tmp_path / "parts", sizes=TINY, seed=2, progress=False)
     overhead_steps = 2 + TINY.overhead_steps
-    counts = [trained.count(arm) - overhead_steps for arm in ARMS]
+    counts = [trained.count(arm) - overhead_steps for arm in PAPER_ARMS]
     assert counts == [0, 0, TINY.steps - 2, TINY.steps, TINY.steps]
-    for name in ("curves.csv", *(f"{arm}/evaluation.json" for arm in ARMS)):
+    for name in ("curves.csv", *(f"{arm}/evaluation.json" for arm in PAPER_ARMS)):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert results["finished"] is True
 
@@ -417,11 +418,11 @@ def test_report_states_what_the_numbers_say(fast_newton: float, verdict: str) ->
     miou = {"basic": 0.1, "fgsm": 0.28, "random-fgsm": 0.3, "bim-3": 0.4, "fast-newton": fast_newton}
     curves = [
         {"arm": arm, "attack": attack, "eps": eps, "miou": miou[arm]}
-        for arm in ARMS
+        for arm in PAPER_ARMS
         for attack in ("fgsm", "bim-10")
         for eps in (0.0, 0.01, 0.03)
     ]
-    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in ARMS]
+    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in PAPER_ARMS]
     text = demo._report(curves, overhead, {"train": 60.0}, 400)
     assert verdict in text
     assert f"BIM-10, eps 0.03: {max(miou, key=lambda arm: miou[arm])} " in text

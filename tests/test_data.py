@@ -146,7 +146,7 @@ def test_interrupted_generation_goes_on(streets: Path, copy: Path, manifest: boo
     for path in (images[1], images[4], labels[4], labels[6]):
         path.unlink()
     # what a kill in the middle of a write leaves behind
-    leftover = images[1].with_name(f".{images[1].name}.1.tmp")
+    leftover = images[1].with_name(f".{images[1].stem}.1.2.segadv.png")
     leftover.write_bytes(b"half")
     if not manifest:
         (copy / "streets.json").unlink()

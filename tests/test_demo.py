@@ -12,7 +12,8 @@ import pytest
 
 from segadv import demo, plots
 from segadv.cli import main
-from segadv.demo import ARMS, DemoSizes, run_demo
+from segadv.comparison import PAPER_ARMS
+from segadv.demo import DemoSizes, run_demo
 from segadv.training import Trainer
 
 pytest.importorskip("PIL.Image")
@@ -33,7 +34,7 @@ TINY = DemoSizes(
 @pytest.fixture
 def two_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less to train: only the arms that the pictures need."""
-    monkeypatch.setattr(demo, "ARMS", TWO)
+    monkeypatch.setattr(demo, "PAPER_ARMS", TWO)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -158,7 +159,7 @@ def curves(miou: dict[str, float], spread: float) -> list[dict[str, Any]]:
     return [
         {"arm": arm, "attack": attack, "eps": eps, "miou": miou[arm] + difference, "seed": seed}
         for seed, difference in enumerate((spread, 0.0, -spread))
-        for arm in ARMS
+        for arm in PAPER_ARMS
         for attack in ("fgsm", "bim-10")
         for eps in (0.0, 0.01, 0.03)
     ]
@@ -174,7 +175,7 @@ def curves(miou: dict[str, float], spread: float) -> list[dict[str, Any]]:
     ],
 )
 def test_the_tables_show_mean_and_range_of_the_seeds(spread: float, ranges: str, overlapping: str) -> None:
-    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in ARMS]
+    overhead = [{"arm": arm, "step_ms_p50": 100.0, "overhead_percent": 5.0} for arm in PAPER_ARMS]
     text = demo._report(curves(MIOU, spread), overhead, {"train": 60.0}, 400)
     lines = text.splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("fast-newton"))
@@ -195,8 +196,8 @@ def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.Mo
     several, single = figures
     for panel in several.axes:
         bands = [collection.get_paths()[0].vertices for collection in panel.collections]
-        assert len(bands) == len(panel.lines) == len(ARMS)
-        for line, band, arm in zip(panel.lines, bands, ARMS, strict=True):
+        assert len(bands) == len(panel.lines) == len(PAPER_ARMS)
+        for line, band, arm in zip(panel.lines, bands, PAPER_ARMS, strict=True):
             assert line.get_xdata().tolist() == [0.0, 0.01, 0.03]
             assert line.get_ydata() == pytest.approx([MIOU[arm]] * 3)
             assert (band[:, 0].min(), band[:, 0].max()) == (0.0, 0.03)

@@ -19,7 +19,7 @@ from benchmarks import attacks, overhead, peers, report, scaling, trainer
 from benchmarks import test_bench_cpu as guard
 from benchmarks.measure import DeviceRow, Row, Timing, read_rows, write_rows
 from benchmarks.records import Record, read_records, write_records
-from segadv.comparison import ARMS
+from segadv.comparison import PAPER_ARMS
 from segadv.results import EvaluationResult, Measurement
 
 Image = pytest.importorskip("PIL.Image")
@@ -318,12 +318,12 @@ def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
     """The means are multiples of 0.05, the ranges 0.01 to each side."""
     rows = [
         record(report.MIOU, arm, attack, f"eps {eps:g}, seed {seed}", 0.05 * (i + 1) + 0.01 * (seed - 1), rounds=1)
-        for i, arm in enumerate(ARMS)
+        for i, arm in enumerate(PAPER_ARMS)
         for attack in ("fgsm", "bim-10")
         for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
         for seed in seeds
     ]
-    rows += [record(report.STEP, arm, "p = 0.5", "demo", 100.0 + 10 * i, unit="ms") for i, arm in enumerate(ARMS)]
+    rows += [record(report.STEP, arm, "p = 0.5", "demo", 100.0 + 10 * i, unit="ms") for i, arm in enumerate(PAPER_ARMS)]
     return [*rows, record(report.MINUTES, "demo", "", "demo", 31.4, unit="minutes", rounds=1)]
 
 
@@ -506,7 +506,7 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
         }
         | ({"seed": seed} if len(seeds) > 1 else {})
         for k, seed in enumerate(seeds)
-        for i, arm in enumerate(ARMS)
+        for i, arm in enumerate(PAPER_ARMS)
         for attack in ("fgsm", "bim-10")
         for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
     ]
@@ -518,7 +518,7 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
             "step_ms_p80": 150.0 + i,
             "overhead_percent": 10.0 * i,
         }
-        for i, arm in enumerate(ARMS)
+        for i, arm in enumerate(PAPER_ARMS)
     ]
     content = {
         "arguments": {"segadv": "0.1.0", "seed": seeds[0], "overhead_steps": 25},

@@ -461,7 +461,7 @@ class Attack(ABC):
             warnings.warn(
                 'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
                 'with one value per channel cannot even do that); use bn="eval", or more images',
-                stacklevel=_levels_to_the_caller(),
+                stacklevel=levels_to_the_caller(),
             )
         if synchronous_checks() and images.numel():
             low, high = images.min().item(), images.max().item()
@@ -531,7 +531,7 @@ _REENTRANT = (
 )
 
 
-def _levels_to_the_caller() -> int:
+def levels_to_the_caller() -> int:
     """stacklevel= of a warning that should name the line which called this package."""
     frame: FrameType | None = sys._getframe(1)
     level = 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .base import Attack, AttackInfo, checked_size, per_image
+from .base import Attack, AttackInfo, checked_size, levels_to_the_caller, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
 
@@ -227,7 +227,7 @@ class BIM(_SignAttack):
             warnings.warn(
                 f"steps * alpha = {self.steps} * {self.alpha:g} < eps = {self.eps:g}: too little to reach "
                 "the surface of the eps-ball",
-                stacklevel=3 if type(self) is BIM else 4,  # the line that makes the attack
+                stacklevel=levels_to_the_caller(),
             )
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:

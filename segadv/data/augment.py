@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import IGNORE_INDEX, reads_files
-from .sampler import at_least, seeded
+from .sampler import AUGMENTATION, at_least, seeded
 
 __all__ = ["Augmentation", "Augmented"]
 
 Array = npt.NDArray[np.float64]
-
-_AUGMENTATION = 1  # first word of the spawn key: one stream per purpose; 0 belongs to the sampler
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
                     f"got {list(image.shape)} and {list(label.shape)}"
                 )
         wanted = self.augmentation
-        generator = seeded(self.seed, _AUGMENTATION, epoch, index)
+        generator = seeded(self.seed, AUGMENTATION, epoch, index)
         flip = generator.random() < 0.5 and wanted.flip
         scale = generator.uniform(*wanted.scale) if wanted.scale != (1, 1) else 1.0
         angle = generator.uniform(-wanted.rotation, wanted.rotation) if wanted.rotation else 0.0

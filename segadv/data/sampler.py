@@ -9,7 +9,8 @@ from torch.utils.data import Sampler
 
 __all__ = ["EpochSampler"]
 
-_PERMUTATION = 0  # first word of the spawn key: one stream per purpose
+PERMUTATION, AUGMENTATION, COINS, STEP = range(4)
+"""First words of the keys of `seeded` that a training uses: a stream for every purpose."""
 
 
 def seeded(seed: int, *key: int) -> np.random.Generator:
@@ -83,7 +84,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.start_step, self.steps):
             epoch, batch = divmod(step, self.batches_per_epoch)
             if epoch != permutation_epoch:
-                permutation = seeded(self.seed, _PERMUTATION, epoch).permutation(self.length).tolist()
+                permutation = seeded(self.seed, PERMUTATION, epoch).permutation(self.length).tolist()
                 permutation_epoch = epoch
             start = batch * self.batch_size
             yield [(epoch, permutation[start + position]) for position in self.positions]

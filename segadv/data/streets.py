@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..results import atomic_write, is_leftover
 from .files import require_pillow
+from .sampler import seeded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -749,12 +751,8 @@ def _origin(split: str, index: int, size: tuple[int, int], seed: int) -> str:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_png(path: Path, image: Image.Image, origin: str) -> None:
@@ -783,8 +781,7 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _draw_scene(size: tuple[int, int], seed: int, split: str, index: int) -> tuple[Image.Image, Image.Image]:
-    entropy = np.random.SeedSequence(seed, spawn_key=(list(_CITIES).index(split), index))
-    return _Scene(np.random.default_rng(entropy), *size).render()
+    return _Scene(seeded(seed, list(_CITIES).index(split), index), *size).render()
 
 
 def _check_manifest(root: Path, arguments: dict[str, Any]) -> None:
@@ -807,7 +804,7 @@ def _foreign_file(root: Path, expected: set[Path]) -> Path | None:
         for folder, _, names in os.walk(root / layer):
             for name in names:
                 path = Path(folder, name)
-                if path not in expected and not (name.startswith(".") and name.endswith(".tmp")):
+                if path not in expected and not is_leftover(path):
                     return path
     return None
 
