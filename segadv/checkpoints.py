@@ -170,6 +170,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os
             for name in differing[:3]
         )
         raise ValueError(
-            f"{path} belongs to another architecture: {len(differing)} of {len(ours)} tensors differ: {shown}"
+            f"{path} belongs to another architecture: {len(differing)} of {len(ours | theirs)} tensors differ: {shown}"
         )
     model.load_state_dict(weights)

@@ -432,13 +432,13 @@ def _evaluate(arguments: Namespace) -> None:
     from .evaluation import EvaluationResult, evaluate
     from .masking import masking_checks
     from .report import write_report
-    from .training import _resolve_device
+    from .training import resolve_device
 
     start = time.perf_counter()
     for name, least in (("images", 0), ("check_images", 0), ("batch_size", 1), ("seed", 0)):
         if arguments[name] < least:
             raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {arguments[name]}")
-    device = _resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
@@ -446,7 +446,7 @@ def _evaluate(arguments: Namespace) -> None:
         raise ValueError("steps has no effect: it is of bim, pgd, segpgd and cospgd, none of which came")
     trained = {name: load_trained(path) for name, path in _arms(arguments.checkpoints).items()}
     models = {name: model.to(device) for name, (model, _) in trained.items()}
-    descriptions = [config.get("description") or {} for _, config in trained.values()]
+    descriptions = [config["description"] for _, config in trained.values()]
     dataset = open_dataset(arguments.dataset or _dataset(descriptions), arguments.data, arguments.split)
     _check_classes(dataset, arguments.checkpoints, descriptions)
     out = Path(arguments.out)
@@ -470,8 +470,8 @@ def _evaluate(arguments: Namespace) -> None:
 
 
 def _dataset(descriptions: Sequence[dict[str, Any]]) -> str:
-    """The kind of data set that the checkpoints were trained on; before descriptions there was one kind."""
-    names: list[str] = sorted({description.get("dataset", "cityscapes") for description in descriptions})
+    """The kind of data set that the checkpoints were trained on."""
+    names: list[str] = sorted({description["dataset"] for description in descriptions})
     if len(names) > 1:
         raise ValueError(f"the checkpoints were trained on different data sets ({', '.join(names)}): give --dataset")
     return names[0]
@@ -479,10 +479,9 @@ def _dataset(descriptions: Sequence[dict[str, Any]]) -> str:
 
 def _check_classes(dataset: Any, checkpoints: Sequence[str], descriptions: Sequence[dict[str, Any]]) -> None:
     for path, description in zip(checkpoints, descriptions, strict=True):
-        classes = description.get("num_classes", dataset.num_classes)
-        if classes != dataset.num_classes:
+        if description["num_classes"] != dataset.num_classes:
             raise ValueError(
-                f"{path} was trained on {classes} classes ({description.get('dataset', 'another data set')}), "
+                f"{path} was trained on {description['num_classes']} classes ({description['dataset']}), "
                 f"the data set has {dataset.num_classes}: give the --dataset that fits"
             )
 

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
 from .attacks.base import frozen, model_logits
-from .data import NUM_CLASSES
 from .evaluation import ATTACKS
 from .models import ModelConfig, build_model
 from .training import TrainConfig, Trainer, Validation, load_model, read_config
@@ -73,28 +72,23 @@ def untrained(model: ModelConfig, checkpoint: Path, *, num_classes: int, seed: i
 
 
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint that `segadv train` wrote, and what `read_config` tells of it.
-
-    A checkpoint without a description is taken for one of `small_pspnet` on Cityscapes' classes, the only network
-    that `segadv train` knew before it wrote descriptions.
+    """The network of a checkpoint whose description `describe` made, and what `read_config` tells of it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds another network than it says.
+        ValueError: it cannot be read, has no such description, or holds another network than that says.
     """
     config = read_config(path)
     description = config.get("description") or {}
-    model_config = description.get("model", {})
-    model = build_model(ModelConfig(**model_config), num_classes=description.get("num_classes", NUM_CLASSES), seed=0)
     try:
-        return load_model(path, model), config
-    except ValueError as error:
-        if description:
-            raise
+        network, num_classes = ModelConfig(description["model"]["name"]), description["num_classes"]
+        description["dataset"]
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{error}. It does not say which network it holds, so small_pspnet was tried; for a network of your own "
-            "use segadv.training.load_model and segadv.evaluation.evaluate"
+            f"{path} does not say which network it holds, as those of segadv train do; for a network of your own use "
+            "segadv.training.load_model and segadv.evaluation.evaluate"
         ) from error
+    return load_model(path, build_model(network, num_classes=num_classes, seed=0)), config
 
 
 def whole_images(dataset: Any, *, images: int = 0, batch_size: int = 1) -> DataLoader[Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
-from .comparison import PAPER_ARMS, PAPER_OVERHEAD, SHOWN_EPS, examples, measure_overhead
+from .comparison import PAPER_ARMS, PAPER_OVERHEAD, SHOWN_EPS, describe, examples, measure_overhead
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
@@ -59,6 +59,9 @@ class DemoSizes:
     learning_rate: float
     overhead_steps: int
 
+
+_NETWORK = ModelConfig("small_pspnet")
+_DESCRIPTION = describe("cityscapes", _NETWORK, NUM_CLASSES)
 
 FULL = DemoSizes(
     train_images=200,
@@ -203,7 +206,7 @@ def _train_and_evaluate(
     for arm, config in configs.items():
         with record.stage(f"train {arm}{suffix}"):
             print(f"training: {arm}{suffix}", flush=True)
-            trainer = Trainer(config, _initial_model(config.seed), train)
+            trainer = Trainer(config, _initial_model(config.seed), train, description=_DESCRIPTION)
             trainer.run(folder / arm, progress=progress)
             models[arm] = trainer.model
     for arm, model in models.items():
@@ -218,7 +221,7 @@ def _train_and_evaluate(
 
 
 def _initial_model(seed: int) -> nn.Module:
-    return build_model(ModelConfig(), num_classes=NUM_CLASSES, seed=seed)
+    return build_model(_NETWORK, num_classes=NUM_CLASSES, seed=seed)
 
 
 class _Record:

@@ -109,6 +109,7 @@ class _Judge:
         if not isinstance(adversarial, Tensor) or adversarial.shape != images.shape:
             came = list(adversarial.shape) if isinstance(adversarial, Tensor) else f"a {type(adversarial).__name__}"
             raise ValueError(f"attack {name!r} gave {came} for images {list(images.shape)}; the same shape is needed")
+        adversarial = adversarial.detach()
         if images.numel():
             low, high = adversarial.aminmax()
             far = (adversarial - images).abs().amax() - eps
@@ -229,22 +230,31 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
 def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps: float) -> _Work:
     """An attack of the caller's: at one eps; judged on the way where it is one of the package's."""
     attack = factory(model, eps)
+    if isinstance(attack, Attack) and attack.bn == "train" and unwrapped(attack.model) is unwrapped(model):
+        raise ValueError(f'attack {name!r}: bn="train" came, but evaluate runs the model in eval mode; use bn="eval"')
     arguments, iterative = [], None
     # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.
     if isinstance(attack, Attack) and type(attack).__module__.startswith("segadv.attacks."):
         if isinstance(attack, BIM) and attack.model is model and judge.agrees(attack) and _keeps_to(attack, eps):
             iterative = attack
-        if all(is_plain(getattr(attack, entry.name)) for entry in fields(attack) if entry.name != "model"):
+        plain = all(is_plain(getattr(attack, entry.name)) for entry in fields(attack) if entry.name != "model")
+        if plain and attack.bn == "eval":  # the flags of another model are not in its hash
             source = {} if attack.model is model else {"model_sha256": model_hash(attack.model)}
             arguments = [attack.arguments | source]
-    judged = _judged_steps(iterative.steps) if iterative else (getattr(attack, "steps", 1),)
+    if iterative:
+        judged = _judged_steps(iterative.steps)
+    else:
+        steps = getattr(attack, "steps", 1)
+        judged = (int(steps) if isinstance(steps, Integral) and int(steps) > 0 else 1,)
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
             seed_generators(images.device, seed)
             if iterative:
                 return iterative.outcomes(images, labels, judged)[None]
-            return judge(judge.looked_at(attack(images, labels), images, name, eps), labels)[None, None]
+            with frozen(model):  # whatever the attack does to it, or to its arguments, ends here
+                adversarial = attack(images.clone(), labels.clone())
+            return judge(judge.looked_at(adversarial, images, name, eps), labels)[None, None]
 
     return _Work(name, (eps,), judged, outcomes, arguments)
 
@@ -263,8 +273,8 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 def _keeps_to(attack: BIM, eps: float) -> bool:
     """Whether its images stay in box and ball, so that they need not be looked at."""
-    low, high = attack.bounds
-    return low >= 0 and high <= 1 and float(torch.as_tensor(attack.eps).amax()) <= eps + _ROUNDING
+    # narrower bounds come after the ball, and lead out of it
+    return attack.bounds == (0, 1) and float(torch.as_tensor(attack.eps).amax()) <= eps + _ROUNDING
 
 
 def _judged_steps(steps: int) -> tuple[int, ...]:
@@ -395,8 +405,9 @@ def evaluate(
         attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
             Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
             iterate, random start but for "bim"). Or a mapping from names to factories: ``factory(model, eps)``
-            gives the attack, and ``attack(images, labels)`` the adversarial images. A UserWarning tells of images
-            outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.
+            gives the attack, and ``attack(images, labels)`` the adversarial images; what it does to its arguments, and
+            to the model's flags and buffers, lasts for the call. A UserWarning tells of images outside of [0, 1], or
+            farther than eps from the clean ones, as some attacks' are on purpose.
         eps: the sizes of the perturbation, in the images' unit.
         steps: of "bim", "pgd", "segpgd" and "cospgd": a number, or a mapping from each eps to one.
         worst_case: adds "worst-case" where there are several attacks.
@@ -409,8 +420,8 @@ def evaluate(
             from others by its parameters, buffers, what it prints, and attributes of its modules that are True,
             False, words or functions (such as ``output=`` of `segadv.models.wrap`), not by its code and other
             attributes: give another folder where those change. Attacks from factories are recorded where they are
-            one of `segadv.attacks`, not a sub-class, have neither a generator nor a callable, and stay in box and
-            ball.
+            one of `segadv.attacks`, not a sub-class, with bn="eval", have neither a generator nor a callable, and stay
+            in box and ball.
         progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
             tqdm.
         sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
@@ -419,7 +430,8 @@ def evaluate(
     Raises:
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
             pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`, an
-            attack of the caller's that gives something else than finite images of the same shape.
+            attack of the caller's that gives something else than finite images of the same shape, or has bn="train"
+            with the evaluated model, which runs in eval mode.
     """
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")

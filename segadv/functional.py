@@ -13,8 +13,11 @@ Shapes and types, the same everywhere:
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would
-stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too).
+Errors, the same everywhere: TypeError where no tensor came; ValueError for a dtype or shape that is not named above,
+fewer than 2 classes, tensors that do not fit together or are on different devices, and any other argument out of its
+range. A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would
+stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError
+where a backend was asked for that cannot run.
 
 None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
 torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins and gains under a
@@ -164,6 +167,11 @@ def cross_entropy(
 
         z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
         F.cross_entropy(z, labels.long(), weight=weight, ignore_index=ignore_index, reduction=reduction)
+
+    and for "image" to the "sum" of each image, divided by the sum of `weight[y]` over its valid pixels.
+
+    Raises, besides what all raise:
+        ValueError: a reduction of another name; a weight that is not a floating point [C] on the logits' device.
     """
     if reduction not in ("mean", "image", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r} is not one of 'mean', 'image', 'sum', 'none'")
@@ -202,9 +210,13 @@ def segpgd_loss(
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
         step, steps: the current step, counted from 0, and their number.
+        targeted: the labels are the target; swaps the weights.
 
     Returns:
         [N], float32 or float64.
+
+    Raises, besides what all raise:
+        ValueError: not 0 <= step < steps.
 
     Equivalent to::
 
@@ -236,6 +248,7 @@ def cospgd_loss(
     Args:
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
+        targeted: the labels are the target; takes 1 - c.
 
     Returns:
         [N], float32 or float64.
@@ -270,7 +283,8 @@ def loss_and_grad(
     Args:
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
-        loss: "cross_entropy", "segpgd" (needs step and steps) or "cospgd".
+        loss: "cross_entropy", "segpgd" or "cospgd".
+        step, steps: of SegPGD, as in `segpgd_loss`; the others take no notice.
         targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
 
     Returns:
@@ -281,6 +295,11 @@ def loss_and_grad(
         loss_sum = cross_entropy(logits, labels, reduction="none").sum((1, 2))    # or segpgd_loss(...) * n_valid
         n_valid = (labels != ignore_index).sum((1, 2))
         (grad,) = torch.autograd.grad(loss_sum.sum(), logits)
+
+    Sources: those of the losses.
+
+    Raises, besides what all raise:
+        ValueError: a loss of another name; "segpgd" without step and steps, or not 0 <= step < steps.
     """
     if loss not in ("cross_entropy", "segpgd", "cospgd"):
         raise ValueError(f"loss: {loss!r} is not one of 'cross_entropy', 'segpgd', 'cospgd'")
@@ -310,6 +329,8 @@ def l1_norm(grad: Tensor) -> Tensor:
         [N], float32 (float64 for float64).
 
     Equivalent to: `grad.float().abs().flatten(1).sum(1)`
+
+    Source: the denominator of Wiens & Hammer 2022, eq. 18.
     """
     _check_tensor("grad", grad)
     if grad.dtype not in _FLOATS:
@@ -353,6 +374,10 @@ def newton_step(
         (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(*bounds), eps
 
     Source: Wiens & Hammer 2022, eqs. 18 and 19.
+
+    Raises, besides what all raise:
+        ValueError: images in half precision, which cannot hold an eps-ball; bounds that are not (low, high) with
+            low < high; a gain that is not a floating point [N]; a negative max_eps.
     """
     return _newton_step(images, grad, gain, bounds=bounds, clamp_negative=clamp_negative, max_eps=max_eps)[:2]
 
@@ -412,6 +437,10 @@ def sign_step(
         x.clamp(*bounds)
 
     Source: Wiens & Hammer 2022, eqs. 3 and 4.
+
+    Raises, besides what all raise:
+        ValueError: images in half precision; bounds that are not (low, high) with low < high; origin without eps, or
+            eps without origin; an alpha that is not finite; a negative eps.
     """
     _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
@@ -487,6 +516,9 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
         [N, H, W], uint8 (int16 for more than 256 classes).
 
     Equivalent to: `F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1).byte()`
+
+    Raises, besides what all raise:
+        ValueError: logits [N, C], which have no size; a size that is not (H, W) with both at least 1.
     """
     _check_logits(logits)
     if logits.dim() != 4:

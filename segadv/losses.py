@@ -27,6 +27,10 @@ class CrossEntropyLoss(nn.Module):
 
         z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
         nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index)(z, labels.long())
+
+    Raises:
+        TypeError: a weight that is no tensor. ValueError: one that is not a floating point [C]. In the call, what
+            `segadv.functional.cross_entropy` raises.
     """
 
     weight: Tensor | None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD
-from .attacks.base import frozen, model_logits, unwrapped
+from .attacks.base import frozen, has_label, model_logits, unwrapped
 from .evaluation import AttackFactory, evaluate
 
 __all__ = ["Check", "masking_checks"]
@@ -88,7 +88,11 @@ def masking_checks(
     curve = [row["pixel_accuracy"] for row in curves.rows if row["attack"] == "worst-case"]
 
     def pgd(against: nn.Module | None) -> AttackFactory:
-        return lambda target, value: PGD(against or target, eps=value, alpha=value / 3, steps=steps, **options)
+        def factory(target: nn.Module, value: float) -> PGD:
+            attacked = target if against is None else against
+            return PGD(attacked, eps=value, alpha=value / 3, steps=steps, **options)
+
+        return factory
 
     attacks: dict[str, AttackFactory] = {
         "fgsm": lambda target, value: FGSM(target, eps=value, **options),
@@ -170,6 +174,5 @@ def _losses_along_fgsm(
                 ).double()
                 for point in points
             ]
-            has_labels = (labels != attack.ignore_index).flatten(1).any(1)
-            losses.append(torch.stack(by_point, 1)[has_labels].cpu())
+            losses.append(torch.stack(by_point, 1)[has_label(labels, attack.ignore_index)].cpu())
     return torch.cat(losses)

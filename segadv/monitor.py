@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD, FastNewton
-from .attacks.base import frozen, model_logits, unwrapped
+from .attacks.base import frozen, has_label, model_logits, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .data import IGNORE_INDEX
+from .results import pixel_accuracy
 
 __all__ = ["catastrophic_overfitting", "probe"]
 
@@ -49,13 +50,15 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     fgsm = FGSM(model, eps=EPS)
     pgd = PGD(model, eps=EPS, alpha=0.01, steps=10, generator=generator.manual_seed(0))
     gradient, other = (fgsm.input_gradient(points, labels).flatten(1) for points in (images, neighbours))
+    # of any length: by default what is shorter than 1e-8 counts as that long, as of a network that is sure
+    cosine = F.cosine_similarity(gradient.double(), other.double(), eps=1e-150)
     _, newton = FastNewton(model)(images, labels, return_info=True)
     assert newton.gain is not None
     p10, median, p90 = np.quantile(newton.eps.double().cpu().numpy(), [0.1, 0.5, 0.9]).tolist()
     return {
         "pgd_accuracy": _accuracy(model, pgd(images, labels), labels),
         "fgsm_accuracy": _accuracy(model, fgsm(images, labels), labels),
-        "gradient_cosine": _mean_of_labelled(F.cosine_similarity(gradient, other), labels),
+        "gradient_cosine": _mean_of_labelled(cosine, labels),
         "newton_eps_p10": p10,
         "newton_eps_median": median,
         "newton_eps_p90": p90,
@@ -65,14 +68,13 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _mean_of_labelled(values: Tensor, labels: Tensor) -> float:
     """Mean over the images that have a labelled pixel; 0 where none has."""
-    labelled = values[(labels != IGNORE_INDEX).flatten(1).any(1)]
+    labelled = values[has_label(labels, IGNORE_INDEX)]
     return labelled.mean().item() if len(labelled) else 0.0
 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     with frozen(model):
-        confusion = functional.confusion_matrix(model_logits(unwrapped(model)(images)), labels)
-    return confusion.diagonal().sum().item() / max(confusion.sum().item(), 1)
+        return pixel_accuracy(functional.confusion_matrix(model_logits(unwrapped(model)(images)), labels))
 
 
 def catastrophic_overfitting(probes: Sequence[Mapping[str, float]]) -> bool:

@@ -38,7 +38,7 @@ from .report import table
 from .results import csv_text, is_leftover, remove_leftovers, write_text
 from .run_directory import environment
 from .train_config import flat
-from .training import _FREE_TO_CHANGE, TrainConfig, Trainer, _resolve_device
+from .training import FREE_TO_CHANGE, TrainConfig, Trainer, resolve_device
 
 __all__ = ["SETTINGS", "Claim", "Evaluation", "claims", "reproduce"]
 
@@ -48,7 +48,7 @@ SETTINGS = {"cityscapes": "cityscapes_pspnet50", "voc": "voc_pspnet50"}
 _TITLES = {"cityscapes": ("Cityscapes", "table 1"), "voc": ("PASCAL VOC", "table 2")}
 _EQUAL = 0.02
 """Difference of mIoU that still counts as equal."""
-_FREE = {*_FREE_TO_CHANGE, "accumulation", "data", "arms", "evaluation", "overhead_steps", "quick"}
+_FREE = {*FREE_TO_CHANGE, "accumulation", "data", "arms", "evaluation", "overhead_steps", "quick"}
 """Options in which a command may differ from the one it continues; what a run allows, `Trainer.load` judges."""
 
 
@@ -175,7 +175,7 @@ def reproduce(
                 "steps": overhead_steps,
                 "processes": distributed.world_size(),
                 "attacked": len(attacked_positions(config)) / config.batch_size,
-                "environment": environment(_resolve_device(config.device)),
+                "environment": environment(resolve_device(config.device)),
             }
             distributed.from_first(lambda: _write_json(out / "overhead.json", measured))
         first = distributed.rank() == 0
@@ -187,8 +187,8 @@ def _is_measured(path: Path, steps: int) -> bool:
     """Whether so many steps were timed, wherever that was: who writes the report may have another machine."""
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return "steps" not in found or found["steps"] >= steps
+    measured: int = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    return measured >= steps
 
 
 def say(text: str) -> None:
@@ -239,7 +239,7 @@ def _attack_and_report(
 ) -> dict[str, Any]:
     from . import plots
 
-    device = _resolve_device(config.device)
+    device = resolve_device(config.device)
     loader = whole_images(val, images=evaluation.images, batch_size=evaluation.batch_size)
     results, shown, new = {}, {}, False
     for arm in PAPER_ARMS:
@@ -431,11 +431,10 @@ def _report(
             "",
         ]
     device, processes = overhead["environment"]["device"], overhead["processes"]
-    attacked = f", {overhead['attacked']:.0%} of it attacked" if "attacked" in overhead else ""
     lines += [
         "## Tables 1 and 2: additional training time",
         "",
-        f"Steps of the arms in turn, a batch in memory{attacked}, on {device}"
+        f"Steps of the arms in turn, a batch in memory, {overhead['attacked']:.0%} of it attacked, on {device}"
         + (f" ({processes} processes)" if processes > 1 else "")
         + f"; medians. The paper's {paper_table} is the one for {name}. As trained: with the loading of data, each arm "
         "at its own time.",

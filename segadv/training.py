@@ -70,7 +70,7 @@ __all__ = [
 _PROBE_IMAGES = 8
 
 # a resumed run may differ in these: they change no number, or (device) are the user's to move
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     "workers", "device", "log_every", "checkpoint_every", "monitor_every", "validation", "allow_other_split",
 }  # fmt: skip
 
@@ -145,7 +145,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
-        self.device = _resolve_device(config.device)
+        self.device = resolve_device(config.device)
         self.processes = distributed.world_size()
         cuda = self.device.type == "cuda"
         if config.precision == "fp16" and not cuda:
@@ -581,7 +581,7 @@ class Trainer:
 
     def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str], *, is_over: bool) -> None:
         ours = self._identity()
-        free = _FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split else set())
+        free = FREE_TO_CHANGE | (_SPLIT if self.config.allow_other_split else set())
         if is_over:  # nothing is divided any more
             free = free | {"processes"}
         if self.config.arm in EARLY_STOP:  # where the probes decide when to stop, their number is part of the run
@@ -594,8 +594,8 @@ class Trainer:
         remedy = "give another output folder, or remove the file to start anew"
         if set(differing) <= _SPLIT:
             remedy = (
-                f"start it with {saved.get('processes', 1)} processes (torchrun --nproc-per-node) and accumulation "
-                f"{saved.get('accumulation', 1)} as before, or set allow_other_split to divide the same batches "
+                f"start it with {saved['processes']} processes (torchrun --nproc-per-node) and accumulation "
+                f"{saved['accumulation']} as before, or set allow_other_split to divide the same batches "
                 "otherwise from here on"
             )
         raise ValueError(f"{path} belongs to another run, it differs in {told}: {remedy}")
@@ -798,7 +798,7 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import itertools
 import json
 import math
 import operator
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from segadv import evaluation, functional, records, results
-from segadv.attacks import BIM, FGSM, PGD, CosPGD, FastNewton, SegPGD
+from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet, wrap
 
@@ -456,6 +459,100 @@ def test_attacks_of_the_caller_are_seeded_and_judged_on_their_way(
     assert [entry.steps for entry in first.measurements] == [3, 4]
 
 
+def careless(network: nn.Module, eps: float) -> Any:
+    """Makes void a class, perturbs in place, leaves the model in train mode and what it gives on the graph."""
+
+    def attack(images: Tensor, labels: Tensor) -> Tensor:
+        network.train()
+        labels[labels == 255] = 0
+        delta = torch.zeros_like(images, requires_grad=True)
+        loss = nn.functional.cross_entropy(network(images + delta), labels.long())
+        delta.data += eps * torch.autograd.grad(loss, delta)[0].sign()
+        images.clamp_(0, 1)
+        return (images + delta).clamp(0, 1)
+
+    return attack
+
+
+def test_what_an_attack_of_the_caller_does_ends_with_it(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    def fgsm(network: nn.Module, eps: float) -> FGSM:
+        return FGSM(network, eps=eps)
+
+    before = [(images.clone(), labels.clone()) for images, labels in loader]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = evaluate(model, loader, {"fgsm": fgsm}, [0.0, 0.03])
+    result = evaluate(model, loader, {"mine": careless, "fgsm": fgsm}, [0.0, 0.03], records=tmp_path)
+    assert [row for row in result.rows if row["attack"] == "fgsm"] == expected.rows
+    mine = next(entry for entry in result.measurements if entry.attack == "mine")
+    assert mine.confusion.sum() == expected.confusion[0].sum(), "void pixels were counted"
+    assert all(map(torch.equal, itertools.chain(*loader), itertools.chain(*before)))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert evaluate(model, loader, {"fgsm": fgsm}, [0.0, 0.03], records=tmp_path).rows == expected.rows
+
+
+def test_no_graph_of_an_attack_of_the_caller_is_kept(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    kept: list[Any] = []
+
+    def factory(network: nn.Module, eps: float) -> Any:
+        def attack(images: Tensor, labels: Tensor) -> Tensor:
+            assert not any(given() is not None for given in kept), "what an earlier batch gave is still there"
+            given = images * torch.ones((), requires_grad=True)
+            kept.append(weakref.ref(given))
+            return given
+
+        return attack
+
+    evaluate(model, loader, {"mine": factory}, [0.03])
+    assert len(kept) == len(loader)
+
+
+@pytest.mark.parametrize("kind", [PGD, FGSM])
+def test_bounds_that_lead_out_of_the_ball_are_told(
+    kind: type[FGSM] | type[PGD], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    def factory(network: nn.Module, eps: float) -> Attack:
+        return kind(network, eps=eps, bounds=(0.3, 0.7))
+
+    for _ in range(2):  # such outcomes are not recorded
+        with pytest.warns(UserWarning, match=r"attack 'narrow' at eps 0.03 moved pixels by up to 0\.[23]"):
+            evaluate(model, loader, {"narrow": factory}, [0.03], records=tmp_path)
+
+
+def test_batch_statistics_in_an_attack_of_the_caller(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """There are none of the evaluated model; another one's depend on flags that no record tells of."""
+
+    def factory(attacked: nn.Module | None) -> Any:
+        return lambda network, eps: FGSM(attacked or network, eps=eps, bn="train")
+
+    with pytest.raises(ValueError, match=r"attack 'mine': bn=\"train\" came, but evaluate runs the model in eval mode"):
+        evaluate(model, loader, {"mine": factory(None)}, [0.03])
+    source = copy.deepcopy(model)
+    rows = []
+    for mode in (True, False):
+        source.train(mode)
+        rows.append(evaluate(model, loader, {"mine": factory(source)}, [0.03], records=tmp_path).rows)
+        assert rows[-1] == evaluate(model, loader, {"mine": factory(source)}, [0.03]).rows
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(np.int64(5), 5), ("auto", 1), (None, 1), (0, 1), (torch.ones(2), 1)])
+def test_steps_of_an_attack_of_the_caller(
+    steps: Any, expected: int, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    class Mine:
+        def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+            return images
+
+    Mine.steps = steps  # type: ignore[attr-defined]
+    result = evaluate(model, loader, {"mine": lambda network, eps: Mine()}, [0.03])
+    assert [entry.steps for entry in result.measurements] == [expected]
+    result.to_json(tmp_path / "results.json")
+
+
 def test_labels_of_another_size_are_refused(model: Counting) -> None:
     images = torch.rand(2, 3, 8, 12)
     for shape in ((2, 4, 6), (1, 8, 12)):
@@ -749,9 +846,7 @@ def test_a_sub_class_is_called_and_not_recorded(
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["clean"] * len(loader)
 
 
-@pytest.mark.parametrize(
-    "options", [{"ignore_index": 0}, {"align_corners": True}, {"bn": "train"}, {"output": "negated"}]
-)
+@pytest.mark.parametrize("options", [{"ignore_index": 0}, {"align_corners": True}, {"output": "negated"}])
 def test_an_attack_that_counts_otherwise_is_judged_like_the_others(
     options: dict[str, Any], model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:

@@ -70,6 +70,35 @@ class Masked(nn.Module):
         return self.network(Turned.apply(images))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_classification_and_labels_that_cannot_hold_the_ignored_one(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(192, 200))
+    batch = torch.rand(6, 3, 8, 8, generator=generator), torch.full((6,), 156, dtype=dtype)  # -100 as uint8
+    checks = masking_checks(classifier, [batch], steps=2, ignore_index=-100)
+    expected = functional.cross_entropy(classifier(batch[0]), batch[1].long(), ignore_index=-100).item()
+    assert f"mean cross-entropy {expected:.3f} at 0," in checks[-1].finding
+
+
+def test_a_source_whose_length_is_0_is_one(data: list[Batch], network: nn.Module) -> None:
+    class Empty(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def __len__(self) -> int:
+            return 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network(images)
+
+    other = trained(data, 1)
+    findings = [
+        masking_checks(network, data, steps=3, sources={"other": source})[4].finding for source in (Empty(other), other)
+    ]
+    assert findings[0] == findings[1]
+
+
 def test_honest_network_passes_all_checks_and_a_masked_one_none(data: list[Batch], network: nn.Module) -> None:
     other = trained(data, 1)
     checks = masking_checks(network, data, sources={"other": other})

@@ -68,6 +68,27 @@ def test_probe_is_what_it_says() -> None:
     assert model.training
 
 
+class Sure(nn.Module):
+    """Two classes, the first ahead by `by`: where the gradient of its cross-entropy points does not depend on that."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.linear, self.by = nn.Linear(48, 1), by
+
+    def forward(self, images: Tensor) -> Tensor:
+        wave = (20 * self.linear(images.flatten(1))).sin()
+        return torch.cat([wave + self.by, -wave], dim=1)
+
+
+def test_classifier_whose_gradients_are_short() -> None:
+    images, labels = torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64)
+    doubtful, sure = Sure(0.0), Sure(21.0)
+    sure.load_state_dict(doubtful.state_dict())
+    cosine = probe(doubtful, images, labels)["gradient_cosine"]
+    assert abs(cosine) > 0.1
+    assert probe(sure, images, labels)["gradient_cosine"] == pytest.approx(cosine, abs=1e-3)
+
+
 def test_an_image_without_a_label_does_not_count() -> None:
     images, labels = sample()
     void = torch.full_like(labels, 255)

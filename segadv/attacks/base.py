@@ -51,8 +51,8 @@ class AttackInfo:
 
     Attributes:
         eps: size of the step in the units of the images. FastNewton: the step it computed, negative where it
-            helps the model, 0 where the image was left as it is; RandomFGSM: the drawn step; others: their
-            eps.
+            helps the model, 0 where the image was left as it is; RandomFGSM: the drawn step; CheckpointFGSM: the
+            chosen part of its eps; others: their eps.
         loss: mean of the attack's loss over the image's valid pixels, where the last gradient was taken. None
             for FastNewton. (Of no images all fields are empty.)
         gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
@@ -379,6 +379,8 @@ class Attack(ABC):
     def __call__(self, images: Tensor, labels: Tensor, *, return_info: Literal[False] = False) -> Tensor: ...
     @overload
     def __call__(self, images: Tensor, labels: Tensor, *, return_info: Literal[True]) -> tuple[Tensor, AttackInfo]: ...
+    @overload
+    def __call__(self, images: Tensor, labels: Tensor, *, return_info: bool) -> Tensor | tuple[Tensor, AttackInfo]: ...
     def __call__(
         self, images: Tensor, labels: Tensor, *, return_info: bool = False
     ) -> Tensor | tuple[Tensor, AttackInfo]:
@@ -547,6 +549,15 @@ def check_sizes(images: Tensor, labels: Tensor) -> None:
             f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N, H and W are needed. "
             "Resize the labels (nearest neighbour) or the images"
         )
+
+
+def has_label(labels: Tensor, ignore_index: int) -> Tensor:
+    """bool [N]: the images with a valid pixel."""
+    kind = torch.iinfo(labels.dtype)
+    if not kind.min <= ignore_index <= kind.max:  # a comparison would take it modulo 256
+        return labels.new_ones(len(labels), dtype=torch.bool)
+    valid = labels != ignore_index
+    return valid.flatten(1).any(1) if valid.dim() > 1 else valid
 
 
 def per_image(value: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from torch import Tensor, nn
 
@@ -62,6 +62,30 @@ class FastNewton(Attack):
         return adversarial, AttackInfo(eps=eps, gain=gain.mean, grad_norm=norm / (gain.scale * gain.pixels))
 
 
+class _Options(TypedDict, total=False):
+    """The arguments of `FastNewton`."""
+
+    ignore_index: int
+    align_corners: bool
+    bounds: tuple[float, float]
+    clamp_negative: bool
+    max_eps: float | None
+    bn: Literal["eval", "train"]
+    output: Callable[[Any], Tensor] | None
+
+
+@overload
+def fast_newton_step(
+    model: nn.Module, images: Tensor, labels: Tensor, *, return_info: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def fast_newton_step(
+    model: nn.Module, images: Tensor, labels: Tensor, *, return_info: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, AttackInfo]: ...
+@overload
+def fast_newton_step(
+    model: nn.Module, images: Tensor, labels: Tensor, *, return_info: bool, **options: Unpack[_Options]
+) -> Tensor | tuple[Tensor, AttackInfo]: ...
 def fast_newton_step(
     model: nn.Module,
     images: Tensor,
@@ -75,7 +99,7 @@ def fast_newton_step(
     bn: Literal["eval", "train"] = "eval",
     output: Callable[[Any], Tensor] | None = None,
     return_info: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, AttackInfo]:
     """Fast Newton adversarial images of a batch: `FastNewton(model, ...)(images, labels)` in one call.
 
     Args:
@@ -100,4 +124,4 @@ def fast_newton_step(
         bn=bn,
         output=output,
     )
-    return attack(images, labels, return_info=True) if return_info else attack(images, labels)
+    return attack(images, labels, return_info=return_info)

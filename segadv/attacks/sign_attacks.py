@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .base import Attack, AttackInfo, checked_size, levels_to_the_caller, per_image
+from .base import Attack, AttackInfo, checked_size, has_label, levels_to_the_caller, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
 
@@ -128,7 +128,7 @@ class NFGSM(FGSM):
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         eps = self._eps_of(images)
-        size = self.noise * eps * _labelled(labels, self.ignore_index)
+        size = self.noise * eps * has_label(labels, self.ignore_index)
         start = _noisy(images, uniform_noise(images, self.generator), size, self.bounds)
         loss = self._differentiate(start, labels)
         adversarial = functional.sign_step(start, loss.grad, eps, bounds=self.bounds)
@@ -344,7 +344,7 @@ class PGD(BIM):
         if not self.random_start:
             return images
         noise = uniform_noise(images, self.generator) if noise is None else noise
-        return _noisy(images, noise, self._eps_of(images) * _labelled(labels, self.ignore_index), self.bounds)
+        return _noisy(images, noise, self._eps_of(images) * has_label(labels, self.ignore_index), self.bounds)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -376,15 +376,6 @@ def _uniform(shape: torch.Size, images: Tensor, generator: torch.Generator | Non
 def uniform_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
     """U(-1, 1), like the images."""
     return 2 * _uniform(images.shape, images, generator) - 1
-
-
-def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
-    """bool [N]: an image without a valid pixel gets no noise, as it gets no step."""
-    kind = torch.iinfo(labels.dtype)
-    if not kind.min <= ignore_index <= kind.max:  # a comparison would take it modulo 256
-        return labels.new_ones(len(labels), dtype=torch.bool)
-    valid = labels != ignore_index
-    return valid.flatten(1).any(1) if valid.dim() > 1 else valid
 
 
 def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, float]) -> Tensor:
