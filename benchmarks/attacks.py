@@ -52,7 +52,7 @@ def bare_pass(model: nn.Module, images: Tensor, logits_grad: Tensor) -> Tensor:
     return grad
 
 
-class Passes(nn.Module):
+class CountedPasses(nn.Module):
     """Counts forward passes and those that were differentiated."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,7 +114,7 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
             where.record(STEP_OVER_PGD, name, "", [*runs, *pgd], unit="%", statistic=further_step_over_step),
         ]
     for curve, eps in CURVES.items():
-        counted = Passes(model)
+        counted = CountedPasses(model)
         evaluate(counted, [(batch, labels)], ["fgsm"], eps)
         for what, count in (("forward", counted.forwards), ("backward", counted.backwards)):
             rows.append(where.record(PASSES, "FGSM", f"{what}, {curve}", [np.array([count])], unit="batches"))

@@ -40,11 +40,6 @@ class Case:
     size: int
     noise: bool = False
 
-    @property
-    def full_resolution_bytes(self) -> int:
-        """One float32 buffer of logits at the labels' size."""
-        return 4 * self.images * self.classes * self.size**2
-
     def tensors(
         self, *, full_resolution: bool, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:

@@ -552,9 +552,9 @@ def pspnet50() -> tuple[str, nn.Module]:
 
 
 def segformer_b0() -> tuple[str, nn.Module]:
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    from .overhead import segformer_b0 as built
 
-    return "segformer-b0", SegformerForSemanticSegmentation(SegformerConfig(num_labels=19))
+    return "segformer-b0", built(19)
 
 
 def part_glue(run: Run) -> None:

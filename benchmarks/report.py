@@ -66,7 +66,7 @@ def three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
 
 
-def interval(record: Record, digits: int = 1) -> str:
+def with_interval(record: Record, digits: int = 1) -> str:
     return f"{record.p50:.{digits}f} [{record.low:.{digits}f}, {record.high:.{digits}f}]"
 
 
@@ -372,11 +372,11 @@ def training_overhead(results: Path) -> str:
             lines = []
             for arm in overhead.ARMS:
                 mode = f"{arm}, p = 0.5"
-                cells = [interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
+                cells = [with_interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
                 against = one(records, operation="over conventional basic", provider=overhead.OURS, mode=mode)
                 passes = one(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
                 papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
-                lines.append([arm, *cells, f"{interval(against)} %", f"{passes.p50:.1f} %", *papers])
+                lines.append([arm, *cells, f"{with_interval(against)} %", f"{passes.p50:.1f} %", *papers])
             header = ["arm", *columns.values(), "segadv over conventional basic", "cost model"]
             header += ["paper, Cityscapes", "paper, VOC"]
             basic = {
@@ -391,7 +391,7 @@ def training_overhead(results: Path) -> str:
                 f"{case}; a basic step: {', '.join(steps)}.\n\n{table(header, lines)}\n\n"
                 + paragraph(
                     f"Medians of {rounds} rounds with 95 % intervals. What is neither the network's forward nor its "
-                    f"backward pass takes {interval(glue)} % of Fast Newton's attack with segadv. "
+                    f"backward pass takes {with_interval(glue)} % of Fast Newton's attack with segadv. "
                     f"{provenance_of(shown)}"
                 )
             )
@@ -406,10 +406,10 @@ def headline(results: Path) -> str:
         found = one(cases.get(name, []), **_NEWTON_OVER_CONVENTIONAL)
         ends = sorted(round(abs(end)) for end in (found.low, found.high))
         if not found.low * found.high > 0:
-            raise ReportError(f"{name}: whether it takes more or less time is not known: {interval(found)} %")
+            raise ReportError(f"{name}: whether it takes more or less time is not known: {with_interval(found)} %")
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
-        huge.append(f"{interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
+        huge.append(f"{with_interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
     return paragraph(
         "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
         f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
@@ -477,7 +477,7 @@ def _peers_on_a_device(path: Path) -> str:
         by_ours = one(records, operation=f"{operation}, time by segadv's", provider=packages[0])
         mode = of_operation[0].mode and f", {of_operation[0].mode}"
         title = f"{_PEERS_TITLES[operation]}{mode}"
-        lines.append([title, of_operation[0].case, packages[0], *cells, f"{interval(by_ours, 2)} x"])
+        lines.append([title, of_operation[0].case, packages[0], *cells, f"{with_interval(by_ours, 2)} x"])
     header = ["what", "on", "package", "the package", "eager", "eager, compiled", "segadv", "segadv, compiled network"]
     notes = paragraph(f"Medians; intervals 95 %. {provenance_of(records)}")
     return f"{table([*header, 'the package / segadv'], lines, text_columns=3)}\n\n{notes}"
@@ -489,15 +489,15 @@ def _peers_on_a_device(path: Path) -> str:
 def attack_steps(results: Path) -> str:
     records = comparable(results / "attacks-cpu.csv")
     bare = one(records, operation=attacks.RUN, provider="bare pass")
-    lines = [["bare pass", f"{interval(bare)} ms", "", "", "", ""]]
+    lines = [["bare pass", f"{with_interval(bare)} ms", "", "", "", ""]]
     iterative = [kind.__name__ for kind in attacks.ITERATIVE]
     for name in ("FGSM", "FastNewton", *iterative):
         run = one(records, operation=attacks.RUN, provider=name, mode="1 step")
         over = one(records, operation=attacks.OVER_BARE, provider=name, mode="1 step")
-        cells = [f"{interval(run)} ms", f"{interval(over)} %"]
+        cells = [f"{with_interval(run)} ms", f"{with_interval(over)} %"]
         for operation, unit in ((attacks.STEP, "ms"), (attacks.STEP_OVER_BARE, "%"), (attacks.STEP_OVER_PGD, "%")):
             known = name in iterative and not (name == "PGD" and operation == attacks.STEP_OVER_PGD)
-            cells.append(f"{interval(one(records, operation=operation, provider=name))} {unit}" if known else "")
+            cells.append(f"{with_interval(one(records, operation=operation, provider=name))} {unit}" if known else "")
         lines.append([name, *cells])
     header = ["attack", "one step", "over the bare pass", "one more step", "over the bare pass", "over a step of PGD"]
     passes = []
@@ -518,13 +518,13 @@ def trainer_cost(results: Path) -> str:
     records = comparable(results / "trainer-cpu.csv")
     parts = ("these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT)
     lines = [
-        [name, f"{interval(one(records, operation=trainer.PART, provider=name), 2)} ms"]
+        [name, f"{with_interval(one(records, operation=trainer.PART, provider=name), 2)} ms"]
         for name in (*trainer.WORK, *parts)
     ]
     share = one(records, operation=trainer.SHARE, provider=trainer.TRAINER)
     notes = paragraph(
-        f"{share.mode}, {share.case}; medians with 95 % intervals. The trainer takes {interval(share, 2)} % of the "
-        f"work of a step. {provenance_of(records)}"
+        f"{share.mode}, {share.case}; medians with 95 % intervals. The trainer takes {with_interval(share, 2)} % of "
+        f"the work of a step. {provenance_of(records)}"
     )
     return f"{table(['part of a step', 'time'], lines)}\n\n{notes}"
 
@@ -536,7 +536,7 @@ def call_ladder(results: Path) -> str:
     records = [record for record in comparable(results / "scaling-cpu.csv") if record.operation == scaling.LADDER]
     if not records:
         raise ReportError("scaling-cpu.csv: no rows of the ladder")
-    lines = [[name, f"{interval(one(records, provider=name))} us"] for name in scaling.RUNGS]
+    lines = [[name, f"{with_interval(one(records, provider=name))} us"] for name in scaling.RUNGS]
     notes = paragraph(f"Medians with 95 % intervals. {provenance_of(records)}")
     return f"{table(['averaged gain of 1 x 2 x 4 x 4', 'a call'], lines)}\n\n{notes}"
 

@@ -29,12 +29,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from . import __version__, build_info
+from .checks import at_least, nearest
 from .comparison import PAPER_ARMS
 from .data import DATASETS
 from .evaluation import ATTACKS, EPS
 from .models import MODELS, ModelConfig
 from .ops import backends
-from .recipes import ConfigFile, nearest, recipe_file, recipes
+from .recipes import ConfigFile, recipe_file, recipes
 from .reproduce import SETTINGS, Evaluation
 from .training import ARMS, TrainConfig
 
@@ -227,13 +228,13 @@ def _parser() -> ArgumentParser:
     streets.add_argument("dir", help="folder; an interrupted one is completed")
     streets.add_argument("--train", type=int, default=200, help="number of training images")
     streets.add_argument("--val", type=int, default=48, help="number of validation images")
-    streets.add_argument("--size", default="160x320", help="height x width")
+    streets.add_argument("--size", type=HeightxWidth, default="160x320", help="height x width")
     streets.add_argument("--seed", type=int, default=0, help="decides every pixel")
     kinds.add_subcommand("generate-streets", streets, help="write the scenes")
 
     check = _subparser("Reads all files of a data set and lists every problem with file and remedy; exit code 2 then.")
     check.add_argument("dir", help="folder of the data set")
-    check.add_argument("--dataset", default="cityscapes", help="cityscapes, voc or trainaug")
+    check.add_argument("--dataset", default="cityscapes", help=f"one of {', '.join(DATASETS)}")
     check.add_argument("--split", default="train,val", help="one or several, with commas between them")
     kinds.add_subcommand("check", check, help="verify counts, sizes, files and label values")
 
@@ -324,12 +325,6 @@ register_type(
     deserializer=_parsed_size,
     deserializer_exceptions=(ValueError, TypeError),
 )
-
-
-def _size(name: str, value: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(\d+)x(\d+)", value)):
-        raise ValueError(f"{name} must be height x width, such as 160x320, got {value!r}")
-    return int(match[1]), int(match[2])
 
 
 def _numbers(name: str, value: str) -> list[float]:
@@ -435,9 +430,8 @@ def _evaluate(arguments: Namespace) -> None:
     from .training import resolve_device
 
     start = time.perf_counter()
-    for name, least in (("images", 0), ("check_images", 0), ("batch_size", 1), ("seed", 0)):
-        if arguments[name] < least:
-            raise ValueError(f"{name.replace('_', '-')} must be at least {least}, got {arguments[name]}")
+    at_least(0, images=arguments.images, seed=arguments.seed, **{"check-images": arguments.check_images})
+    at_least(1, **{"batch-size": arguments.batch_size})
     device = resolve_device(arguments.device)
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
@@ -558,8 +552,7 @@ def _data(arguments: Namespace) -> None:
         _check_data(arguments.check)
         return
     scenes = arguments["generate-streets"]
-    size = _size("size", scenes.size)
-    generate_streets(scenes.dir, train=scenes.train, val=scenes.val, size=size, seed=scenes.seed)
+    generate_streets(scenes.dir, train=scenes.train, val=scenes.val, size=scenes.size, seed=scenes.seed)
     print(f"{scenes.dir}: {scenes.train} training and {scenes.val} validation images")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import __version__, build_info
+from .checks import at_least
 from .comparison import PAPER_ARMS, PAPER_OVERHEAD, SHOWN_EPS, describe, examples, measure_overhead
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, PAPER_ATTACKS, EvaluationResult, evaluate
@@ -123,8 +124,7 @@ def run_demo(
         FileExistsError: `out` holds something else.
         ValueError: `out` holds a demo of other arguments, `seeds` is not positive, or `seed` is none.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    at_least(1, seeds=seeds)
     out = Path(out)
     sizes = sizes or (QUICK if quick else FULL)
     for which in (seed, seed + seeds - 1):

@@ -26,6 +26,7 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, forward, frozen, is_plain, model_logits, unwrapped
 from .attacks.sign_attacks import uniform_noise
+from .checks import at_least
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -433,8 +434,7 @@ def evaluate(
             attack of the caller's that gives something else than finite images of the same shape, or has bn="train"
             with the evaluated model, which runs in eval mode.
     """
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    at_least(0, seed=seed)
     seed, ignore_index, align_corners = int(seed), operator.index(ignore_index), bool(align_corners)
     values = _checked_eps(eps)
     positive = tuple(value for value in values if value > 0)

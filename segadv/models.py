@@ -6,7 +6,6 @@ The networks return low-resolution logits [N, C, h, w]: the operations of `segad
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks.base import model_logits
+from .checks import at_least, one_of
 from .compat import import_torchvision
 
 __all__ = [
@@ -84,8 +84,7 @@ class PSPNet(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        at_least(2, num_classes=num_classes)
         pooled = feature_channels // len(bins) if pooled_channels is None else pooled_channels
         self.backbone = backbone
         self.bins = tuple(bins)
@@ -306,11 +305,7 @@ class ModelConfig:
     backbone: str = ""
 
     def __post_init__(self) -> None:
-        if self.name not in MODELS:
-            near = difflib.get_close_matches(self.name, MODELS, n=1, cutoff=0.0)
-            raise ValueError(
-                f"model.name must be one of {', '.join(MODELS)}; got {self.name!r}, did you mean {near[0]!r}?"
-            )
+        one_of(MODELS, **{"model.name": self.name})
         if self.name == "small_pspnet" and (self.pretrained or self.backbone):
             raise ValueError("model.pretrained and model.backbone are for pspnet50; small_pspnet has no such weights")
         if self.pretrained and self.backbone:

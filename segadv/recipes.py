@@ -5,7 +5,6 @@ Keys are checked here, because a mistyped one must be named with its file and th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 
+from .checks import nearest
 from .train_config import flat
 
-__all__ = ["ConfigFile", "nearest", "recipe_file", "recipes"]
+__all__ = ["ConfigFile", "recipe_file", "recipes"]
 
 _FOLDER = Path(__file__).with_name("configs")
 
@@ -39,11 +39,6 @@ def recipe_file(name: str) -> Path:
         f"config must be a YAML file or a recipe ({', '.join(recipes())}); "
         f"{name!r} is neither, did you mean {nearest(name, recipes())!r}?"
     )
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """The one of `names` that looks most like `name`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
 class ConfigFile(ActionConfigFile):

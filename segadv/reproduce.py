@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from . import distributed
+from .checks import at_least
 from .comparison import (
     PAPER_ARMS,
     PAPER_OVERHEAD,
@@ -74,9 +75,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.stronger if name not in ATTACKS]:
             raise ValueError(f"evaluation.stronger must be names out of {', '.join(ATTACKS)}, got {unknown}")
-        for name, least in (("steps", 1), ("images", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(0, **{"evaluation.images": self.images})
+        at_least(1, **{"evaluation.steps": self.steps, "evaluation.batch_size": self.batch_size})
 
     @property
     def attacks(self) -> list[str]:
@@ -143,8 +143,7 @@ def reproduce(
     out = Path(out)
     if unknown := [arm for arm in arms if arm not in PAPER_ARMS]:
         raise ValueError(f"arms must be names out of {', '.join(PAPER_ARMS)}, got {', '.join(unknown)}")
-    if overhead_steps < 1:
-        raise ValueError(f"overhead_steps must be at least 1, got {overhead_steps}")
+    at_least(1, overhead_steps=overhead_steps)
     train, val = (open_dataset(dataset, data, split) for split in ("train", "val"))
     with distributed.process_group(config.device):
         distributed.from_first(lambda: _prepare(out, options))

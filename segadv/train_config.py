@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack
+from .checks import at_least, one_of
 from .data import Augmentation
 from .data.sampler import COINS, seeded
 from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
@@ -71,22 +71,12 @@ class Validation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", tuple(self.attacks))
         object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
-        _check_whole(
-            ("validation.every", self.every, 0),
-            ("validation.images", self.images, 0),
-            ("validation.batch_size", self.batch_size, 1),
-        )
+        at_least(0, **{"validation.every": self.every, "validation.images": self.images})
+        at_least(1, **{"validation.batch_size": self.batch_size})
         if not self.attacks or any(name not in ATTACKS for name in self.attacks):
             raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
         if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
             raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
-
-
-def _check_whole(*entries: tuple[str, int, int]) -> None:
-    """(name, value, minimum) each."""
-    for name, value, minimum in entries:
-        if not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -149,25 +139,16 @@ class TrainConfig:
     allow_other_split: bool = False
 
     def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            near = difflib.get_close_matches(self.arm, ARMS, n=1, cutoff=0.0)
-            raise ValueError(f"arm must be one of {', '.join(ARMS)}; got {self.arm!r}, did you mean {near[0]!r}?")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        one_of(ARMS, arm=self.arm)
+        one_of(PRECISIONS, precision=self.precision)
         if len(self.crop) != 2:
             raise ValueError(f"crop must be (height, width), got {self.crop}")
-        _check_whole(
-            ("steps", self.steps, 1),
-            ("batch_size", self.batch_size, 2),
-            ("accumulation", self.accumulation, 1),
-            ("crop height", self.crop[0], 8),
-            ("crop width", self.crop[1], 8),
-            ("seed", self.seed, 0),
-            ("workers", self.workers, 0),
-            ("log_every", self.log_every, 1),
-            ("checkpoint_every", self.checkpoint_every, 1),
-            ("monitor_every", self.monitor_every, 1 if self.arm in EARLY_STOP else 0),
-        )
+        at_least(0, seed=self.seed, workers=self.workers)
+        at_least(1, steps=self.steps, accumulation=self.accumulation)
+        at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every)
+        at_least(1 if self.arm in EARLY_STOP else 0, monitor_every=self.monitor_every)
+        at_least(2, batch_size=self.batch_size)
+        at_least(8, **{"crop height": self.crop[0], "crop width": self.crop[1]})
         if self.seed >= 1 << 64:
             raise ValueError(f"seed must be less than 2^64, got {self.seed}")
         if self.batch_size % self.accumulation:

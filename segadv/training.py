@@ -517,10 +517,7 @@ class Trainer:
                 f"weights or running statistics are not finite after {self.steps_done} steps, learning rate "
                 f"{self._learning_rate(self.steps_done - 1):.3g}: a lower one or another precision may help"
             )
-        distributed.from_first(lambda: self._save(Path(path)))
-
-    def _save(self, path: Path) -> None:
-        write_checkpoint(path, self._state())
+        distributed.from_first(lambda: write_checkpoint(Path(path), self._state()))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -577,7 +574,7 @@ class Trainer:
             "processes": self.processes,
             "description": self.description,
         }
-        return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # lists for tuples, as in a file
+        return json.loads(json.dumps(identity, default=operator.index))  # type: ignore[no-any-return]  # lists for tuples, as in a file
 
     def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str], *, is_over: bool) -> None:
         ours = self._identity()

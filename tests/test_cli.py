@@ -72,7 +72,7 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
         ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),
         ("data generate-streets x --size big", "size must be height x width"),
-        ("data generate-streets x --seed -1", "seed must be at least 0, got -1"),
+        ("data generate-streets x --seed -1", "seed must be a whole number of at least 0, got -1"),
         ("demo", "demo.out"),
         ("reproduce", "one of {cityscapes,voc}"),
         ("reproduce vok --data x --out y", "invalid choice: 'vok'"),
@@ -254,7 +254,7 @@ def test_data_train_evaluate(
     for steps in ("many", "3:0.02", "0.02:", "2.5"):
         assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps {steps}", capsys)
     assert "steps names eps that are not evaluated: [0.5]" in failure(f"{command} --steps 3,0.5:4", capsys)
-    assert "images must be at least 0, got -1" in failure(f"{command} --images -1", capsys)
+    assert "images must be a whole number of at least 0, got -1" in failure(f"{command} --images -1", capsys)
     Path("broken.pt").write_bytes(b"PK no checkpoint")
     assert "broken.pt" in failure("evaluate broken.pt --data streets --out results", capsys)
     other = {"config": {"arm": "other"}, "steps_done": 0, "model": {"conv.weight": torch.zeros(3)}}

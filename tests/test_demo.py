@@ -1,19 +1,22 @@
-"""The demo over several seeds; with one seed it is tested in test_cli.py."""
+"""The demo over several seeds, and its recipe; with one seed it is tested in test_cli.py."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from segadv import demo, plots
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.demo import DemoSizes, run_demo
+from segadv.recipes import recipe_file
 from segadv.training import Trainer
 
 pytest.importorskip("PIL.Image")
@@ -51,6 +54,16 @@ def counting(trained: list[tuple[str, int]]) -> Callable[..., Any]:
         return genuine(self, *args, **kwargs)
 
     return step
+
+
+def test_the_recipe_streets_small_trains_what_the_demo_trains() -> None:
+    recipe = yaml.safe_load(recipe_file("streets_small").read_text())
+    theirs = dataclasses.asdict(demo._config("basic", demo.FULL, seed=0))
+    assert recipe.pop("dataset") == "cityscapes"
+    assert recipe.pop("model") == {"name": demo._NETWORK.name}
+    assert tuple(map(int, recipe.pop("crop").split("x"))) == theirs["crop"]
+    assert recipe == {name: theirs[name] for name in recipe}
+    assert {"steps", "batch_size", "learning_rate", "checkpoint_every"} == recipe.keys()
 
 
 def test_what_is_left_by_a_killed_write_or_a_wrong_seed_does_not_end_the_demo(tmp_path: Path) -> None:
@@ -139,7 +152,7 @@ def test_interrupted_in_a_further_seed_continues_to_the_same_curves(
 
 def test_wrong_number_of_seeds_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--quick", "--seeds", "0", "--out", str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err == "segadv: error: seeds must be at least 1, got 0\n"
+    assert capsys.readouterr().err == "segadv: error: seeds must be a whole number of at least 1, got 0\n"
     assert not (tmp_path / "x").exists()
 
 

@@ -110,7 +110,7 @@ def test_head_takes_any_backbone() -> None:
     model = models.PSPNet(backbone, feature_channels=8, num_classes=3, head_channels=16, dropout=0)
     assert model(torch.rand(2, 3, 48, 40)).shape == (2, 3, 6, 5)
     assert [level[0].out_channels for level in model.levels] == [2, 2, 2, 2]
-    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_classes must be a whole number of at least 2, got 1"):
         models.PSPNet(backbone, feature_channels=8, num_classes=1)
 
 

@@ -670,8 +670,11 @@ def test_reproduce_leaves_foreign_folders_alone(
         ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.steps 7", "--evaluation.steps has no effect without --evaluation.stronger"),
-        ("--evaluation.stronger pgd --evaluation.steps 0", "evaluation.steps must be at least 1, got 0"),
-        ("--overhead-steps 0", "overhead_steps must be at least 1, got 0"),
+        (
+            "--evaluation.stronger pgd --evaluation.steps 0",
+            "evaluation.steps must be a whole number of at least 1",
+        ),
+        ("--overhead-steps 0", "overhead_steps must be a whole number of at least 1, got 0"),
         ("--arm fgsm", "did you mean --arms?"),
         ("--stepz 3", "did you mean --steps?"),
         ("--evaluation.imges 3", "did you mean --evaluation.images?"),
@@ -876,6 +879,6 @@ def test_a_run_goes_on_with_its_own_initial_weights_only(
 
 
 def test_evaluation_checks_its_values() -> None:
-    with pytest.raises(ValueError, match=r"evaluation\.images must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"evaluation\.images must be a whole number of at least 0, got -1"):
         Evaluation(images=-1)
     assert Evaluation(stronger=("pgd", "fgsm")).attacks == ["fgsm", "bim-10", "pgd"]

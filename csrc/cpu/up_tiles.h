@@ -359,7 +359,8 @@ using Rows = T[kTogether][kLanes];
 using AllRows = std::integral_constant<int, kTogether>;
 using OneRow = std::integral_constant<int, 1>;
 
-// What find_best looks for: the largest logit; but for the label's; the largest one's class too; the label's logit too.
+// What find_best looks for: the largest logit and the label's (kOwn), the largest one's class too (kClass), or the
+// largest logit but for the label's (kOthers).
 struct Largest {
   static constexpr bool kOthers = false, kClass = false, kOwn = true;
 };

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 
+from ..checks import one_of
 from .augment import Augmentation, Augmented
 from .check import check_files
 from .cityscapes import CLASSES, COLORS, NUM_CLASSES, Cityscapes
@@ -39,9 +39,7 @@ DATASETS: Mapping[str, type[SegmentationFiles]] = {"cityscapes": Cityscapes, "vo
 
 def dataset_class(name: str) -> type[SegmentationFiles]:
     """The data set of a name in `DATASETS`; ValueError for another name."""
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}, did you mean {near[0]!r}?")
+    one_of(DATASETS, dataset=name)
     return DATASETS[name]
 
 

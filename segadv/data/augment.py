@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import at_least
 from .files import IGNORE_INDEX, reads_files
-from .sampler import AUGMENTATION, at_least, seeded
+from .sampler import AUGMENTATION, seeded
 
 __all__ = ["Augmentation", "Augmented"]
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from ..checks import at_least
+
 __all__ = ["EpochSampler"]
 
 PERMUTATION, AUGMENTATION, COINS, STEP = range(4)
@@ -16,12 +18,6 @@ PERMUTATION, AUGMENTATION, COINS, STEP = range(4)
 def seeded(seed: int, *key: int) -> np.random.Generator:
     """The stream of random numbers that belongs to a seed and a key."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def at_least(minimum: int, **arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

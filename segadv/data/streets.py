@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import at_least
 from ..results import atomic_write, is_leftover
 from .files import require_pillow
 from .sampler import seeded
@@ -853,9 +854,7 @@ def generate_streets(
         ImportError: Pillow is missing.
     """
     require_pillow()
-    for name, value, minimum in (("train", train, 0), ("val", val, 0), ("seed", seed, 0)):
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    at_least(0, train=train, val=val, seed=seed)
     height, width = size
     if min(height, width) < 64:
         raise ValueError(f"size must be (height, width) with both at least 64, got {size}")

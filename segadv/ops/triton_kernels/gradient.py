@@ -203,16 +203,16 @@ def launch_gradient(
         )  # fmt: skip
         return bad
     check_sizes(grad.shape, (H, W), grad.stride() if logits is None else logits.stride())
-    shape = config("gradient_up", labels.device)
-    quads = max(2, min(power_of_two(w + 1), shape.block))
-    classes = min(power_of_two(num_classes), shape.classes)
-    rows = min(power_of_two(h), shape.rows)
+    tuned = config("gradient_up", labels.device)
+    quads = max(2, min(power_of_two(w + 1), tuned.block))
+    classes = min(power_of_two(num_classes), tuned.classes)
+    rows = min(power_of_two(h), tuned.rows)
     walk = (triton.cdiv(num_classes, classes), triton.cdiv(w, quads - 1), triton.cdiv(h, rows))
     bad = torch.empty(n, walk[0] * walk[1] * walk[2], dtype=torch.int32, device=labels.device)
     launch(
         gradient_up_kernel, bad.numel(), labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
         *labels.stride(), *loss_stride, num_classes, h, w, H, W, *walk, largest_quad(w, W, align_corners),
         1, ignore_index, ALIGN=align_corners, A=triton_dtype(compute_dtype(grad.dtype)), CLASSES=classes, QUADS=quads,
-        ROWS=rows, num_warps=shape.num_warps * (2 if grad.dtype is torch.float64 else 1),
+        ROWS=rows, num_warps=tuned.num_warps * (2 if grad.dtype is torch.float64 else 1),
     )  # fmt: skip
     return bad

@@ -113,15 +113,15 @@ def sign_step_kernel(
 
 def _absolute_sums(grad: Tensor) -> Tensor:
     """[N, at most _MOST_PARTIALS], sums of absolute values of every image's blocks."""
-    numel, shape = numel_per_image(grad), config("step", grad.device)
-    block = min(power_of_two(numel), shape.block)
+    numel, tuned = numel_per_image(grad), config("step", grad.device)
+    block = min(power_of_two(numel), tuned.block)
     blocks = triton.cdiv(numel, block)
     span = max(1, triton.cdiv(blocks, _MOST_PARTIALS))
     dtype = compute_dtype(grad.dtype)
     partial = torch.empty(grad.shape[0], triton.cdiv(blocks, span), dtype=dtype, device=grad.device)
     launch(
         absolute_sum_kernel, partial.numel(), grad, grad, partial, numel, partial.shape[1], span,
-        A=triton_dtype(dtype), BLOCK=block, num_warps=shape.num_warps,
+        A=triton_dtype(dtype), BLOCK=block, num_warps=tuned.num_warps,
     )  # fmt: skip
     return partial
 
@@ -148,17 +148,17 @@ def newton_step(
     images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
     gain = gain.to(images.dtype).contiguous()
     eps, norm = torch.empty_like(gain), torch.empty_like(gain)
-    numel, shape = numel_per_image(images), config("step", images.device)
+    numel, tuned = numel_per_image(images), config("step", images.device)
     if numel == 0:
         return adversarial, eps.zero_(), norm.zero_()
     partial = _absolute_sums(grad)
-    block = min(power_of_two(numel), shape.block)
+    block = min(power_of_two(numel), tuned.block)
     blocks = triton.cdiv(numel, block)
     launch(
         newton_step_kernel, images.shape[0] * blocks, images, images, grad, gain, partial, adversarial, eps, norm,
         numel, blocks, partial.shape[1], bits(low), bits(high), bits(0.0 if max_eps is None else max_eps),
         CLAMP_NEGATIVE=clamp_negative, MAX_EPS=max_eps is not None, A=triton_dtype(images.dtype), BLOCK=block,
-        num_warps=shape.num_warps,
+        num_warps=tuned.num_warps,
     )  # fmt: skip
     return adversarial, eps, norm
 
@@ -177,12 +177,12 @@ def sign_step(
     adversarial = empty_images(images)
     images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
     origin = None if origin is None else ordered_like(origin, adversarial)
-    numel, shape = numel_per_image(images), config("step", images.device)
-    block = min(power_of_two(numel), shape.block)
+    numel, tuned = numel_per_image(images), config("step", images.device)
+    block = min(power_of_two(numel), tuned.block)
     blocks = triton.cdiv(numel, block)
     launch(
         sign_step_kernel, images.shape[0] * blocks, images, images, grad, origin, adversarial, alpha_per_image,
         eps_per_image, numel, blocks, bits(alpha), bits(0.0 if eps is None else eps), bits(low), bits(high),
-        A=triton_dtype(images.dtype), BLOCK=block, num_warps=shape.num_warps,
+        A=triton_dtype(images.dtype), BLOCK=block, num_warps=tuned.num_warps,
     )  # fmt: skip
     return adversarial

@@ -36,7 +36,7 @@ UNALIGNED = [
     "numel0", "numel1", "ignore_index",
 ]  # fmt: skip
 """Arguments of the kernels whose divisibility by 16 says nothing about an address (that of W and of strides does).
-Told of it, Triton would compile the kernels anew for ever other sizes of images, to the same code."""
+Told of it, Triton would compile the kernels anew for every other size of images, to the same code."""
 
 # --- device -------------------------------------------------------------------------------------------------------
 
@@ -276,24 +276,24 @@ def tiles(
     n, c, h, w = size
     H, W = size_out
     up = (h, w) != (H, W)
-    shape = config("pixels_up" if up else "pixels", device)
+    tuned = config("pixels_up" if up else "pixels", device)
     chunks, quad_rows = 1, False
     if up:
         check_sizes(size, size_out, strides[0])
         rows = largest_quad(h, H, align_corners)
         quad_rows = rows >= 4
     if quad_rows:
-        block_y = min(power_of_two(rows), shape.rows)
+        block_y = min(power_of_two(rows), tuned.rows)
         chunks = triton.cdiv(rows, block_y)
         tiles_y = (h + 1) * chunks
     else:
         if not up and all(stride[-2] == stride[-1] * W for stride in strides):  # rows follow each other without a gap
             h, w, H, W = 1, H * W, 1, H * W
-        block_y = max(1, min(power_of_two(H), shape.block // power_of_two(W)))
+        block_y = max(1, min(power_of_two(H), tuned.block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
-    block_x = min(power_of_two(W), max(1, shape.block // block_y))
+    block_x = min(power_of_two(W), max(1, tuned.block // block_y))
     if up:  # four taps per pixel, or float64, would not fit the registers of as few threads
-        warps = shape.num_warps * (1 if quad_rows else 2) * (2 if dtype is torch.float64 else 1)
+        warps = tuned.num_warps * (1 if quad_rows else 2) * (2 if dtype is torch.float64 else 1)
     else:
         # 16 bytes of logits for every thread. More would take every second 16 bytes at once, and what is computed in
         # one layout be stored in another: through shared memory and a barrier, once per class.
@@ -310,7 +310,7 @@ def tiles(
             "A": triton_dtype(compute_dtype(dtype)),
             "BLOCK_Y": block_y,
             "BLOCK_X": block_x,
-            "UNROLL": shape.unroll,
+            "UNROLL": tuned.unroll,
             "num_warps": warps,
         },
     )
