@@ -29,6 +29,7 @@ __all__ = [
     "read_config",
     "replacing",
     "share",
+    "whole_lines",
     "write_checkpoint",
 ]
 
@@ -43,10 +44,11 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = f"{error.strerror or error}"
         remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
+        checkpoint = (path if path.is_dir() else path.parent) / "last.pt"
+        left = f": it continues from {checkpoint}, which is whole" if checkpoint.is_file() else ""
         raise type(error)(
             error.errno or errno.EIO,
-            f"{path} could not be written: {cause}; {remedy} and give the same command again: it continues from "
-            "the last checkpoint, which is whole",
+            f"{path} could not be written: {cause}; {remedy} and give the same command again{left}",
         ) from error
 
 
@@ -61,17 +63,24 @@ def drop_lines_after(path: Path, step: int) -> None:
     """Keeps the lines {"step": ...} of a file up to `step`: those after the checkpoint will be written again."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # the line a kill cut short
-            break
-    if kept != lines:
+    kept = "".join(f"{json.dumps(line)}\n" for line in whole_lines(path) if line["step"] <= step)
+    if kept != path.read_text(encoding="utf-8", errors="replace"):
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text(kept, encoding="utf-8")
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines {"step": ...} of a file up to one that a kill cut short."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(content, dict) or "step" not in content:
+            break
+        found.append(content)
+    return found
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

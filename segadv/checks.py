@@ -25,5 +25,6 @@ def one_of(known: Collection[str], **arguments: str) -> None:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """The one of `names` that looks most like `name`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    """The one of `names` that looks most like `name`, whatever its case."""
+    by_lower = {known.lower(): known for known in names}
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]

@@ -15,13 +15,16 @@ import os
 import re
 import select
 import shlex
+import signal
 import sys
+import threading
 import time
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -45,8 +48,8 @@ _RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C, 141 where the reader
-    of its output left (`segadv doctor | head -3`).
+    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM (from a
+    batch system, say), 141 where the reader of its output left (`segadv doctor | head -3`).
 
     SEGADV_DEBUG=1 lets errors through with their traceback.
     """
@@ -58,14 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": _data,
         "doctor": _doctor,
     }
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     command = None
     try:
-        options = _arranged(sys.argv[1:] if argv is None else argv)
-        arguments = _parser().parse_args(options)
-        command = arguments.command
-        _refuse_idle(options, arguments)
-        commands[command](arguments[command])
-        sys.stdout.flush()
+        with _termination_interrupts():
+            options = _arranged(sys.argv[1:] if argv is None else argv)
+            arguments = _parser().parse_args(options)
+            command = arguments.command
+            _refuse_idle(options, arguments)
+            _require_folder(arguments)
+            commands[command](arguments[command])
+            sys.stdout.flush()
     except KeyboardInterrupt:
         continues = "; the same command continues" if command in _RESUMABLE else ""
         print(f"\nsegadv: interrupted{continues}", file=sys.stderr)
@@ -84,6 +92,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"segadv: error: {told if 'DataLoader worker' in str(error) else error}".rstrip(), file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM is like Ctrl-C in this process; those that it forks, to load data, it ends as before."""
+    before = None
+    if threading.current_thread() is threading.main_thread():  # only there do signals arrive
+        before = signal.getsignal(signal.SIGTERM)
+    if before is None:  # also of a handler that Python does not know
+        yield
+        return
+    own = os.getpid()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:
+            signal.default_int_handler(number, frame)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _reader_left() -> bool:
@@ -110,7 +143,7 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
     for i, option in enumerate(names):
         name, given, value = option.partition("=")
-        if name in ("--validation.eps", "--validation.attacks", "--evaluation.stronger"):
+        if name in ("--validation.eps", "--validation.attacks", "--evaluation.stronger", "--augmentation.scale"):
             if given:
                 names[i] = f"{name}={_as_list(name, value)}"
             elif i + 1 < len(names):
@@ -133,12 +166,22 @@ def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
             raise ValueError("--evaluation.steps has no effect without --evaluation.stronger, the attacks with steps")
 
 
+def _require_folder(arguments: Namespace) -> None:
+    """What the command writes to may be missing, but neither a file nor a name that a shell left empty."""
+    own = arguments[arguments.command]
+    name, out = (
+        ("dir", own["generate-streets"].dir) if own.get("kind") == "generate-streets" else ("--out", own.get("out"))
+    )
+    if out is not None and (not out or (Path(out).exists() and not Path(out).is_dir())):
+        raise ValueError(f"{name} must be a folder, got {out!r}{', which is a file' if out else ''}")
+
+
 def _as_list(option: str, value: str) -> str:
     """What jsonargparse reads as a list."""
-    if value.startswith(("[", "-")):
+    if value.startswith("-"):
         return value
-    name = option.removeprefix("--")
-    parts = [str(number) for number in _numbers(name, value)] if name.endswith("eps") else value.split(",")
+    name, inner = option.removeprefix("--"), value.removeprefix("[").removesuffix("]")
+    parts = [str(number) for number in _numbers(name, inner)] if inner and name.endswith("eps") else inner.split(",")
     return f"[{','.join(parts)}]"
 
 
@@ -152,6 +195,10 @@ class _Parser(ArgumentParser):
             usual = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "steps", "bs": "batch_size"}
             meant = usual.get(unknown[1], "")
             message += f"; did you mean --{meant if meant in known else nearest(unknown[1], known)}?"
+        if missing := re.fullmatch(r"the following arguments are required: ([\w., -]+)", message):
+            names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
+            told = (name if name in ("checkpoints", "dir") else f"--{name}" for name in names)
+            message = f"the following arguments are required: {', '.join(told)}"
         message = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
         message = message.replace("a value of type tuple", "a list, such as [0.5, 2]")
@@ -367,7 +414,8 @@ def _train(arguments: Namespace) -> None:
         if rank() != 0:
             return
     pictures = directory.draw(f"trained with {config.arm}")
-    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps; {', '.join(map(str, pictures))}")
+    drawn = f"; {', '.join(map(str, pictures))}" if pictures else ""
+    print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps{drawn}")
 
 
 def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpoint: Path) -> None:
@@ -426,7 +474,7 @@ def _evaluate(arguments: Namespace) -> None:
     from .data import open_dataset
     from .evaluation import EvaluationResult, evaluate
     from .masking import masking_checks
-    from .report import write_report
+    from .report import require_report_folder, write_report
     from .training import resolve_device
 
     start = time.perf_counter()
@@ -444,6 +492,7 @@ def _evaluate(arguments: Namespace) -> None:
     dataset = open_dataset(arguments.dataset or _dataset(descriptions), arguments.data, arguments.split)
     _check_classes(dataset, arguments.checkpoints, descriptions)
     out = Path(arguments.out)
+    require_report_folder(out)
 
     def loader(images: int) -> Any:
         return whole_images(dataset, images=images, batch_size=arguments.batch_size)

@@ -27,6 +27,7 @@ from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, forward, frozen, is_plain, model_logits, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import at_least
+from .data.checked import require_unit_range
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -230,6 +231,10 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
 
 def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps: float) -> _Work:
     """An attack of the caller's: at one eps; judged on the way where it is one of the package's."""
+    came: Any = factory
+    if not callable(came) or isinstance(came, Attack) or (isinstance(came, type) and issubclass(came, Attack)):
+        told = f"the class {came.__name__}" if isinstance(came, type) else f"a {type(came).__name__}"
+        raise TypeError(f"attacks[{name!r}]: {told} came; a factory is needed: lambda model, eps: FGSM(model, eps=eps)")
     attack = factory(model, eps)
     if isinstance(attack, Attack) and attack.bn == "train" and unwrapped(attack.model) is unwrapped(model):
         raise ValueError(f'attack {name!r}: bn="train" came, but evaluate runs the model in eval mode; use bn="eval"')
@@ -429,10 +434,11 @@ def evaluate(
             are added up, and all get the result. Every process of the group has to call it.
 
     Raises:
-        ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled
-            pixel, labels of another size than the images, labels that are neither a class nor `ignore_index`, an
-            attack of the caller's that gives something else than finite images of the same shape, or has bn="train"
-            with the evaluated model, which runs in eval mode.
+        TypeError: an attack that is neither a name nor a factory, a loader that gives no tensors.
+        ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled pixel, images
+            that are clearly not in [0, 1], labels of another size than the images, labels that are neither a class nor
+            `ignore_index`, an attack of the caller's that gives something else than finite images of the same shape, or
+            has bn="train" with the evaluated model, which runs in eval mode.
     """
     at_least(0, seed=seed)
     seed, ignore_index, align_corners = int(seed), operator.index(ignore_index), bool(align_corners)
@@ -469,6 +475,7 @@ def evaluate(
                     f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed"
                 )
             check_sizes(images, labels)
+            require_unit_range(images, f"batch {index} of the loader")
             content = content_hash(images, labels)
             data.update(content.encode())
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))

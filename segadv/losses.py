@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import Tensor, nn
 
 from . import functional
@@ -29,11 +31,15 @@ class CrossEntropyLoss(nn.Module):
         nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index)(z, labels.long())
 
     Raises:
-        TypeError: a weight that is no tensor. ValueError: one that is not a floating point [C]. In the call, what
-            `segadv.functional.cross_entropy` raises.
+        TypeError: a weight that is no tensor, an ignore_index that is no whole number.
+        ValueError: a weight that is not a floating point [C].
+
+    In the call, what `segadv.functional.cross_entropy` raises.
     """
 
     weight: Tensor | None
+    ignore_index: int
+    align_corners: bool
 
     def __init__(self, *, weight: Tensor | None = None, ignore_index: int = 255, align_corners: bool = False) -> None:
         super().__init__()
@@ -44,8 +50,10 @@ class CrossEntropyLoss(nn.Module):
                 f"weight: {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} came; "
                 "a floating point [C] is needed"
             )
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+            raise TypeError(f"ignore_index: a {type(ignore_index).__name__} came; a whole number is needed")
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.align_corners = align_corners
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

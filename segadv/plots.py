@@ -144,7 +144,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
             panel.set_xticks(sorted({row["eps"] for row in rows}))
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
-        axes[0].set_ylim(bottom=0)  # of all; only now, as it freezes the upper end
+        axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
         _arms_legend(figure, axes)
         _save(figure, path)
 
@@ -264,11 +264,11 @@ def _plot_probes(probes: Sequence[Mapping[str, Any]], accuracy: Any, cosine: Any
     accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
     accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
     accuracy.set_title("pixel accuracy on 8 training images, eps 0.03")
-    accuracy.set_ylim(0, 1)
+    accuracy.set_ylim(0, 1.03)
     accuracy.legend(loc="best")
     cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)
     cosine.set_title("cosine of gradients at an image and beside it")
-    cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1)
+    cosine.set_ylim(min([0.0, *values("gradient_cosine")]), 1.03)
     newton.fill_between(
         at, values("newton_eps_p10"), values("newton_eps_p90"), color="#D55E00", alpha=0.25, lw=0, label="10-90 %"
     )
@@ -278,7 +278,7 @@ def _plot_probes(probes: Sequence[Mapping[str, Any]], accuracy: Any, cosine: Any
     newton.legend(loc="best")
     share = newton.twinx()
     share.plot(at, values("newton_share_negative_gain"), color="#999999", marker=".", lw=1.5, ls=":")
-    share.set_ylim(0, 1)
+    share.set_ylim(0, 1.03)
     share.set_ylabel("share with negative gain (dotted)")
     share.grid(False)
 

@@ -10,7 +10,7 @@ from . import plots
 from .masking import Check
 from .results import EvaluationResult, Measurement, write_text
 
-__all__ = ["write_report"]
+__all__ = ["require_report_folder", "write_report"]
 
 _USUAL_EPS = 0.03  # the eps of the papers, and nearly the field's 8/255
 
@@ -54,6 +54,24 @@ def write_report(
     text = "\n".join(_lines(result, checks, shown, with_steps, command)) + "\n"
     write_text(out / "report.md", text)
     return text
+
+
+def require_report_folder(folder: str | os.PathLike[str]) -> None:
+    """ValueError where a folder holds files of something else than a report, such as a training run."""
+    out = Path(folder)
+    report, results = out / "report.md", out / "results.json"
+    holds = ""
+    if (out / "run.json").exists() or (out / "last.pt").exists():
+        holds = "a training run"
+    elif results.exists():
+        try:
+            EvaluationResult.from_json(results)
+        except ValueError:
+            holds = f"a {results.name} of something else"
+    elif report.exists():
+        holds = f"a {report.name} of something else"
+    if holds:
+        raise ValueError(f"out: {out} holds {holds}; give a folder of its own, such as {out / 'report'}")
 
 
 def _check_alike(result: EvaluationResult) -> None:

@@ -64,11 +64,13 @@ def wrong_pixels(confusion: Tensor) -> Tensor:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which replaces `path` when the block ends without error.
+    """Gives a temporary path in the same folder, made where it is missing, which replaces `path` when the block ends
+    without error.
 
     At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
     try:
         yield temporary

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from .checkpoints import drop_lines_after, explained, replacing
+from .checkpoints import drop_lines_after, explained, replacing, whole_lines
 from .ops.native import build_info
 from .records import versions
 from .results import read_rows, remove_leftovers
@@ -142,8 +142,8 @@ class RunDirectory:
 
         training, robustness = self.pictures
         drawn = []
-        if self.metrics.exists() and (lines := self.metrics.read_text(encoding="utf-8").splitlines()):
-            plot_training([json.loads(line) for line in lines], training, title=title)
+        if lines := whole_lines(self.metrics):
+            plot_training(lines, training, title=title)
             drawn.append(training)
         if self.curves.exists():
             plot_robustness(read_rows(self.curves), robustness)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -113,6 +114,7 @@ class TrainConfig:
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: an augmentation or a validation of another type.
     """
 
     arm: str = "fast-newton"
@@ -141,8 +143,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of(ARMS, arm=self.arm)
         one_of(PRECISIONS, precision=self.precision)
-        if len(self.crop) != 2:
-            raise ValueError(f"crop must be (height, width), got {self.crop}")
+        if not isinstance(self.crop, (tuple, list)) or len(self.crop) != 2:
+            raise ValueError(f"crop must be (height, width), got {self.crop!r}")
+        if not isinstance(self.augmentation, Augmentation) or not isinstance(self.validation, Validation):
+            raise TypeError("augmentation and validation must be an Augmentation and a Validation of segadv.training")
         at_least(0, seed=self.seed, workers=self.workers)
         at_least(1, steps=self.steps, accumulation=self.accumulation)
         at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every)
@@ -162,8 +166,8 @@ class TrainConfig:
             ("weight_decay", self.weight_decay, 0.0, math.inf),
             ("power", self.power, 0.0, math.inf),
         ):
-            if not (low <= number <= high and math.isfinite(number)):
-                raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {number}")
+            if not isinstance(number, Real) or not (low <= number <= high and math.isfinite(number)):
+                raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {number!r}")
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -128,7 +128,8 @@ class Trainer:
             of the probe before.
 
     Raises:
-        TypeError: a config with values that JSON does not know, such as numbers of NumPy.
+        TypeError: a model that is no nn.Module, a DataLoader for a data set; a config with values that JSON does not
+            know, such as NumPy's float32.
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
             cannot be divided among the processes and parts, validation without a data set, a model whose state is not
             all tensors.
@@ -143,6 +144,11 @@ class Trainer:
         validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {_kind(model)}")
+        for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
+            if isinstance(given, DataLoader):
+                raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = resolve_device(config.device)
@@ -182,12 +188,12 @@ class Trainer:
                 f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
                 f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
             )
-        self.dataset = Augmented(
-            self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
-        )
         self.validation_dataset = validation_dataset
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device)
+        self.dataset = Augmented(
+            self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
+        )
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.processes > 1 and cuda:
@@ -218,7 +224,8 @@ class Trainer:
         self._warned = False
 
     def _checked(self, dataset: Dataset[tuple[Tensor, Tensor]]) -> Dataset[tuple[Tensor, Tensor]]:
-        return checked(dataset, self.description.get("num_classes"))
+        double = any(parameter.dtype is torch.float64 for parameter in self.model.parameters())
+        return checked(dataset, self.description.get("num_classes"), double=double)
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -790,9 +797,14 @@ class _Told:
         return bool(self._number)
 
 
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}; give an instance of it" if isinstance(value, type) else type(value).__name__
+
+
 def _ignore_interrupts(worker: int) -> None:
-    """A process that loads data goes on after Ctrl-C, until the training process ends."""
+    """A process that loads data goes on after Ctrl-C, until the training process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -808,37 +820,45 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _Interrupts:
-    """Ctrl-C while entered: kept back inside `held`, so that no state is saved from the middle of a step.
+    """Ctrl-C, and SIGTERM where someone handles it, while entered: kept back inside `held`, so that no state is saved
+    from the middle of a step.
 
-    Elsewhere it goes where it went before. Entered once a run, because to change the handler takes 0.1 ms.
+    Elsewhere they go where they went before. Entered once a run, because to change a handler takes 0.1 ms.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """How often it was pressed inside the `held` that is running."""
+        """How many came inside the `held` that is running."""
         self._depth = 0
-        self._before: Any = None  # the handler replaced
+        self._last: int = signal.SIGINT
+        self._before: dict[int, Any] = {}  # the handlers replaced
 
     def __enter__(self) -> _Interrupts:
         self.received = 0
         if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-            self._before = signal.getsignal(signal.SIGINT)
-        if self._before is not None:  # None also for a handler that Python does not know
-            signal.signal(signal.SIGINT, self._receive)
+            on_interrupt, on_termination = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+            if on_interrupt is not None:  # as that of a handler is that Python does not know
+                self._before[signal.SIGINT] = on_interrupt
+            if callable(on_termination):
+                self._before[signal.SIGTERM] = on_termination
+        for number in self._before:
+            signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-        self._before = None
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        before = self._before.get(number)
         if self._depth:
             self.received += 1
-        elif callable(self._before):
-            self._before(number, frame)
-        elif self._before == signal.SIG_DFL:
-            signal.signal(number, self._before)
+            self._last = number
+        elif callable(before):
+            before(number, frame)
+        elif before == signal.SIG_DFL:
+            signal.signal(number, before)
             signal.raise_signal(number)
 
     @contextlib.contextmanager
@@ -850,7 +870,7 @@ class _Interrupts:
             self._depth -= 1
         if self.received and not self._depth:
             self.received = 0  # however often: it interrupts once
-            self._receive(signal.SIGINT, None)
+            self._receive(self._last, None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

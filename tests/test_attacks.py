@@ -1129,6 +1129,8 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
         ({"ignore_index": None}, "ignore_index: a NoneType came; a whole number is needed"),
         ({"ignore_index": 255.0}, "ignore_index: a float came"),
         ({"ignore_index": True}, "ignore_index: a bool came"),
+        ({"targeted": "yes"}, "targeted: a str came; True or False is needed"),
+        ({"align_corners": 1}, "align_corners: a int came; True or False is needed"),
     ],
 )
 def test_arguments_of_a_wrong_kind(arguments: dict[str, Any], message: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +61,7 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     [
         ("", "one of {demo,train,evaluate,reproduce,data"),
         ("trian", "invalid choice: 'trian'"),
-        ("train --out x", "train.data"),
+        ("train --out x", "arguments are required: --data ("),
         ("train --data x --out y --stepz 3", "--stepz"),
         ("train --data x --out y --steps few", '"steps"'),
         ("train --data x --out y --steps 0", "got 0"),
@@ -71,12 +75,13 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),
         ("evaluate nowhere.pt --data x --out y", "nowhere.pt"),
-        ("data generate-streets x --size big", "size must be height x width"),
+        ("data generate-streets x --size big", "must be height x width, such as 160x320, got 'big'"),
         ("data generate-streets x --seed -1", "seed must be a whole number of at least 0, got -1"),
-        ("demo", "demo.out"),
+        ("demo", "arguments are required: --out ("),
+        ("data generate-streets", "arguments are required: dir ("),
         ("reproduce", "one of {cityscapes,voc}"),
         ("reproduce vok --data x --out y", "invalid choice: 'vok'"),
-        ("reproduce voc --out y", "reproduce.voc.data"),
+        ("reproduce voc --out y", "arguments are required: --data ("),
         ("evaluate x --dta y", "did you mean --data?"),
         ("train --data x --out y --lr 0.1", "did you mean --learning_rate?"),
     ],
@@ -88,6 +93,62 @@ def test_wrong_use_is_told_in_one_message(
     monkeypatch.delenv("SEGADV_DEBUG", raising=False)
     assert message in failure(arguments, capsys)
     assert list(tmp_path.iterdir()) == [], "something was written"
+
+
+@pytest.mark.parametrize(
+    "command", ["train --data x --out", "evaluate last.pt --data x --out", "data generate-streets"]
+)
+def test_output_has_to_be_a_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for given, message in ((str(tmp_path / "file"), "file', which is a file"), ("", "must be a folder, got ''")):
+        assert main([*command.split(), given]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_streams(closed: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m segadv doctor {closed}>&-"
+    result = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("cpu: " in result.stdout) == (closed == "2")
+
+
+def test_termination_is_like_an_interrupt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step it waits for its end; as of a batch system, whose jobs may have Ctrl-C ignored."""
+    monkeypatch.chdir(tmp_path)
+    assert run("data generate-streets streets --train 4 --val 0 --size 64x96") == 0
+    command = "train --arm basic --steps 6 --batch_size 2 --crop 32x48 --data streets --out run --device cpu"
+    genuine = Trainer.step_in_place
+
+    def step(self: Trainer, *arguments: Any) -> Any:
+        if self.steps_done == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return genuine(self, *arguments)
+
+    for on_interrupt in (signal.default_int_handler, signal.SIG_IGN):
+        before = signal.signal(signal.SIGINT, on_interrupt), signal.getsignal(signal.SIGTERM)
+        try:
+            with monkeypatch.context() as patched:
+                patched.setattr(Trainer, "step_in_place", step)
+                assert run(command) == 130
+            assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (on_interrupt, before[1])
+        finally:
+            signal.signal(signal.SIGINT, before[0])
+        assert "interrupted; the same command continues" in capsys.readouterr().err
+        assert torch.load("run/last.pt", weights_only=True)["steps_done"] == 4
+        shutil.rmtree("run")
+    # between steps, and in a command that holds nothing back
+    for name in ("run_demo", "between"):
+        with monkeypatch.context() as patched:
+            if name == "between":
+                patched.setattr(training, "_coins", lambda *a: signal.raise_signal(signal.SIGTERM))
+                patched.setattr(training._Interrupts, "held", lambda self: contextlib.nullcontext())
+            else:
+                patched.setattr(demo, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
+            assert run("demo --out x" if name == "run_demo" else command) == 130
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +320,14 @@ def test_data_train_evaluate(
     assert "broken.pt" in failure("evaluate broken.pt --data streets --out results", capsys)
     other = {"config": {"arm": "other"}, "steps_done": 0, "model": {"conv.weight": torch.zeros(3)}}
     torch.save(other, "other.pt")
-    assert "other.pt belongs to another architecture" in failure("evaluate other.pt --data streets --out r", capsys)
+    assert "other.pt does not say which network" in failure("evaluate other.pt --data streets --out r", capsys)
+    assert "run holds a training run; give a folder of its own, such as run/report" in failure(
+        "evaluate run/last.pt --data streets --out run", capsys
+    )
+    Path("results/results.json").write_text("{}")
+    assert "results holds a results.json of something else" in failure(command, capsys)
+    Path("results/results.json").unlink()
+    assert "results holds a report.md of something else" in failure(command, capsys)
 
 
 def test_evaluate_several_checkpoints_into_one_report(

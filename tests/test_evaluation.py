@@ -553,6 +553,27 @@ def test_steps_of_an_attack_of_the_caller(
     result.to_json(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize("factor", [255, -1, float("nan")])
+def test_images_outside_of_0_and_1_are_refused(
+    factor: float, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Attacks would clip them, and what that does would be taken for the attack."""
+    changed = [loader[0], (factor * loader[1][0], loader[1][1])]
+    with pytest.raises(ValueError, match=r"batch 1 of the loader: pixels must be in \[0, 1\], found .*wrap"):
+        evaluate(model, changed, ["fgsm"], [0.0, 0.03])
+
+
+def test_factories_are_needed(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    for given, told in ((FGSM, "the class FGSM"), (FGSM(model), "a FGSM"), (0.03, "a float")):
+        with pytest.raises(TypeError, match=rf"attacks\['mine'\]: {told} came; a factory is needed: lambda model, eps"):
+            evaluate(model, loader, {"mine": given}, [0.03])  # type: ignore[dict-item]
+
+
+def test_a_folder_for_results_is_made(tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    evaluate(model, loader, ["fgsm"], [0.03]).to_csv(tmp_path / "new" / "folder" / "curves.csv")
+    assert (tmp_path / "new" / "folder" / "curves.csv").exists()
+
+
 def test_labels_of_another_size_are_refused(model: Counting) -> None:
     images = torch.rand(2, 3, 8, 12)
     for shape in ((2, 4, 6), (1, 8, 12)):
@@ -958,11 +979,10 @@ def test_who_goes_on_with_records_is_told_as_well(
 def test_images_that_are_no_numbers_are_not_recorded(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    broken = [(images.clone(), labels) for images, labels in loader]
-    broken[0][0][0, 0, 0, 0] = torch.nan
     for _ in range(2):
         with pytest.raises(ValueError, match="NaN or infinite"):
-            evaluate(model, broken, {"own": lambda model, eps: FGSM(model, eps=eps)}, [0.1], records=tmp_path)
+            evaluate(model, loader, {"own": lambda model, eps: lambda x, y: x / 0}, [0.1], records=tmp_path)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {"clean"}
 
 
 def test_inference_mode_and_images_made_there(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:

@@ -64,3 +64,9 @@ def test_replaces_the_loss_of_segformer() -> None:
     adversarial = segadv.fast_newton_step(model, images, labels)
     assert adversarial.shape == images.shape
     assert not torch.equal(adversarial, images)
+
+
+def test_bad_arguments_are_named() -> None:
+    for given in ("255", True, None):
+        with pytest.raises(TypeError, match=f"ignore_index: a {type(given).__name__} came; a whole number is needed"):
+            segadv.CrossEntropyLoss(ignore_index=given)  # type: ignore[arg-type]

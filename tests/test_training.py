@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from segadv import models, training
 from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
@@ -1053,6 +1053,21 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
         assert received == ["end of the step", "after the step"]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
+        terminations = signal.signal(signal.SIGTERM, lambda number, frame: received.append(f"handled {number}"))
+        try:
+            received.clear()
+            with interrupts:
+                with interrupts.held():
+                    signal.raise_signal(signal.SIGTERM)
+                    assert interrupts.received == 1
+                signal.raise_signal(signal.SIGTERM)
+            assert received == [f"handled {signal.SIGTERM}"] * 2
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with interrupts:  # it ends the process then, as before
+                assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGTERM, terminations)
+
         with ThreadPoolExecutor(1) as pool:  # where no signal arrives, and none may be changed
             pool.submit(run_in_a_thread).result()
     finally:
@@ -1136,6 +1151,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
         ({"crop": (128, 4)}, "crop width must be a whole number of at least 8, got 4"),
         ({"crop": (128,)}, r"crop must be \(height, width\)"),
+        ({"crop": 32}, r"crop must be \(height, width\), got 32"),
+        ({"arm": None}, "arm must be one of .*; got None"),
+        ({"steps": True}, "steps must be a whole number of at least 1, got True"),
+        ({"learning_rate": "1e-3"}, r"learning_rate must be a finite number in .*, got '1e-3'"),
         ({"learning_rate": -0.1}, "learning_rate"),
         ({"momentum": 1.1}, "momentum"),
         ({"weight_decay": float("inf")}, "weight_decay"),
@@ -1216,6 +1235,18 @@ def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, worke
             trainer.run(tmp_path / "2", progress=False)
 
 
+def test_images_of_another_precision_than_the_models_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sample \d+: the image is float64, the model computes in float32"):
+        Trainer(config(), tiny_model(), Squares(torch.float64)).run(tmp_path, progress=False)
+
+
+def test_config_takes_whole_numbers_of_numpy_and_no_other_parts(tmp_path: Path) -> None:
+    assert run(tmp_path, steps=np.int64(2)).steps_done == 2
+    for changes in ({"augmentation": {"flip": False}}, {"validation": {"every": 2}}):
+        with pytest.raises(TypeError, match="must be an Augmentation and a Validation"):
+            config(**changes)
+
+
 def test_number_of_classes_of_the_description_is_checked(tmp_path: Path) -> None:
     trainer = Trainer(config(), tiny_model(), Squares(), description={"num_classes": 4})
     with pytest.raises(ValueError, match=r"sample \d+: labels must be classes 0 to 3 or 255, found \[4\]"):
@@ -1231,6 +1262,13 @@ def test_trainer_names_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(config(**changes), tiny_model(), Squares())
+    for model, data, message in (
+        (models.SmallBackbone, Squares(), "model must be an nn.Module, got the class SmallBackbone; give an instance"),
+        (lambda x: x, Squares(), "model must be an nn.Module, got function"),
+        (tiny_model(), DataLoader(Squares(), 4), "dataset must be a Dataset of single samples, got a DataLoader"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Trainer(config(), model, data)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device 'cuda' does not exist: this machine has 0"):
             Trainer(config(device="cuda"), tiny_model(), Squares())

@@ -550,6 +550,10 @@ def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"train, missing: image {images[0]} has no label file, expected {labels[0]}; restore it" in out
     assert f"train, orphan: label {labels[1]} has no image; restore {images[1]}" in out
     assert re.search(rf"train, wrong values: {re.escape(str(labels[2]))}: label values must be 0\.\.33.*\[77\]", out)
+    for path in tmp_path.glob("gtFine/val/*/*.png"):  # of train ids
+        Image.fromarray(Cityscapes.classes_of_values[np.array(Image.open(path))]).save(path)
+    assert main(["data", "check", str(tmp_path), "--split", "val"]) == 2
+    assert "val, wrong values: no mask has a value above 18: these are train ids" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path), "--split", "val, test"]) == 2
     assert "test, missing: no Cityscapes images for split 'test'" in capsys.readouterr().out
 

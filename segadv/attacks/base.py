@@ -352,6 +352,9 @@ class Attack(ABC):
             )
         if self.output is not None and not callable(self.output):
             raise TypeError(f"output: a {type(self.output).__name__} came; a callable or None is needed")
+        for entry in fields(self):
+            if entry.type == "bool" and not isinstance(value := getattr(self, entry.name), bool):
+                raise TypeError(f"{entry.name}: a {type(value).__name__} came; True or False is needed")
         if self.bn not in ("eval", "train"):
             raise ValueError(f"bn: {self.bn!r} is not one of 'eval', 'train'")
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):

@@ -112,6 +112,8 @@ def _check_split(
         check.pixels += pixels
         check.images += pixels > 0
         check.problems += problems
+    if doubt := kind.doubt(check.pixels):
+        check.problems.append(("wrong values", doubt))
     return check
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import IGNORE_INDEX, reads_files
 
-__all__ = ["CheckedSamples", "checked"]
+__all__ = ["CheckedSamples", "checked", "require_unit_range"]
 
 _OVERSHOOT = 0.1  # what resampling with a cubic kernel may add
 
 
-def checked(dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None) -> Dataset[tuple[Tensor, Tensor]]:
+def checked(
+    dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None, *, double: bool = True
+) -> Dataset[tuple[Tensor, Tensor]]:
     """`CheckedSamples` of a data set that does not check its samples itself, as `SegmentationFiles` do."""
-    return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes)
+    return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes, double=double)
+
+
+def require_unit_range(images: Tensor, name: str) -> None:
+    """ValueError where pixels are clearly not in [0, 1], to which attacks clip; `name` is what gave them."""
+    low, high = (value.item() for value in images.aminmax()) if images.numel() else (0.0, 1.0)
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+        raise ValueError(
+            f"{name}: pixels must be in [0, 1], found {low:.4g} to {high:.4g}. Divide bytes by 255; "
+            "put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
+        )
 
 
 class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
@@ -23,6 +36,7 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
     Args:
         dataset: ``dataset[i]`` is (image, label). Its image_paths, where it has them, are named in errors.
         num_classes: labels have to be below, or `IGNORE_INDEX`; None: the data set's, where it has it.
+        double: whether images may be float64.
 
     Raises:
         TypeError: a sample that is not two tensors.
@@ -30,8 +44,11 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             that is clearly not in [0, 1], to which attacks clip (upon indexing).
     """
 
-    def __init__(self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None, double: bool = True
+    ) -> None:
         self.dataset = dataset
+        self.double = double
         self.num_classes = getattr(dataset, "num_classes", None) if num_classes is None else num_classes
 
     def __len__(self) -> int:
@@ -50,12 +67,11 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
                 f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
             )
-        low, high = (value.item() for value in image.aminmax()) if image.numel() else (0.0, 1.0)
-        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+        if image.dtype is torch.float64 and not self.double:
             raise ValueError(
-                f"{self._named(index)}: pixels must be in [0, 1], found {low:.4g} to {high:.4g}. Divide bytes by 255; "
-                "put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
+                f"{self._named(index)}: the image is float64, the model computes in float32; convert it: image.float()"
             )
+        require_unit_range(image, self._named(index))
         if self.num_classes is not None:
             wrong = label[((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)]
             if len(wrong):

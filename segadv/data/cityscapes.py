@@ -102,6 +102,16 @@ class Cityscapes(SegmentationFiles):
             listing.orphans.append(f"label {label} has no image; restore {image}, or remove the label")
         return listing
 
+    @classmethod
+    def doubt(cls, pixels: npt.NDArray[np.int64]) -> str | None:
+        """Train ids are 0 to 18; of label ids vegetation, sky and cars, which no split lacks, are above."""
+        if pixels[:6].any() and not pixels[6:NUM_CLASSES].any():
+            return (
+                "no mask has a value above 18: these are train ids, not label ids; restore the files "
+                "*_gtFine_labelIds.png of the archive gtFine"
+            )
+        return None
+
     @staticmethod
     def read_image(path: str) -> npt.NDArray[np.uint8]:
         return read_pixels(path, ["RGB"], "restore the original file")

@@ -122,6 +122,11 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         raise NotImplementedError
 
     @classmethod
+    def doubt(cls, pixels: npt.NDArray[np.int64]) -> str | None:
+        """What is odd about the classes of a whole split; pixels: [256] of each class. None: nothing."""
+        return None
+
+    @classmethod
     def wrong_values(cls, path: str, values: Iterable[int]) -> str:
         found = [int(value) for value in values]
         return (

@@ -751,7 +751,6 @@ def _origin(split: str, index: int, size: tuple[int, int], seed: int) -> str:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
