@@ -201,7 +201,7 @@ class _Parser(ArgumentParser):
             message = f"the following arguments are required: {', '.join(told)}"
         message = re.sub(r"a <class '(?:\w+\.)*(\w+)'>", r"a value of type \1", message)
         message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-        message = message.replace("a value of type tuple", "a list, such as [0.5, 2]")
+        message = re.sub(r"a value of type tuple|a tuple with 2 elements", "a list, such as [0.5, 2]", message)
         super().error(message, ex)
 
 
