@@ -521,6 +521,14 @@ def test_check_counts(root: Path, workers: int, monkeypatch: pytest.MonkeyPatch)
     assert "2 problems:" in text
 
 
+@pytest.mark.parametrize("kind", [VOC, TrainAug])
+def test_a_missing_image_is_told_once(kind: type[VOC], root: Path) -> None:
+    (root / f"VOCdevkit/VOC2012/JPEGImages/{VAL[0]}.jpg").unlink()
+    (problem,) = (told for found in check_files(kind, root, progress=False) for told in found.problems)
+    assert problem[0] == "missing"
+    assert VAL[0] in problem[1]
+
+
 def test_check_of_a_good_tree(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("voc", "trainaug"):
         assert main(["data", "check", str(root), "--dataset", name]) == 0

@@ -7,7 +7,7 @@ VOC: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2015,
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -80,7 +80,15 @@ class VOC(SegmentationFiles):
     def list_files(cls, root: Path, split: str) -> Listing:
         folder = _voc_folder(root)
         names = _names(folder, split)
-        return _pairs(names, folder / "JPEGImages", folder / "SegmentationClass", ".png", f"the list {split}.txt names")
+        lists = (folder / "ImageSets" / "Segmentation").glob("*.txt")
+        return _pairs(
+            names,
+            folder / "JPEGImages",
+            folder / "SegmentationClass",
+            ".png",
+            f"the list {split}.txt names",
+            elsewhere={name for path in lists for name in path.read_text(errors="replace").split()},
+        )
 
     @staticmethod
     def read_image(path: str) -> npt.NDArray[np.uint8]:
@@ -144,7 +152,8 @@ class TrainAug(VOC):
                 f"        or: {png} with <name>.png\n"
                 f"     found: {found_in(voc.parent)}; {found_in(voc)}"
             )
-        listing.extend(_pairs(own, voc / "JPEGImages", voc / "SegmentationClass", ".png", "the list train.txt names"))
+        masks = voc / "SegmentationClass"
+        listing.extend(_pairs(own, voc / "JPEGImages", masks, ".png", "the list train.txt names", elsewhere=held_out))
         order = sorted(range(len(listing.images)), key=lambda i: Path(listing.images[i]).stem)
         listing.images = [listing.images[i] for i in order]
         listing.labels = [listing.labels[i] for i in order]
@@ -217,8 +226,11 @@ def _lines(path: Path) -> list[str]:
     return names
 
 
-def _pairs(names: list[str], images: Path, labels: Path, ending: str, who: str) -> Listing:
-    """Image ``<name>.jpg`` and mask ``<name><ending>`` for every name; `who` wants them, for messages."""
+def _pairs(
+    names: list[str], images: Path, labels: Path, ending: str, who: str, *, elsewhere: Collection[str] = ()
+) -> Listing:
+    """Image ``<name>.jpg`` and mask ``<name><ending>`` for every name; `who` wants them, for messages. Those of
+    `elsewhere`, which other lists name, are no orphans: their images are missing there."""
     with_image, with_label = names_in(images, ".jpg"), names_in(labels, ending)
     listing = Listing()
     for name in names:
@@ -231,7 +243,7 @@ def _pairs(names: list[str], images: Path, labels: Path, ending: str, who: str) 
         listing.missing.append(
             f"{who} {name!r}, but there is no {' and no '.join(wanted)}; restore it from the data set's archive"
         )
-    for name in sorted(with_label - with_image - set(names)):
+    for name in sorted(with_label - with_image - {*names, *elsewhere}):
         listing.orphans.append(
             f"label {labels / (name + ending)} has no image; restore {images}/{name}.jpg, or remove it"
         )
