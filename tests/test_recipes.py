@@ -212,7 +212,7 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--augmentation.rotate 3", "--augmentation.rotate 3; did you mean --augmentation.rotation?"),
         ("--btach-size 3", "--btach_size 3; did you mean --batch_size?"),
         ("--augmentation.scale 3", 'key "augmentation.scale": Expected a list, such as [0.5, 2]. Got value: [3]'),
-        ("--augmentation.scale [1,2,3]", "Expected a tuple with 2 elements. Got value: [1, 2, 3]"),
+        ("--augmentation.scale [1,2,3]", "Expected a list, such as [0.5, 2]. Got value: [1, 2, 3]"),
         ("--precision fp64", "key \"precision\": Expected one of 'fp32', 'bf16', 'fp16'. Got value: fp64"),
         ("--steps 1.5", 'key "steps": Expected a value of type int. Got value: 1.5'),
         ("--crop 3", "must be height x width, such as 160x320, got '3'"),
