@@ -37,6 +37,8 @@ class EmulatedKernels(CudaKernels):
     label is an error.
     """
 
+    check_labels = staticmethod(check_labels)
+
     def unavailable(self, device_type: str) -> str | None:
         return None if device_type == "cpu" else "it is made for CPU tensors"
 
@@ -55,13 +57,13 @@ class EmulatedKernels(CudaKernels):
         align_corners: bool,
         *arguments: Any,
     ) -> None:
-        check_labels(labels, size[1], ignore_index)
+        self.check_labels(labels, size[1], ignore_index)
         super()._pixels(kernel, size, labels, ignore_index, align_corners, *arguments)
 
     def confusion_matrix(
         self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, align_corners: bool, per_image: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_labels(labels, logits.shape[1], ignore_index)
+        self.check_labels(labels, logits.shape[1], ignore_index)
         return super().confusion_matrix(logits, labels, ignore_index, align_corners, per_image)
 
 

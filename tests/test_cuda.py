@@ -19,7 +19,7 @@ from torch import Tensor
 
 import segadv
 from segadv import functional as F
-from segadv.ops import cuda
+from segadv.ops import backends
 from segadv.ops.native import compiled_for
 
 # own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; two chunks; a pixel more than 8; one pixel each;
@@ -228,7 +228,7 @@ def test_bad_labels_make_their_image_nan_and_no_other(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, own: tuple[int, int], size: tuple[int, int]
 ) -> None:
     """What happens on a GPU, where nothing waits for a check: tried here with the check of CPU labels taken out."""
-    monkeypatch.setattr(cuda, "check_labels", lambda *_: None)
+    monkeypatch.setattr(backends.BACKENDS["cuda-emulated"], "check_labels", lambda *_: None)
     z = torch.randn(3, 5, *own).to(dtype).requires_grad_()
     good = torch.randint(0, 5, (3, *size))
     good[0, 0] = 255
