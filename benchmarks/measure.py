@@ -183,7 +183,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     if not new:
         return
     table = {tuple(row[name] for name in KEY): row for row in read_rows(path) + new}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, csv_text([table[key] for key in sorted(table)]))
 
 

@@ -226,7 +226,6 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     rows = [asdict(record) for record in (*read_records(path), *records)]
     table = {tuple(row[name] for name in KEY): row for row in rows}
     if table:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, csv_text([table[key] for key in sorted(table)]))
 
 

@@ -44,8 +44,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         cause = f"{error.strerror or error}"
         remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
-        checkpoint = (path if path.is_dir() else path.parent) / "last.pt"
-        left = f": it continues from {checkpoint}, which is whole" if checkpoint.is_file() else ""
+        checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
+        left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
         raise type(error)(
             error.errno or errno.EIO,
             f"{path} could not be written: {cause}; {remedy} and give the same command again{left}",
@@ -77,7 +77,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
             content = json.loads(line)
         except ValueError:
             break
-        if not isinstance(content, dict) or "step" not in content:
+        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
             break
         found.append(content)
     return found

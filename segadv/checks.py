@@ -19,7 +19,7 @@ def at_least(minimum: int, **arguments: int) -> None:
 def one_of(known: Collection[str], **arguments: str) -> None:
     """ValueError where an argument is not a known name; it tells which one is meant."""
     for name, value in arguments.items():
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             near = nearest(str(value), known)
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}, did you mean {near!r}?")
 

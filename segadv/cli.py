@@ -24,7 +24,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -96,27 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C in this process; those that it forks, to load data, it ends as before."""
-    before = None
-    if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-        before = signal.getsignal(signal.SIGTERM)
-    if before is None:  # also of a handler that Python does not know
+    """SIGTERM is like Ctrl-C, unless somebody handles or ignores it."""
+    main = threading.current_thread() is threading.main_thread()  # only there do signals arrive
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    own = os.getpid()
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == own:
-            signal.default_int_handler(number, frame)
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _reader_left() -> bool:
@@ -169,9 +157,12 @@ def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
 def _require_folder(arguments: Namespace) -> None:
     """What the command writes to may be missing, but neither a file nor a name that a shell left empty."""
     own = arguments[arguments.command]
-    name, out = (
-        ("dir", own["generate-streets"].dir) if own.get("kind") == "generate-streets" else ("--out", own.get("out"))
-    )
+    name = "--out"
+    if arguments.command == "reproduce":
+        own = own[own.setting]
+    if arguments.command == "data" and own.kind == "generate-streets":
+        name, own = "dir", own["generate-streets"]
+    out = own.get(name.removeprefix("--"))
     if out is not None and (not out or (Path(out).exists() and not Path(out).is_dir())):
         raise ValueError(f"{name} must be a folder, got {out!r}{', which is a file' if out else ''}")
 

@@ -83,12 +83,13 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
     try:
         network, num_classes = ModelConfig(description["model"]["name"]), description["num_classes"]
         description["dataset"]
-    except (KeyError, TypeError) as error:
+        model = build_model(network, num_classes=num_classes, seed=0)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} does not say which network it holds, as those of segadv train do; for a network of your own use "
-            "segadv.training.load_model and segadv.evaluation.evaluate"
+            f"{path} does not say which network it holds, as those of segadv train do ({error}); for a network of your "
+            "own use segadv.training.load_model and segadv.evaluation.evaluate"
         ) from error
-    return load_model(path, build_model(network, num_classes=num_classes, seed=0)), config
+    return load_model(path, model), config
 
 
 def whole_images(dataset: Any, *, images: int = 0, batch_size: int = 1) -> DataLoader[Any]:

@@ -236,7 +236,8 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
         told = f"the class {came.__name__}" if isinstance(came, type) else f"a {type(came).__name__}"
         raise TypeError(f"attacks[{name!r}]: {told} came; a factory is needed: lambda model, eps: FGSM(model, eps=eps)")
     attack = factory(model, eps)
-    if isinstance(attack, Attack) and attack.bn == "train" and unwrapped(attack.model) is unwrapped(model):
+    network = unwrapped(model)
+    if isinstance(attack, Attack) and attack.bn == "train" and any(part is network for part in attack.model.modules()):
         raise ValueError(f'attack {name!r}: bn="train" came, but evaluate runs the model in eval mode; use bn="eval"')
     arguments, iterative = [], None
     # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.

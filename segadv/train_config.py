@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -74,10 +74,20 @@ class Validation:
         object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
         at_least(0, **{"validation.every": self.every, "validation.images": self.images})
         at_least(1, **{"validation.batch_size": self.batch_size})
+        _make_ints(self)
         if not self.attacks or any(name not in ATTACKS for name in self.attacks):
             raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
         if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
             raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
+
+
+def _make_ints(config: object) -> None:
+    """Of the whole numbers of a frozen dataclass, which may be NumPy's; JSON and files know ints only."""
+    for name, value in vars(config).items():
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            object.__setattr__(config, name, int(value))
+        elif isinstance(value, (tuple, list)) and all(isinstance(part, Integral) for part in value):
+            object.__setattr__(config, name, tuple(map(int, value)))
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,7 @@ class TrainConfig:
         at_least(1 if self.arm in EARLY_STOP else 0, monitor_every=self.monitor_every)
         at_least(2, batch_size=self.batch_size)
         at_least(8, **{"crop height": self.crop[0], "crop width": self.crop[1]})
+        _make_ints(self)
         if self.seed >= 1 << 64:
             raise ValueError(f"seed must be less than 2^64, got {self.seed}")
         if self.batch_size % self.accumulation:

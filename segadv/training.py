@@ -188,12 +188,12 @@ class Trainer:
                 f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
                 f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
             )
-        self.validation_dataset = validation_dataset
-        self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(self.device)
         self.dataset = Augmented(
             self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
         )
+        self.validation_dataset = validation_dataset
+        self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.processes > 1 and cuda:
@@ -224,8 +224,7 @@ class Trainer:
         self._warned = False
 
     def _checked(self, dataset: Dataset[tuple[Tensor, Tensor]]) -> Dataset[tuple[Tensor, Tensor]]:
-        double = any(parameter.dtype is torch.float64 for parameter in self.model.parameters())
-        return checked(dataset, self.description.get("num_classes"), double=double)
+        return checked(dataset, self.description.get("num_classes"))
 
     # --- one step -------------------------------------------------------------------------------------------
 
@@ -245,7 +244,8 @@ class Trainer:
                 first in the batch that the network sees, the others after them, both in the order of the batch.
 
         Raises:
-            ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts.
+            ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts;
+                float64 images that the model does not take.
         """
         size = self._part_size(len(images))
         chosen = [operator.index(position) for position in chosen]  # those of a tensor, too
@@ -291,8 +291,15 @@ class Trainer:
             own = slice(part * size, (part + 1) * size)
             self._seed(part)
             last = part == config.accumulation - 1
-            with contextlib.nullcontext() if last or self.processes == 1 else self._network.no_sync():  # type: ignore[operator]
-                results.append(self._accumulate(images[own], labels[own], chosen[part], pixels))
+            try:
+                with contextlib.nullcontext() if last or self.processes == 1 else self._network.no_sync():  # type: ignore[operator]
+                    results.append(self._accumulate(images[own], labels[own], chosen[part], pixels))
+            except RuntimeError as error:
+                if images.dtype is torch.float64 and "double" in str(error).lower():
+                    raise ValueError(
+                        "images: float64 came, which the model does not take; image.float() helps"
+                    ) from error
+                raise
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.steps_done)
         self.scaler.step(self.optimizer)
@@ -372,8 +379,10 @@ class Trainer:
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
         interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
         gradients are added up belongs to the run). Ctrl-C ends the step that is running, writes a checkpoint and
-        raises KeyboardInterrupt; several processes stop together two steps later. (torchrun kills them after 30 s: a
-        validation that is running when Ctrl-C is pressed may take longer, and then the last checkpoint continues.)
+        raises KeyboardInterrupt; several processes stop together two steps later. So does SIGTERM where it is handled
+        as Ctrl-C (`signal.default_int_handler`), as the command line does. (torchrun kills them after 30 s: a
+        validation that is running then, or a GPU that waits for a process that has ended, may take longer, and then
+        the last checkpoint continues.)
 
         Args:
             progress: show a progress bar; a line per minute where the standard error stream is no terminal.
@@ -581,7 +590,7 @@ class Trainer:
             "processes": self.processes,
             "description": self.description,
         }
-        return json.loads(json.dumps(identity, default=operator.index))  # type: ignore[no-any-return]  # lists for tuples, as in a file
+        return json.loads(json.dumps(identity))  # type: ignore[no-any-return]  # lists for tuples, as in a file
 
     def _check_identity(self, saved: Mapping[str, Any], path: str | os.PathLike[str], *, is_over: bool) -> None:
         ours = self._identity()
@@ -802,9 +811,10 @@ def _kind(value: object) -> str:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A process that loads data goes on after Ctrl-C, until the training process ends it."""
+    """A process that loads data goes on until the training process ends: Ctrl-C, and the SIGTERM of torchrun and of
+    batch systems, reach all processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -820,27 +830,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _Interrupts:
-    """Ctrl-C, and SIGTERM where someone handles it, while entered: kept back inside `held`, so that no state is saved
-    from the middle of a step.
+    """Ctrl-C while entered: kept back inside `held`, so that no state is saved from the middle of a step. So is SIGTERM
+    where it is handled as Ctrl-C, as the command line does.
 
-    Elsewhere they go where they went before. Entered once a run, because to change a handler takes 0.1 ms.
+    Elsewhere it goes where it went before. Entered once a run, because to change the handler takes 0.1 ms.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """How many came inside the `held` that is running."""
+        """How often it was pressed inside the `held` that is running."""
         self._depth = 0
-        self._last: int = signal.SIGINT
         self._before: dict[int, Any] = {}  # the handlers replaced
 
     def __enter__(self) -> _Interrupts:
         self.received = 0
         if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-            on_interrupt, on_termination = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-            if on_interrupt is not None:  # as that of a handler is that Python does not know
-                self._before[signal.SIGINT] = on_interrupt
-            if callable(on_termination):
-                self._before[signal.SIGTERM] = on_termination
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            if callable(handlers[signal.SIGINT]) or handlers[signal.SIGINT] == signal.SIG_DFL:  # not ignored
+                self._before[signal.SIGINT] = handlers[signal.SIGINT]
+            if handlers[signal.SIGTERM] is signal.default_int_handler:
+                self._before[signal.SIGTERM] = handlers[signal.SIGTERM]
         for number in self._before:
             signal.signal(number, self._receive)
         return self
@@ -851,13 +860,13 @@ class _Interrupts:
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        before = self._before.get(number)
         if self._depth:
             self.received += 1
-            self._last = number
-        elif callable(before):
+            return
+        before = self._before[number]
+        if callable(before):
             before(number, frame)
-        elif before == signal.SIG_DFL:
+        else:
             signal.signal(number, before)
             signal.raise_signal(number)
 
@@ -870,7 +879,7 @@ class _Interrupts:
             self._depth -= 1
         if self.received and not self._depth:
             self.received = 0  # however often: it interrupts once
-            self._receive(self._last, None)
+            self._receive(next(iter(self._before)), None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

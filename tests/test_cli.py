@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def test_wrong_use_is_told_in_one_message(
 
 
 @pytest.mark.parametrize(
-    "command", ["train --data x --out", "evaluate last.pt --data x --out", "data generate-streets"]
+    "command",
+    ["train --data x --out", "evaluate x.pt --data x --out", "reproduce voc --data x --out", "data generate-streets"],
 )
 def test_output_has_to_be_a_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
@@ -149,6 +151,31 @@ def test_termination_is_like_an_interrupt(
             else:
                 patched.setattr(demo, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
             assert run("demo --out x" if name == "run_demo" else command) == 130
+
+
+def test_termination_of_all_processes_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun and batch systems send it: those that load data get it, too."""
+    monkeypatch.chdir(tmp_path)
+    assert run("data generate-streets streets --train 4 --val 0 --size 64x96") == 0
+    options = "--arm basic --steps 1000000 --batch_size 2 --crop 32x48 --log_every 1 --monitor_every 0 --workers 1"
+    command = f"train {options} --checkpoint_every 1000000 --data streets --out run --device cpu"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "segadv", *command.split()], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, told.strip().splitlines()[-1]) == (
+        130,
+        "segadv: interrupted; the same command continues",
+    )
+    lines = metrics.read_text().splitlines()
+    assert torch.load("run/last.pt", weights_only=True)["steps_done"] == json.loads(lines[-1])["step"] >= 3
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

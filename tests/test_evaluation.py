@@ -468,8 +468,10 @@ def careless(network: nn.Module, eps: float) -> Any:
         delta = torch.zeros_like(images, requires_grad=True)
         loss = nn.functional.cross_entropy(network(images + delta), labels.long())
         delta.data += eps * torch.autograd.grad(loss, delta)[0].sign()
-        images.clamp_(0, 1)
-        return (images + delta).clamp(0, 1)
+        result = (images + delta).clamp(0, 1)
+        images.zero_()
+        network.requires_grad_()
+        return result
 
     return attack
 
@@ -482,6 +484,7 @@ def test_what_an_attack_of_the_caller_does_ends_with_it(
 
     before = [(images.clone(), labels.clone()) for images, labels in loader]
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.conv.weight.requires_grad_(False)
     expected = evaluate(model, loader, {"fgsm": fgsm}, [0.0, 0.03])
     result = evaluate(model, loader, {"mine": careless, "fgsm": fgsm}, [0.0, 0.03], records=tmp_path)
     assert [row for row in result.rows if row["attack"] == "fgsm"] == expected.rows
@@ -489,6 +492,7 @@ def test_what_an_attack_of_the_caller_does_ends_with_it(
     assert mine.confusion.sum() == expected.confusion[0].sum(), "void pixels were counted"
     assert all(map(torch.equal, itertools.chain(*loader), itertools.chain(*before)))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [name for name, value in model.named_parameters() if not value.requires_grad] == ["conv.weight"]
     assert evaluate(model, loader, {"fgsm": fgsm}, [0.0, 0.03], records=tmp_path).rows == expected.rows
 
 
@@ -526,7 +530,7 @@ def test_batch_statistics_in_an_attack_of_the_caller(
     """There are none of the evaluated model; another one's depend on flags that no record tells of."""
 
     def factory(attacked: nn.Module | None) -> Any:
-        return lambda network, eps: FGSM(attacked or network, eps=eps, bn="train")
+        return lambda network, eps: FGSM(attacked or wrap(network), eps=eps, bn="train")
 
     with pytest.raises(ValueError, match=r"attack 'mine': bn=\"train\" came, but evaluate runs the model in eval mode"):
         evaluate(model, loader, {"mine": factory(None)}, [0.03])

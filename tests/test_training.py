@@ -1017,6 +1017,13 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             signal.raise_signal(signal.SIGINT)
             raise OSError("in the step")
 
+    def terminate_in_a_step() -> None:
+        with interrupts.held():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # ignored then
+            assert interrupts.received == 1
+            received.append("end of the step")
+
     def press_nothing() -> None:
         with interrupts.held():
             pass
@@ -1047,24 +1054,20 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             assert interrupts.received == 0
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup, or behind "&" in a script
-        received.clear()
-        with interrupts:
-            press_twice_in_a_step()
-        assert received == ["end of the step", "after the step"]
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        with interrupts, interrupts.held():
+            signal.raise_signal(signal.SIGINT)
+            assert interrupts.received == 0
 
-        terminations = signal.signal(signal.SIGTERM, lambda number, frame: received.append(f"handled {number}"))
+        terminations = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
         try:
             received.clear()
-            with interrupts:
-                with interrupts.held():
-                    signal.raise_signal(signal.SIGTERM)
-                    assert interrupts.received == 1
-                signal.raise_signal(signal.SIGTERM)
-            assert received == [f"handled {signal.SIGTERM}"] * 2
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            with interrupts:  # it ends the process then, as before
-                assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            with interrupts, pytest.raises(KeyboardInterrupt):
+                terminate_in_a_step()
+            assert received == ["end of the step"]
+            for own in (signal.SIG_DFL, lambda number, frame: None):  # somebody else's stays as it is
+                signal.signal(signal.SIGTERM, own)
+                with interrupts:
+                    assert signal.getsignal(signal.SIGTERM) == own
         finally:
             signal.signal(signal.SIGTERM, terminations)
 
@@ -1236,12 +1239,14 @@ def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, worke
 
 
 def test_images_of_another_precision_than_the_models_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sample \d+: the image is float64, the model computes in float32"):
+    with pytest.raises(ValueError, match=r"images: float64 came, which the model does not take"):
         Trainer(config(), tiny_model(), Squares(torch.float64)).run(tmp_path, progress=False)
 
 
 def test_config_takes_whole_numbers_of_numpy_and_no_other_parts(tmp_path: Path) -> None:
     assert run(tmp_path, steps=np.int64(2)).steps_done == 2
+    settings = config(steps=np.int64(2), batch_size=np.int32(4), crop=(np.int64(8), 12), seed=np.uint8(3))
+    assert json.loads(json.dumps(dataclasses.asdict(settings)))["crop"] == [8, 12]
     for changes in ({"augmentation": {"flip": False}}, {"validation": {"every": 2}}):
         with pytest.raises(TypeError, match="must be an Augmentation and a Validation"):
             config(**changes)

@@ -182,7 +182,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     network = unwrapped(model)
     training: dict[nn.Module, bool] = {}
     registered: dict[nn.Module, dict[str, Tensor | None]] = {}
-    trained: list[Tensor] = []
+    required: list[tuple[Tensor, bool]] = []
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
             raise ValueError(f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead")
@@ -204,7 +204,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                 )
         # one that the caller computed, for functional_call say, is no leaf and stays as it is
         leaves = [value for value in parameters.values() if value is not None and value.is_leaf]
-        trained += [value for value in leaves if value.requires_grad]
+        required += [(value, value.requires_grad) for value in leaves]
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -221,8 +221,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             module.running_mean = module.running_var = None  # type: ignore[assignment]
         stack.callback(_set_training, training)
         _set_training(dict.fromkeys(training, False))
-        stack.callback(_require_grad, trained, True)
-        _require_grad(trained, False)
+        stack.callback(_require_grad, required)
+        _require_grad([(parameter, False) for parameter, _ in required])
         # parametrize.cached() of the caller's: weights computed here have no graph, and must not stay there
         stack.callback(setattr, parametrize, "_cache", parametrize._cache)
         parametrize._cache = {}
@@ -300,9 +300,10 @@ def _set_training(flags: Mapping[nn.Module, bool]) -> None:
             module.training = flag
 
 
-def _require_grad(parameters: Iterable[Tensor], required: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(required)
+def _require_grad(required: Iterable[tuple[Tensor, bool]]) -> None:
+    for parameter, flag in required:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
 
 
 def _uses_batch(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -13,11 +12,9 @@ __all__ = ["CheckedSamples", "checked", "require_unit_range"]
 _OVERSHOOT = 0.1  # what resampling with a cubic kernel may add
 
 
-def checked(
-    dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None, *, double: bool = True
-) -> Dataset[tuple[Tensor, Tensor]]:
+def checked(dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None) -> Dataset[tuple[Tensor, Tensor]]:
     """`CheckedSamples` of a data set that does not check its samples itself, as `SegmentationFiles` do."""
-    return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes, double=double)
+    return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes)
 
 
 def require_unit_range(images: Tensor, name: str) -> None:
@@ -36,7 +33,6 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
     Args:
         dataset: ``dataset[i]`` is (image, label). Its image_paths, where it has them, are named in errors.
         num_classes: labels have to be below, or `IGNORE_INDEX`; None: the data set's, where it has it.
-        double: whether images may be float64.
 
     Raises:
         TypeError: a sample that is not two tensors.
@@ -44,11 +40,8 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             that is clearly not in [0, 1], to which attacks clip (upon indexing).
     """
 
-    def __init__(
-        self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None, double: bool = True
-    ) -> None:
+    def __init__(self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None) -> None:
         self.dataset = dataset
-        self.double = double
         self.num_classes = getattr(dataset, "num_classes", None) if num_classes is None else num_classes
 
     def __len__(self) -> int:
@@ -66,10 +59,6 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
                 f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
-            )
-        if image.dtype is torch.float64 and not self.double:
-            raise ValueError(
-                f"{self._named(index)}: the image is float64, the model computes in float32; convert it: image.float()"
             )
         require_unit_range(image, self._named(index))
         if self.num_classes is not None:
