@@ -9,6 +9,7 @@ import csv
 import ctypes
 import gc
 import os
+import random
 import re
 import subprocess
 import time
@@ -73,15 +74,20 @@ class DeviceRow(Row):
 
 
 def interleaved(providers: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Times every provider once in every round, so that a machine's drift hits all alike."""
+    """Times every provider once in every round, so that a machine's drift hits all alike, in an order drawn anew for
+    each: what one leaves behind, such as free memory to be cleared, meets another one every time."""
     milliseconds: dict[str, list[float]] = {name: [] for name in providers}
     for call in providers.values():
         for _ in range(warmup):
             call()
+    order = list(providers)
+    shuffle = random.Random(0).shuffle
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, call in providers.items():
+            shuffle(order)
+            for name in order:
+                call = providers[name]
                 begin = time.perf_counter()
                 result = call()
                 milliseconds[name].append(1e3 * (time.perf_counter() - begin))
@@ -206,20 +212,23 @@ def times_on_device(
     """
     milliseconds: dict[str, list[float]] = {name: [] for name in providers}
     begin = time.perf_counter()
+    order = list(providers.items())
+    shuffle = random.Random(0).shuffle
     gc.collect()
     gc.disable()
     try:
         for done in range(rounds):
             if done >= 5 and time.perf_counter() - begin > seconds:
                 break
+            shuffle(order)
             if device.type == "cpu":  # a dry run
-                for name, call in providers.items():
+                for name, call in order:
                     start = time.perf_counter()
                     call()
                     milliseconds[name].append(1e3 * (time.perf_counter() - start))
                 continue
             spans = {}
-            for name, call in providers.items():
+            for name, call in order:
                 # Read, not written: lines to be written back would cost the call bandwidth.
                 _larger_than_l2(device).sum()
                 torch.cuda._sleep(int(2e6 * head_start_ms))  # in cycles, of about 2 GHz

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 import segadv
+from segadv.ops import backends
 from segadv.results import csv_text, write_text
 
 from .measure import (
@@ -244,5 +245,5 @@ def destination(name: str, write: str | None, device: torch.device, *, quick: bo
 
 
 def require_native_core() -> None:
-    if not segadv.build_info()["native"]:
-        sys.exit("the benchmarks need the compiled core: pip install . (see segadv doctor)")
+    if not segadv.build_info()["native"] or (backends.requested() or "native") != "native":
+        sys.exit("the benchmarks need the compiled core: pip install ., without SEGADV_BACKEND (see segadv doctor)")

@@ -44,7 +44,7 @@ class Measurement(NamedTuple):
 
     def providers(self) -> Providers:
         providers = providers_of(self.operation, self.mode, CASE, full_resolution=self.full_resolution, compiled=False)
-        check(providers)
+        check(self.operation, providers)
         return {name: providers[name] for name in ("segadv", "eager")}
 
 

@@ -4,7 +4,7 @@ The demo's network, batches of 16 x 3 x 128 x 256 cropped from images in memory,
 measured, by timers around what any loop has to do (attack, forward pass, loss, backward pass, optimiser) and
 around reading the batch (crop, flip, collate; with workers other processes do it) and the checkpoint. What is left of
 the time from one step to the next is the trainer: coins, seeds, choosing and moving samples, schedule,
-metrics.
+metrics. The monitor's probe, which every hundredth step has by default, is an attack of its own and a row of its own.
 
 Timers inside one run, because a difference of one percent between two loops drowns in the noise of a machine that
 others use too. On the CPU a call returns when its work is done, so that the parts add up to the whole. With one
@@ -36,7 +36,7 @@ from .records import Where, destination, require_native_core, write_records
 
 WARM_UP = 3
 PART, SHARE = "part of a training step", "share of a training step"
-TRAINER, READING, CHECKPOINT = "the trainer", "reading the batch (no workers)", "a checkpoint"
+TRAINER, READING, CHECKPOINT, PROBE = "the trainer", "reading the batch (no workers)", "a checkpoint", "a probe"
 
 
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
@@ -93,7 +93,7 @@ WORK = ("attack", "forward", "loss", "backward", "optimiser")
 
 
 def measure(config: TrainConfig) -> list[dict[str, Any]]:
-    """Seconds of every step after the warm-up: the kinds of `WORK`, batch, checkpoint, whole."""
+    """Seconds of every step after the warm-up: the kinds of `WORK`, batch, checkpoint, probe, whole."""
     timers = Timers()
     torch.manual_seed(0)
     trainer: Any = Trainer(config, small_pspnet(), Scenes(8 * config.batch_size))
@@ -117,6 +117,7 @@ def measure(config: TrainConfig) -> list[dict[str, Any]]:
     for name in ("step", "zero_grad"):
         setattr(trainer.optimizer, name, timers.around("optimiser", getattr(trainer.optimizer, name)))
     trainer.save = timers.around("checkpoint", trainer.save)
+    trainer._take_probe = timers.around("probe", trainer._take_probe)
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer.run(folder, progress=False)
@@ -147,20 +148,23 @@ def main(arguments: list[str] | None = None) -> int:
         batch_size=options.batch_size,
         crop=tuple(options.crop),
         device="cpu",
-        monitor_every=0,
+        monitor_every=10,
         checkpoint_every=10,
     )
     steps = measure(config)
-    kinds = {kind: np.array([step.get(kind, np.zeros(2)) for step in steps]) for kind in (*WORK, "batch", "checkpoint")}
+    beside = ("batch", "checkpoint", "probe")
+    kinds = {kind: np.array([step.get(kind, np.zeros(2)) for step in steps]) for kind in (*WORK, *beside)}
     work = sum(kinds[kind] for kind in WORK)
-    rest = np.array([step["whole"] for step in steps]) - work - kinds["batch"] - kinds["checkpoint"]
+    rest = np.array([step["whole"] for step in steps]) - work - sum(kinds[kind] for kind in beside)
 
     size = f"{options.batch_size} x 3 x {options.crop[0]} x {options.crop[1]}"
     print(f"{options.arm}, {size}, float32, {len(steps)} steps, {torch.get_num_threads()} threads")
     print(f"{machine()}, commit {commit()}, torch {torch.__version__}")
     print(f"load of the machine {os.getloadavg()[0]:.1f}\n")
     rows = {kind: kinds[kind] for kind in WORK} | {"these together": work, TRAINER: rest, READING: kinds["batch"]}
-    rows |= {CHECKPOINT: kinds["checkpoint"][kinds["checkpoint"][:, 0] > 0]}
+    for name, kind in ((CHECKPOINT, "checkpoint"), (PROBE, "probe")):
+        if (taken := kinds[kind][:, 0] > 0).any():
+            rows[name] = kinds[kind][taken]
     print(f"{'ms by the clock':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
     for name, seconds in rows.items():
         print(f"{name:34s}" + "".join(f"{1e3 * value:9.3f}" for value in spread(seconds[:, 0])))
@@ -171,8 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
             if column == 0 or torch.get_num_threads() == 1:
                 share = 100 * seconds[:, column] / work[:, column]
                 print(f"{f'{name}, {clock}':34s}" + "".join(f"{value:9.2f}" for value in spread(share)))
-    amortised = 100 * np.median(rows[CHECKPOINT][:, 0]) / np.median(work[:, 0]) / TrainConfig.checkpoint_every
-    print(f"{f'a checkpoint every {TrainConfig.checkpoint_every} steps':34s}{'':9s}{amortised:9.2f}")
+    for name, every in ((CHECKPOINT, TrainConfig.checkpoint_every), (PROBE, TrainConfig.monitor_every)):
+        if name in rows:
+            amortised = 100 * np.median(rows[name][:, 0]) / np.median(work[:, 0]) / every
+            print(f"{f'{name} every {every} steps':34s}{'':9s}{amortised:9.2f}")
     if path is not None:
         where = Where(f"small, {size}, 19 classes", torch.float32, cpu)
         records = [

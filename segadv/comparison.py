@@ -33,6 +33,7 @@ __all__ = [
     "examples",
     "load_trained",
     "measure_overhead",
+    "reference_overhead",
     "whole_images",
 ]
 
@@ -48,6 +49,14 @@ PAPER_OVERHEAD: dict[str, dict[str, float]] = {
 
 A clean step is 3 passes (forward, data gradient, weight gradient); an attack step on half the batch adds one.
 """
+
+
+def reference_overhead(attacked: float) -> dict[str, dict[str, float]]:
+    """`PAPER_OVERHEAD` for another share of attacked samples than 0.5: the cost model alone, which grows with it."""
+    if math.isclose(attacked, 0.5):
+        return PAPER_OVERHEAD
+    return {"cost model": {arm: percent * attacked / 0.5 for arm, percent in PAPER_OVERHEAD["cost model"].items()}}
+
 
 SHOWN_EPS = 0.03
 _WARM_UP_STEPS = 2

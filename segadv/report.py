@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import plots
 from .masking import Check
@@ -36,7 +37,8 @@ def write_report(
         command: what repeats it, for the reader.
 
     Raises:
-        ValueError: the models were put under different attacks or eps, or have different numbers of classes.
+        ValueError: the models were put under different attacks, eps or steps, on different images, or have different
+            numbers of classes.
     """
     _check_alike(result)
     out = Path(folder)
@@ -75,14 +77,17 @@ def require_report_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def _check_alike(result: EvaluationResult) -> None:
-    seen: dict[str, set[tuple[str, float, int]]] = {}
-    for entry in result.final:
-        seen.setdefault(entry.arm, set()).add((entry.attack, entry.eps, len(entry.confusion)))
+    seen: dict[str, set[tuple[Any, ...]]] = {}
+    for entry in result.measurements:
+        seen.setdefault(entry.arm, set()).add((entry.attack, entry.eps, entry.steps, len(entry.confusion)))
+    for arm in seen:
+        run = result.run.get(arm, {})
+        seen[arm].update((name, run.get(name)) for name in ("data_sha256", "images", "seed"))
     first, *others = seen
     if other := next((arm for arm in others if seen[arm] != seen[first]), None):
         raise ValueError(
-            f"result: {first!r} and {other!r} were evaluated under different attacks or eps, or on different numbers "
-            "of classes; a report is for models that were evaluated alike"
+            f"result: {first!r} and {other!r} were evaluated under different attacks, eps, steps or seeds, on "
+            "different images, or on different numbers of classes; a report is for models that were evaluated alike"
         )
 
 

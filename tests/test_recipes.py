@@ -456,11 +456,11 @@ def test_checkpoint_without_description(
     """As a program of one's own may write it."""
     state = torch.load(trained / "cityscapes" / "last.pt", weights_only=True)
     options = "--attacks fgsm --eps 0 --check-images 0 --device cpu"
-    for own in ({}, {"note": "mine"}, {"model": "mine", "num_classes": 3, "dataset": "x"}):
+    for own in ({}, {"note": "mine"}, {"model": {"name": "x"}, "num_classes": 3, "dataset": "x"}):
         state["config"]["description"] = own
         torch.save(state, tmp_path / "own.pt")
         message = failure(f"evaluate {tmp_path}/own.pt --data {streets} --out {tmp_path}/out {options}", capsys)
-        assert "own.pt does not say which network it holds, as those of segadv train do; for a network of" in message
+        assert "own.pt does not say which network it holds, as those of segadv train do (" in message
 
 
 def test_initial_weights_have_to_be_at_hand_at_the_start_only(tmp_path: Path) -> None:
@@ -707,12 +707,15 @@ AS_THE_PAPER_SAYS = {
     ("changed", "expected"),
     [
         ({}, [True] * 6),
-        ({("random-fgsm", "bim-10"): (0.7, 0.5, 0.4, 0.4, 0.2)}, [False, True, True, True, True, True]),
-        ({("fgsm", "bim-10"): (0.9, 0.4, 0.3, 0.2, 0.31)}, [True, False, True, True, True, True]),
-        ({("basic", "bim-10"): (0.8, 0.61, 0.2, 0.1, 0.0)}, [True, True, False, True, True, True]),
-        ({("bim-3", "bim-10"): (0.6, 0.55, 0.5, 0.41, 0.29)}, [True, True, True, False, True, True]),
+        ({("random-fgsm", "bim-10"): (0.7, 0.5, 0.4, 0.43, 0.2)}, [False, True, True, True, True, True]),
+        ({("random-fgsm", "bim-10"): (0.7, 0.5, 0.4, 0.39, 0.2)}, [None, True, True, True, True, True]),
+        ({("random-fgsm", "bim-10"): (0.7, 0.5, 0.63, 0.41, 0.2)}, [False, True, True, True, True, True]),
+        ({("fgsm", "bim-10"): (0.9, 0.4, 0.3, 0.2, 0.33)}, [True, False, True, True, True, True]),
+        ({("basic", "bim-10"): (0.8, 0.63, 0.2, 0.1, 0.0)}, [True, True, False, True, True, True]),
+        ({("bim-3", "bim-10"): (0.6, 0.55, 0.53, 0.41, 0.29)}, [True, True, True, False, True, True]),
+        ({("bim-3", "bim-10"): (0.6, 0.55, 0.45, 0.42, 0.32)}, [True, True, True, True, True, True]),
         ({("bim-3", "bim-10"): (0.6, 0.55, 0.45, 0.41, 0.33)}, [True, True, True, True, False, True]),
-        ({("fgsm", "fgsm"): (0.7, 0.65, 0.62, 0.6, 0.5)}, [True, True, True, True, True, False]),
+        ({("fgsm", "fgsm"): (0.7, 0.65, 0.63, 0.6, 0.5)}, [True, True, True, True, True, False]),
         ({("bim-3", "bim-10"): None}, [True, True, True, None, None, True]),
     ],
 )

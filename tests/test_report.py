@@ -328,7 +328,7 @@ def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
 
 
 def trainer_rows() -> list[Record]:
-    names = (*trainer.WORK, "these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT)
+    names = (*trainer.WORK, "these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT, trainer.PROBE)
     rows = [record(trainer.PART, name, "fast-newton", p50=1.0 + i, unit="ms") for i, name in enumerate(names)]
     return [*rows, record(trainer.SHARE, trainer.TRAINER, "fast-newton", p50=0.7, unit="%")]
 
