@@ -432,8 +432,8 @@ def _report(
         ),
         "",
         'What the paper says of them. It gives no numbers in its text, nor for "small", "larger" and "equal": read '
-        f"here as eps 0.01 and 0.02, 0.03 and 0.04, and a difference of at most {_EQUAL:g}, with which nothing is above "
-        "or below either.",
+        f"here as eps 0.01 and 0.02, 0.03 and 0.04, and a difference of at most {_EQUAL:g}, with which nothing is "
+        "above or below either.",
         "",
         *table(
             ["claim", "ours", "figures"],

@@ -1032,7 +1032,7 @@ def test_results_of_different_attacks_and_classes_in_one(
         written = list(csv.DictReader(file))
     assert (written[-1]["iou_4"], written[-1]["iou_5"]) != ("", "0.0")
     assert [row["iou_18"] for row in written if row["arm"] == "c"] == [""] * len(both.measurements)
-    with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks or eps"):
+    with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
         report.write_report(tmp_path / "report", merged, {})
     assert not (tmp_path / "report").exists()
 
