@@ -6,6 +6,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import device, measure, overhead, peers, records
+from benchmarks import device, measure, ops, overhead, peers, records
+from benchmarks.cases import Case
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
 from benchmarks.records import Record, Where
 
@@ -89,6 +91,37 @@ def test_every_key_is_measured_once_in_every_round_in_changing_order() -> None:
     assert [found[key][3] for key in rounds[3]] == [16, 17, 18, 19, 20]
     assert records.in_rounds(measure, "abcde", rounds=12, seed=0).keys() == found.keys()
     assert calls[60:] == calls[:60]  # the same seed, the same order
+
+
+@pytest.mark.parametrize(
+    ("take_times", "warm_up"), [(measure.interleaved, 10), (partial(measure.times_on_device, device=CPU), 0)]
+)
+def test_no_provider_always_follows_the_same_one(take_times: Any, warm_up: int) -> None:
+    calls: list[str] = []
+    take_times({name: partial(calls.append, name) for name in "abcde"}, rounds=12)
+    rounds = [calls[i : i + 5] for i in range(warm_up, warm_up + 60, 5)]
+    assert all(sorted(order) == list("abcde") for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 6
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("operation", ops.ONE_PASS)
+def test_every_provider_of_an_operation_is_checked(operation: str, full: bool) -> None:
+    case = Case("tiny", images=2, classes=4, own=5, size=20)
+    providers = ops.providers_of(operation, "forward + backward", case, full_resolution=full, compiled=False)
+    ops.check(operation, providers)
+    for name in providers.keys() - {"eager", "floor"}:
+        *values, grad = providers[name]()
+        wrong = (*values, 2 * grad)
+        with pytest.raises(AssertionError, match=f"{name} differs from eager"):
+            ops.check(operation, providers | {name: lambda wrong=wrong: wrong})
+
+
+def test_another_backend_is_not_measured_as_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    records.require_native_core()
+    monkeypatch.setenv("SEGADV_BACKEND", "reference")
+    with pytest.raises(SystemExit, match="without SEGADV_BACKEND"):
+        records.require_native_core()
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

@@ -150,6 +150,15 @@ def test_interrupted_in_a_further_seed_continues_to_the_same_curves(
     assert (tmp_path / "parts" / "curves.csv").read_bytes() == (tmp_path / "whole" / "curves.csv").read_bytes()
 
 
+def test_the_machine_is_the_one_that_timed_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = iter(({"threads": 1}, {"threads": 2}, {"threads": 3}))
+    monkeypatch.setattr(demo, "_machine", lambda: next(machines))
+    assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 1}
+    assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 2}  # stopped before it timed them
+    (tmp_path / "out" / "overhead.csv").touch()
+    assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 2}
+
+
 def test_wrong_number_of_seeds_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--quick", "--seeds", "0", "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err == "segadv: error: seeds must be a whole number of at least 1, got 0\n"

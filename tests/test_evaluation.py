@@ -1037,6 +1037,21 @@ def test_results_of_different_attacks_and_classes_in_one(
     assert not (tmp_path / "report").exists()
 
 
+def test_a_report_is_of_models_that_were_evaluated_alike(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    from segadv import report
+
+    alike: dict[str, Any] = {"attacks": ["pgd"], "eps": [0.0, 0.1], "steps": 4}
+    first = evaluate(model, loader, **alike)
+    report._check_alike(EvaluationResult.merge({"a": first, "b": evaluate(Counting(), loader, **alike)}))
+    for data, changes in ((loader, {"steps": 5}), (loader, {"seed": 1}), (loader[:2], {}), (loader[::-1], {})):
+        merged = EvaluationResult.merge({"a": first, "b": evaluate(model, data, **alike | changes)})
+        with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
+            report.write_report(tmp_path, merged, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arms_with_names_of_their_own_look_different() -> None:
     from segadv import plots
 

@@ -631,6 +631,33 @@ def test_reproduce_continues_where_it_was_stopped_and_in_parts(
     assert (parts / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
 
 
+def test_arms_that_were_evaluated_on_different_images_are_not_compared(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, options = tmp_path / "other", "--steps 1 --batch-size 2 --overhead-steps 1"
+    assert run(f"data generate-streets {other} --train 5 --val 2 --size 64x80 --seed 9") == 0
+    assert run(reproduction("cityscapes", streets, tmp_path / "out", f"{options} --arms basic")) == 0
+    before = (tmp_path / "out" / "report.md").read_text()
+    message = failure(reproduction("cityscapes", other, tmp_path / "out", f"{options} --arms fgsm"), capsys)
+    assert re.search(r"evaluated on different images \(basic \w{16}, fgsm \w{16}, SHA-256\)", message)
+    assert (tmp_path / "out" / "report.md").read_text() == before
+    (tmp_path / "out" / "basic" / "evaluation.json").unlink()
+    assert run(reproduction("cityscapes", other, tmp_path / "out", f"{options} --arms basic,fgsm")) == 0
+
+
+def test_references_are_those_of_the_share_attacked(streets: Path, tmp_path: Path) -> None:
+    assert comparison.reference_overhead(0.5) is comparison.PAPER_OVERHEAD
+    (model,) = comparison.reference_overhead(1.0).values()
+    assert model == pytest.approx({"fgsm": 200 / 3, "random-fgsm": 200 / 3, "bim-3": 200.0, "fast-newton": 200 / 3})
+    options = "--steps 1 --batch-size 2 --overhead-steps 1 --adversarial-share 1 --arms basic"
+    assert run(reproduction("cityscapes", streets, tmp_path / "out", options)) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "100% of it attacked" in text
+    assert "| bim-3 |" in text
+    assert " 200.00 % |" in text
+    assert "45.92" not in text
+
+
 def test_reproduce_writes_whole_files(streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever file cannot be replaced, the others and the old one stay whole, and the next call makes it."""
     command = reproduction("cityscapes", streets, tmp_path, "--arms basic --steps 1 --batch-size 2 --overhead-steps 1")
