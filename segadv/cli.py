@@ -47,8 +47,8 @@ _RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM (from a
-    batch system, say), 141 where the reader of its output left (`segadv doctor | head -3`).
+    """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM (from
+    torchrun, say), 141 where the reader of its output left (`segadv doctor | head -3`).
 
     SEGADV_DEBUG=1 lets errors through with their traceback.
     """

@@ -811,10 +811,11 @@ def _kind(value: object) -> str:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """A process that loads data goes on until the training process ends: Ctrl-C, and the SIGTERM of torchrun and of
-    batch systems, reach all processes."""
+    """A process that loads data goes on until the training process ends, or ends it with SIGTERM: Ctrl-C, and the
+    SIGTERM of torchrun, go to a whole group of processes, of which it is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgid(0, 0)
 
 
 def resolve_device(name: str) -> torch.device:

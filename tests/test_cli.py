@@ -154,7 +154,7 @@ def test_termination_is_like_an_interrupt(
 
 
 def test_termination_of_all_processes_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun and batch systems send it: those that load data get it, too."""
+    """As torchrun sends it: to the group of a process, in which those that load data would be."""
     monkeypatch.chdir(tmp_path)
     assert run("data generate-streets streets --train 4 --val 0 --size 64x96") == 0
     options = "--arm basic --steps 1000000 --batch_size 2 --crop 32x48 --log_every 1 --monitor_every 0 --workers 1"

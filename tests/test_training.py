@@ -1077,6 +1077,39 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_process_ends_although_one_that_loads_data_does_not(tmp_path: Path) -> None:
+    """What multiprocessing does then is to terminate it, and to wait until it has ended."""
+    program = """
+import sys, time, torch
+from segadv.models import small_pspnet
+from segadv.training import TrainConfig, Trainer
+
+class Noise(torch.utils.data.Dataset):
+    read = 0
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.read += 1
+        if self.read > 2:
+            time.sleep(1000)
+        return torch.rand(3, 40, 48), torch.zeros(40, 48, dtype=torch.uint8)
+
+def fail(*arguments):
+    raise OSError("in a step")
+
+settings = TrainConfig(arm="basic", steps=3, batch_size=2, crop=(32, 32), workers=1, device="cpu")
+trainer = Trainer(settings, small_pspnet(), Noise())
+trainer.step_in_place = fail
+try:
+    trainer.run(sys.argv[1], progress=False)
+except OSError as error:
+    kept = error
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=120, check=True)
+
+
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
