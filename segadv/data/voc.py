@@ -87,7 +87,7 @@ class VOC(SegmentationFiles):
             folder / "SegmentationClass",
             ".png",
             f"the list {split}.txt names",
-            elsewhere={name for path in lists for name in path.read_text(errors="replace").split()},
+            elsewhere={name for path in lists for name in path.read_text("utf-8-sig", "replace").split()},
         )
 
     @staticmethod
