@@ -853,6 +853,49 @@ def test_a_compiled_model_gives_the_same(name: str) -> None:
     assert unwrapped(compiled) is compiled
 
 
+class StaticMemory(nn.Module):
+    """A model whose logits and input gradients lie in the same memory in every pass, as those of a network that is
+    compiled to CUDA graphs: the next pass writes over them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.memory: dict[tuple[str, torch.Size], Tensor] = {}
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        place = self.memory.setdefault((name, value.shape), torch.empty_like(value))
+        return place.data.copy_(value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for place in self.memory.values():
+            place.data.fill_(torch.nan)
+        module = self
+
+        class Keep(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, value: Tensor, name: str) -> Tensor:
+                ctx.name = name
+                return module.keep(name, value) if name == "logits" else value.clone()
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+                return (module.keep("gradient", grads[0]) if ctx.name == "images" else grads[0]), None
+
+        logits: Tensor = Keep.apply(self.model(Keep.apply(images, "images")), "logits")
+        return logits
+
+
+@every_attack
+def test_outputs_that_the_next_pass_writes_over(name: str) -> None:
+    model, (images, labels) = Net(), sample()
+    static = StaticMemory(model)
+    adversarial, gradient = run(name, model, images, labels), make(name, model).input_gradient(images, labels)
+    assert torch.equal(run(name, static, images, labels), adversarial)
+    kept = make(name, static).input_gradient(images, labels)
+    static(images)
+    assert torch.equal(kept, gradient)
+
+
 def test_repr_and_arguments_for_result_files() -> None:
     attack = PGD(nn.Identity(), eps=torch.tensor([0.1, 0.2]), alpha=0.1, generator=torch.Generator())
     assert repr(FGSM(nn.Identity(), eps=0.25)).startswith("FGSM(")
