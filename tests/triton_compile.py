@@ -88,6 +88,18 @@ def operations(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Any]]:
                 ),
             )
             yield f"argmax_labels {name}", lambda z=z: confusion.argmax_labels(z, [256, 256], False)
+        # where the offsets of all pixels of a tile, or of its columns, are one
+        for own, size, align in (
+            ((1, 1), (40, 40), True), ((4, 1), (1, 9), True), ((2, 1), (16, 1), False), ((2, 2), (1, 1), False),
+        ):  # fmt: skip
+            z, y = torch.randn(1, 19, *own).to(dtype), torch.zeros(1, *size, dtype=torch.uint8)
+            name = f"{str(dtype)[6:]} {own} -> {size}"
+            yield f"gain_and_grad {name}", lambda z=z, y=y, a=align: margin.gain_and_grad(z, y, 255, a)
+            yield (
+                f"loss_and_grad {name}",
+                lambda z=z, y=y, a=align: cross_entropy.loss_and_grad(z, y, None, "segpgd", 0.25, False, 255, a),
+            )
+            yield f"argmax_labels {name}", lambda z=z, size=size, a=align: confusion.argmax_labels(z, [*size], a)
         x = torch.rand(2, 3, 256, 256).to(dtype)
         yield f"l1_norm {str(dtype)[6:]}", lambda x=x: step.l1_norm(x)
         if dtype in (torch.float32, torch.float64):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import check_labels, class_dtype, zero_counts
-from .tiles import UNALIGNED, find_largest, launch, load_labels, taps, tile_of, tiles
+from .tiles import UNALIGNED, UNSPECIALIZED, find_largest, launch, load_labels, taps, tile_of, tiles
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def add_counts(counts, cell, counted, AXIS: tl.constexpr):
     tl.atomic_add(counts + cell, 1, mask=counted & (lowest != highest), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def confusion_kernel(
     logits, labels, prediction, counts,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,

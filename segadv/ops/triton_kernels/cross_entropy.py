@@ -18,10 +18,10 @@ from torch import Tensor
 from ..common import check_labels, compute_dtype, empty_map, empty_maps, empty_vector, gradient_like
 from . import gradient
 from .scalars import bits, scalar
-from .tiles import UNALIGNED, exp, finish, launch, load_labels, load_logit, taps, tile_of, tiles
+from .tiles import UNALIGNED, UNSPECIALIZED, exp, finish, launch, load_labels, load_logit, taps, tile_of, tiles
 
 
-@triton.jit(do_not_specialize=["one", "right_bits", "wrong_bits"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "right_bits", "wrong_bits"], do_not_specialize_on_alignment=UNALIGNED)
 def cross_entropy_kernel(
     logits, labels, grad, class_weight, pixel_loss, largest, log_normalizer, pixel_weight,
     loss_sum, weight_sum, valid, bad,

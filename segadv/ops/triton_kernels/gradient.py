@@ -23,7 +23,19 @@ from torch import Tensor
 from ..common import compute_dtype
 from .bilinear import first_output, largest_quad, weights
 from .configs import config
-from .tiles import UNALIGNED, check_sizes, exp, launch, load_labels, mean, power_of_two, tile_of, tiles, triton_dtype
+from .tiles import (
+    UNALIGNED,
+    UNSPECIALIZED,
+    check_sizes,
+    exp,
+    launch,
+    load_labels,
+    mean,
+    power_of_two,
+    tile_of,
+    tiles,
+    triton_dtype,
+)
 
 
 @triton.jit
@@ -52,7 +64,7 @@ def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside
     return value
 
 
-@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_kernel(
     grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
@@ -85,7 +97,7 @@ def gradient_kernel(
         tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 
 
-@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_up_kernel(
     grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,

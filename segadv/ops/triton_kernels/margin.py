@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..common import check_labels, class_dtype, compute_dtype, empty_gradient, empty_map, empty_vector, gradient_like
 from . import gradient
-from .tiles import UNALIGNED, find_largest, finish, launch, load_labels, taps, tile_of, tiles
+from .tiles import UNALIGNED, UNSPECIALIZED, find_largest, finish, launch, load_labels, taps, tile_of, tiles
 
 
-@triton.jit(do_not_specialize=["one"], do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def margin_kernel(
     logits, labels, grad, margin, runner_up, gain_sum, valid, bad,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,

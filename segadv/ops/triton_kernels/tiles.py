@@ -38,6 +38,11 @@ UNALIGNED = [
 """Arguments of the kernels whose divisibility by 16 says nothing about an address (that of W and of strides does).
 Told of it, Triton would compile the kernels anew for every other size of images, to the same code."""
 
+UNSPECIALIZED = ["one", "h", "w"]
+"""Arguments that the kernels must not take as constants where they are 1: `one` for the sake of the layout (above);
+of logits with one row or column the compiler would find that all pixels of a tile have one tap, make its offsets a
+scalar, and fail at what `load_rows` says of neighbours. For the same reason a tile that resamples has two columns."""
+
 # --- device -------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +296,7 @@ def tiles(
             h, w, H, W = 1, H * W, 1, H * W
         block_y = max(1, min(power_of_two(H), tuned.block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
-    block_x = min(power_of_two(W), max(1, tuned.block // block_y))
+    block_x = max(2 if up else 1, min(power_of_two(W), tuned.block // block_y))
     if up:  # four taps per pixel, or float64, would not fit the registers of as few threads
         warps = tuned.num_warps * (1 if quad_rows else 2) * (2 if dtype is torch.float64 else 1)
     else:
