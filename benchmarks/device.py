@@ -388,45 +388,57 @@ def part_tests(run: Run) -> None:
         "-o", "addopts=--strict-markers", *(["--collect-only", "-qq"] if run.dry else []),
     ]  # fmt: skip
     contract = [f"tests/test_{name}.py" for name in ("margin", "cross_entropy", "step", "confusion", "library")]
-    ours = " or ".join(run.backends)
-    gpu, slow = "tests/test_gpu.py", "compile or training"
+    gpu, opcheck = "tests/test_gpu.py", "tests/test_library.py"
+    # as the tests name them; on a GPU's machine the native backend's tests on the CPU show nothing new
+    on_gpu = run.backends if run.device.type == "cuda" else ["none"]
+    ours = ["native-on-gpu" if name == "native" and run.device.type == "cuda" else name for name in run.backends]
+    dtypes = [f"torch.{name}" for name in ("float32", "bfloat16", "float16", "float64")]
     shards = [
         ["tests/test_triton.py", "-k", "not kernels_compile"],
-        [gpu, "-k", slow],
-        [gpu, "-k", f"not ({slow})"],
-    ] + [
-        [*contract, "-k", f"({ours}) and {dtype}"]
-        for dtype in (
-            "torch.float32",
-            "torch.bfloat16",
-            "torch.float16",
-            "torch.float64",
-            "not torch.float and not torch.bfloat16",
-        )
+        *([gpu, "-k", f"training and {name}"] for name in on_gpu),
+        *([gpu, "-k", what] for what in ("compile_fullgraph", "cuda_graphs", "not (compile or training)")),
+        *([opcheck, "-k", f"opcheck and {name}"] for name in ours),
+        *(
+            [*contract, "-k", f"({' or '.join(ours)}) and {what} and not opcheck"]
+            for what in (*dtypes, f"not ({' or '.join(dtypes)})")
+        ),
     ]
     # once, before all of them look for it
     subprocess.run([sys.executable, "-c", "import emulated; emulated.load()"], cwd=ROOT / "tests", check=not run.dry)
-    started = []
-    run.path.parent.mkdir(parents=True, exist_ok=True)
-    for i, shard in enumerate(shards):
-        log = run.path.with_name(f"{run.path.stem}-tests-{i}.log")  # is there also where this process is ended
-        with log.open("w") as file:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [*pytest, *shard]
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        started.append((f"pytest {shlex.join(shard)}", process, log))
-    running = _wait([process for _, process, _ in started], run.seconds_left)
-    for process in running:
-        process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
-    for process in _wait(running, 20):
-        process.kill()
-    for what, process, log in started:
-        if process in running:
-            run.left_out.append(f"{what}: stopped, the time was up")
-        elif process.returncode:
-            run.failed.append(f"{what}: exit status {process.returncode}")
-        print(f"\n{what}\n{log.read_text()}", flush=True)
-        log.unlink()
+    commands = {f"pytest {shlex.join(shard)}": [*pytest, *shard] for shard in shards}
+    _side_by_side(run, commands, "tests", {"OMP_NUM_THREADS": "1"})
+
+
+def _side_by_side(run: Run, commands: Mapping[str, list[str]], name: str, environment: Mapping[str, str]) -> None:
+    """Runs all commands at once, until the time is up. What they print goes, one after the other, into a file beside
+    the rows, and the end of it to the screen."""
+    whole = run.path.with_name(f"{run.path.stem}-{name}.log")
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, whole.open("w") as everything:
+        started = []
+        for i, (what, command) in enumerate(commands.items()):
+            log = Path(scratch) / str(i)
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment
+                )
+            started.append((what, process, log))
+        running = _wait([process for _, process, _ in started], run.seconds_left)
+        for process in running:
+            process.send_signal(signal.SIGINT)  # upon which pytest reports what it has
+        for process in _wait(running, 20):
+            process.kill()
+            process.wait()
+        for what, process, log in started:
+            if process in running:
+                run.left_out.append(f"{what}: stopped, the time was up")
+            elif process.returncode:
+                run.failed.append(f"{what}: exit status {process.returncode}")
+            text = log.read_text(errors="replace")
+            everything.write(f"\n{what}\n{text}\n")
+            end = "\n".join(line[:200] for line in text.splitlines()[-15:])
+            print(f"\n{what}\n{end}", flush=True)
+    print(f"\nall of it: {whole}", flush=True)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[subprocess.Popen[bytes]]:
@@ -485,7 +497,6 @@ def part_sanitizer(run: Run) -> None:
         run.left_out.append("compute-sanitizer: it needs a GPU and the program; the walk runs without")
         subprocess.run(plain, cwd=ROOT, check=True, timeout=run.seconds_left)
         return
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ours = ["--kernel-name", "kns=segadv"]
     options = {
         "memcheck": [*ours, "--report-api-errors", "no"],  # calls of PyTorch's that fail and are meant to
@@ -493,16 +504,11 @@ def part_sanitizer(run: Run) -> None:
         "synccheck": ours,
         "initcheck": [],  # it has to see who initialises the memory: PyTorch's kernels
     }
-    for tool in options:
-        print(f"\ncompute-sanitizer --tool {tool}", flush=True)
-        command = [program, "--tool", tool, *options[tool], "--error-exitcode", "9", *plain]
-        try:
-            result = subprocess.run(command, cwd=ROOT, check=False, env=environment, timeout=run.seconds_left)
-        except subprocess.TimeoutExpired:
-            run.left_out.append(f"compute-sanitizer --tool {tool}: stopped, the time was up")
-            return
-        if result.returncode:
-            run.failed.append(f"compute-sanitizer --tool {tool}: exit status {result.returncode}")
+    commands = {
+        f"compute-sanitizer --tool {tool}": [program, "--tool", tool, *chosen, "--error-exitcode", "9", *plain]
+        for tool, chosen in options.items()
+    }
+    _side_by_side(run, commands, "sanitizer", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def part_launch(run: Run) -> None:

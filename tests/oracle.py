@@ -87,12 +87,13 @@ def cospgd_map(
 
 def confusion(logits: Tensor, labels: Tensor, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
     prediction = upsample(logits.double(), labels.shape[-2:], align_corners).argmax(1)
-    matrix = torch.zeros(logits.shape[0], logits.shape[1], logits.shape[1], dtype=torch.int64)
+    # on the CPU: a GPU would be sent several kernels for every pixel
+    matrix = torch.zeros(logits.shape[0], logits.shape[1], logits.shape[1], dtype=torch.int64, device="cpu")
     for n in range(labels.shape[0]):
         for label, predicted in zip(labels[n].flatten().tolist(), prediction[n].flatten().tolist(), strict=True):
             if label != ignore_index:
                 matrix[n, label, predicted] += 1
-    return matrix
+    return matrix.to(labels.device)
 
 
 # --- cases ------------------------------------------------------------------------------------------------------

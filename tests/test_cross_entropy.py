@@ -225,8 +225,9 @@ def test_large_logits(backend: str, scale: float) -> None:
     value, truth = F.cross_entropy(z, y), torch.nn.functional.cross_entropy(z64, y)
     assert value.item() == pytest.approx(truth.item(), rel=1e-5)
     (grad,), (grad64,) = torch.autograd.grad(value, z), torch.autograd.grad(truth, z64)
-    torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=1e-9)
+    atol = 4 * 2**-23 / y.numel()  # where a probability is near 1, 1 - p is known to some ulp of 1
+    torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=atol)
+    torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=atol)
 
 
 def test_minus_infinity_for_a_class(backend: str) -> None:
