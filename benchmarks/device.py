@@ -389,8 +389,8 @@ def part_tests(run: Run) -> None:
     ]  # fmt: skip
     contract = [f"tests/test_{name}.py" for name in ("margin", "cross_entropy", "step", "confusion", "library")]
     gpu, opcheck = "tests/test_gpu.py", "tests/test_library.py"
-    # as the tests name them; on a GPU's machine the native backend's tests on the CPU show nothing new
     on_gpu = run.backends if run.device.type == "cuda" else ["none"]
+    # as the tests name them; on a GPU's machine the native backend's tests on the CPU show nothing new
     ours = ["native-on-gpu" if name == "native" and run.device.type == "cuda" else name for name in run.backends]
     dtypes = [f"torch.{name}" for name in ("float32", "bfloat16", "float16", "float64")]
     shards = [
