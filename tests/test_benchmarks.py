@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -457,6 +458,32 @@ def test_sanitizer_runs_every_tool_and_names_those_that_find_something(
     device.part_sanitizer(run)
     assert run.left_out == ["compute-sanitizer: the CUDA kernels are missing"]
     assert len((tmp_path / "log").read_text().splitlines()) == len(lines)
+
+
+def test_commands_side_by_side_keep_all_that_they_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, wait = tmp_path / "begun", device._wait
+    programs = {
+        "good": "import os, time\n"
+        f"while not os.path.exists({str(begun)!r}): time.sleep(0.01)\n"
+        "for i in range(100): print('line', i, 'x' * 300)",
+        "bad": "raise SystemExit('went wrong')",
+        "slow": f"import os, time; print(os.environ['GIVEN'], flush=True); open({str(begun)!r}, 'w'); time.sleep(600)",
+    }
+    commands = {what: [sys.executable, "-c", program] for what, program in programs.items()}
+    # the time is up when the first two are done
+    monkeypatch.setattr(device, "_wait", lambda processes, _: wait(processes[:2], 60) + wait(processes[2:], 0))
+    run = device.Run(CPU, tmp_path / "new" / "gpu.csv")
+    device._side_by_side(run, commands, "tests", {"GIVEN": "told"})
+    assert (run.failed, run.left_out) == (["bad: exit status 1"], ["slow: stopped, the time was up"])
+    kept = (tmp_path / "new" / "gpu-tests.log").read_text()
+    assert all(f"line {i} {'x' * 300}\n" in kept for i in range(100))
+    assert kept.index("line 99") < kept.index("\nbad\nwent wrong") < kept.index("\nslow\ntold")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("line ")] == [str(i) for i in range(85, 100)]
+    assert max(len(line) for line in lines if line.startswith("line ")) == 200
+    assert "went wrong" in lines
 
 
 @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
