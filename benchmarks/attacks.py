@@ -22,22 +22,12 @@ from segadv.evaluation import evaluate
 from segadv.models import small_pspnet
 
 from .cases import random_regions
-from .measure import commit, machine
-from .records import (
-    Record,
-    Samples,
-    Where,
-    destination,
-    median,
-    milliseconds_of,
-    percent_over,
-    require_native_core,
-    write_records,
-)
+from .measure import Samples, commit, machine, milliseconds_of
+from .ops import CPU
+from .records import Record, Where, destination, median, percent_over, require_native_core, write_records
 
 BUDGET: dict[str, Any] = {"eps": 0.03, "alpha": 0.03}
 ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
-CPU = torch.device("cpu")
 
 RUN, OVER_BARE = "attack", "attack, over the bare pass"
 STEP, STEP_OVER_BARE, STEP_OVER_PGD = "further step", "further step, over the bare pass", "further step, over PGD's"

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
@@ -32,10 +33,11 @@ from torch import Tensor
 from segadv.compat import import_torchvision
 from segadv.data import IGNORE_INDEX, Augmentation, Augmented, Cityscapes, augment, generate_streets
 
-from .measure import Timing, commit, interleaved, machine, row, write_rows
+from .measure import commit, machine, milliseconds_of
+from .ops import CPU, RESULTS
+from .records import Where, write_records
 
 WANTED = Augmentation(scale=(0.5, 2.0), rotation=10.0, blur=1.5)
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 
 
 class InMemory(Cityscapes):
@@ -212,10 +214,10 @@ def measure(dataset: Cityscapes, options: argparse.Namespace) -> None:
         decode: lambda: [dataset.pixels(index) for _, index in keys],
         "decode + fused": lambda: [total[key] for key in keys],
     }
-    timings = {
-        name: Timing(*(value / len(keys) for value in (timing.p20, timing.p50, timing.p80)), timing.peak_bytes)
-        for name, timing in interleaved(providers, rounds=options.rounds, warmup=1).items()
-    }
+    for call in providers.values():
+        call()
+    of_all_keys = milliseconds_of(providers, CPU, rounds=options.rounds)
+    times = {name: milliseconds / len(keys) for name, milliseconds in of_all_keys.items()}
     height, width = memory.decoded[0][1].shape
     print(
         f"{height} x {width} -> {crop[0]} x {crop[1]}, one thread, mean of {len(keys)} samples, median of "
@@ -223,18 +225,18 @@ def measure(dataset: Cityscapes, options: argparse.Namespace) -> None:
     )
     sizes = [Path(path).stat().st_size / 1e6 for paths in (dataset.image_paths, dataset.label_paths) for path in paths]
     print(f"files of {', '.join(f'{size:.2f}' for size in sizes)} MB")
+    where = Where(f"{height}x{width} to {crop[0]}x{crop[1]}", torch.uint8, CPU)
+    rows = {
+        name: where.time_and_memory("decode" if name == decode else "augment", name, "per image", times[name], call)
+        for name, call in providers.items()
+    }
     print(f"{'':20s}{'ms per image':>14s}{'p20':>9s}{'p80':>9s}{'images/s':>10s}{'against fused':>16s}")
-    for name, timing in timings.items():
-        against = "" if decode in name else f"{timing.p50 / timings['fused'].p50:.1f} x"
-        print(f"{name:20s}{timing.p50:14.1f}{timing.p20:9.1f}{timing.p80:9.1f}{1e3 / timing.p50:10.1f}{against:>16s}")
+    for name, (time, _) in rows.items():
+        against = "" if decode in name else f"{time.p50 / rows['fused'][0].p50:.1f} x"
+        print(f"{name:20s}{time.p50:14.1f}{time.p20:9.1f}{time.p80:9.1f}{1e3 / time.p50:10.1f}{against:>16s}")
     if options.write:
-        case = f"{height}x{width} to {crop[0]}x{crop[1]}"
-        rows = [
-            row("decode" if name == decode else "augment", name, "per image", case, torch.uint8, timing)
-            for name, timing in timings.items()
-        ]
-        write_rows(RESULTS, rows)
-        print(f"{RESULTS}: {len(rows)} rows")
+        write_records(RESULTS, chain.from_iterable(rows.values()))
+        print(f"{RESULTS}: {2 * len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import segadv
@@ -40,22 +39,17 @@ from segadv.ops import backends, library
 
 from .cases import CASES, Case, random_regions
 from .measure import (
-    DeviceRow,
-    Timing,
-    copy_timing,
+    Samples,
+    copy_milliseconds,
     device_name,
-    device_row,
-    device_slug,
     driver_version,
     host_milliseconds,
     package_version,
-    read_rows,
+    peak_bytes_on_device,
+    slug,
     times_on_device,
-    timing_on_device,
-    write_rows,
 )
 from .ops import (
-    predicted,
     segadv_newton_step,
     segadv_sign_step,
     upsampled,
@@ -63,10 +57,12 @@ from .ops import (
     usual_confusion_matrix,
     usual_cross_entropy,
     usual_gain_sum,
+    usual_loss_sum,
     usual_newton_step,
     usual_sign_step,
     value_and_gradient,
 )
+from .records import PEAK_MEMORY, Record, Where, median, percent_over, read_records, write_records
 
 ROOT = Path(__file__).parents[1]
 PART_SECONDS = 480  # when a part's process is ended
@@ -74,21 +70,16 @@ BUDGET_SECONDS = 400  # when a part begins no further measurement
 
 Call = Callable[[], Any]
 
+# What belongs to a measurement's time, in rows of their own: "<operation>, <name>".
+EXTRA_MEMORY = "memory beyond the results"
+BANDWIDTH = "bandwidth"
+OF_COPY = "bandwidth by that of a copy"
+OVER_BARE = "over the bare pass"
+BELONGING = (PEAK_MEMORY, EXTRA_MEMORY, BANDWIDTH, OF_COPY, OVER_BARE)
+ENQUEUEING = "enqueueing"
+
 
 # --- operations ---------------------------------------------------------------------------------------------------
-
-
-def usual_loss_sum(logits: Tensor, labels: Tensor, *, loss: str) -> Tensor:
-    """Sum [N] of a loss over the valid pixels; SegPGD with lambda = 1/4."""
-    z = upsampled(logits, labels.shape[-2:])
-    entropy = TF.cross_entropy(z, labels, ignore_index=255, reduction="none")
-    if loss == "segpgd":
-        entropy = entropy * torch.where(predicted(z) == labels, 0.75, 0.25)
-    elif loss == "cospgd":
-        p = z.detach().softmax(1)
-        y = labels.where(labels != 255, 0).unsqueeze(1)
-        entropy = entropy * (p.gather(1, y).squeeze(1) / p.norm(dim=1))
-    return entropy.sum((1, 2))
 
 
 def usual_argmax_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -246,16 +237,25 @@ def measure_operation(
 ) -> None:
     arguments = arguments_of(operation, case, dtype, run.device, full_resolution=full_resolution)
     calls = providers_of(run, operation, mode, arguments, dtype, compiled=compiled)
-    milliseconds = times_on_device(calls, run.device, **run.effort)
+    times = times_on_device(calls, run.device, **run.effort)
     name = operation if full_resolution or operation in PIXEL_SPACE else f"upsample + {operation}"
     bytes_moved = fewest_bytes(operation, mode, arguments)
-    run.add(
-        device_row(
-            name, provider, mode, case.name, dtype, timing_on_device(milliseconds[provider], call, run.device),
-            run.device, fewest_bytes=bytes_moved, copy=run.copy,
-        )
-        for provider, call in calls.items()
-    )  # fmt: skip
+    where = run.where(case.name, dtype)
+    for provider, call in calls.items():
+        run.add([
+            where.record(name, provider, mode, [times[provider]], unit="ms"),
+            *memory_on_device(where, name, provider, mode, call),
+            *run.bandwidth(where, name, provider, mode, times[provider], bytes_moved),
+        ])  # fmt: skip
+
+
+def memory_on_device(where: Where, operation: str, provider: str, mode: str, call: Call) -> list[Record]:
+    """At the peak of one call, and how much of it is not the returned tensors."""
+    peak, extra = (np.array([found / 1e6]) for found in peak_bytes_on_device(call, where.device))
+    return [
+        where.record(f"{operation}, {PEAK_MEMORY}", provider, mode, [peak], unit="MB"),
+        where.record(f"{operation}, {EXTRA_MEMORY}", provider, mode, [extra], unit="MB"),
+    ]
 
 
 def measure_operations(
@@ -295,7 +295,7 @@ class Run:
     dry: bool = False
     until: float = field(default_factory=lambda: time.monotonic() + BUDGET_SECONDS)
     copy: float = float("nan")  # GB/s
-    rows: list[DeviceRow] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     device_failed: bool = False  # nothing runs there any more
@@ -318,17 +318,30 @@ class Run:
     def seconds_left(self) -> float:
         return self.until - time.monotonic()
 
-    def measure_copy(self) -> None:
-        size = 1 << (20 if self.dry else 30)
-        timing = copy_timing(self.device, size)
-        self.copy = 2 * size / timing.p50 / 1e6
-        self.add([self._copy_row(size, timing)])
+    def where(self, case: str, dtype: torch.dtype) -> Where:
+        return Where(case, dtype, self.device, ("triton",))
 
-    def _copy_row(self, size: int, timing: Timing) -> DeviceRow:
-        return device_row(
-            "copy", "torch", "forward", f"{size >> 20} MiB", torch.float32, timing, self.device,
-            fewest_bytes=2 * size, copy=self.copy,
-        )  # fmt: skip
+    def measure_copy(self, size: int = 1 << 30) -> None:
+        """The first one is what the others are compared with."""
+        size = 1 << 20 if self.dry else size
+        where, name = self.where(f"{size >> 20} MiB", torch.float32), ("copy", "torch", "forward")
+        times = copy_milliseconds(self.device, size)
+        if math.isnan(self.copy):
+            self.copy = 2 * size / float(median(times)) / 1e6
+        self.add([where.record(*name, [times], unit="ms"), *self.bandwidth(where, *name, times, 2 * size)])
+
+    def bandwidth(
+        self, where: Where, operation: str, provider: str, mode: str, milliseconds: Samples, fewest_bytes: float
+    ) -> list[Record]:
+        """The fewest bytes that the operation must move, by its time; also as a fraction of the copy bandwidth."""
+
+        def row(what: str, unit: str, of: float) -> Record:
+            def statistic(ms: Samples) -> Samples:
+                return fewest_bytes / median(ms) / 1e6 / of
+
+            return where.record(f"{operation}, {what}", provider, mode, [milliseconds], unit=unit, statistic=statistic)
+
+        return [row(BANDWIDTH, "GB/s", 1.0), row(OF_COPY, "", self.copy)]
 
     def attempt(self, what: str, measurement: Call) -> None:
         """One measurement; its failure is written down and does not touch the others, unless it was the device's."""
@@ -351,16 +364,15 @@ class Run:
             traceback.print_exc()
         sys.stderr.flush()
 
-    def add(self, rows: Iterable[DeviceRow]) -> None:
-        for row in rows:
-            self.rows.append(row)
-            write_rows(self.path, [row])
-            of_copy = f"{row.gb_per_s:8.1f} GB/s ({row.of_copy:.0%} of copy)" if row.gb_per_s == row.gb_per_s else ""
-            print(
-                f"  {row.provider:13s} {row.ms_p50:10.4f} ms [{row.ms_p20:.4f}, {row.ms_p80:.4f}]"
-                f"   beyond the results {row.extra_mb:10.2f} MB {of_copy} {row.note}",
-                flush=True,
-            )
+    def add(self, rows: Sequence[Record]) -> None:
+        """Of one measurement: its time, and what belongs to it."""
+        self.rows += rows
+        write_records(self.path, rows)
+        time, *others = rows
+        rest = "".join(
+            f"  {row.operation.removeprefix(f'{time.operation}, ')} {row.p50:g} {row.unit}" for row in others
+        )
+        print(f"  {time.provider:13s} {time.p50:10.4f} ms [{time.p20:.4f}, {time.p80:.4f}]{rest}", flush=True)
 
 
 def part_machine(run: Run) -> None:
@@ -374,8 +386,8 @@ def part_machine(run: Run) -> None:
             f"memory {p.total_memory / 2**30:.1f} GiB, {torch.cuda.device_count()} visible"
         )
     print(f"{os.cpu_count()} CPU cores\n{segadv.build_info()}\n{backends.report()}")
-    for size in (1 << 20,) if run.dry else (1 << 26, 1 << 28):
-        run.add([run._copy_row(size, copy_timing(run.device, size))])
+    for size in (1 << 26, 1 << 28):
+        run.measure_copy(size)
 
 
 def part_tests(run: Run) -> None:
@@ -516,18 +528,17 @@ def part_launch(run: Run) -> None:
     case = Case("small", images=2, classes=5, own=8, size=16)
     for operation, entry in OPERATIONS.items():
         for mode in entry.modes:
-            run.attempt(f"enqueueing {operation}, {mode}", partial(_measure_launch, run, operation, mode, case))
+            run.attempt(f"{ENQUEUEING} {operation}, {mode}", partial(_measure_launch, run, operation, mode, case))
 
 
 def _measure_launch(run: Run, operation: str, mode: str, case: Case) -> None:
     arguments = arguments_of(operation, case, torch.float32, run.device, full_resolution=False)
     calls = providers_of(run, operation, mode, arguments, torch.float32, compiled=False)
     batches = 2 if run.dry else 30
+    where = run.where(case.name, torch.float32)
     for provider, call in calls.items():
         milliseconds = host_milliseconds(call, run.device, batches=batches)
-        timing = Timing(*(float(x) for x in np.percentile(milliseconds, [20, 50, 80])), float("nan"))
-        name = f"enqueueing {operation}"
-        run.add([device_row(name, provider, mode, case.name, torch.float32, timing, run.device)])
+        run.add([where.record(f"{ENQUEUEING} {operation}", provider, mode, [milliseconds], unit="ms")])
 
 
 def part_full_resolution(run: Run) -> None:
@@ -606,17 +617,17 @@ def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
     for call in (*calls.values(), *calls.values()):
         call()
     effort = run.effort or {"rounds": 25, "seconds": max(5.0, run.seconds_left / 3), "head_start_ms": 60.0}
-    milliseconds = times_on_device(calls, run.device, **effort)
-    case = f"{name}, {count} x 3 x {side} x {side}, logits {list(outgoing.shape[1:])}"
+    times = times_on_device(calls, run.device, **effort)
+    where = run.where(f"{name}, {count} x 3 x {side} x {side}, logits {list(outgoing.shape[1:])}", torch.bfloat16)
+    operation, mode = "fast_newton_step", "autocast"
     for provider, call in calls.items():
-        percent = 100 * (np.array(milliseconds[provider]) / np.array(milliseconds["bare"]) - 1)
-        p20, p50, p80 = np.percentile(percent, [20, 50, 80])
-        note = "" if provider == "bare" else f"{p50:+.2f} % [{p20:+.2f}, {p80:+.2f}] over bare"
-        timing = timing_on_device(milliseconds[provider], call, run.device)
-        row = device_row(
-            "fast_newton_step", provider, "bfloat16 autocast", case, torch.bfloat16, timing, run.device, note=note
-        )
-        run.add([row])
+        samples = times[provider], times["bare"]
+        over_bare = where.record(f"{operation}, {OVER_BARE}", provider, mode, samples, unit="%", statistic=percent_over)
+        run.add([
+            where.record(operation, provider, mode, samples[:1], unit="ms"),
+            *memory_on_device(where, operation, provider, mode, call),
+            *[over_bare] * (provider != "bare"),
+        ])  # fmt: skip
 
 
 # --- tune: the lines of triton_kernels/configs.py -----------------------------------------------------------------
@@ -678,7 +689,7 @@ def _tuned(run: Run, kernel: str, key: Any, until: float) -> Any:
                 for call, truth in zip(calls, expected, strict=True):
                     check(call(), truth, torch.float32)
                     effort = run.effort or {"rounds": 10, "seconds": 0.5}
-                    medians.append(float(np.median(times_on_device({"": call}, run.device, **effort)[""])))
+                    medians.append(np.median(times_on_device({"": call}, run.device, **effort)[""]))
             except Exception as error:
                 print(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                 return math.inf
@@ -739,30 +750,37 @@ def _tuning_calls(run: Run, kernel: str) -> list[Call]:
 # --- tables and processes -----------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows as in the CSV file, those to be compared under one another."""
+def measurements(records: Iterable[Record]) -> dict[tuple[str, str, str, str], dict[str, dict[str, Record]]]:
+    """(case, dtype, operation, mode) -> provider -> its time under "", and what belongs to it under its name."""
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, Record]]] = {}
+    for record in sorted(records, key=lambda record: (record.case, record.dtype, record.operation, record.mode)):
+        operation, what = record.operation, ""
+        for name in BELONGING:
+            if operation.endswith(f", {name}"):
+                operation, what = operation.removesuffix(f", {name}"), name
+        key = record.case, record.dtype, operation, record.mode
+        found.setdefault(key, {}).setdefault(record.provider, {})[what] = record
+    return found
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """What is to be compared under one another."""
     lines = [
-        "| operation | mode | case | dtype | provider | ms p50 [p20, p80] | GB/s | of copy | MB extra | x ours | |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---:|---|",
+        "| operation | mode | case | dtype | provider | ms p50 [p20, p80] "
+        "| GB/s | of copy | MB extra | x ours | over bare |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-
-    def cell(value: str) -> str:
-        return "" if value in ("", "nan") else value
-
-    keys = ("case", "dtype", "operation", "mode")
-
-    def key(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in keys)
-
-    for (case, dtype, operation, mode), group in groupby(sorted(rows, key=key), key):
-        members = sorted(group, key=lambda row: float(row["ms_p50"]))
-        ours = [float(row["ms_p50"]) for row in members if row["provider"] in backends.BACKENDS]
-        for row in members:
-            ratio = f"{float(row['ms_p50']) / min(ours):.2f}" if ours and min(ours) > 0 else ""
+    for (case, dtype, operation, mode), providers in measurements(records).items():
+        ours = [providers[name][""].p50 for name in providers if name in backends.BACKENDS]
+        for provider, found in sorted(providers.items(), key=lambda item: item[1][""].p50):
+            time, over_bare = found[""], found.get(OVER_BARE)
+            shown = ((BANDWIDTH, ".1f"), (OF_COPY, ".3f"), (EXTRA_MEMORY, ".2f"))
+            cells = [f"{found[name].p50:{digits}}" if name in found else "" for name, digits in shown]
+            cells.append(f"{time.p50 / min(ours):.2f}" if ours and min(ours) > 0 else "")
+            cells.append(f"{over_bare.p50:+.2f} % [{over_bare.low:+.2f}, {over_bare.high:+.2f}]" if over_bare else "")
             lines.append(
-                f"| {operation} | {mode} | {case} | {dtype} | {row['provider']} "
-                f"| {row['ms_p50']} [{row['ms_p20']}, {row['ms_p80']}] | {cell(row['gb_per_s'])} "
-                f"| {cell(row['of_copy'])} | {cell(row['extra_mb'])} | {ratio} | {row['note']} |"
+                f"| {operation} | {mode} | {case} | {dtype} | {provider} | {time.p50} [{time.p20}, {time.p80}] "
+                f"| {' | '.join(cells)} |"
             )
     return "\n".join(lines)
 
@@ -794,7 +812,7 @@ def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
         run.attempt("copy bandwidth", run.measure_copy)
     run.attempt(part, partial(PARTS[part], run))
     if run.rows:
-        print("\n" + markdown([{name: str(value) for name, value in asdict(row).items()} for row in run.rows]))
+        print(f"\n{markdown(run.rows)}")
     for title, names in (("failed", run.failed), ("left out", run.left_out)):
         if names:
             print(f"\n{title}:\n  " + "\n  ".join(names))
@@ -844,7 +862,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or options.dry_run):
         sys.exit("benchmarks.device measures a GPU and torch sees none; --dry-run shows that it would run")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    file = f"{device_slug(device)}.csv"
+    file = f"{slug(device_name(device))}.csv"
     if options.here:
         return max(run_here(part, device, options.results / file, dry=options.dry_run) for part in options.only)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_apart takes along what runs
@@ -855,7 +873,7 @@ def main(arguments: list[str] | None = None) -> int:
         for part in options.only:
             outcomes[part] = run_apart(part, directory, dry=options.dry_run)
             # Here, so that it is also written after a part that was ended.
-            if rows := read_rows(directory / file):
+            if rows := read_records(directory / file):
                 (directory / file).with_suffix(".md").write_text(markdown(rows) + "\n")
         if not options.dry_run:
             print(f"\n{directory / file}\n\n{markdown(rows)}\n")

@@ -7,6 +7,7 @@ Every provider of an operation is checked against eager before it is timed, and 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ from torch import Tensor
 from segadv import functional as F
 
 from .cases import CASES, Case
-from .measure import Row, Timing, advise_huge_pages, interleaved, row, write_rows
-from .records import require_native_core
+from .measure import advise_huge_pages, milliseconds_of
+from .records import PEAK_MEMORY, Record, Where, require_native_core, write_records
 
 Providers = dict[str, Callable[[], object]]
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 
 
 def upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -55,6 +58,19 @@ def usual_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def predicted(logits: Tensor) -> Tensor:
     """argmax(1); on a CPU max takes half of its time."""
     return logits.argmax(1) if logits.is_cuda else logits.max(1).indices
+
+
+def usual_loss_sum(logits: Tensor, labels: Tensor, *, loss: str, lam: float = 0.25) -> Tensor:
+    """Sum [N] over the valid pixels of cross-entropy, or of SegPGD's or CosPGD's weighted form of it."""
+    z = upsampled(logits, labels.shape[-2:])
+    entropy = TF.cross_entropy(z, labels, ignore_index=255, reduction="none")
+    if loss == "segpgd":
+        entropy = entropy * torch.where(predicted(z) == labels, 1 - lam, lam)
+    elif loss == "cospgd":
+        p = z.detach().softmax(1)
+        y = labels.where(labels != 255, 0).unsqueeze(1)
+        entropy = entropy * (p.gather(1, y).squeeze(1) / p.norm(dim=1))
+    return entropy.sum((1, 2))
 
 
 def usual_confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,22 +178,35 @@ def _of_means(operation: str, total: Tensor, n_valid: Tensor, grad: Tensor) -> t
     return (total / pixels).sum(), grad / pixels.view(-1, 1, 1, 1)
 
 
-def print_table(title: str, timings: dict[str, Timing]) -> None:
-    ours = timings["segadv"]
-    best = min(timing.p50 for name, timing in timings.items() if name.startswith(("eager", "compile")))
-    print(f"\n{title}")
-    for name, timing in timings.items():
-        print(
-            f"  {name:16s} {timing.p50:9.2f} ms  [{timing.p20:.2f}, {timing.p80:.2f}]   "
-            f"peak {timing.peak_bytes / 1e6:8.1f} MB   {timing.p50 / ours.p50:6.1f} x segadv"
-        )
-    fastest = min(ours.p50, timings.get("segadv one pass", ours).p50)
-    line = f"  segadv is {best / ours.p50:.1f} times faster than the better of eager and compile"
-    if "segadv one pass" in timings:
+def measured(where: Where, operation: str, mode: str, calls: Providers, *, rounds: int) -> list[Record]:
+    """Time and peak memory of every provider."""
+    for call in (*calls.values(), *calls.values()):
+        call()
+    times = milliseconds_of(calls, CPU, rounds=rounds)
+    return [
+        record
+        for provider, call in calls.items()
+        for record in where.time_and_memory(operation, provider, mode, times[provider], call)
+    ]
+
+
+def table(title: str, records: Sequence[Record]) -> str:
+    memory = {record.provider: record.p50 for record in records if record.operation.endswith(PEAK_MEMORY)}
+    times = {record.provider: record for record in records if not record.operation.endswith(PEAK_MEMORY)}
+    ms = {provider: record.p50 for provider, record in times.items()}
+    lines = [
+        f"  {provider:16s} {record.p50:9.2f} ms  [{record.p20:.2f}, {record.p80:.2f}]   "
+        f"peak {memory[provider]:8.1f} MB   {record.p50 / ms['segadv']:6.1f} x segadv"
+        for provider, record in times.items()
+    ]
+    best = min(time for provider, time in ms.items() if provider.startswith(("eager", "compile")))
+    fastest = min(ms["segadv"], ms.get("segadv one pass", math.inf))
+    line = f"  segadv is {best / ms['segadv']:.1f} times faster than the better of eager and compile"
+    if "segadv one pass" in ms:
         line += f" ({best / fastest:.1f} in one pass)"
-    if "floor" in timings:
-        line += f"; {ours.p50 / timings['floor'].p50:.2f} x the floor ({fastest / timings['floor'].p50:.2f} at best)"
-    print(line, flush=True)
+    if "floor" in ms:
+        line += f"; {ms['segadv'] / ms['floor']:.2f} x the floor ({fastest / ms['floor']:.2f} at best)"
+    return "\n".join(["", title, *lines, line])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,12 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resolution", nargs="+", choices=["upsampled", "full"], default=["upsampled", "full"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--write", metavar="CSV", nargs="?", const="benchmarks/results/cpu.csv")
+    parser.add_argument("--write", metavar="CSV", nargs="?", const=str(RESULTS))
     options = parser.parse_args(arguments)
     require_native_core()
     thp = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, THP_MEM_ALLOC_ENABLE={thp}")
-    rows: list[Row] = []
     for case_name in options.cases:
         case = CASES[case_name]
         for operation in options.operations:
@@ -202,16 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
             for full, mode in product((r == "full" for r in resolutions), OPERATIONS[operation][2]):
                 providers = providers_of(operation, mode, case, full_resolution=full, compiled=not options.no_compile)
                 check(operation, providers)
-                timings = interleaved(providers, rounds=options.rounds)
                 own, channels = case.size if full else case.own, 3 if operation in PIXEL_SPACE else case.classes
                 name = operation if full else f"upsample + {operation}"
                 shape = f"{case.images} x {channels} x {own} x {own} -> {case.size}"
-                print_table(f"{case.name}: {name}, {mode}, {shape}", timings)
-                rows += [
-                    row(name, provider, mode, case.name, torch.float32, timing) for provider, timing in timings.items()
-                ]
+                where = Where(case.name, torch.float32, CPU)
+                records = measured(where, name, mode, providers, rounds=options.rounds)
+                print(table(f"{case.name}: {name}, {mode}, {shape}", records), flush=True)
                 if options.write:
-                    write_rows(Path(options.write), rows)
+                    write_records(Path(options.write), records)
     return 0
 
 

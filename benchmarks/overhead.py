@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as TF
 from torch import Tensor, nn
 
 from segadv import functional as F
@@ -48,20 +47,16 @@ from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
 
 from .cases import random_regions
-from .ops import predicted, upsampled, usual_cross_entropy, usual_gain_sum, usual_newton_step, usual_sign_step
+from .measure import Samples, in_rounds, milliseconds_of, peak_memory, synchronize
+from .ops import usual_cross_entropy, usual_gain_sum, usual_loss_sum, usual_newton_step, usual_sign_step
 from .records import (
     Record,
-    Samples,
     Where,
     destination,
-    in_rounds,
     median,
-    milliseconds_of,
-    peak_memory,
     percent_over,
     read_records,
     require_native_core,
-    synchronize,
     write_records,
 )
 
@@ -128,12 +123,9 @@ MODELS = {
 # --- a training step, in three columns ----------------------------------------------------------------------------
 
 
-def usual_segpgd_sum(logits: Tensor, labels: Tensor, *, step: int, steps: int) -> Tensor:
-    """SegPGD's loss as one writes it in eager PyTorch, summed over the valid pixels."""
-    logits = upsampled(logits, labels.shape[-2:])
-    loss = TF.cross_entropy(logits, labels, ignore_index=255, reduction="none")
-    lam = step / (2 * steps)
-    return (torch.where(predicted(logits) == labels, 1 - lam, lam) * loss).sum()
+def usual_segpgd_losses(steps: int) -> list[Loss]:
+    """Of every step."""
+    return [partial(usual_loss_sum, loss="segpgd", lam=step / (2 * steps)) for step in range(steps)]
 
 
 def usual_attack(arm: str, gradient: Gradient, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,7 +141,7 @@ def usual_attack(arm: str, gradient: Gradient, images: Tensor, labels: Tensor, g
     start = images if arm == "bim-3" else (images + EPS * (2 * uniform(images.shape) - 1)).clamp(0, 1)
     losses: list[Loss] = [usual_cross_entropy] * STEPS
     if arm == "segpgd-3":
-        losses = [partial(usual_segpgd_sum, step=step, steps=STEPS) for step in range(STEPS)]
+        losses = usual_segpgd_losses(STEPS)
     return usual_iterations(losses, gradient, start, images, labels)
 
 

@@ -39,7 +39,6 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
@@ -51,7 +50,8 @@ from segadv.models import ModelConfig, build_model
 from segadv.results import miou
 
 from .cases import CASES, Case, random_regions
-from .ops import predicted, upsampled, usual_confusion_matrix, usual_cross_entropy
+from .measure import Samples, milliseconds_of
+from .ops import predicted, upsampled, usual_confusion_matrix, usual_cross_entropy, usual_loss_sum
 from .overhead import (
     Gradient,
     Loss,
@@ -61,19 +61,9 @@ from .overhead import (
     shown,
     usual_attack,
     usual_iterations,
-    usual_segpgd_sum,
+    usual_segpgd_losses,
 )
-from .records import (
-    Record,
-    Samples,
-    Where,
-    destination,
-    median,
-    milliseconds_of,
-    peak_memory,
-    require_native_core,
-    write_records,
-)
+from .records import Record, Where, destination, median, require_native_core, write_records
 
 EPS, ALPHA = 0.03, 0.01  # usual_attack and usual_iterations have them too
 CLASSES = 19
@@ -149,14 +139,6 @@ class FullResolution(nn.Module):
         return upsampled(self.network(images), images.shape[-2:])
 
 
-def usual_cospgd_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """CosPGD's loss as one writes it in eager PyTorch, summed over the pixels, none of them void."""
-    logits = upsampled(logits, labels.shape[-2:])
-    p = logits.detach().softmax(1)
-    c = p.gather(1, labels.unsqueeze(1)).squeeze(1) / p.norm(dim=1)
-    return (c * TF.cross_entropy(logits, labels, reduction="none")).sum()
-
-
 @dataclass
 class Attacks:
     """The small network in eval mode without weight gradients, images and labels without void."""
@@ -189,7 +171,7 @@ class Attacks:
         def gradient(loss: Loss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             leaf = images.detach().requires_grad_()
             value = wrap(loss)(network(leaf), labels)
-            return value.detach(), torch.autograd.grad(value, leaf)[0]
+            return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
         return gradient
 
@@ -213,7 +195,7 @@ class Attacks:
 
     def segpgd(self, *, compiled: bool) -> Comparison:
         def eager(gradient: Gradient) -> Result:
-            losses = [partial(usual_segpgd_sum, step=step, steps=self.steps) for step in range(self.steps)]
+            losses = usual_segpgd_losses(self.steps)
             return (usual_iterations(losses, gradient, self.images, self.images, self.labels),)
 
         calls = self._calls(eager, partial(self._random_start_off, SegPGD), compiled=False)
@@ -221,7 +203,7 @@ class Attacks:
 
     def cospgd(self, *, compiled: bool) -> Comparison:
         def eager(gradient: Gradient) -> Result:
-            losses = [usual_cospgd_sum] * self.steps
+            losses = [partial(usual_loss_sum, loss="cospgd")] * self.steps
             return (usual_iterations(losses, gradient, self.images, self.images, self.labels),)
 
         calls = self._calls(eager, partial(self._random_start_off, CosPGD), compiled=False)
@@ -367,19 +349,10 @@ def measured(compared: Comparison, mode: str, device: torch.device, *, rounds: i
     where = Where(compared.case, torch.float32, device, packages)
     records = []
     for provider, call in compared.calls.items():
-        add = partial(where.record, provider=provider, mode=mode)
-        records += [
-            add(compared.operation, samples=(times[provider],), unit="ms"),
-            add(
-                f"{compared.operation}, time by segadv's",
-                samples=(times[provider], times["segadv"]),
-                unit="x",
-                statistic=ratio,
-            ),
-            add(
-                f"{compared.operation}, peak memory", samples=(np.array([peak_memory(call, device) / 1e6]),), unit="MB"
-            ),
-        ]
+        records += where.time_and_memory(compared.operation, provider, mode, times[provider], call)
+        by_ours = times[provider], times["segadv"]
+        name = f"{compared.operation}, time by segadv's"
+        records.append(where.record(name, provider, mode, by_ours, unit="x", statistic=ratio))
     return records
 
 
@@ -391,7 +364,7 @@ def ratio(theirs: Samples, ours: Samples) -> Samples:
 def report(compared: Comparison, mode: str, records: Sequence[Record]) -> str:
     lines = [f"\n{compared.operation}{mode and ', ' + mode}: {compared.case}"]
     for provider in compared.calls:
-        time, by_ours, memory = (record for record in records if record.provider == provider)
+        time, memory, by_ours = (record for record in records if record.provider == provider)
         lines.append(f"  {provider:18s}{shown(time):>30s}{shown(by_ours, 2):>28s}   peak {memory.p50:8.1f} MB")
     return "\n".join(lines)
 

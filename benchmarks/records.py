@@ -1,43 +1,28 @@
-"""Rounds of measurements in random order, medians with bootstrap intervals, and keyed rows of them."""
+"""Keyed rows of measurements: medians with bootstrap intervals, and where they come from."""
 
 from __future__ import annotations
 
 import csv
-import gc
 import os
 import platform
-import random
 import sys
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 import segadv
 from segadv.ops import backends
 from segadv.results import csv_text, write_text
 
-from .measure import (
-    KEY,
-    commit,
-    device_name,
-    device_slug,
-    driver_version,
-    machine,
-    package_version,
-    peak_bytes,
-    timing_on_device,
-)
+from .measure import Samples, commit, device_name, driver_version, machine, package_version, peak_memory, slug
 
-Samples = npt.NDArray[np.float64]
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
+KEY = ("operation", "provider", "mode", "case", "dtype", "device", "threads", "thp")
+"""The columns that tell measurements apart."""
+PEAK_MEMORY = "peak memory"
 
 
 @dataclass(frozen=True)
@@ -66,50 +51,6 @@ class Record:
     commit: str
     versions: str
     machine: str
-
-
-def in_rounds(measure: Callable[[K], T], keys: Sequence[K], *, rounds: int, seed: int = 0) -> dict[K, list[T]]:
-    """Measures every key once in every round, in an order drawn anew for each, so that a drift hits all alike."""
-    order = list(keys)
-    results: dict[K, list[T]] = {key: [] for key in keys}
-    shuffle = random.Random(seed).shuffle
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            shuffle(order)
-            for key in order:
-                results[key].append(measure(key))
-    finally:
-        gc.enable()
-    return results
-
-
-def milliseconds_of(
-    calls: Mapping[K, Callable[[], object]], device: torch.device, *, rounds: int, seed: int = 0
-) -> dict[K, Samples]:
-    """Time of every call in every round [rounds]; on a GPU until it has nothing more to do."""
-
-    def measure(key: K) -> float:
-        synchronize(device)
-        begin = time.perf_counter()
-        result = calls[key]()
-        synchronize(device)
-        milliseconds = 1e3 * (time.perf_counter() - begin)
-        del result
-        return milliseconds
-
-    return {key: np.array(values) for key, values in in_rounds(measure, list(calls), rounds=rounds, seed=seed).items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """Bytes at the peak of a call beyond those before it: resident memory on the CPU, PyTorch's own on a GPU."""
-    return peak_bytes(call) if device.type == "cpu" else timing_on_device([0.0], call, device).peak_bytes
 
 
 def median(samples: Samples) -> Samples:
@@ -195,6 +136,16 @@ class Where:
             machine=_machine(self.device),
         )
 
+    def time_and_memory(
+        self, operation: str, provider: str, mode: str, milliseconds: Samples, call: Callable[[], object]
+    ) -> list[Record]:
+        """The rows of the times [rounds] and of the peak of the memory in one more call."""
+        megabytes = np.array([peak_memory(call, self.device) / 1e6])
+        return [
+            self.record(operation, provider, mode, [milliseconds], unit="ms"),
+            self.record(f"{operation}, {PEAK_MEMORY}", provider, mode, [megabytes], unit="MB"),
+        ]
+
 
 @cache
 def _versions(packages: tuple[str, ...]) -> str:
@@ -232,7 +183,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 def results_file(name: str, device: torch.device) -> Path:
     """Where the rows of a device go by default: <name>-cpu.csv, <name>-nvidia-h100.csv."""
-    return Path(__file__).parent / "results" / f"{name}-{device_slug(device)}.csv"
+    return Path(__file__).parent / "results" / f"{name}-{slug(device_name(device))}.csv"
 
 
 def destination(name: str, write: str | None, device: torch.device, *, quick: bool) -> Path | None:

@@ -18,7 +18,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from segadv.comparison import PAPER_ARMS, PAPER_OVERHEAD
 from segadv.results import EvaluationResult, atomic_write, csv_text, write_text
 from segadv.training import TrainConfig
 
-from . import attacks, overhead, peers, scaling, trainer
+from . import attacks, device, overhead, peers, scaling, trainer
 from .cases import CASES
-from .measure import DeviceRow, commit, machine, read_rows
+from .measure import commit, machine, slug
 from .ops import PIXEL_SPACE
-from .records import Record, read_records
+from .records import PEAK_MEMORY, Record, read_records
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "benchmarks/README.md")
@@ -112,7 +112,6 @@ def one(records: Sequence[Record], **key: Any) -> Record:
 
 # --- operations on the CPU: cpu.csv -------------------------------------------------------------------------------
 
-Row = Mapping[str, str]
 VALUE, BOTH = "forward", "forward + backward"
 
 # What the README shows: (operation, mode, case)
@@ -135,35 +134,42 @@ class Operations:
 
     def __init__(self, results: Path) -> None:
         self.path = results / "cpu.csv"
-        rows = [row for row in read_rows(self.path) if (row["dtype"], row["threads"]) == ("float32", str(THREADS))]
-        keys = ("operation", "mode", "case", "provider", "thp")
-        self.rows = {tuple(row[key] for key in keys): row for row in rows}
+        self.records = {
+            (record.operation, record.mode, record.case, record.provider, record.thp): record
+            for record in records_in(self.path)
+            if (record.dtype, record.threads) == ("float32", THREADS)
+        }
 
-    def get(self, operation: str, mode: str, case: str, provider: str, *, thp: bool = False) -> Row:
-        key = (operation, mode, case, provider, str(int(thp)))
-        if key not in self.rows:
-            raise ReportError(f"{self.path.name}: no row of {', '.join(key[:-1])}, THP_MEM_ALLOC_ENABLE={key[-1]}")
-        return self.rows[key]
+    def get(self, operation: str, mode: str, case: str, provider: str, *, thp: int = 0) -> Record:
+        """The time."""
+        key = (operation, mode, case, provider, thp)
+        if key not in self.records:
+            raise ReportError(f"{self.path.name}: no row of {', '.join(key[:-1])}, THP_MEM_ALLOC_ENABLE={thp}")
+        return self.records[key]
 
-    def eager(self, operation: str, mode: str, case: str, *, thp: bool = False) -> Row:
+    def megabytes(self, time: Record) -> float:
+        """The peak of the memory that belongs to a time."""
+        name = f"{time.operation}, {PEAK_MEMORY}"
+        return self.get(name, time.mode, time.case, time.provider, thp=time.thp).p50
+
+    def eager(self, operation: str, mode: str, case: str, *, thp: int = 0) -> Record:
         return self._faster_way("eager", operation, mode, case, thp=thp)
 
-    def compiled(self, operation: str, mode: str, case: str, *, thp: bool = False) -> Row:
+    def compiled(self, operation: str, mode: str, case: str, *, thp: int = 0) -> Record:
         return self._faster_way("compile", operation, mode, case, thp=thp)
 
-    def _faster_way(self, name: str, operation: str, mode: str, case: str, *, thp: bool) -> Row:
-        return min(self.ways(name, operation, mode, case, thp=thp), key=lambda row: float(row["ms_p50"]))
+    def _faster_way(self, name: str, operation: str, mode: str, case: str, *, thp: int) -> Record:
+        return min(self.ways(name, operation, mode, case, thp=thp), key=lambda record: record.p50)
 
-    def ways(self, name: str, operation: str, mode: str, case: str, *, thp: bool = False) -> list[Row]:
+    def ways(self, name: str, operation: str, mode: str, case: str, *, thp: int = 0) -> list[Record]:
         """Of writing it: the runner-up of the averaged gain is found with amax or with max."""
         providers = (name, f"{name}, max") if operation.endswith("averaged_gain") else (name,)
         return [self.get(operation, mode, case, provider, thp=thp) for provider in providers]
 
-    def faster(self, operation: str, mode: str, case: str, *, thp: bool = False) -> float:
+    def faster(self, operation: str, mode: str, case: str, *, thp: int = 0) -> float:
         """By how much ours is faster than the better of eager and torch.compile."""
         others = self.eager(operation, mode, case, thp=thp), self.compiled(operation, mode, case, thp=thp)
-        ours = self.get(operation, mode, case, "segadv", thp=thp)
-        return min(float(row["ms_p50"]) for row in others) / float(ours["ms_p50"])
+        return min(record.p50 for record in others) / self.get(operation, mode, case, "segadv", thp=thp).p50
 
 
 def _title(operation: str, mode: str) -> str:
@@ -181,32 +187,32 @@ def _shape(operation: str, case_name: str) -> str:
     return f"{case.images} x {case.classes} x {case.size}²"
 
 
-def _time_and_memory(row: Row) -> str:
-    memory = float(row["peak_mb"])
-    return f"{three_digits(float(row['ms_p50']))} ms, {three_digits(memory) if memory >= 0.1 else '< 0.1'} MB"
-
-
 def operations(results: Path) -> str:
     measured = Operations(results)
+
+    def cell(time: Record) -> str:
+        memory = measured.megabytes(time)
+        return f"{three_digits(time.p50)} ms, {three_digits(memory) if memory >= 0.1 else '< 0.1'} MB"
+
     lines, used = [], []
     for operation, mode, case in _SHOWN:
         key = (operation, mode, case)
-        eager, compiled, ours = measured.eager(*key), measured.compiled(*key), measured.get(*key, "segadv")
-        used += [eager, compiled, ours]
-        least = min(float(row["peak_mb"]) for name in ("eager", "compile") for row in measured.ways(name, *key))
-        own = float(ours["peak_mb"])
+        three = measured.eager(*key), measured.compiled(*key), measured.get(*key, "segadv")
+        used += three
+        least = min(measured.megabytes(time) for name in ("eager", "compile") for time in measured.ways(name, *key))
+        own = measured.megabytes(three[2])
         # Below a megabyte a peak is as noisy as what else is in the process.
         less = f"{three_digits(least / own)} x" if own >= 1 else f"> {math.floor(least)} x"
-        cells = [_time_and_memory(row) for row in (eager, compiled, ours)]
-        lines.append([_title(operation, mode), _shape(operation, case), *cells, f"{measured.faster(*key):.1f} x", less])
+        cells = [_title(operation, mode), _shape(operation, case), *map(cell, three)]
+        lines.append([*cells, f"{measured.faster(*key):.1f} x", less])
     header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "less memory"]
-    notes = paragraph(f"{_operations_notes(measured)} {_provenance_of_rows(used)}")
+    notes = paragraph(f"{_operations_notes(measured)} {provenance_of(used)}")
     return f"{table(header, lines, text_columns=2)}\n\n{notes}"
 
 
 def _operations_notes(measured: Operations) -> str:
     def ms(operation: str, provider: str, mode: str = BOTH) -> float:
-        return float(measured.get(operation, mode, "cityscapes19", provider)["ms_p50"])
+        return measured.get(operation, mode, "cityscapes19", provider).p50
 
     up, full = "upsample + averaged_gain", "averaged_gain"
     amax = [
@@ -215,7 +221,7 @@ def _operations_notes(measured: Operations) -> str:
     ]
     floors = [f"{ms(name, 'segadv') / ms(name, 'floor'):.1f} (`{name}`)" for name in ("averaged_gain", "cross_entropy")]
     huge = [
-        f"{measured.faster(operation, mode, case, thp=True):.1f} ({operation})"
+        f"{measured.faster(operation, mode, case, thp=1):.1f} ({operation})"
         for operation, mode, case in _SHOWN
         if case == "cityscapes19" and (mode == BOTH or not operation.endswith(("averaged_gain", "cross_entropy")))
     ]
@@ -233,40 +239,33 @@ def _operations_notes(measured: Operations) -> str:
     )
 
 
-def _provenance_of_rows(rows: Sequence[Row]) -> str:
-    versions = [f"torch {row['torch']}" for row in rows] + [f"{THREADS} threads, float32"]
-    return provenance((row["machine"] for row in rows), versions, (row["commit"] for row in rows))
-
-
 def all_operations(results: Path) -> str:
     """Every row of cpu.csv, what is compared under one another."""
     measured = Operations(results)
     order = ("eager", "eager, max", "compile", "compile, max", "segadv", "segadv one pass", "floor")
-    lines = []
-    for row in sorted(
-        measured.rows.values(),
-        key=lambda row: (
-            list(CASES).index(row["case"]),
-            row["operation"],
-            row["mode"],
-            row["thp"],
-            order.index(row["provider"]),
-        ),
-    ):
-        spread = f"[{three_digits(float(row['ms_p20']))}, {three_digits(float(row['ms_p80']))}]"
-        lines.append([
-            row["case"], row["operation"], "value" if row["mode"] == VALUE else "value and gradient",
-            "yes" if row["thp"] == "1" else "", row["provider"],
-            f"{three_digits(float(row['ms_p50']))} {spread}", three_digits(float(row["peak_mb"])), row["commit"],
-        ])  # fmt: skip
+    times = [record for record in measured.records.values() if record.unit == "ms"]
+    lines = [
+        [
+            record.case, record.operation, "value" if record.mode == VALUE else "value and gradient",
+            "yes" * record.thp, record.provider, f"{three_digits(record.p50)} {_spread(record)}",
+            three_digits(measured.megabytes(record)), record.commit,
+        ]
+        for record in sorted(
+            times, key=lambda r: (list(CASES).index(r.case), r.operation, r.mode, r.thp, order.index(r.provider))
+        )
+    ]  # fmt: skip
     header = ["case", "operation", "mode", "huge pages", "provider", "ms, p50 [p20, p80]", "peak MB", "commit"]
     return table(header, lines, text_columns=5)
+
+
+def _spread(record: Record) -> str:
+    return f"[{three_digits(record.p20)}, {three_digits(record.p80)}]"
 
 
 def training_samples(results: Path) -> str:
     """Decoding and augmenting, of cpu.csv."""
     path = results / "cpu.csv"
-    rows = {row["provider"]: row for row in read_rows(path) if row["operation"] in ("augment", "decode")}
+    records = {record.provider: record for record in read_records(path) if record.operation in ("augment", "decode")}
     titles = {
         "fused": "`Augmented`, one affine map, crop only",
         "v2": "torchvision v2, whole image",
@@ -275,20 +274,15 @@ def training_samples(results: Path) -> str:
         "decode": "decoding the PNG files",
         "decode + fused": "decoding and `Augmented`",
     }
-    if missing := titles.keys() - rows.keys():
+    if missing := titles.keys() - records.keys():
         raise ReportError(f"{path.name}: no rows of {', '.join(sorted(missing))}; python -m benchmarks.data --write")
-    fused = float(rows["fused"]["ms_p50"])
+    fused = records["fused"].p50
     lines = []
     for name, title in titles.items():
-        ms = float(rows[name]["ms_p50"])
-        spread = f"[{three_digits(float(rows[name]['ms_p20']))}, {three_digits(float(rows[name]['ms_p80']))}]"
-        against = "" if "decode" in name else f"{ms / fused:.1f} x"
-        lines.append([title, f"{three_digits(ms)} {spread}", against])
-    used = list(rows.values())
-    told = provenance(
-        (row["machine"] for row in used), [f"one thread, torch {used[0]['torch']}"], (row["commit"] for row in used)
-    )
-    notes = paragraph(f"{rows['fused']['case']} pixels. {told}")
+        record = records[name]
+        against = "" if "decode" in name else f"{record.p50 / fused:.1f} x"
+        lines.append([title, f"{three_digits(record.p50)} {_spread(record)}", against])
+    notes = paragraph(f"{records['fused'].case} pixels. {provenance_of(list(records.values()))}")
     return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
 
 
@@ -296,42 +290,43 @@ def training_samples(results: Path) -> str:
 
 
 def gpus(results: Path) -> str:
-    """A table for every file that benchmarks.device has written; nothing where there is none."""
-    names = [field.name for field in fields(DeviceRow)]
+    """A table for every file that benchmarks.device has written: it is named after its rows' device."""
     blocks = []
     for path in sorted(results.glob("*.csv")):
-        rows = read_rows(path)
-        if rows and list(rows[0]) == names:
-            blocks.append(_gpu(path, rows))
+        records = read_records(path)
+        if records and records[0].device == "cuda" and path.stem == slug(_device_of(records[0])):
+            blocks.append(_gpu(path, records))
     return "\n\n".join(blocks)
 
 
-def _gpu(path: Path, rows: Sequence[Row]) -> str:
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("case", "operation", "mode", "dtype"))
-        groups.setdefault(key, {})[row["provider"]] = row
+def _device_of(record: Record) -> str:
+    return record.machine.partition(", driver")[0]
+
+
+def _gpu(path: Path, records: Sequence[Record]) -> str:
     lines = []
-    for (case, operation, mode, dtype), providers in sorted(groups.items()):
-        usual = [row for name, row in providers.items() if name.startswith(("eager", "compile"))]
-        ours = [row for name, row in providers.items() if name in ("native", "triton")]
-        if not usual or not ours or operation.startswith("enqueueing"):
+    for (case, dtype, operation, mode), providers in device.measurements(records).items():
+        usual = {name: found for name, found in providers.items() if name.startswith(("eager", "compile"))}
+        ours = [found for name, found in providers.items() if name in ("native", "triton")]
+        if not usual or not ours or operation.startswith(device.ENQUEUEING):
             continue
-        best = min(ours, key=lambda row: float(row["ms_p50"]))
+        best = min(ours, key=lambda found: found[""].p50)
         cells = []
         for start in ("eager", "compile", "triton", "native"):
-            times = [float(row["ms_p50"]) for name, row in providers.items() if name.startswith(start)]
+            times = [found[""].p50 for name, found in providers.items() if name.startswith(start)]
             cells.append(f"{min(times):.3f}" if times else "")
-        ratio = min(float(row["ms_p50"]) for row in usual) / float(best["ms_p50"])
-        memory = [f"{min(float(row['extra_mb']) for row in group):.1f}" for group in (usual, ours)]
-        lines.append([case, operation, mode, dtype, *cells, f"{ratio:.1f} x", f"{float(best['of_copy']):.2f}", *memory])
+        ratio = min(found[""].p50 for found in usual.values()) / best[""].p50
+        least = min(found[device.EXTRA_MEMORY].p50 for found in usual.values())
+        lines.append([
+            case, operation, mode, dtype, *cells, f"{ratio:.1f} x", f"{best[device.OF_COPY].p50:.2f}", f"{least:.1f}",
+            f"{best[device.EXTRA_MEMORY].p50:.1f}",
+        ])  # fmt: skip
     header = ["case", "operation", "mode", "dtype", "eager", "compile", "triton", "native", "faster", "of copy"]
-    told = provenance(
-        (row["machine"] for row in rows), (f"torch {row['torch']}" for row in rows), (row["commit"] for row in rows)
-    )
-    title = f"### {rows[0]['machine'].partition(', driver')[0]}"
     body = table([*header, "MB extra, usual", "MB extra, ours"], lines, text_columns=4)
-    return f"{title}\n\nMilliseconds, p50. {told} All rows: [{path.stem}.md](results/{path.stem}.md).\n\n{body}"
+    return (
+        f"### {_device_of(records[0])}\n\nMilliseconds, p50; *faster*, *of copy* and *ours* are of the faster of "
+        f"triton and native. {provenance_of(records)} All rows: [{path.stem}.md](results/{path.stem}.md).\n\n{body}"
+    )
 
 
 # --- training overhead: overhead-*.csv ----------------------------------------------------------------------------

@@ -33,20 +33,10 @@ from segadv.ops import library, native
 from segadv.results import atomic_write
 
 from .cases import Case
-from .measure import peak_bytes
-from .ops import usual_averaged_gain, usual_cross_entropy, value_and_gradient
-from .records import (
-    Record,
-    Where,
-    destination,
-    in_rounds,
-    milliseconds_of,
-    read_records,
-    require_native_core,
-    write_records,
-)
+from .measure import in_rounds, milliseconds_of, peak_bytes
+from .ops import CPU, usual_averaged_gain, usual_cross_entropy, value_and_gradient
+from .records import Record, Where, destination, read_records, require_native_core, write_records
 
-CPU = torch.device("cpu")
 STRIDE = 8
 TIME, MEMORY, LADDER = "time per pixel", "peak memory per pixel", "call"
 OPERATIONS = {

@@ -18,13 +18,12 @@ import segadv
 
 from .cases import CASES
 from .device import fewest_bytes
-from .measure import interleaved, read_rows
-from .ops import OPERATIONS, PIXEL_SPACE, Providers, arguments_of, check, providers_of
-from .records import milliseconds_of
+from .measure import milliseconds_of
+from .ops import CPU, OPERATIONS, PIXEL_SPACE, RESULTS, Providers, arguments_of, check, providers_of
+from .records import KEY, read_records
 from .scaling import copying
 
 CASE = CASES["cityscapes19"]
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
 THREADS = 2
 ROUNDS = 9
 COPIED = 64 << 20
@@ -76,7 +75,7 @@ def copy_bytes_per_ms() -> float:
     """Read and written, between memory that is there."""
     call = copying(COPIED)
     call()
-    return 2 * COPIED / float(np.median(milliseconds_of({"copy": call}, torch.device("cpu"), rounds=ROUNDS)["copy"]))
+    return 2 * COPIED / float(np.median(milliseconds_of({"copy": call}, CPU, rounds=ROUNDS)["copy"]))
 
 
 @every_measurement
@@ -99,19 +98,23 @@ def test_time(measurement: Measurement, provider: str, benchmark: Any, copy_byte
 
 def recorded_lead(measurement: Measurement, path: Path = RESULTS) -> float:
     """eager / ours, medians in the results."""
-    key = (measurement.name, measurement.mode, CASE.name, "float32", "cpu", str(THREADS), "0")
-    names = ("operation", "mode", "case", "dtype", "device", "threads", "thp")
-    rows = [row for row in read_rows(path) if tuple(row[name] for name in names) == key]
-    times = {row["provider"]: float(row["ms_p50"]) for row in rows}
-    if not {"eager", "segadv"} <= times.keys():
-        raise KeyError(f"{path} has no rows of eager and segadv for {', '.join(key)}")
-    return times["eager"] / times["segadv"]
+    records = {tuple(getattr(record, name) for name in KEY): record for record in read_records(path)}
+
+    def median(provider: str) -> float:
+        key = (measurement.name, provider, measurement.mode, CASE.name, "float32", "cpu", THREADS, 0)
+        if key not in records:
+            raise KeyError(f"{path} has no row of {', '.join(map(str, key))}")
+        return records[key].p50
+
+    return median("eager") / median("segadv")
 
 
 def lead(providers: Providers, rounds: int = ROUNDS) -> float:
     """eager / ours, medians of interleaved rounds."""
-    timings = interleaved(providers, rounds=rounds)
-    return timings["eager"].p50 / timings["segadv"].p50
+    for call in (*providers.values(), *providers.values()):
+        call()
+    times = milliseconds_of(providers, CPU, rounds=rounds)
+    return float(np.median(times["eager"]) / np.median(times["segadv"]))
 
 
 def assert_lead_kept(name: str, measure: Callable[[], float], recorded: float) -> None:

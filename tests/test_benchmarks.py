@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import device, measure, ops, overhead, peers, records
 from benchmarks.cases import Case
+from benchmarks.measure import in_rounds
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
 from benchmarks.records import Record, Where
 
@@ -85,24 +86,19 @@ def test_every_key_is_measured_once_in_every_round_in_changing_order() -> None:
         calls.append(key)
         return float(len(calls))
 
-    found = records.in_rounds(measure, "abcde", rounds=12, seed=0)
+    found = in_rounds(measure, "abcde", rounds=12, seed=0)
     rounds = [calls[i : i + 5] for i in range(0, 60, 5)]
     assert all(sorted(order) == list("abcde") for order in rounds)
     assert len({tuple(order) for order in rounds}) > 6
     assert [found[key][3] for key in rounds[3]] == [16, 17, 18, 19, 20]
-    assert records.in_rounds(measure, "abcde", rounds=12, seed=0).keys() == found.keys()
+    assert in_rounds(measure, "abcde", rounds=12, seed=0).keys() == found.keys()
     assert calls[60:] == calls[:60]  # the same seed, the same order
 
 
-@pytest.mark.parametrize(
-    ("take_times", "warm_up"), [(measure.interleaved, 10), (partial(measure.times_on_device, device=CPU), 0)]
-)
-def test_no_provider_always_follows_the_same_one(take_times: Any, warm_up: int) -> None:
-    calls: list[str] = []
-    take_times({name: partial(calls.append, name) for name in "abcde"}, rounds=12)
-    rounds = [calls[i : i + 5] for i in range(warm_up, warm_up + 60, 5)]
-    assert all(sorted(order) == list("abcde") for order in rounds)
-    assert len({tuple(order) for order in rounds}) > 6
+def test_rounds_end_early_but_not_before_the_fifth() -> None:
+    assert len(in_rounds(lambda key: key, [1], rounds=20, seconds=0.0)[1]) == 5
+    assert len(in_rounds(lambda key: key, [1], rounds=3, seconds=0.0)[1]) == 3
+    assert len(in_rounds(lambda key: key, [1], rounds=20, seconds=60.0)[1]) == 20
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -490,6 +486,58 @@ def test_commands_side_by_side_keep_all_that_they_print(
 def test_the_walks_run(backend: str) -> None:
     """They are those of the CUDA kernels."""
     device.every_walk(CPU)
+
+
+def test_rows_of_a_device_and_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "our_backends", lambda device: ["native"])
+    run = device.Run(CPU, tmp_path / "gpu.csv", dry=True)
+    run.measure_copy()
+    names = ["loss_and_grad, segpgd", "newton_step"]
+    device.measure_operations(run, run.cases["voc21"], names, full_resolution=False, dtypes=(torch.float32,))
+    assert not run.failed
+    found = {(r.operation, r.provider): r for r in records.read_records(run.path)}
+    named = ("upsample + loss_and_grad, segpgd", "newton_step")
+    belonging = ("", *(f", {name}" for name in device.BELONGING if name != device.OVER_BARE))
+    expected = {(n + what, provider) for n in named for what in belonging for provider in ("native", "eager")}
+    assert found.keys() == expected | {
+        ("copy" + what, "torch") for what in ("", f", {device.BANDWIDTH}", f", {device.OF_COPY}")
+    }
+    assert found[f"copy, {device.OF_COPY}", "torch"].p50 == 1
+    # images and gradient read, images written: 2 x 3 x 32 x 32 float32 each
+    time, speed = found["newton_step", "native"], found[f"newton_step, {device.BANDWIDTH}", "native"]
+    assert 1e6 * speed.p50 * time.p50 == pytest.approx(3 * 24576, rel=0.01)
+    of_copy = found[f"newton_step, {device.OF_COPY}", "native"]
+    assert of_copy.p50 * run.copy == pytest.approx(speed.p50, rel=0.01, abs=1e-4 * run.copy)
+    lines = device.markdown(records.read_records(run.path)).splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [(line[0], line[4]) for line in shown if line[4] == "native"] == [(n, "native") for n in sorted(named)]
+    assert {line[9] for line in shown if line[4] == "native"} == {"1.00"}
+    assert {len(line) for line in shown} == {11}
+
+
+def test_operations_on_a_cpu_write_what_their_table_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Case("tiny", images=1, classes=3, own=4, size=16)
+    monkeypatch.setattr(ops, "CASES", {"cityscapes19": tiny})
+    path = tmp_path / "cpu.csv"
+    assert ops.main(["--rounds", "3", "--no-compile", "--write", str(path)]) == 0
+    found = {(r.operation, r.provider, r.mode): r for r in records.read_records(path)}
+    times = {key for key in found if not key[0].endswith(records.PEAK_MEMORY)}
+    assert found.keys() - times == {(f"{name}, {records.PEAK_MEMORY}", *rest) for name, *rest in times}
+    both, value = "forward + backward", "forward"
+    expected = {
+        *product(
+            ("upsample + averaged_gain", "averaged_gain"), ("segadv", "segadv one pass", "eager", "eager, max"), (both,)
+        ),
+        *product(("upsample + averaged_gain", "averaged_gain"), ("segadv", "eager", "eager, max"), (value,)),
+        *product(("upsample + cross_entropy", "cross_entropy"), ("segadv", "segadv one pass", "eager"), (both,)),
+        *product(("upsample + cross_entropy", "cross_entropy"), ("segadv", "eager"), (value,)),
+        *product(("upsample + confusion_matrix", "confusion_matrix"), ("segadv", "eager"), (value,)),
+        *product(("averaged_gain", "cross_entropy"), ("floor",), (both,)),
+        *product(("newton_step", "sign_step"), ("segadv", "eager", "floor"), (value,)),
+    }
+    assert times == expected
+    assert {r.rounds for key, r in found.items() if key in times} == {3}
+    assert {r.unit for key, r in found.items() if key in times} == {"ms"}
 
 
 def test_a_measurement_that_fails_does_not_touch_the_next_unless_the_device_failed(

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attacks, overhead, peers, report, scaling, trainer
+from benchmarks import attacks, device, overhead, peers, report, scaling, trainer
 from benchmarks import test_bench_cpu as guard
-from benchmarks.measure import DeviceRow, Row, Timing, read_rows, write_rows
-from benchmarks.records import Record, read_records, write_records
+from benchmarks.records import PEAK_MEMORY, Record, read_records, write_records
 from segadv.comparison import PAPER_ARMS
 from segadv.results import EvaluationResult, Measurement
 
@@ -79,14 +78,10 @@ def test_the_committed_documents_are_in_step_with_the_committed_rows(capsys: pyt
 
 def test_a_changed_row_is_found_and_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / report.RESULTS / "cpu.csv"
-    rows = read_rows(path)
-    for row in rows:
-        if (row["operation"], row["provider"], row["thp"]) == ("newton_step", "segadv", "0"):
-            row["ms_p50"] = "0.918"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    changed = [
+        row for row in read_records(path) if (row.operation, row.provider, row.thp) == ("newton_step", "segadv", 0)
+    ]
+    write_records(path, [replace(row, p50=0.918) for row in changed])
     documents = {name: (root / name).read_text() for name in report.DOCUMENTS}
     assert report.main(["--check"], root) == 1
     assert capsys.readouterr().out.splitlines() == [
@@ -155,44 +150,47 @@ def test_a_document_is_written_whole_or_not_at_all(root: Path, monkeypatch: pyte
 
 def test_a_row_of_the_operations_from_the_file_itself() -> None:
     """One row worked out by itself: time and memory of each, ratios to the better of the others."""
-    found: dict[str, tuple[float, float]] = {}
+    ms: dict[str, float] = {}
+    megabytes: dict[str, float] = {}
     with (report.ROOT / report.RESULTS / "cpu.csv").open() as file:
         for row in csv.DictReader(file):
-            key = (row["operation"], row["mode"], row["case"], row["thp"], row["dtype"], row["threads"])
-            if key == ("upsample + cross_entropy", "forward + backward", "voc21", "0", "float32", "2"):
-                found[row["provider"]] = float(row["ms_p50"]), float(row["peak_mb"])
+            key = (row["mode"], row["case"], row["thp"], row["dtype"], row["threads"])
+            if key == ("forward + backward", "voc21", "0", "float32", "2"):
+                if row["operation"] == "upsample + cross_entropy":
+                    ms[row["provider"]] = float(row["p50"])
+                elif row["operation"] == "upsample + cross_entropy, peak memory":
+                    megabytes[row["provider"]] = float(row["p50"])
     text = report.operations(report.ROOT / report.RESULTS)
     (line,) = [line for line in text.splitlines() if "cross_entropy, value and g" in line and "16 x 21 x 59²" in line]
     shown = re.findall(r"([\d.]+) ms, ([\d.]+) MB", line)
-    for provider, (ms, megabytes) in zip(("eager", "compile", "segadv"), shown, strict=True):
-        assert (float(ms), float(megabytes)) == pytest.approx(found[provider], rel=0.02, abs=0.051)
+    for provider, found in zip(("eager", "compile", "segadv"), shown, strict=True):
+        assert [*map(float, found)] == pytest.approx([ms[provider], megabytes[provider]], rel=0.02, abs=0.051)
     faster, less = map(float, re.findall(r"([\d.]+) x \|", line))
-    assert faster == pytest.approx(min(found["eager"][0], found["compile"][0]) / found["segadv"][0], abs=0.051)
-    assert less == pytest.approx(min(found["eager"][1], found["compile"][1]) / found["segadv"][1], abs=0.051)
+    assert faster == pytest.approx(min(ms["eager"], ms["compile"]) / ms["segadv"], abs=0.051)
+    assert less == pytest.approx(min(megabytes["eager"], megabytes["compile"]) / megabytes["segadv"], abs=0.051)
 
 
 @pytest.mark.parametrize(
     ("operation", "mode", "case", "provider", "thp"),
     [
-        ("upsample + averaged_gain", "forward + backward", "ade150", "compile", "0"),
-        ("upsample + averaged_gain", "forward", "cityscapes19", "eager, max", "0"),
-        ("sign_step", "forward", "cityscapes19", "segadv", "0"),
-        ("cross_entropy", "forward + backward", "cityscapes19", "floor", "0"),
-        ("newton_step", "forward", "cityscapes19", "compile", "1"),
+        ("upsample + averaged_gain", "forward + backward", "ade150", "compile", 0),
+        ("upsample + averaged_gain", "forward", "cityscapes19", "eager, max", 0),
+        ("sign_step", "forward", "cityscapes19", "segadv", 0),
+        ("sign_step, peak memory", "forward", "cityscapes19", "eager", 0),
+        ("cross_entropy", "forward + backward", "cityscapes19", "floor", 0),
+        ("newton_step", "forward", "cityscapes19", "compile", 1),
     ],
 )
 def test_a_missing_row_of_the_operations_is_an_error(
-    operation: str, mode: str, case: str, provider: str, thp: str, root: Path
+    operation: str, mode: str, case: str, provider: str, thp: int, root: Path
 ) -> None:
     path = root / report.RESULTS / "cpu.csv"
-    rows = read_rows(path)
-    names = ("operation", "mode", "case", "provider", "thp")
-    kept = [row for row in rows if tuple(row[name] for name in names) != (operation, mode, case, provider, thp)]
+    rows = read_records(path)
+    key = (operation, mode, case, provider, thp)
+    kept = [row for row in rows if (row.operation, row.mode, row.case, row.provider, row.thp) != key]
     assert len(kept) == len(rows) - 1
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(kept)
+    path.unlink()
+    write_records(path, kept)
     with pytest.raises(report.ReportError, match=re.escape(f"no row of {operation}, {mode}, {case}, {provider}")):
         report.operations(path.parent)
 
@@ -201,27 +199,27 @@ def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", tmp_path)
     assert report.gpus(tmp_path) == ""
 
-    def row(provider: str, ms: float, **values: Any) -> DeviceRow:
-        known = {
-            "operation": "confusion_matrix", "mode": "forward", "case": "voc21", "dtype": "bfloat16", "device": "cuda",
-            "threads": 0, "thp": 0, "ms_p20": ms, "ms_p80": ms, "peak_mb": 9.0, "commit": "c0ffee", "torch": "2.11",
-            "machine": "NVIDIA X1, driver 1.2", "gb_per_s": 1.0, "of_copy": 0.25, "extra_mb": ms * 10, "note": "",
-        }  # fmt: skip
-        return DeviceRow(provider=provider, ms_p50=ms, **known | values)
+    known = {"mode": "forward", "case": "voc21", "dtype": "bfloat16", "device": "cuda", "threads": 0}
+    known["machine"] = "NVIDIA X1, driver 1.2"
 
-    rows = [
-        row("eager", 0.8),
-        row("eager, max", 0.6),
-        row("compile", 0.5),
-        row("triton", 0.2),
-        row("native", 0.1, of_copy=0.75),
-    ]
-    others = [row("native", 0.01, operation="enqueueing confusion_matrix"), row("copy", 1.0, operation="copy")]
-    write_rows(tmp_path / "nvidia-x1.csv", [*rows, *others])
+    def rows(provider: str, ms: float, of_copy: float = 0.25, operation: str = "confusion_matrix") -> list[Record]:
+        return [
+            record(operation, provider, p50=ms, unit="ms", **known),
+            record(f"{operation}, {PEAK_MEMORY}", provider, p50=9.0, unit="MB", **known),
+            record(f"{operation}, {device.EXTRA_MEMORY}", provider, p50=10 * ms, unit="MB", **known),
+            record(f"{operation}, {device.BANDWIDTH}", provider, p50=1.0, unit="GB/s", **known),
+            record(f"{operation}, {device.OF_COPY}", provider, p50=of_copy, **known),
+        ]
+
+    times = {"eager": 0.8, "eager, max": 0.6, "compile": 0.5, "triton": 0.2}
+    found = [row for provider, ms in times.items() for row in rows(provider, ms)]
+    found += rows("native", 0.1, of_copy=0.75)
+    found += rows("native", 0.01, operation="enqueueing confusion_matrix") + rows("copy", 1.0, operation="copy")
+    write_records(tmp_path / "nvidia-x1.csv", found)
+    write_records(tmp_path / "overhead-nvidia-x1.csv", found)  # another command's
     text = report.gpus(tmp_path)
-    assert "### NVIDIA X1\n" in text
-    assert "2.11" in text
-    assert "c0ffee" in text
+    assert text.count("### NVIDIA X1\n") == 1
+    assert "torch 2.13.0; commit c0ffee" in text
     assert text.count("\n| ") == 2, "a header and one row"
     assert cells(text, "voc21")[4:] == ["0.600", "0.500", "0.200", "0.100", "5.0 x", "0.75", "5.0", "1.0"]
 
@@ -229,21 +227,21 @@ def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
 def test_training_samples(tmp_path: Path) -> None:
     times = {"fused": 20.0, "v2": 180.0, "v2, blur last": 150.0, "v2, crop first": 90.0, "decode": 40.0}
     rows = [
-        Row(
-            operation="decode" if name == "decode" else "augment", provider=name, mode="per image",
-            case="8x16 to 4x4", dtype="uint8", device="cpu", threads=1, thp=0, ms_p20=ms - 1, ms_p50=ms, ms_p80=ms + 1,
-            peak_mb=1.0, commit="c0ffee", torch="2.13", machine="a machine",
+        record(
+            "decode" if name == "decode" else "augment", name, "per image", "8x16 to 4x4", ms, p20=ms - 1, p80=ms + 1,
+            dtype="uint8", threads=1, unit="ms",
         )
         for name, ms in (times | {"decode + fused": 60.0}).items()
     ]  # fmt: skip
-    write_rows(tmp_path / "cpu.csv", rows)
+    memory = [replace(row, operation=f"{row.operation}, {PEAK_MEMORY}", p50=1.0, unit="MB") for row in rows]
+    write_records(tmp_path / "cpu.csv", rows + memory)
     text = report.training_samples(tmp_path)
     assert cells(text, "torchvision v2, whole image")[1:] == ["180 [179, 181]", "9.0 x"]
     assert cells(text, "decoding the PNG files")[1:] == ["40.0 [39.0, 41.0]", ""]
-    assert "8x16 to 4x4 pixels. (a machine; one thread, torch 2.13; commit c0ffee)" in text
+    assert "8x16 to 4x4 pixels. (a machine; threads 1, torch 2.13.0; commit c0ffee)" in text
     for row in rows:
         (tmp_path / "cpu.csv").unlink()
-        write_rows(tmp_path / "cpu.csv", [other for other in rows if other is not row])
+        write_records(tmp_path / "cpu.csv", memory + [other for other in rows if other is not row])
         with pytest.raises(report.ReportError, match=re.escape(f"no rows of {row.provider};")):
             report.training_samples(tmp_path)
 
@@ -746,8 +744,8 @@ def test_the_guard_fails_when_half_of_the_lead_is_lost_twice(found: list[float],
 
 
 def test_a_lead_is_eagers_time_by_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    timings = {"eager": Timing(1.0, 12.0, 99.0, 0.0), "segadv": Timing(0.1, 4.0, 9.0, 0.0)}
-    monkeypatch.setattr(guard, "interleaved", lambda providers, rounds: timings)
+    times = {"eager": np.array([1.0, 12.0, 99.0]), "segadv": np.array([9.0, 0.1, 4.0])}
+    monkeypatch.setattr(guard, "milliseconds_of", lambda providers, device, rounds: times)
     assert guard.lead({}) == 3.0
 
 
@@ -757,15 +755,13 @@ def test_every_guarded_operation_has_a_recorded_lead(root: Path) -> None:
     assert all(value > 1 for value in leads.values()), leads
     first = guard.MEASUREMENTS[0]
     path = root / report.RESULTS / "cpu.csv"
-    rows = {
-        (r["operation"], r["mode"], r["case"], r["provider"], r["thp"]): float(r["ms_p50"]) for r in read_rows(path)
-    }
+    rows = {(r.operation, r.mode, r.case, r.provider, r.thp): r.p50 for r in read_records(path)}
     key = (first.name, first.mode, "cityscapes19")
-    assert guard.recorded_lead(first) == rows[*key, "eager", "0"] / rows[*key, "segadv", "0"]
+    assert guard.recorded_lead(first) == rows[*key, "eager", 0] / rows[*key, "segadv", 0]
     path.write_text(
         "\n".join(line for line in path.read_text().splitlines() if not line.startswith(f"{first.name},segadv,"))
     )
-    with pytest.raises(KeyError, match="has no rows of eager and segadv"):
+    with pytest.raises(KeyError, match="has no row of upsample \\+ averaged_gain, segadv"):
         guard.recorded_lead(first, path)
 
 
