@@ -6,7 +6,11 @@ import difflib
 from collections.abc import Collection
 from numbers import Integral
 
-__all__ = ["at_least", "nearest", "one_of"]
+from torch import Tensor
+
+__all__ = ["at_least", "in_range", "nearest", "one_of"]
+
+_OVERSHOOT = 0.1  # of the range: what resampling with a cubic kernel may add
 
 
 def at_least(minimum: int, **arguments: int) -> None:
@@ -22,6 +26,19 @@ def one_of(known: Collection[str], **arguments: str) -> None:
         if not isinstance(value, str) or value not in known:
             near = nearest(str(value), known)
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}, did you mean {near!r}?")
+
+
+def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+    """ValueError where pixels are clearly outside of the range to which attacks clip; `name` is what gave them."""
+    if not images.numel():
+        return
+    low, high = (value.item() for value in images.aminmax())
+    slack = _OVERSHOOT * (bounds[1] - bounds[0])
+    if not (low >= bounds[0] - slack and high <= bounds[1] + slack):
+        raise ValueError(
+            f"{name}: pixels must be in [{bounds[0]:g}, {bounds[1]:g}], found {low:.4g} to {high:.4g}. Divide bytes by "
+            "255; put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
+        )
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks.base import frozen, model_logits
+from .attacks.base import frozen, logits_of
 from .evaluation import ATTACKS
 from .models import ModelConfig, build_model
 from .training import TrainConfig, Trainer, Validation, load_model, read_config
@@ -216,4 +216,4 @@ def examples(models: Mapping[str, nn.Module], samples: Sequence[tuple[Tensor, Te
 def _predict(model: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     with frozen(model):
-        return functional.argmax_labels(model_logits(model(images)), (height, width))
+        return functional.argmax_labels(logits_of(model, images), (height, width))

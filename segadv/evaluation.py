@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, forward, frozen, is_plain, model_logits, unwrapped
+from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
-from .checks import at_least
-from .data.checked import require_unit_range
+from .checks import at_least, in_range
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -100,7 +99,7 @@ class _Judge:
     """Predicts, and counts what came out."""
 
     def __init__(self, model: nn.Module, ignore_index: int, align_corners: bool) -> None:
-        self.model = unwrapped(model)
+        self.model = model
         self.options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
         self.ignored = f"ignore_index={ignore_index}"
         self.invalid: list[Tensor] = []
@@ -148,7 +147,7 @@ class _Judge:
         return self.count(self.logits(images), labels)
 
     def logits(self, images: Tensor) -> Tensor:
-        return model_logits(forward(self.model, images))
+        return logits_of(self.model, images)
 
     def agrees(self, attack: Attack) -> bool:
         """Whether the attack sees the model, and counts, as this does."""
@@ -476,7 +475,7 @@ def evaluate(
                     f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed"
                 )
             check_sizes(images, labels)
-            require_unit_range(images, f"batch {index} of the loader")
+            in_range(images, f"batch {index} of the loader")
             content = content_hash(images, labels)
             data.update(content.encode())
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD
-from .attacks.base import frozen, has_label, model_logits, unwrapped
+from .attacks.base import frozen, has_label, logits_of
 from .evaluation import AttackFactory, evaluate
 
 __all__ = ["Check", "masking_checks"]
@@ -169,9 +169,7 @@ def _losses_along_fgsm(
             gradient = attack.input_gradient(images, labels)
             points = [functional.sign_step(images, gradient, eps * i / _POINTS) for i in range(_POINTS + 1)]
             by_point = [
-                functional.cross_entropy(
-                    model_logits(unwrapped(model)(point)), labels, reduction="image", **options
-                ).double()
+                functional.cross_entropy(logits_of(model, point), labels, reduction="image", **options).double()
                 for point in points
             ]
             losses.append(torch.stack(by_point, 1)[has_label(labels, attack.ignore_index)].cpu())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD, FastNewton
-from .attacks.base import frozen, has_label, model_logits, unwrapped
+from .attacks.base import frozen, has_label, logits_of
 from .attacks.sign_attacks import uniform_noise
 from .data import IGNORE_INDEX
 from .results import pixel_accuracy
@@ -74,7 +74,7 @@ def _mean_of_labelled(values: Tensor, labels: Tensor) -> float:
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     with frozen(model):
-        return pixel_accuracy(functional.confusion_matrix(model_logits(unwrapped(model)(images)), labels))
+        return pixel_accuracy(functional.confusion_matrix(logits_of(model, images), labels))
 
 
 def catastrophic_overfitting(probes: Sequence[Mapping[str, float]]) -> bool:

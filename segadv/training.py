@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks.base import model_logits
+from .attacks.base import FLOAT64, model_logits
 from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
@@ -296,9 +296,7 @@ class Trainer:
                     results.append(self._accumulate(images[own], labels[own], chosen[part], pixels))
             except RuntimeError as error:
                 if images.dtype is torch.float64 and "double" in str(error).lower():
-                    raise ValueError(
-                        "images: float64 came, which the model does not take; image.float() helps"
-                    ) from error
+                    raise ValueError(FLOAT64) from error
                 raise
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.steps_done)

@@ -6,6 +6,7 @@ import copy
 import datetime
 import gc
 import json
+import math
 import os
 import weakref
 from collections import OrderedDict
@@ -828,6 +829,7 @@ class NoWaiting(TorchDispatchMode):
 @every_attack
 def test_nothing_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEGADV_CHECK", raising=False)
+    monkeypatch.setattr(segadv.attacks.base, "in_range", lambda *arguments: None)  # a look that only a CPU takes
     model, (images, labels) = Net(), sample()
     expected = run(name, model, images, labels)
     attack = make(name, model)
@@ -1465,17 +1467,63 @@ def test_an_empty_batch_is_judged_and_attacked(kind: Any) -> None:
         assert attack.outcomes(images, labels, [1, 10]).shape == (2, 0, 3, 3)
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan")])
-def test_the_range_of_images_is_checked_on_request_only(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = IMAGES.clone()
-    images[1, 1, 1, 1] = value
-    attack = FGSM(nn.Conv2d(3, 3, 1))
-    monkeypatch.setenv("SEGADV_CHECK", "0")
-    attack(images, LABELS)
-    monkeypatch.setenv("SEGADV_CHECK", "1")
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-2.0, 3.0)])
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_images_clearly_outside_their_bounds_are_refused(
+    check: str, bounds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normalised ones, say, of which most would be clipped. What a cubic kernel adds is let through, and clipped."""
+    monkeypatch.setenv("SEGADV_CHECK", check)
+    attack = FGSM(nn.Conv2d(3, 3, 1), bounds=bounds)
+    width = bounds[1] - bounds[0]
+    for factor, fits in ((0, True), (0.09, True), (0.11, False), (math.nan, False)):
+        for value in (bounds[0] - factor * width, bounds[1] + factor * width):
+            images = IMAGES.clone()
+            images[1, 1, 1, 1] = value
+            if fits:
+                low, high = attack(images, LABELS).aminmax()
+                assert bounds[0] <= low <= high <= bounds[1]
+                continue
+            with pytest.raises(ValueError, match=r"images: pixels must be in \[.*, found .*segadv.models.wrap"):
+                attack(images, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "error"),
+    [
+        (BIM, "steps", 0, ValueError),
+        (BIM, "steps", 2.5, ValueError),
+        (PGD, "restarts", 0, ValueError),
+        (FGSM, "eps", 8, ValueError),
+        (FGSM, "bn", "foo", ValueError),
+        (FGSM, "ignore_index", None, TypeError),
+        (FastNewton, "max_eps", 8.0, ValueError),
+        (NFGSM, "noise", -1.0, ValueError),
+        (CheckpointFGSM, "checkpoints", 0, ValueError),
+        (FGSM, "bounds", (0.5, 0.5), ValueError),
+    ],
+)
+def test_arguments_set_later_are_checked_in_the_call(kind: Any, name: str, value: Any, error: type[Exception]) -> None:
+    attack = kind(nn.Conv2d(3, 3, 1))
     attack(IMAGES, LABELS)
-    with pytest.raises(ValueError, match=r"images: values in .* bounds = \(0.0, 1.0\) is allowed"):
-        attack(images, LABELS)
+    setattr(attack, name, value)
+    with pytest.raises(error, match=name):
+        attack(IMAGES, LABELS)
+
+
+def test_float64_images_for_a_float32_model_are_named() -> None:
+    with pytest.raises(ValueError, match=r"images: float64 came, which the model does not take; images.float"):
+        FGSM(nn.Conv2d(3, 3, 1))(IMAGES.double(), LABELS)
+
+
+def test_a_model_without_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; show the model a batch"):
+        FGSM(nn.Sequential(nn.LazyConv2d(3, 1)))(IMAGES, LABELS)
+
+
+def test_labels_with_a_channel_are_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"labels\.squeeze\(1\)"):
+        FGSM(nn.Conv2d(3, 3, 1))(IMAGES, LABELS[:, None])
 
 
 def test_a_model_made_under_inference_mode_is_refused() -> None:

@@ -34,9 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import functional
+from ..checks import in_range
 from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
@@ -114,10 +116,17 @@ def forward(model: nn.Module, images: Tensor) -> Any:
     except RuntimeError as error:
         if "leaf Variable" in str(error):  # such a change, where they require a gradient
             raise ValueError(f"{_IN_PLACE}. Or it changes another tensor that requires a gradient") from error
+        if images.dtype is torch.float64 and "double" in str(error).lower():
+            raise ValueError(FLOAT64) from error
         raise
     if images._version != version:
         raise ValueError(_IN_PLACE)
     return output
+
+
+def logits_of(model: nn.Module, images: Tensor, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The logits of a forward pass that starts no collective; see `unwrapped`, `forward` and `model_logits`."""
+    return model_logits(forward(unwrapped(model), images), extract)
 
 
 def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) -> Tensor:
@@ -148,7 +157,7 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
     raise TypeError(
         f"model: it returned {_kind(output)}; understood are a tensor, a dict with 'out' or 'logits', an "
         "object with .logits and a tuple whose first entry is the logits. Give output=, a callable from what "
-        "the model returns to the logits"
+        "the model returns to the logits, here or to segadv.models.wrap(model, output=...)"
     )
 
 
@@ -176,8 +185,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
 
     Raises:
         ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a
-            FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers made under
-            inference_mode, through which no gradient passes; bn="train" with a ScriptModule.
+            FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers that have no
+            shape yet, or were made under inference_mode, through which no gradient passes; bn="train" with a
+            ScriptModule.
     """
     network = unwrapped(model)
     training: dict[nn.Module, bool] = {}
@@ -185,7 +195,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     required: list[tuple[Tensor, bool]] = []
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
-            raise ValueError(f"model: its part {name!r} is a DistributedDataParallel; wrap the whole model instead")
+            raise ValueError(
+                f"model: its part {name!r} is a DistributedDataParallel; give the attack the module inside of that, or "
+                "wrap the whole model"
+            )
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
@@ -196,6 +209,11 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
         registered[module] = dict(module._buffers.items())
         parameters = dict(module._parameters.items())
         for own, tensor in (parameters | registered[module]).items():
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"model: its parameter or buffer {f'{name}.{own}'.lstrip('.')!r} has no shape yet; show the model "
+                    "a batch before"
+                )
             if tensor is not None and tensor.is_inference():
                 raise ValueError(
                     f"model: its parameter or buffer {f'{name}.{own}'.lstrip('.')!r} was made under "
@@ -346,6 +364,10 @@ class Attack(ABC):
     output: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        """In every call, too: they may have been set anew."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(
                 f"model: a {type(self.model).__name__} came; an nn.Module is needed, for a function one whose forward "
@@ -364,7 +386,10 @@ class Attack(ABC):
         try:
             low, high = (float(bound) for bound in self.bounds)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"bounds: {self.bounds!r} came; two numbers, (low, high), are needed") from error
+            raise TypeError(
+                f"bounds: {self.bounds!r} came; two numbers, (low, high), are needed. For images that were normalised, "
+                "move mean and std into the model: segadv.models.wrap(model, mean=..., std=...)"
+            ) from error
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"bounds: {self.bounds} is not (low, high) with low < high, both finite")
         self.bounds = (low, high)
@@ -445,6 +470,8 @@ class Attack(ABC):
             yield own_images, own_labels
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self._check_arguments()
         for name, tensor in (("images", images), ("labels", labels)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: a {type(tensor).__name__} came; a tensor is needed")
@@ -469,17 +496,13 @@ class Attack(ABC):
                 'with one value per channel cannot even do that); use bn="eval", or more images',
                 stacklevel=levels_to_the_caller(),
             )
-        if synchronous_checks() and images.numel():
-            low, high = images.min().item(), images.max().item()
-            if not self.bounds[0] <= low <= high <= self.bounds[1]:
-                raise ValueError(
-                    f"images: values in [{low:g}, {high:g}] came; bounds = {self.bounds} is allowed. Scale "
-                    "the images, normalise inside the model (segadv.models.wrap), or give bounds="
-                )
+        # a look that a GPU would have to be waited for is taken on demand
+        if synchronous_checks() or (images.device.type == "cpu" and not torch.compiler.is_compiling()):
+            in_range(images, "images", self.bounds)
 
     def _logits(self, images: Tensor) -> Tensor:
         """The model's forward pass, in the caller's autocast state."""
-        logits = model_logits(forward(unwrapped(self.model), images), self.output)
+        logits = logits_of(self.model, images, self.output)
         if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[0] != images.shape[0]:
             raise ValueError(
                 f"model: it returned {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)} for "
@@ -524,6 +547,9 @@ _NO_GRADIENT = (
 )
 
 
+FLOAT64 = "images: float64 came, which the model does not take; images.float() helps"
+
+
 _IN_PLACE = (
     "model: it changes its input in place (x.sub_(mean), x -= mean, inplace=True), and with it the caller's images; "
     "write x = x - mean, or give segadv.models.wrap mean and std"
@@ -548,6 +574,8 @@ def levels_to_the_caller() -> int:
 
 def check_sizes(images: Tensor, labels: Tensor) -> None:
     """ValueError where images [N, ..., H, W] and labels [N, H, W] are of different sizes."""
+    if images.dim() == 4 and labels.dim() == 4 and labels.shape[1] == 1:
+        raise ValueError(f"labels: {list(labels.shape)} came; [N, H, W] are needed: labels.squeeze(1)")
     if images.dim() == 4 and labels.dim() == 3 and labels.shape != (len(images), *images.shape[2:]):
         raise ValueError(
             f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N, H and W are needed. "

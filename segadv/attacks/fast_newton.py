@@ -35,8 +35,8 @@ class FastNewton(Attack):
     clamp_negative: bool = False
     max_eps: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         if isinstance(self.max_eps, Tensor):
             raise TypeError("max_eps: a Tensor came; a number or None is needed")
         if self.max_eps is not None:

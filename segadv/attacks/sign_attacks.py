@@ -25,14 +25,13 @@ class _SignAttack(Attack):
 
     loss: ClassVar[functional.Loss] = "cross_entropy"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         self.eps = checked_size("eps", self.eps, self.bounds)
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("eps", self.eps, images)
-        checked_size("eps", self.eps, self.bounds)
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
@@ -116,8 +115,8 @@ class NFGSM(FGSM):
     noise: float = 2.0
     generator: torch.Generator | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: {self.noise} came; a finite number of at least 0 is needed, in units of eps")
         self.noise = float(self.noise)
@@ -154,8 +153,8 @@ class CheckpointFGSM(FGSM):
 
     checkpoints: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         self.checkpoints = _whole_number("checkpoints", self.checkpoints)
         if self.targeted:
             raise ValueError("targeted: True came; the search is for misclassification, only False is possible")
@@ -217,10 +216,13 @@ class BIM(_SignAttack):
     steps: int = 10
     best: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         self.alpha = checked_size("alpha", self.alpha, self.bounds)
         self.steps = _whole_number("steps", self.steps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.eps, Tensor) or isinstance(self.alpha, Tensor):
             return
         if self.steps * self.alpha < self.eps * (1 - 1e-9):
@@ -233,7 +235,6 @@ class BIM(_SignAttack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("alpha", self.alpha, images)
-        checked_size("alpha", self.alpha, self.bounds)
 
     def outcomes(self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None) -> Tensor:
         """What the model makes of the images after some of the attack's steps, from one run.
@@ -316,8 +317,8 @@ class PGD(BIM):
     restarts: int = 1
     generator: torch.Generator | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         self.restarts = _whole_number("restarts", self.restarts)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts: {self.restarts} came with random_start=False, where all runs are the same")

@@ -5,26 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checks import in_range
 from .files import IGNORE_INDEX, reads_files
 
-__all__ = ["CheckedSamples", "checked", "require_unit_range"]
-
-_OVERSHOOT = 0.1  # what resampling with a cubic kernel may add
+__all__ = ["CheckedSamples", "checked"]
 
 
 def checked(dataset: Dataset[tuple[Tensor, Tensor]], num_classes: int | None) -> Dataset[tuple[Tensor, Tensor]]:
     """`CheckedSamples` of a data set that does not check its samples itself, as `SegmentationFiles` do."""
     return dataset if reads_files(dataset) else CheckedSamples(dataset, num_classes=num_classes)
-
-
-def require_unit_range(images: Tensor, name: str) -> None:
-    """ValueError where pixels are clearly not in [0, 1], to which attacks clip; `name` is what gave them."""
-    low, high = (value.item() for value in images.aminmax()) if images.numel() else (0.0, 1.0)
-    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
-        raise ValueError(
-            f"{name}: pixels must be in [0, 1], found {low:.4g} to {high:.4g}. Divide bytes by 255; "
-            "put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
-        )
 
 
 class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
@@ -60,7 +49,7 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
                 f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
             )
-        require_unit_range(image, self._named(index))
+        in_range(image, self._named(index))
         if self.num_classes is not None:
             wrong = label[((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)]
             if len(wrong):
