@@ -64,7 +64,7 @@ CONVENTIONAL, EFFICIENT, OURS = "conventional", "efficient eager", "segadv"
 COLUMNS = (CONVENTIONAL, EFFICIENT, OURS)
 ARMS = ("fgsm", "random-fgsm", "fast-newton", "bim-3", "pgd-3", "segpgd-3")
 SHARES = (0.5, 1.0)
-EPS, STEPS = 0.03, 3  # those of segadv.training.ARMS; usual_sign_step has the same eps, and its alpha
+EPS, STEPS = 0.03, 3  # the steps of segadv.training.ARMS; usual_sign_step has the same eps, and alpha = eps / 3
 PHASES = ("attack forward", "attack backward", "attack glue", "forward", "loss", "backward", "optimiser")
 COST_MODEL = "cost model"
 
@@ -180,7 +180,7 @@ class Training:
             self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True if cuda else None
         )
         self.generator = torch.Generator(device)
-        self.attacks = {arm: TRAINING_ARMS[arm](self.model, self.generator) for arm in ARMS}
+        self.attacks = {arm: TRAINING_ARMS[arm](self.model, EPS, self.generator) for arm in ARMS}
         self.losses = {CONVENTIONAL: usual_cross_entropy, EFFICIENT: usual_cross_entropy, OURS: F.cross_entropy}
 
     def _autocast(self) -> torch.autocast:

@@ -27,7 +27,10 @@ __all__ = [
     "functional",
 ]
 
-_ON_DEMAND = ("data", "evaluation", "masking", "models", "plots", "report", "training")
+_ON_DEMAND = (
+    "checkpoints", "compat", "data", "distributed", "evaluation", "masking", "models", "monitor", "plots", "report",
+    "results", "training",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

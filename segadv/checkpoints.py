@@ -101,7 +101,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = _read_shared(path) if shared else torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
             return state
-        problem = "it holds something else"
+        problem = "it holds something else; evaluate a model of your own in Python, with segadv.evaluation.evaluate"
     except MemoryError:  # the file may well be whole, here and below
         raise
     except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead

@@ -8,7 +8,7 @@ from numbers import Integral
 
 from torch import Tensor
 
-__all__ = ["at_least", "in_range", "nearest", "one_of"]
+__all__ = ["at_least", "did_you_mean", "in_range", "one_of"]
 
 _OVERSHOOT = 0.1  # of the range: what resampling with a cubic kernel may add
 
@@ -21,11 +21,12 @@ def at_least(minimum: int, **arguments: int) -> None:
 
 
 def one_of(known: Collection[str], **arguments: str) -> None:
-    """ValueError where an argument is not a known name; it tells which one is meant."""
+    """ValueError where an argument is not a known name; it tells which one may be meant."""
     for name, value in arguments.items():
         if not isinstance(value, str) or value not in known:
-            near = nearest(str(value), known)
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}, did you mean {near!r}?")
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}; got {value!r}{did_you_mean(str(value), known)}"
+            )
 
 
 def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -41,7 +42,8 @@ def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)
         )
 
 
-def nearest(name: str, names: Collection[str]) -> str:
-    """The one of `names` that looks most like `name`, whatever its case."""
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """ ", did you mean 'x'?" with the one of `names` that looks like `name`, whatever its case; else nothing."""
     by_lower = {known.lower(): known for known in names}
-    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f", did you mean {by_lower[near[0]]!r}?" if near else ""

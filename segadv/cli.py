@@ -31,7 +31,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from . import __version__, build_info
-from .checks import at_least, nearest
+from .checks import at_least, did_you_mean
 from .comparison import PAPER_ARMS
 from .data import DATASETS
 from .evaluation import ATTACKS, EPS
@@ -119,7 +119,7 @@ def _reader_left() -> bool:
 def _arranged(argv: Sequence[str]) -> list[str]:
     """--config first, so that the options beside it override the file, whatever their order; - in names becomes _.
 
-    Lists may be written as elsewhere: 0,8/255 for [0, 0.0314].
+    Numbers may be written as elsewhere: 8/255, and 0,8/255 for [0, 0.0314].
     """
     if not argv or argv[0] not in ("train", "reproduce"):
         return list(argv)
@@ -136,6 +136,10 @@ def _arranged(argv: Sequence[str]) -> list[str]:
                 names[i] = f"{name}={_as_list(name, value)}"
             elif i + 1 < len(names):
                 names[i + 1] = _as_list(name, names[i + 1])
+        elif name == "--eps" and given:
+            names[i] = f"--eps={_number('eps', value)}"
+        elif name == "--eps" and i + 1 < len(names):
+            names[i + 1] = str(_number("eps", names[i + 1]))
     # behind the setting that reproduce has
     at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
@@ -182,10 +186,10 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, flags=re.IGNORECASE | re.DOTALL)
         if unknown and "did you mean" not in message:
-            known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            known = [option for option in self._option_string_actions if option.startswith("--")]
             usual = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "steps", "bs": "batch_size"}
-            meant = usual.get(unknown[1], "")
-            message += f"; did you mean --{meant if meant in known else nearest(unknown[1], known)}?"
+            meant = f"--{usual.get(unknown[1], unknown[1])}"
+            message += did_you_mean(meant, known).replace("'", "").replace(",", ";")
         if missing := re.fullmatch(r"the following arguments are required: ([\w., -]+)", message):
             names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
             told = (name if name in ("checkpoints", "dir") else f"--{name}" for name in names)
@@ -372,6 +376,13 @@ def _numbers(name: str, value: str) -> list[float]:
         raise ValueError(
             f"{name} must be numbers with commas between them, such as 0,0.01,8/255, got {value!r}"
         ) from None
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{name} must be a number, such as 0.03 or 8/255, got {value!r}") from None
 
 
 def _demo(arguments: Namespace) -> None:

@@ -423,15 +423,16 @@ def evaluate(
         align_corners: how logits of another size than the labels are resampled.
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. A model is told
-            from others by its parameters, buffers, what it prints, and attributes of its modules that are True,
-            False, words or functions (such as ``output=`` of `segadv.models.wrap`), not by its code and other
-            attributes: give another folder where those change. Attacks from factories are recorded where they are
+            from others by its parameters, buffers, what it prints, and its modules' `forward` and attributes that are
+            True, False, words, floats or functions (such as ``output=`` of `segadv.models.wrap`), not by other code
+            and attributes: give another folder where those change. Attacks from factories are recorded where they are
             one of `segadv.attacks`, not a sub-class, with bn="eval", have neither a generator nor a callable, and stay
             in box and ball.
         progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
             tqdm.
         sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
-            are added up, and all get the result. Every process of the group has to call it.
+            are added up, and all get the result. Every process of the group has to call it. An image in two shares
+            counts twice: a `DistributedSampler` repeats some, ``batches[rank::processes]`` does not.
 
     Raises:
         TypeError: an attack that is neither a name nor a factory, a loader that gives no tensors.

@@ -173,8 +173,7 @@ def cross_entropy(
     Raises, besides what all raise:
         ValueError: a reduction of another name; a weight that is not a floating point [C] on the logits' device.
     """
-    if reduction not in ("mean", "image", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r} is not one of 'mean', 'image', 'sum', 'none'")
+    _check_reduction(reduction)
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     if weight is not None:
         _check_class_weight(weight, logits)
@@ -599,6 +598,11 @@ def _quotient(total: Tensor, count: Tensor) -> Tensor:
 def _check_label_type(labels: Tensor) -> None:
     if labels.dtype not in _LABELS:
         raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "image", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r} is not one of 'mean', 'image', 'sum', 'none'")
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:

@@ -14,34 +14,45 @@ __all__ = ["CrossEntropyLoss"]
 class CrossEntropyLoss(nn.Module):
     """`torch.nn.CrossEntropyLoss` for logits of any size: bilinear upsampling is part of the loss.
 
-    The mean over the valid pixels of the batch, divided by the sum of their weights. Full-resolution logits are
-    never built, and the gradient lands on the logits that came. Without a valid pixel the loss is 0.
+    Full-resolution logits are never built, and the gradient lands on the logits that came. Without a valid pixel the
+    loss is 0. There is no label smoothing.
 
     Args:
         weight: [C] class weights.
-        ignore_index: label of the pixels that do not count.
+        ignore_index: label of the pixels that do not count; 255 here, where PyTorch has -100.
+        reduction: "mean" over the valid pixels of the batch, divided by the sum of their weights; "sum"; "none", 0 at
+            ignored pixels; "image": the mean of each image.
         align_corners: of the resampling.
 
     Shapes: logits [N, C, h, w] float32, bfloat16, float16 or float64; labels [N, H, W] int64, int32, int16 or
-    uint8; the loss is a scalar, float32 (float64 for float64 logits).
+    uint8; the loss is a scalar ([N, H, W] with "none", [N] with "image"), float32 (float64 for float64 logits).
 
     Equivalent to::
 
         z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
-        nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index)(z, labels.long())
+        nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index, reduction=reduction)(z, labels.long())
 
     Raises:
-        TypeError: a weight that is no tensor, an ignore_index that is no whole number.
-        ValueError: a weight that is not a floating point [C].
+        TypeError: a weight that is no tensor, an ignore_index that is no whole number, an align_corners that is neither
+            True nor False.
+        ValueError: a weight that is not a floating point [C], an unknown reduction.
 
     In the call, what `segadv.functional.cross_entropy` raises.
     """
 
     weight: Tensor | None
     ignore_index: int
+    reduction: functional.Reduction
     align_corners: bool
 
-    def __init__(self, *, weight: Tensor | None = None, ignore_index: int = 255, align_corners: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = 255,
+        reduction: functional.Reduction = "mean",
+        align_corners: bool = False,
+    ) -> None:
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight: a {type(weight).__name__} came; a tensor [C] is needed")
@@ -52,8 +63,12 @@ class CrossEntropyLoss(nn.Module):
             )
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
             raise TypeError(f"ignore_index: a {type(ignore_index).__name__} came; a whole number is needed")
+        if not isinstance(align_corners, bool):
+            raise TypeError(f"align_corners: a {type(align_corners).__name__} came; True or False is needed")
+        functional._check_reduction(reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = int(ignore_index)
+        self.reduction = reduction
         self.align_corners = align_corners
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,9 +77,11 @@ class CrossEntropyLoss(nn.Module):
             labels,
             weight=self.weight,
             ignore_index=self.ignore_index,
+            reduction=self.reduction,
             align_corners=self.align_corners,
         )
 
     def extra_repr(self) -> str:
         weight = "" if self.weight is None else f"weight={list(self.weight.shape)}, "
-        return f"{weight}ignore_index={self.ignore_index}, align_corners={self.align_corners}"
+        options = f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, align_corners={self.align_corners}"
+        return weight + options

@@ -72,7 +72,8 @@ def masking_checks(
     pass proves nothing.
 
     Args:
-        model, loader, seed, ignore_index, align_corners, records: as in `segadv.evaluation.evaluate`.
+        model, loader, seed, ignore_index, align_corners, records: as in `segadv.evaluation.evaluate`; all batches of
+            the loader are kept in memory: give `itertools.islice(loader, 4)` of a long one.
         eps: size of the perturbation, in the images' unit, at most 0.5.
         steps: of the iterative attacks.
         sources: name -> other models on the same device, for check 5; none leaves it out.

@@ -370,18 +370,19 @@ def wrap(
 ) -> nn.Module:
     """A module that takes images in [0, 1], normalises them inside and returns logits.
 
-    So attacks step in pixel space, where eps has its meaning, whatever the network was trained on.
+    So attacks step in pixel space, where eps has its meaning, whatever the network was trained on. Auxiliary outputs
+    are left out: a network that is trained with them normalises in its own forward.
 
     Args:
         model: any network, in any mode; it becomes the sub-module ``.model`` and keeps its parameters.
-        mean: per channel; None: 0. In units of images in [0, 1].
+        mean: per channel, in [0, 1] as the images; None: 0.
         std: per channel, positive; None: 1. The model gets ``(images - mean) / std``.
         output: callable from what the model returns to the logits; None: a tensor, a dict with "out" or
             "logits", an object with ``.logits`` or a tuple whose first entry is the logits are understood.
 
     Raises:
-        ValueError: mean and std of different lengths, a std that is not positive, a value that is not finite;
-            in the forward pass images with another number of channels. (A single entry fits any number.)
+        ValueError: mean and std of different lengths, a mean outside of [0, 1], a std that is not positive or not
+            finite; in the forward pass images with another number of channels. (A single entry fits any number.)
         TypeError: ``model`` is no nn.Module; in the forward pass an output that is not understood.
     """
     if not isinstance(model, nn.Module):
@@ -395,8 +396,8 @@ def wrap(
         std = [1.0] * len(mean)
     if len(mean) != len(std) or len(mean) == 0:
         raise ValueError(f"mean and std must have one entry per channel each, got mean={mean} and std={std}")
-    if not all(math.isfinite(entry) for entry in mean):
-        raise ValueError(f"mean must be finite, got {mean}")
+    if not all(0 <= entry <= 1 for entry in mean):
+        raise ValueError(f"mean must be in [0, 1], the unit of the images (0.485, not 123.675), got {mean}")
     if not all(0 < entry < math.inf for entry in std):
         raise ValueError(f"std must be positive and finite, got {std}")
     return _Wrapped(model, mean, std, output)

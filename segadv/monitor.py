@@ -24,21 +24,20 @@ from .results import pixel_accuracy
 
 __all__ = ["catastrophic_overfitting", "probe"]
 
-EPS = 0.03
-
 
 @torch.no_grad()
-def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+def probe(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float = 0.03) -> dict[str, float]:
     """What the model makes of a few images, always the same ones; the model is left as it was.
 
     Args:
         model: in any mode; looked at in eval mode.
         images: [N, 3, H, W] in [0, 1].
         labels: [N, H, W].
+        eps: size of the perturbation, in the images' unit.
 
     Returns:
-        pgd_accuracy: pixel accuracy under PGD with 10 steps of 0.01 at eps 0.03, from the same start every time.
-        fgsm_accuracy: under FGSM at eps 0.03.
+        pgd_accuracy: pixel accuracy under PGD with 10 steps of eps / 3, from the same start every time.
+        fgsm_accuracy: under FGSM.
         gradient_cosine: between the gradient of an image's cross-entropy at the image and at a random point of
             the ball, the same one every time; mean over the images with a labelled pixel.
         newton_eps_p10, newton_eps_median, newton_eps_p90: of the step sizes that FastNewton would take.
@@ -46,9 +45,9 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """
     generator = torch.Generator(images.device).manual_seed(0)
     noise = uniform_noise(images, generator)
-    neighbours = (images + EPS * noise).clamp(0, 1)
-    fgsm = FGSM(model, eps=EPS)
-    pgd = PGD(model, eps=EPS, alpha=0.01, steps=10, generator=generator.manual_seed(0))
+    neighbours = (images + eps * noise).clamp(0, 1)
+    fgsm = FGSM(model, eps=eps)
+    pgd = PGD(model, eps=eps, alpha=eps / 3, steps=10, generator=generator.manual_seed(0))
     gradient, other = (fgsm.input_gradient(points, labels).flatten(1) for points in (images, neighbours))
     # of any length: by default what is shorter than 1e-8 counts as that long, as of a network that is sure
     cosine = F.cosine_similarity(gradient.double(), other.double(), eps=1e-150)

@@ -1,6 +1,6 @@
 """Recipes: configurations of `segadv train` that are installed with the package, YAML files in segadv/configs.
 
-Keys are checked here, because a mistyped one must be named with its file and the nearest key there is.
+Keys are checked here, because a mistyped one must be named with its file and the did_you_mean key there is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError  # type: ignore[attr-defined]
 
-from .checks import nearest
+from .checks import did_you_mean
 from .train_config import flat
 
 __all__ = ["ConfigFile", "recipe_file", "recipes"]
@@ -37,7 +37,7 @@ def recipe_file(name: str) -> Path:
         return Path(name)
     raise ValueError(
         f"config must be a YAML file or a recipe ({', '.join(recipes())}); "
-        f"{name!r} is neither, did you mean {nearest(name, recipes())!r}?"
+        f"{name!r} is neither{did_you_mean(name, recipes())}"
     )
 
 
@@ -77,6 +77,6 @@ def _check_keys(path: Path, known: Collection[str]) -> None:
         if value is None:
             raise ValueError(f"{path}: {key} has no value")
         if key not in known:
-            raise ValueError(f"{path}: there is no option {key!r}, did you mean {nearest(key, known)!r}?")
+            raise ValueError(f"{path}: there is no option {key!r}{did_you_mean(key, known)}")
         if parts := [name for name in known if name.startswith(f"{key}.")]:
             raise ValueError(f"{path}: {key} consists of {', '.join(parts)}; got {value!r}")

@@ -30,16 +30,17 @@ __all__ = ["Records", "content_hash", "model_hash", "versions"]
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
-    Those are what it prints, and those attributes of its modules that are True, False, words or callables: of
-    `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Functions are seen by their byte code and the
-    plain values that they hold, other callables by what they print and hold. Neither other code nor other attributes
-    are seen; numbers may be counters.
+    Those are what it prints, its modules' `forward`, and those of their attributes that are True, False, words, floats
+    or callables: of `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Functions are seen by their byte
+    code and the plain values that they hold, other callables by what they print and hold. Neither other code nor
+    other attributes are seen; whole numbers may be counters.
     """
     network = unwrapped(model)
     settings = [repr(network)]
     for name, module in network.named_modules(remove_duplicate=False):
+        settings.append(f"{name} {_described(getattr(type(module), 'forward', None))}")
         for key, value in sorted(vars(module).items()):
-            told = isinstance(value, (bool, str)) or (callable(value) and not isinstance(value, nn.Module))
+            told = isinstance(value, (bool, str, float)) or (callable(value) and not isinstance(value, nn.Module))
             if told and not key.startswith("_") and key != "training":
                 settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory

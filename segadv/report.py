@@ -19,7 +19,7 @@ _USUAL_EPS = 0.03  # the eps of the papers, and nearly the field's 8/255
 def write_report(
     folder: str | os.PathLike[str],
     result: EvaluationResult,
-    checks: Mapping[str, Sequence[Check]],
+    checks: Mapping[str, Sequence[Check]] | None = None,
     *,
     class_names: Sequence[str] | None = None,
     command: str | None = None,
@@ -31,8 +31,9 @@ def write_report(
 
     Args:
         folder: made where it does not exist.
-        result: of one or several models, after `EvaluationResult.merge`.
-        checks: arm -> what `segadv.masking.masking_checks` found; empty where it was not asked.
+        result: of one model, as `segadv.evaluation.evaluate` gives it, or of several, after `EvaluationResult.merge`.
+        checks: name in the report -> what `segadv.masking.masking_checks` found; None: it was not asked. A single
+            model is called by its class.
         class_names: those of the data set, for ``per_class.png``; None: numbers.
         command: what repeats it, for the reader.
 
@@ -40,6 +41,9 @@ def write_report(
         ValueError: the models were put under different attacks, eps or steps, on different images, or have different
             numbers of classes.
     """
+    if "model_sha256" in result.run:  # not merged yet
+        result = EvaluationResult.merge({result.run["model"]: result})
+    checks = checks or {}
     _check_alike(result)
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,22 +22,23 @@ from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
 
 __all__ = ["ARMS", "EARLY_STOP", "PRECISIONS", "TrainConfig", "Validation", "adversarial_coins", "poly_learning_rate"]
 
-ARMS: Mapping[str, Callable[[nn.Module, torch.Generator], Attack | None]] = {
-    "basic": lambda model, generator: None,
-    "fgsm": lambda model, generator: FGSM(model, eps=0.03),
-    "random-fgsm": lambda model, generator: RandomFGSM(model, eps=0.03, generator=generator),
-    "bim-3": lambda model, generator: BIM(model, eps=0.03, alpha=0.01, steps=3),
-    "fast-newton": lambda model, generator: FastNewton(model),
-    "pgd-3": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
-    "pgd-7": lambda model, generator: PGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
-    "segpgd-3": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=3, generator=generator),
-    "segpgd-7": lambda model, generator: SegPGD(model, eps=0.03, alpha=0.01, steps=7, generator=generator),
+ARMS: Mapping[str, Callable[[nn.Module, float, torch.Generator], Attack | None]] = {
+    "basic": lambda model, eps, generator: None,
+    "fgsm": lambda model, eps, generator: FGSM(model, eps=eps),
+    "random-fgsm": lambda model, eps, generator: RandomFGSM(model, eps=eps, generator=generator),
+    "bim-3": lambda model, eps, generator: BIM(model, eps=eps, alpha=eps / 3, steps=3),
+    "fast-newton": lambda model, eps, generator: FastNewton(model),
+    "pgd-3": lambda model, eps, generator: PGD(model, eps=eps, alpha=eps / 3, steps=3, generator=generator),
+    "pgd-7": lambda model, eps, generator: PGD(model, eps=eps, alpha=eps / 3, steps=7, generator=generator),
+    "segpgd-3": lambda model, eps, generator: SegPGD(model, eps=eps, alpha=eps / 3, steps=3, generator=generator),
+    "segpgd-7": lambda model, eps, generator: SegPGD(model, eps=eps, alpha=eps / 3, steps=7, generator=generator),
     # Wong et al. 2020 (arXiv 2001.03994): a random start and one step of 1.25 eps; with `EARLY_STOP`
-    "rs-fgsm": lambda model, generator: PGD(model, eps=0.03, alpha=1.25 * 0.03, steps=1, generator=generator),
-    "n-fgsm": lambda model, generator: NFGSM(model, eps=0.03, generator=generator),
-    "kim": lambda model, generator: CheckpointFGSM(model, eps=0.03),
+    "rs-fgsm": lambda model, eps, generator: PGD(model, eps=eps, alpha=1.25 * eps, steps=1, generator=generator),
+    "n-fgsm": lambda model, eps, generator: NFGSM(model, eps=eps, generator=generator),
+    "kim": lambda model, eps, generator: CheckpointFGSM(model, eps=eps),
 }
-"""name -> (model, generator of the random numbers) -> the attack this arm trains with, or None."""
+"""name -> (model, eps, generator of the random numbers) -> the attack this arm trains with, or None. basic and
+fast-newton have no eps; the papers' steps of 0.01 at eps 0.03 are eps / 3."""
 
 EARLY_STOP: Mapping[str, float] = {"rs-fgsm": 0.2}
 """arm -> drop of PGD accuracy from one probe to the next that ends the training with the weights of the former.
@@ -96,6 +97,8 @@ class TrainConfig:
 
     Args:
         arm: name of the training method, a key of `ARMS`.
+        eps: size of the perturbation of the arms that have one, all but basic and fast-newton, in the images' unit
+            (8/255, not 8); also of the probes. The papers' is 0.03.
         adversarial_share: probability of a sample to be made adversarial, 0 to 1.
         steps: number of optimiser steps of the whole run.
         batch_size: samples per step, over all processes and accumulated parts; at least 2 (batch normalisation).
@@ -112,7 +115,8 @@ class TrainConfig:
         workers: processes that load data; 0 loads in the training process.
         precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
         channels_last: keep images and convolution weights in the channels-last memory format.
-        compile: compile the network with `torch.compile`, for training and attack.
+        compile: compile the network with `torch.compile`, for training and attack; it compiles again at the first
+            steps with other numbers of attacked samples.
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
@@ -128,6 +132,7 @@ class TrainConfig:
     """
 
     arm: str = "fast-newton"
+    eps: float = 0.03
     adversarial_share: float = 0.5
     steps: int = 300
     batch_size: int = 16
@@ -170,6 +175,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
             )
+        if not isinstance(self.eps, Real) or not 0 < self.eps <= 1:
+            raise ValueError(f"eps must be a number in (0, 1], the unit of the images (8/255, not 8), got {self.eps!r}")
         for name, number, low, high in (
             ("adversarial_share", self.adversarial_share, 0.0, 1.0),
             ("learning_rate", self.learning_rate, 0.0, math.inf),

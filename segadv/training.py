@@ -16,6 +16,7 @@ import math
 import operator
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -128,8 +129,8 @@ class Trainer:
             of the probe before.
 
     Raises:
-        TypeError: a model that is no nn.Module, a DataLoader for a data set; a config with values that JSON does not
-            know, such as NumPy's float32.
+        TypeError: a model that is no nn.Module or compiled, a DataLoader for a data set; a config with values that JSON
+            does not know, such as NumPy's float32.
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
             cannot be divided among the processes and parts, validation without a data set, a model whose state is not
             all tensors.
@@ -146,6 +147,8 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {_kind(model)}")
+        if hasattr(model, "_orig_mod"):  # the names in its checkpoints would be others
+            raise TypeError("model must not be compiled: give what was compiled, and TrainConfig(compile=True)")
         for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
             if isinstance(given, DataLoader):
                 raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
@@ -207,7 +210,7 @@ class Trainer:
         self.optimizer = _sgd(self.model, config, fused=cuda)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.generator = torch.Generator(self.device)
-        self.attack = ARMS[config.arm](attacked, self.generator)
+        self.attack = ARMS[config.arm](attacked, config.eps, self.generator)
         self.steps_done = 0
         self.stopped_at: int | None = None
         self._probes: list[dict[str, float]] = []
@@ -335,6 +338,11 @@ class Trainer:
                 skipped = clean.eq_(adversarial).amin((1, 2, 3)).bool()
                 clean.copy_(adversarial)
             logits = model_logits(self._network(images), None)
+            if logits.shape[1] > IGNORE_INDEX:  # a class would silently be left out
+                raise ValueError(
+                    f"model: it has {logits.shape[1]} classes; at most {IGNORE_INDEX} can be trained here, because "
+                    f"pixels with the label {IGNORE_INDEX} are ignored"
+                )
             if pixels is None:
                 loss = own_loss = functional.cross_entropy(logits, labels)
             else:
@@ -357,7 +365,8 @@ class Trainer:
     # --- the run --------------------------------------------------------------------------------------------
 
     def run(self, out_dir: str | os.PathLike[str], *, progress: bool = True) -> None:
-        """Trains up to config.steps, or on from ``out_dir/last.pt`` where that exists.
+        """Trains up to config.steps, or on from ``out_dir/last.pt`` where that exists: the weights are then those of
+        that file, whatever the model's were, and where that run was finished nothing is trained.
 
         Writes to out_dir, each file replaced in one go or appended to:
 
@@ -383,7 +392,8 @@ class Trainer:
         the last checkpoint continues.)
 
         Args:
-            progress: show a progress bar; a line per minute where the standard error stream is no terminal.
+            progress: show a progress bar; a line per minute where the standard error stream is no terminal. A line
+                tells of a run that was finished before.
 
         Raises:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read; or
@@ -399,6 +409,9 @@ class Trainer:
         ):
             if distributed.from_first(directory.prepare):
                 self.load(directory.checkpoint)
+                finished = self.stopped_at is not None or self.steps_done >= self.config.steps
+                if progress and finished and distributed.rank() == 0:
+                    print(f"{directory.checkpoint}: finished before; its weights were taken", file=sys.stderr)
             if self.steps_done < self.config.steps and self.stopped_at is None:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
                 self._train(directory, progress)
@@ -692,7 +705,9 @@ class Trainer:
             self._probe_batch = images.to(self.device), labels.to(self.device)
         batch = self._probe_batch
         with self._autocast():
-            found = distributed.from_first(lambda: probe(self.model, *batch))  # all have to draw the same conclusion
+            found = distributed.from_first(
+                lambda: probe(self.model, *batch, eps=config.eps)
+            )  # all have to draw the same conclusion
         before = self._probes[-1] if self._probes else found
         warned = any(catastrophic_overfitting(self._probes[: i + 1]) for i in range(len(self._probes)))
         self._probes.append(found)

@@ -743,6 +743,25 @@ def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
     assert records.content_hash(torch.zeros(2)) != records.content_hash(torch.zeros(2, dtype=torch.int32))
 
 
+class Scaled(nn.Module):
+    """Prints neither its scale nor its code."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.calls = scale, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class ScaledOtherwise(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * -self.scale
+
+
+ScaledOtherwise.__name__ = ScaledOtherwise.__qualname__ = "Scaled"
+
+
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
     def network(activation: nn.Module, scale: float, *, extra: object = None) -> nn.Module:
         made = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), activation)
@@ -759,6 +778,12 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     assert records.model_hash(network(nn.ReLU(), 1.0)) == first
     assert records.model_hash(network(nn.Tanh(), 1.0)) != first
     assert records.model_hash(network(nn.ReLU(), 2.0)) != first
+    scaled = [Scaled(1.0), Scaled(2.0), Scaled(1.0)]
+    hashes = [records.model_hash(each) for each in scaled]
+    assert hashes[0] == hashes[2] != hashes[1]
+    scaled[0].calls = 5
+    assert records.model_hash(scaled[0]) == hashes[0], "a counter"
+    assert records.model_hash(ScaledOtherwise(1.0)) != hashes[0]
     assert records.model_hash(network(nn.Dropout(0.1), 1.0)) != records.model_hash(network(nn.Dropout(0.2), 1.0))
     assert records.model_hash(network(nn.Upsample(2), 1.0)) == records.model_hash(network(nn.Upsample(2), 1.0))
     resized = [network(nn.Upsample(2, mode="bilinear", align_corners=value), 1.0) for value in (False, True)]

@@ -183,8 +183,9 @@ def test_wrap_names_what_is_wrong() -> None:
     for std in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="std must be positive and finite"):
             models.wrap(model, std=[1.0, std, 1.0])
-    with pytest.raises(ValueError, match="mean must be finite"):
-        models.wrap(model, mean=[float("inf")])
+    for mean in (float("inf"), float("nan"), -0.1, 123.675):
+        with pytest.raises(ValueError, match=r"mean must be in \[0, 1\], the unit of the images"):
+            models.wrap(model, mean=[mean])
     with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\].*got \[2, 4, 5, 6\]"):
         models.wrap(model, mean=MEAN)(torch.zeros(2, 4, 5, 6))
 

@@ -133,9 +133,11 @@ class Script:
     def __init__(self, pgd: list[float], fgsm: list[float]) -> None:
         self.accuracies = iter(zip(pgd, fgsm, strict=True))
         self.batches: list[tuple[Tensor, Tensor]] = []
+        self.eps: set[float] = set()
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, eps: float) -> dict[str, float]:
         self.batches.append((images.clone(), labels.clone()))
+        self.eps.add(eps)
         pgd, fgsm = next(self.accuracies)
         return {"pgd_accuracy": pgd, "fgsm_accuracy": fgsm}
 
@@ -164,6 +166,9 @@ def test_warning_comes_once_also_over_a_resumption(
     script.accuracies = iter([(0.0, 0.9)] * 9)
     recwarn.clear()
     run(tmp_path, arm="fgsm", monitor_every=2, checkpoint_every=2)
+    assert script.eps == {0.03}
+    run(tmp_path / "other", arm="fgsm", monitor_every=7, eps=0.01)
+    assert script.eps == {0.03, 0.01}
     assert not [warning for warning in recwarn if "catastrophic" in str(warning.message)]
     assert torch.equal(script.batches[-1][0], script.batches[0][0])
 
@@ -204,7 +209,7 @@ def test_rs_fgsm_stops_early_with_the_weights_of_before(tmp_path: Path, monkeypa
 def test_early_stop_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_after: int) -> None:
     """The probe before, and its weights, may be from before the crash."""
 
-    def scripted(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def scripted(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float) -> dict[str, float]:
         # a number of the weights' own, so that it does not depend on how often it was asked
         steps = int(model[1].num_batches_tracked)
         return {"pgd_accuracy": {3: 0.5, 6: 0.6, 9: 0.5, 12: 0.1}[steps], "fgsm_accuracy": 0.5}

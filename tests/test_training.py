@@ -112,7 +112,7 @@ def flat(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def test_arms_are_the_papers() -> None:
     model, generator = tiny_model(), torch.Generator()
-    arms = {name: make(model, generator) for name, make in training.ARMS.items()}
+    arms = {name: make(model, TrainConfig().eps, generator) for name, make in training.ARMS.items()}
     assert list(arms) == [
         "basic", "fgsm", "random-fgsm", "bim-3", "fast-newton",
         "pgd-3", "pgd-7", "segpgd-3", "segpgd-7", "rs-fgsm", "n-fgsm", "kim",
@@ -144,6 +144,17 @@ def test_arms_are_the_papers() -> None:
     assert type(arms["kim"]) is CheckpointFGSM
     assert (arms["kim"].eps, arms["kim"].checkpoints) == (0.03, 3)
     assert all(attack.bn == "eval" for attack in arms.values() if attack is not None)
+    for name, make in training.ARMS.items():  # all keep to another eps
+        attack = make(model, 8 / 255, generator)
+        assert getattr(attack, "eps", 8 / 255) == 8 / 255
+        if isinstance(attack, BIM):
+            assert attack.alpha == pytest.approx(arms[name].alpha / 0.03 * 8 / 255)
+
+
+def test_the_config_decides_the_size_of_the_perturbation() -> None:
+    trainer = Trainer(config(arm="fgsm", eps=4 / 255, adversarial_share=1.0), tiny_model(), Squares())
+    images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
+    assert trainer.step(images, labels, range(4)).eps.tolist() == pytest.approx([4 / 255] * 4)
 
 
 def test_coins_are_fair_independent_and_the_samples_own() -> None:
@@ -1180,6 +1191,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     [
         ({"arm": "fast-newtonn"}, "did you mean 'fast-newton'"),
         ({"arm": "FGSM"}, "arm must be one of basic, fgsm, random-fgsm, bim-3, fast-newton, pgd-3.*; got 'FGSM'"),
+        ({"eps": 8}, r"eps must be a number in \(0, 1\], the unit of the images \(8/255, not 8\), got 8"),
+        ({"eps": 0.0}, "eps must be a number"),
+        ({"eps": "8/255"}, "eps must be a number"),
+        ({"eps": float("nan")}, "eps must be a number"),
         ({"adversarial_share": 1.5}, r"adversarial_share must be a finite number in \[0.0, 1.0\], got 1.5"),
         ({"adversarial_share": float("nan")}, "adversarial_share"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
@@ -1303,6 +1318,7 @@ def test_trainer_names_what_is_wrong() -> None:
     for model, data, message in (
         (models.SmallBackbone, Squares(), "model must be an nn.Module, got the class SmallBackbone; give an instance"),
         (lambda x: x, Squares(), "model must be an nn.Module, got function"),
+        (torch.compile(tiny_model(), backend="eager"), Squares(), "model must not be compiled: give what was compiled"),
         (tiny_model(), DataLoader(Squares(), 4), "dataset must be a Dataset of single samples, got a DataLoader"),
     ):
         with pytest.raises(TypeError, match=message):
@@ -1311,6 +1327,29 @@ def test_trainer_names_what_is_wrong() -> None:
         with pytest.raises(ValueError, match="device 'cuda' does not exist: this machine has 0"):
             Trainer(config(device="cuda"), tiny_model(), Squares())
         assert Trainer(config(device="auto"), tiny_model(), Squares()).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("classes", "fits"), [(255, True), (256, False)])
+def test_a_class_that_is_the_ignored_label_is_refused(classes: int, fits: bool) -> None:
+    trainer = Trainer(config(), nn.Sequential(nn.Conv2d(3, classes, 1)), Squares())
+    batch = torch.rand(4, 3, 16, 24), torch.zeros(4, 16, 24, dtype=torch.uint8), [0]
+    if fits:
+        trainer.step(*batch)
+        return
+    with pytest.raises(ValueError, match=r"256 classes; at most 255 can be trained .* label 255 are ignored"):
+        trainer.step(*batch)
+
+
+def test_a_run_that_was_finished_before_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(tmp_path, steps=3)
+    for progress in (True, False):
+        model = tiny_model()
+        nn.init.zeros_(model[4].weight)
+        trainer = Trainer(config(steps=3), model, Squares())
+        trainer.run(tmp_path, progress=progress)
+        assert_same_state(trainer, first)
+        told = f"{tmp_path / 'last.pt'}: finished before; its weights were taken\n"
+        assert capsys.readouterr().err == told * progress
 
 
 def test_small_pspnet_trains(tmp_path: Path) -> None:

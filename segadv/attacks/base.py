@@ -350,9 +350,9 @@ class Attack(ABC):
     Raises:
         TypeError: an argument of the wrong type; in the call, a model output that is not understood.
         ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
-            precision images, tensors that do not fit together, bad labels (on the CPU), logits that let no
-            gradient pass; images outside `bounds` under SEGADV_CHECK=1, which waits for a GPU. Refused are also
-            reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
+            precision images, tensors that do not fit together, logits that let no gradient pass; on the CPU, and under
+            SEGADV_CHECK=1, which waits for it, on a GPU, bad labels and images clearly outside `bounds`. Refused are
+            also reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
             transforms around the attack (inside the model they are supported).
     """
 

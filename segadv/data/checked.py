@@ -55,7 +55,7 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             if len(wrong):
                 raise ValueError(
                     f"{self._named(index)}: labels must be classes 0 to {self.num_classes - 1} or {IGNORE_INDEX}, "
-                    f"found {sorted(set(wrong.tolist()))[:8]}"
+                    f"found {sorted(set(wrong.tolist()))[:8]}; pixels that do not count have the label {IGNORE_INDEX}"
                 )
         return image, label
 

@@ -72,7 +72,7 @@ def zero_counts(logits: Tensor, per_image: bool) -> Tensor:
 
 
 def synchronous_checks() -> bool:
-    """SEGADV_CHECK=1: GPU labels and the range of images are checked at once, at the price of a wait."""
+    """SEGADV_CHECK=1: labels and images on a GPU are checked at once, as on the CPU, at the price of a wait."""
     on = os.environ.get("SEGADV_CHECK", "0") not in ("", "0")
     if on and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("SEGADV_CHECK=1 waits for the GPU and so cannot be on during a CUDA graph capture")
