@@ -466,6 +466,71 @@ def test_a_batch_equals_single_images(name: str) -> None:
         assert torch.equal(together[i : i + 1], alone)
 
 
+class Scaled(nn.Module):
+    """The network for images in [-1, 2] instead of [0, 1]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images + 1) / 3)
+
+
+class Resampled(nn.Module):
+    """The network with logits at the images' size, as align_corners=True resamples them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
+
+
+@every_attack
+def test_every_option_reaches_every_pass(name: str) -> None:
+    """The same attack in other units, with another ignored label, and resampled by the operations, not by the model."""
+    model, (images, labels) = Net(), sample(150, (4, 6))
+    with torch.no_grad():
+        prediction = Resampled(copy.deepcopy(model).eval())(images).argmax(1)
+    share = torch.linspace(0.2, 1.0, 150).view(-1, 1, 1)  # of labels that the model gets right
+    labels = torch.where((torch.rand(labels.shape) < share) & (labels != IGNORE), prediction, labels)
+    arguments = ATTACKS[name][1]
+    torch.manual_seed(7)
+    expected, info = make(name, Resampled(model))(images, labels, return_info=True)
+    options = {"ignore_index": 7, "align_corners": True, "bounds": (-1, 2)}
+    sizes = {key: 3 * value for key, value in arguments.items() if key in ("eps", "alpha")}
+    torch.manual_seed(7)
+    adversarial, other = make(name, Scaled(model), **options, **sizes)(
+        3 * images - 1, labels.where(labels != IGNORE, 7), return_info=True
+    )
+    assert ((adversarial + 1) / 3 - expected).abs().max() < 1e-9
+    torch.testing.assert_close(other.eps / 3, info.eps)
+    assert (adversarial.min(), adversarial.max()) == (-1, 2)
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    model = nn.Identity()
+    iterative = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "targeted": False, "best": False}
+    random = {**iterative, "random_start": True, "restarts": 1, "generator": None}
+    own: dict[type[Attack], dict[str, Any]] = {
+        FGSM: {"eps": 8 / 255, "targeted": False},
+        RandomFGSM: {"eps": 8 / 255, "generator": None},
+        NFGSM: {"eps": 8 / 255, "noise": 2.0, "generator": None},
+        CheckpointFGSM: {"eps": 8 / 255, "checkpoints": 3},
+        BIM: iterative,
+        PGD: random,
+        SegPGD: random,
+        CosPGD: random,
+        FastNewton: {"clamp_negative": False, "max_eps": None},
+    }
+    shared = {"ignore_index": 255, "align_corners": False, "bounds": (0.0, 1.0), "bn": "eval", "output": None}
+    for kind, expected in own.items():
+        values = vars(kind(model))
+        assert {key: values[key] for key in expected | shared} == expected | shared
+
+
 def _no_noise(name: str) -> dict[str, Any]:
     kind = ATTACKS[name][0]
     return {"random_start": False} if issubclass(kind, PGD) else {"noise": 0.0} if kind is NFGSM else {}
@@ -726,6 +791,21 @@ def test_under_autocast(name: str) -> None:
         # The same attack but for the rounding of the network.
         agreement = (adversarial - run(name, model, images, labels)).abs() < 1e-3
         assert agreement.float().mean() > 0.6
+
+
+@every_attack
+def test_the_backward_runs_outside_of_autocast(name: str) -> None:
+    model, (images, labels) = Net(dtype=torch.float32), sample(dtype=torch.float32)
+    seen: list[bool] = []
+
+    def look(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        if logits.requires_grad:
+            logits.register_hook(lambda _grad: seen.append(torch.is_autocast_enabled("cpu")))
+
+    model.register_forward_hook(look)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(name, model, images, labels)
+    assert seen == [False] * ATTACKS[name][3]
 
 
 def weight_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
@@ -1012,6 +1092,12 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
 def test_bad_arguments(build: Callable[[nn.Module], Attack], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(nn.Identity())
+
+
+def test_a_cap_in_the_units_of_the_bounds() -> None:
+    assert FastNewton(nn.Identity(), bounds=(0, 255), max_eps=8).max_eps == 8
+    with pytest.raises(ValueError, match=r"max_eps: 3 came; \[0, 2\] is allowed"):
+        FastNewton(nn.Identity(), bounds=(-1, 1), max_eps=3)
 
 
 @pytest.mark.parametrize("kind", [BIM, PGD, SegPGD])

@@ -115,6 +115,26 @@ def test_against_the_reference(seed: int) -> None:
         assert np.array_equal(out_label.numpy()[sure], classes[sure])
 
 
+@pytest.mark.parametrize(("size", "canvas"), [((49, 22), (27, 15)), ((23, 47), (13, 31))])
+def test_sizes_whose_ratio_is_rounded_down(size: tuple[int, int], canvas: tuple[int, int]) -> None:
+    """length * (target / length) is less than target, and the canvas has its last row and column all the same."""
+    assert all(length * (target / length) < target for length, target in zip(size, canvas, strict=True))
+    image, label = torch.rand(3, *size, dtype=torch.float64), torch.randint(0, 19, size, dtype=torch.uint8)
+    arguments = {"canvas": canvas, "angle": 0.0, "offset": (0, 0), "crop": canvas, "flip": False}
+    exact, classes, sure = reference(image.numpy(), label.numpy(), **arguments)
+    out, out_label = warp(image, label, **arguments)
+    assert np.abs(out.numpy() - exact)[:, sure].max() < 1e-6
+    assert np.array_equal(out_label.numpy()[sure], classes[sure])
+
+
+def test_an_image_is_never_resized_to_nothing() -> None:
+    image, label = torch.full((3, 1, 8), 0.5), torch.full((1, 8), 7, dtype=torch.uint8)
+    augmented = Augmented([(image, label)], crop=(1, 2), seed=0, augmentation=Augmentation(scale=(0.4, 0.4)))
+    out, out_label, _ = augmented[0, 0]
+    torch.testing.assert_close(out, torch.full((3, 1, 2), 0.5))
+    assert out_label.tolist() == [[7, 7]]
+
+
 @pytest.mark.parametrize(("canvas", "angle"), [((20, 30), 3.0), ((20, 30), -2.5), ((14, 21), 4.0), ((33, 50), 2.0)])
 def test_corners_that_barely_leave_the_image(canvas: tuple[int, int], angle: float) -> None:
     label = torch.randint(0, 19, (20, 30), dtype=torch.uint8)

@@ -373,6 +373,31 @@ def test_commit_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_directory.git_commit() is None
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": 3, "starts": []}', '{"config": {}, "starts": 3}'])
+def test_a_run_json_of_someone_else_is_replaced(content: str, tmp_path: Path) -> None:
+    directory = run_directory.RunDirectory(tmp_path)
+    directory.run.write_text(content)
+    settings = {"arm": "basic", "description": {"data": "squares"}}
+    assert not directory.is_of(settings)
+    directory.start(settings, 3, torch.device("cpu"))
+    written = json.loads(directory.run.read_text())
+    assert (written["config"], written["description"]) == ({"arm": "basic"}, {"data": "squares"})
+    assert [start["steps_done"] for start in written["starts"]] == [3]
+    assert directory.is_of(settings)
+
+
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    (tmp_path / "last.pt").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        checkpoints.read_checkpoint(tmp_path / "last.pt")
+
+
 def test_another_description_is_refused(tmp_path: Path) -> None:
     run(tmp_path, steps=4)
     other = Trainer(config(steps=4), tiny_model(), Squares(), description={"model": {"name": "tiny", "size": (1, 2)}})

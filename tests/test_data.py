@@ -157,6 +157,13 @@ def test_interrupted_generation_goes_on(streets: Path, copy: Path, manifest: boo
     assert contents(copy) == contents(streets)
 
 
+def test_a_generation_stopped_before_its_manifest_gets_it(copy: Path) -> None:
+    manifest = (copy / "streets.json").read_bytes()
+    (copy / "streets.json").unlink()
+    generate_streets(copy, train=TRAIN, val=VAL, size=SIZE, seed=3)
+    assert (copy / "streets.json").read_bytes() == manifest
+
+
 @pytest.mark.parametrize(
     ("change", "manifest"),
     [

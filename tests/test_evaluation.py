@@ -132,6 +132,30 @@ def test_low_resolution_logits_are_resampled() -> None:
     )
 
 
+class Resampled(nn.Module):
+    """The logits at the images' size, as the operations resample them with align_corners=True."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("name", evaluation.ATTACKS)
+def test_ignore_index_and_align_corners_reach_the_attacks(
+    name: str, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    model.conv.stride = (2, 2)
+    model, loader = model.double(), in_double(loader)
+    expected = evaluate(Resampled(model), loader, [name], [0.0, 0.02], steps=4)
+    other = [(images, labels.where(labels != 255, 200)) for images, labels in loader]
+    result = evaluate(model, other, [name], [0.0, 0.02], steps=4, ignore_index=200, align_corners=True)
+    assert all(torch.equal(one, two) for one, two in zip(result.confusion, expected.confusion, strict=True))
+    assert all(a["ignore_index"] == 200 and a["align_corners"] for a in result.run["attacks"][name])
+
+
 def test_a_model_whose_next_pass_writes_over_its_outputs(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     measure = partial(evaluate, loader=loader, attacks=list(evaluation.ATTACKS), eps=(0, 0.02, 0.04), steps=3)
     expected, got = measure(model), measure(StaticMemory(model))
@@ -1156,9 +1180,10 @@ def test_everything_to_repeat_it_is_in_the_files(
     back = EvaluationResult.from_json(tmp_path / "result.json")
     assert back.run == result.run
     assert [entry.row for entry in back.measurements] == [entry.row for entry in result.measurements]
-    (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"other\.json is no result of an evaluation"):
-        EvaluationResult.from_json(tmp_path / "other.json")
+    for other in ('{"rows": []}', "[1]", "3", '{"measurements": 3, "run": {}}', "{"):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match=r"other\.json is no result of an evaluation"):
+            EvaluationResult.from_json(tmp_path / "other.json")
 
     result.to_details_csv(tmp_path / "details.csv")
     with open(tmp_path / "details.csv", newline="") as file:

@@ -430,6 +430,22 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.sign_step(IMAGES, None, 0.1), "grad: a NoneType came"),
         (lambda: F.sign_step(IMAGES.numpy(), IMAGES, 0.1), "images: a ndarray came"),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=0.5, eps=0.1), "origin: a float came"),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES.double(), eps=0.1),
+            r"origin: float64 .* came; like the images, float32",
+        ),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES[:1], eps=0.1),
+            r"origin: float32 \[1, 3, 4, 4\] .* came",
+        ),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.ones(2, dtype=torch.int64)), r"alpha: int64 \[2\] on cpu came"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(1, 1)), r"bounds: \(1, 1\) is not \(low, high\)"),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=torch.nan), "max_eps: nan is not >= 0"),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.ones(2).long()),
+            r"gain: int64 \[2\] on cpu came; a floating point",
+        ),
+        (lambda: F.cross_entropy(Z, Y, weight=torch.ones(3).long()), r"weight: int64 \[3\] on cpu came; a floating"),
         (lambda: F.l1_norm(0.5), "grad: a float came"),
     ],
 )

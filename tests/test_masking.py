@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segadv import functional, report
-from segadv.evaluation import EvaluationResult, evaluate
+from segadv import functional, masking, report
+from segadv.evaluation import EvaluationResult, Measurement, evaluate
 from segadv.masking import Check, masking_checks
 
 Batch = tuple[Tensor, Tensor]
@@ -167,6 +168,92 @@ def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], ne
 def test_images_without_a_label_do_not_count(data: list[Batch], network: nn.Module) -> None:
     void = [(images, torch.full_like(labels, 255)) for images, labels in data]
     assert masking_checks(network, [*data, *void])[5] == masking_checks(network, data)[5]
+
+
+class Resampled(nn.Module):
+    """The logits of a coarse network at the images' size, as the operations resample them with align_corners=True."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
+
+
+def test_ignore_index_and_align_corners_reach_every_check(data: list[Batch], network: nn.Module) -> None:
+    coarse = nn.Sequential(network, nn.AvgPool2d(3))
+    other = [(images, labels.where(labels != 255, 9)) for images, labels in data]
+    options: dict[str, Any] = {"ignore_index": 9, "align_corners": True}
+    found = masking_checks(coarse, other, eps=0.05, steps=4, sources={"it": coarse}, **options)
+    expected = masking_checks(Resampled(coarse), data, eps=0.05, steps=4, sources={"it": Resampled(coarse)})
+    assert found == expected
+    assert found != masking_checks(coarse, data, eps=0.05, steps=4, sources={"it": coarse})
+
+
+GROWING = [0.0, 0.0075, 0.015, 0.03, 0.06, 0.5]
+MEASURED: dict[str, Any] = {
+    "curve": [0.9, 0.7, 0.5, 0.3, 0.1, 0.0],
+    "pgd": [0.4, 0.35, 0.3],  # after 3, 5 and 10 steps
+    "fgsm": [0.4],
+    "noise": [0.9],
+    "from other": [0.6],
+    "losses": [[1.0 + 0.1 * i for i in range(11)]] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "failed"),
+    [
+        ({}, None),
+        ({"curve": [0.9, 0.7, 0.705, 0.3, 0.1, 0.04]}, None),
+        ({"curve": [0.9, 0.7, 0.72, 0.3, 0.1, 0.04]}, 0),
+        ({"curve": [0.9, 0.7, 0.5, 0.3, 0.1, 0.06]}, 0),
+        ({"fgsm": [0.295]}, None),
+        ({"fgsm": [0.28]}, 1),
+        ({"pgd": [0.3, 0.305, 0.3]}, None),
+        ({"pgd": [0.3, 0.32, 0.3]}, 2),
+        ({"noise": [0.395]}, None),
+        ({"noise": [0.38]}, 3),
+        ({"from other": [0.295]}, None),
+        ({"from other": [0.28]}, 4),
+        ({"losses": [[1.0, 0.995, *[1.1] * 9]]}, None),
+        ({"losses": [[1.0, 0.98, *[1.1] * 9]]}, 5),
+        ({"losses": [[2.0 - 0.1 * i for i in range(11)], [1.0 + 0.2 * i for i in range(11)]]}, None),  # of the mean
+    ],
+)
+def test_verdicts_follow_from_the_numbers(
+    changed: dict[str, Any], failed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = MEASURED | changed
+    asked: list[dict[str, Any]] = []
+
+    def fake(model: nn.Module, batches: Any, attacks: Any, eps: Any, **options: Any) -> EvaluationResult:
+        asked.append(options)
+        if list(attacks) == ["pgd", "segpgd"]:
+            assert eps == GROWING
+            found = [("worst-case", size, 20, share) for size, share in zip(eps, numbers["curve"], strict=True)]
+        else:
+            found = [
+                (name, eps[0], count, share)
+                for name in attacks
+                for count, share in zip((3, 5, 10), numbers[name], strict=False)
+            ]
+        matrices = [torch.tensor([[round(1000 * share), round(1000 - 1000 * share)], [0, 0]]) for *_, share in found]
+        return EvaluationResult(
+            [Measurement("", *entry[:3], 0.0, matrix) for entry, matrix in zip(found, matrices, strict=True)]
+        )
+
+    monkeypatch.setattr(masking, "evaluate", fake)
+    monkeypatch.setattr(masking, "_losses_along_fgsm", lambda *_: torch.tensor(numbers["losses"]))
+    model = nn.Identity()
+    checks = masking_checks(
+        model, [], sources={"other": model}, seed=5, ignore_index=9, align_corners=True, records="r"
+    )
+    assert [check.passed for check in checks] == [i != failed for i in range(6)]
+    shared = {"seed": 5, "ignore_index": 9, "align_corners": True, "records": "r"}
+    assert len(asked) == 2
+    assert all(shared.items() <= options.items() for options in asked)
 
 
 # --- the report ---------------------------------------------------------------------------------------------

@@ -93,6 +93,13 @@ def test_pspnet_is_the_written_out_network() -> None:
     torch.testing.assert_close(model(images), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_dropout_zeroes_whole_channels() -> None:
+    dropout = models.PSPNet(nn.Identity(), feature_channels=8, num_classes=2, dropout=0.5).train().dropout
+    kept = dropout(torch.ones(8, 64, 3, 5))
+    assert torch.equal(kept.amin((2, 3)), kept.amax((2, 3)))
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+
+
 def test_seed_decides_the_initialisation() -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
@@ -195,6 +202,11 @@ def test_wrap_names_what_is_wrong() -> None:
 
     with pytest.raises(TypeError, match="output="):
         models.wrap(Strange())(torch.zeros(1, 3, 4, 4))
+
+
+def test_wrap_normalises_where_the_model_is() -> None:
+    wrapped = models.wrap(nn.Conv2d(3, 2, 1, device="meta"), mean=[0.5] * 3, std=[0.2] * 3)
+    assert {buffer.device.type for buffer in wrapped.buffers()} == {"meta"}
 
 
 def test_wrap_keeps_the_model() -> None:

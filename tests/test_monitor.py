@@ -15,8 +15,9 @@ from test_training import Squares, assert_same_state, config, metrics_of, run, t
 from torch import Tensor, nn
 
 from segadv import models, plots, training
+from segadv.evaluation import evaluate
 from segadv.monitor import catastrophic_overfitting, probe
-from segadv.training import Trainer
+from segadv.training import Trainer, Validation
 
 
 def sample() -> tuple[Tensor, Tensor]:
@@ -98,6 +99,7 @@ def test_an_image_without_a_label_does_not_count() -> None:
     assert whole["gradient_cosine"] > 0.1
     assert beside["gradient_cosine"] > 0.75 * whole["gradient_cosine"]  # not half of it
     assert probe(model, images, void)["gradient_cosine"] == 0
+    assert probe(model, images, void)["newton_share_negative_gain"] == 0
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,7 @@ def test_an_image_without_a_label_does_not_count() -> None:
         ([0.5], [0.5], False),
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.9], True),
         ([0.5, 0.6, 0.31], [0.5, 0.6, 0.9], False),  # not below half
+        ([0.5, 0.6, 0.2], [0.5, 0.6, 0.6], False),  # not higher
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.5], False),  # the network gets worse altogether
         ([0.1, 0.6, 0.2], [0.1, 0.6, 0.7], True),
     ],
@@ -125,6 +128,30 @@ def test_probes_are_in_the_metrics_and_change_nothing(tmp_path: Path) -> None:
     assert [line["step"] for line in probed] == [4, 8, 12]
     assert len({line["pgd_accuracy"] for line in probed}) > 1
     assert not any("pgd_accuracy" in line for line in metrics_of(tmp_path / "without"))
+
+
+def test_probe_and_validation_run_in_the_precision_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def looking(call: Any) -> Any:
+        def look(*arguments: Any, **options: Any) -> Any:
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return call(*arguments, **options)
+
+        return look
+
+    for name in ("probe", "evaluate"):
+        monkeypatch.setattr(training, name, looking(getattr(training, name)))
+    validation = Validation(every=4, attacks=("fgsm",), eps=(0.0,))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        settings = config(arm="fgsm", steps=4, monitor_every=4, precision=precision, validation=validation)
+        Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares()).run(
+            tmp_path / precision, progress=False
+        )
+        assert seen == [dtype, dtype]
+        seen.clear()
 
 
 class Script:
@@ -203,6 +230,22 @@ def test_rs_fgsm_stops_early_with_the_weights_of_before(tmp_path: Path, monkeypa
         config(arm="rs-fgsm", monitor_every=0)
     with pytest.raises(ValueError, match="monitor_every"):
         run(tmp_path / "rs", arm="rs-fgsm", monitor_every=2)
+
+
+def test_an_early_stop_is_validated_with_the_weights_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "probe", Script([0.5, 0.1], [0.5, 0.5]))
+    monkeypatch.setattr(training.RunDirectory, "draw", lambda *_: [])  # it wants the other numbers of a probe
+    data = Squares()
+    settings = config(
+        arm="rs-fgsm", monitor_every=3, validation=Validation(every=100, attacks=("fgsm",), eps=(0.0, 0.02))
+    )
+    trainer = Trainer(settings, tiny_model(), data, validation_dataset=data)
+    with pytest.warns(RuntimeWarning, match="rs-fgsm stops after 6 of 14 steps"):
+        trainer.run(tmp_path, progress=False)
+    [line] = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert line["step"] == 6
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    assert line["rows"] == evaluate(trainer.model, loader, ["fgsm"], [0.0, 0.02]).rows
 
 
 @pytest.mark.parametrize("crash_after", [4, 7, 10])

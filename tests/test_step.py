@@ -34,6 +34,12 @@ def test_l1_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_l1_norm_of_any_layout(backend: str, layout: str) -> None:
+    grad = oracle.in_layout(torch.randn(3, 3, 17, 23), layout)
+    torch.testing.assert_close(F.l1_norm(grad), grad.abs().sum((1, 2, 3)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_newton_step(backend: str, dtype: torch.dtype, layout: str) -> None:
     images, grad = images_and_grad(layout, dtype)
@@ -61,6 +67,8 @@ def test_newton_step_options(backend: str) -> None:
     torch.testing.assert_close(eps, torch.tensor([0.0, 0.01, 1.0]))
     eps = F.newton_step(images, grad, gain, max_eps=0.05)[1]
     torch.testing.assert_close(eps, torch.tensor([-0.05, 0.01, 0.05]))
+    eps = F.newton_step(images, grad, gain, max_eps=0)[1]
+    assert torch.equal(eps, torch.zeros(3))
     adversarial, _ = F.newton_step(images, grad, gain, bounds=(0.45, 0.55))
     torch.testing.assert_close(adversarial[:, 0, 0, 0], torch.tensor([0.55, 0.49, 0.45]))
 
@@ -132,6 +140,18 @@ def test_sign_step_stays_in_ball_and_box(seed: int, eps: float, alpha: float, lo
         assert (result - origin).abs().max() <= eps + 1e-6
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-6)
+
+
+def test_what_is_given_per_image_may_have_any_strides_and_precision(backend: str) -> None:
+    images, grad = torch.rand(3, 3, 4, 5), torch.randn(3, 3, 4, 5)
+    wide = torch.tensor([[0.02, 9.0], [0.01, 9.0], [0.03, 9.0]])
+    sizes = wide[:, 0].clone()
+    newton, sign = F.newton_step(images, grad, sizes), F.sign_step(images, grad, sizes, origin=images, eps=sizes / 2)
+    for sized in (wide, wide.double()):
+        for one, other in zip(F.newton_step(images, grad, sized[:, 0]), newton, strict=True):
+            assert torch.equal(one, other)
+        half = sized / 2
+        assert torch.equal(F.sign_step(images, grad, sized[:, 0], origin=images, eps=half[:, 0]), sign)
 
 
 def test_many_elements_in_one_image(backend: str) -> None:

@@ -218,6 +218,22 @@ def test_palette_does_not_matter_and_few_bits_are_read(voc: Path) -> None:
     assert VOC(voc, "train")[0][1].tolist() == mask.tolist()
 
 
+def test_official_colours_behind_the_last_class_are_no_other_order(voc: Path) -> None:
+    mask = np.array([[0, 1, 2, 255], [3, 2, 1, 0]], np.uint8)
+    save_image(voc / "JPEGImages" / f"{TRAIN[0]}.jpg", np.zeros((2, 4, 3), np.uint8))
+    picture = Image.frombytes("P", (4, 2), mask.tobytes())
+    for index, allowed in ((21, True), (255, True), (20, False)):
+        colors = np.array(palette()).reshape(256, 3)
+        colors[index] = colors[1]
+        picture.putpalette(colors.ravel().tolist())
+        picture.save(voc / "SegmentationClass" / f"{TRAIN[0]}.png")
+        if allowed:
+            assert VOC(voc, "train")[0][1].tolist() == mask.tolist()
+        else:
+            with pytest.raises(ValueError, match="its palette has at index 20 the colour of class 1"):
+                VOC(voc, "train")[0]
+
+
 # trainaug
 
 
@@ -564,6 +580,15 @@ def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "val, wrong values: no mask has a value above 18: these are train ids" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path), "--split", "val, test"]) == 2
     assert "test, missing: no Cityscapes images for split 'test'" in capsys.readouterr().out
+
+
+def test_masks_without_any_class_are_not_called_train_ids() -> None:
+    pixels = np.zeros(256, np.int64)
+    assert Cityscapes.doubt(pixels) is None  # no file
+    pixels[255] = 1000  # the masks of the split "test" are all void
+    assert Cityscapes.doubt(pixels) is None
+    pixels[:6] = 10
+    assert "these are train ids" in (Cityscapes.doubt(pixels) or "")
 
 
 @pytest.mark.parametrize(("inside", "given"), [("VOCdevkit", "VOC2012"), ("VOCdevkit/VOC2012", ".")])
