@@ -1574,6 +1574,30 @@ def test_images_clearly_outside_their_bounds_are_refused(
                 attack(images, LABELS)
 
 
+def test_images_on_a_gpu_are_looked_at_in_the_first_call_with_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that can wait. A stand-in for the images; on a GPU, tests/test_gpu.py."""
+    look = segadv.attacks.base._looks_at
+    state = {"is_current_stream_capturing": False, "get_sync_debug_mode": 0}
+    for name in state:
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: state[name])
+    monkeypatch.delenv("SEGADV_CHECK", raising=False)
+    images: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    model, other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="pixels must be in"):
+        FGSM(model)(IMAGES + 2, LABELS)
+    assert look(images, model)
+    for name, value in (("is_current_stream_capturing", True), ("get_sync_debug_mode", 2)):
+        with monkeypatch.context() as patch:
+            patch.setitem(state, name, value)
+            assert not look(images, model)
+    FGSM(model)(IMAGES, LABELS)
+    assert not look(images, model)
+    assert look(images, other)
+    assert look(IMAGES, model)
+    monkeypatch.setenv("SEGADV_CHECK", "1")
+    assert look(images, model)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "value", "error"),
     [

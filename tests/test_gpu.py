@@ -192,6 +192,16 @@ def test_that_waiting_is_noticed() -> None:
         count.sum().item()
 
 
+def test_the_range_of_images_is_looked_at_once() -> None:
+    """In the first call with a model that gets images in it."""
+    model, images, labels = attack_inputs()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"images: pixels must be in \[0, 1\], found .*segadv.models.wrap"):
+            segadv.fast_newton_step(model, 3 * images - 1, labels)
+    segadv.fast_newton_step(model, images, labels)
+    segadv.fast_newton_step(model, 3 * images - 1, labels)
+
+
 @every_size
 def test_operations_do_not_wait(own: tuple[int, int]) -> None:
     tensors = inputs(own)

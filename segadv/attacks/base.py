@@ -7,8 +7,8 @@ An attack
 * runs the model in eval mode and leaves every module's `training` flag, every buffer, and every parameter's
   `requires_grad` and `.grad` as they were, also when the model raises (`frozen`); a model belongs to one thread at a
   time, and a `train()` of its own that does more than set flags is not called;
-* never waits for a GPU: no `.item()`, no boolean indexing, so that it can be captured in a CUDA graph, after a call
-  with the same sizes, in which Triton compiles;
+* never waits for a GPU, but for the range of the images in the first call with a model: no `.item()`, no boolean
+  indexing, so that it can be captured in a CUDA graph, after a call with the same sizes, in which Triton compiles;
 * leaves the caller's tensors alone, and returns a detached tensor of the images' dtype, device and memory
   format, inside the box and, where it has an eps, inside the ball;
 * may be called under `no_grad`, `inference_mode` and autocast: the model's forward runs under the caller's
@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -350,9 +351,9 @@ class Attack(ABC):
     Raises:
         TypeError: an argument of the wrong type; in the call, a model output that is not understood.
         ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
-            precision images, tensors that do not fit together, logits that let no gradient pass; on the CPU, and under
-            SEGADV_CHECK=1, which waits for it, on a GPU, bad labels and images clearly outside `bounds`. Refused are
-            also reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
+            precision images, tensors that do not fit together, logits that let no gradient pass; on the CPU bad labels
+            and images clearly outside `bounds`, on a GPU under SEGADV_CHECK=1, which waits for it, and such images also
+            in the first call with a model. Refused are also reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
             transforms around the attack (inside the model they are supported).
     """
 
@@ -496,9 +497,9 @@ class Attack(ABC):
                 'with one value per channel cannot even do that); use bn="eval", or more images',
                 stacklevel=levels_to_the_caller(),
             )
-        # a look that a GPU would have to be waited for is taken on demand
-        if synchronous_checks() or (images.device.type == "cpu" and not torch.compiler.is_compiling()):
+        if _looks_at(images, self.model):
             in_range(images, "images", self.bounds)
+            _SEEN.add(self.model)
 
     def _logits(self, images: Tensor) -> Tensor:
         """The model's forward pass, in the caller's autocast state."""
@@ -538,6 +539,22 @@ class Attack(ABC):
         if grad is None:
             raise ValueError(_NO_GRADIENT)
         return InputGradient(total, pixels, scale.to(total.dtype), grad, logits.detach())
+
+
+_SEEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that got images in their range."""
+
+
+def _looks_at(images: Tensor, model: nn.Module) -> bool:
+    """Whether the range of the images is looked at: on a CPU always; on a GPU, which has to be waited for, in the first
+    call with a model, and always under SEGADV_CHECK=1; not where nothing can wait, or is being looked for that does."""
+    if torch.compiler.is_compiling():
+        return False
+    if images.device.type == "cpu" or synchronous_checks():
+        return True
+    if images.device.type != "cuda" or model in _SEEN:
+        return False
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() == 0
 
 
 _NO_GRADIENT = (
