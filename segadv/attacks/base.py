@@ -353,8 +353,9 @@ class Attack(ABC):
         ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
             precision images, tensors that do not fit together, logits that let no gradient pass; on the CPU bad labels
             and images clearly outside `bounds`, on a GPU under SEGADV_CHECK=1, which waits for it, and such images also
-            in the first call with a model. Refused are also reentrant checkpointing, FullyShardedDataParallel (fully_shard is supported) and torch.func
-            transforms around the attack (inside the model they are supported).
+            in the first call with a model. Refused are also reentrant checkpointing, FullyShardedDataParallel
+            (fully_shard is supported) and torch.func transforms around the attack (inside the model they are
+            supported).
     """
 
     model: nn.Module = field(kw_only=False, repr=False)
