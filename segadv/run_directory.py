@@ -116,9 +116,10 @@ class RunDirectory:
         with replacing(self.run) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def is_of(self, config: Mapping[str, Any]) -> bool:
-        """Whether a run of this config has written here."""
-        return self._previous().get("config") == {name: config[name] for name in config if name != "description"}
+    def is_of_another(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run of another config has written here."""
+        own = {name: config[name] for name in config if name != "description"}
+        return self.run.exists() and self._previous().get("config") != own
 
     def clear(self) -> None:
         """Removes what another run has left, but for a checkpoint."""

@@ -412,12 +412,12 @@ class Trainer:
                 finished = self.stopped_at is not None or self.steps_done >= self.config.steps
                 if progress and finished and distributed.rank() == 0:
                     print(f"{directory.checkpoint}: finished before; its weights were taken", file=sys.stderr)
+            elif self.steps_done and distributed.from_first(lambda: directory.is_of_another(self._identity())):
+                distributed.from_first(directory.clear)  # these steps were taken elsewhere
             if self.steps_done < self.config.steps and self.stopped_at is None:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
                 self._train(directory, progress)
             if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
-                if not distributed.from_first(lambda: directory.is_of(self._identity())):
-                    distributed.from_first(directory.clear)
                 self.save(directory.checkpoint)
             if distributed.from_first(lambda: not directory.model.exists()):
                 distributed.from_first(lambda: self._share(directory))

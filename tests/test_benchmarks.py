@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -95,6 +98,24 @@ def test_every_key_is_measured_once_in_every_round_in_changing_order() -> None:
     assert calls[60:] == calls[:60]  # the same seed, the same order
 
 
+def test_no_garbage_is_collected_in_the_rounds_and_again_after_a_failure() -> None:
+    assert in_rounds(lambda key: gc.isenabled(), [1], rounds=1) == {1: [False]}
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        in_rounds(lambda key: key / 0, [1], rounds=1)
+    assert gc.isenabled()
+
+
+def test_the_time_of_the_host_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def call() -> None:
+        clock[0] += 0.003
+
+    assert measure.host_milliseconds(call, CPU, batches=4).tolist() == pytest.approx([3.0] * 4)
+
+
 def test_rounds_end_early_but_not_before_the_fifth() -> None:
     assert len(in_rounds(lambda key: key, [1], rounds=20, seconds=0.0)[1]) == 5
     assert len(in_rounds(lambda key: key, [1], rounds=3, seconds=0.0)[1]) == 3
@@ -130,6 +151,14 @@ def rows() -> list[Record]:
         where.record("step", "segadv", "fgsm", (np.array([1.0, 2.0, 4.0]),), unit="ms"),
         where.record("passes", "segadv", "fgsm, with a comma", (np.array([1.5]),), unit="batches"),
     ]
+
+
+def test_rows_of_a_gpu_belong_to_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one replaces the other, whatever the host was set to."""
+    monkeypatch.setattr(records, "_machine", lambda device: "a GPU")
+    row = Where("case", torch.float32, torch.device("cuda")).record("step", "segadv", "fgsm", ([1.0],), unit="ms")
+    assert (row.device, row.threads) == ("cuda", 0)
+    assert rows()[0].threads == torch.get_num_threads()
 
 
 def test_rows_are_read_as_written_and_replaced_by_key(tmp_path: Path) -> None:
@@ -595,3 +624,23 @@ def test_a_copy_without_history_names_the_commit_it_is_told(monkeypatch: pytest.
     assert measure.commit.__wrapped__() == "unknown"
     monkeypatch.setenv("SEGADV_COMMIT", "abc1234")
     assert measure.commit.__wrapped__() == "abc1234"
+
+
+def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ("benchmarks/results/cpu.csv", "README.md", "docs/one.md", "docs/overhead.png")
+    for name in (*made, "segadv/code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*person, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], check=True, cwd=tmp_path)
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    clean = measure.commit.__wrapped__()
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    for name in made:
+        (tmp_path / name).write_text("two")
+    assert measure.commit.__wrapped__() == clean
+    (tmp_path / "segadv" / "code.py").write_text("two")
+    assert measure.commit.__wrapped__() == f"{clean}-dirty"

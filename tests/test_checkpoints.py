@@ -200,6 +200,7 @@ def hold(out: Path, ready: Any) -> None:
 def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
     tmp_path: Path, whole: tuple[Path, Trainer], forks: Any
 ) -> None:
+    (tmp_path / ".lock").write_text("process 1 on another machine, which has ended\n")
     ready = forks.Event()
     child = forks.Process(target=hold, args=(tmp_path, ready))
     child.start()
@@ -303,6 +304,33 @@ def test_shared_weights_of_someone_else_are_named(tmp_path: Path) -> None:
             training.load_model(path, tiny_model())
 
 
+def test_weights_that_are_shared_later_tell_of_the_processes_that_trained_them(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 2, "monitor_every": 0, "validation": Validation()}
+    trainer(**changes).run(tmp_path, progress=False)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    state["config"]["processes"] = 2
+    torch.save(state, tmp_path / "last.pt")
+    (tmp_path / "model.safetensors").unlink()
+    trainer(**changes).run(tmp_path, progress=False)  # one process, and nothing is left to train
+    assert training.read_config(tmp_path / "model.safetensors")["processes"] == 2
+
+
+def test_checkpoints_and_shared_weights_are_on_the_disk_before_they_replace_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def replaced(source: Any, target: Any) -> None:
+        events.append(Path(target).name)
+        REPLACE(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync"))
+    monkeypatch.setattr(os, "replace", replaced)
+    trainer(steps=2, monitor_every=0, validation=Validation()).run(tmp_path, progress=False)
+    for name in ("last.pt", "model.safetensors"):
+        assert events[events.index(name) - 1] == "fsync"
+
+
 def test_tied_and_sliced_weights_are_shared(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
@@ -378,12 +406,12 @@ def test_a_run_json_of_someone_else_is_replaced(content: str, tmp_path: Path) ->
     directory = run_directory.RunDirectory(tmp_path)
     directory.run.write_text(content)
     settings = {"arm": "basic", "description": {"data": "squares"}}
-    assert not directory.is_of(settings)
+    assert directory.is_of_another(settings)
     directory.start(settings, 3, torch.device("cpu"))
     written = json.loads(directory.run.read_text())
     assert (written["config"], written["description"]) == ({"arm": "basic"}, {"data": "squares"})
     assert [start["steps_done"] for start in written["starts"]] == [3]
-    assert directory.is_of(settings)
+    assert not directory.is_of_another(settings)
 
 
 def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import segadv
-from segadv import cli, demo, evaluation, training
+from segadv import cli, demo, evaluation, masking, training
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.demo import DemoSizes, run_demo
@@ -383,7 +383,16 @@ def test_evaluate_several_checkpoints_into_one_report(
     assert "the same command continues" in capsys.readouterr().err
     kept = {path: path.stat().st_mtime_ns for path in Path("report/records").iterdir()}
     assert kept
+    masking_checks, checked = masking.masking_checks, []
+
+    def checks(model: Any, loader: Any, *, sources: Any, **options: Any) -> Any:
+        checked.append((list(sources), sum(len(images) for images, _ in loader)))
+        return masking_checks(model, loader, sources=sources, **options)
+
+    monkeypatch.setattr(masking, "masking_checks", checks)
     assert run(command) == 0
+    others = [["fgsm (b)", "fgsm (c)"], ["basic", "fgsm (c)"], ["basic", "fgsm (b)"]]
+    assert checked == [(names, 1) for names in others]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "records were made anew"
     rows = read(Path("report/details.csv"))
     assert list(dict.fromkeys(row["arm"] for row in rows)) == ["basic", "fgsm (b)", "fgsm (c)"]
@@ -398,7 +407,10 @@ def test_evaluate_several_checkpoints_into_one_report(
     # the command in the report gives the same numbers
     repeated = re.search(r"^segadv (evaluate .*)$", text, flags=re.MULTILINE)
     assert repeated
-    assert run(repeated[1].replace("--out report", "--out again")) == 0
+    checked.clear()
+    again = repeated[1].replace("--out report", "--out again").replace("--check-images 1", "--check-images 8")
+    assert run(again) == 0
+    assert checked == [(names, 2) for names in others]  # no more than are evaluated
     assert Path("again/details.csv").read_bytes() == Path("report/details.csv").read_bytes()
     assert "folders of different names" in failure("evaluate runs/b/last.pt runs/b/last.pt --data x --out y", capsys)
 

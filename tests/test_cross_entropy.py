@@ -342,3 +342,12 @@ def test_overflow_leaves_images_without_labels_alone(backend: str, incoming: flo
     for loss in (F.cross_entropy(z, y, reduction="image"), F.averaged_gain(z, y)):
         (grad,) = torch.autograd.grad(loss, z, torch.full((2,), incoming))
         assert (grad == 0).all()
+
+
+def test_means_in_float16_over_more_pixels_than_it_can_count() -> None:
+    """The gradient of a sum would overflow, that of the mean does not."""
+    z = torch.zeros(1, 2, 1, 1, dtype=torch.float16, requires_grad=True)
+    y = torch.zeros(1, 400, 400, dtype=torch.uint8)
+    for mean, expected in ((F.cross_entropy(z, y), [-0.5, 0.5]), (F.averaged_gain(z, y).sum(), [1.0, -1.0])):
+        (grad,) = torch.autograd.grad(mean, z)
+        assert grad.flatten().tolist() == pytest.approx(expected, rel=1e-3)

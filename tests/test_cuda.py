@@ -271,14 +271,16 @@ def test_errors_name_the_kernel_and_the_sizes() -> None:
     [
         ("90-real", [(9, 0)]),
         ("80-real", [(8, 0), (8, 6), (8, 9)]),
-        ("86", [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]),
         ("90a-real", [(9, 0)]),
-        ("100-virtual", [(10, 0), (12, 0)]),
+        ("100a-real", [(10, 0)]),
+        ("100f-real", [(10, 0), (10, 3)]),
+        ("100-virtual", [(10, 0), (10, 3), (12, 0)]),
         ("75-real 80-real 90-real 120-real 120-virtual", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]),
     ],
 )
 def test_which_gpus_an_architecture_serves(architectures: str, runs: list[tuple[int, int]]) -> None:
-    capabilities = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    capabilities = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
     assert [capability for capability in capabilities if compiled_for(capability, architectures.split())] == runs
 
 

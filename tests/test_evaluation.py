@@ -786,6 +786,11 @@ class ScaledOtherwise(Scaled):
 ScaledOtherwise.__name__ = ScaledOtherwise.__qualname__ = "Scaled"
 
 
+def test_model_hash_sees_which_module_stands_there_again() -> None:
+    one, two = Scaled(1.0), Scaled(2.0)
+    assert records.model_hash(nn.Sequential(one, two, one)) != records.model_hash(nn.Sequential(one, two, two))
+
+
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
     def network(activation: nn.Module, scale: float, *, extra: object = None) -> nn.Module:
         made = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), activation)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import segadv
 from segadv import functional as F
-from segadv.ops import backends, library
+from segadv.ops import backends, common, library
 
 SIZES = {"full": (6, 8), "up": (3, 4)}
 
@@ -266,6 +267,9 @@ def test_explicit_request_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match="reference backend for cpu tensors .native: it is switched off"):
         F.l1_norm(torch.rand(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.l1_norm(torch.rand(1, 2))  # it is told once
     monkeypatch.setenv("SEGADV_BACKEND", "native")
     with pytest.raises(RuntimeError, match="was requested"):
         F.l1_norm(torch.rand(1, 2))
@@ -481,6 +485,12 @@ def test_bad_labels_are_named_with_their_place(
         with pytest.raises(ValueError, match=r"value -1 at \[n, y, x\] = \[0, 39, 59\]"):
             F.averaged_gain(z, y)
         assert F.averaged_gain(z, torch.full_like(y, -1), ignore_index=-1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("value", "on"), [("", False), ("0", False), ("1", True)])
+def test_checks_that_wait_for_the_gpu_are_asked_for(value: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGADV_CHECK", value)
+    assert common.synchronous_checks() is on
 
 
 def test_huge_label_values_do_not_wrap() -> None:

@@ -259,6 +259,13 @@ def test_verdicts_follow_from_the_numbers(
 # --- the report ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["run.json", "last.pt"])
+def test_a_report_is_not_written_into_a_training_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a training run; give a folder of its own, such as .*report"):
+        report.require_report_folder(tmp_path)
+
+
 def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     image_module = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
@@ -292,10 +299,11 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         assert evaluated.run["model_sha256"][:16] in text
     assert EvaluationResult.from_json(tmp_path / "results.json").rows == result.rows
 
-    clean = evaluate(network, data, ["fgsm"], [0.0])  # of one model, not merged
-    text = report.write_report(tmp_path, clean)
-    assert re.search(rf"^\| {type(network).__name__} \| \d", text, flags=re.MULTILINE)
-    assert "Gradient masking was not looked for." in text
-    assert "steps.png" not in text
-    assert "other numbers of steps" not in text
-    assert not (tmp_path / "steps.png").exists()
+    for eps in ([0.0], [0.0, 0.03]):
+        single = evaluate(network, data, ["fgsm"], eps)  # of one model, not merged
+        text = report.write_report(tmp_path, single)
+        assert re.search(rf"^\| {type(network).__name__} \| \d", text, flags=re.MULTILINE)
+        assert "Gradient masking was not looked for." in text
+        assert "steps.png" not in text
+        assert "other numbers of steps" not in text
+        assert not (tmp_path / "steps.png").exists()

@@ -200,10 +200,20 @@ def test_warning_comes_once_also_over_a_resumption(
     assert torch.equal(script.batches[-1][0], script.batches[0][0])
 
 
+def test_a_data_set_with_fewer_images_than_a_probe_is_probed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script([0.5], [0.5])
+    monkeypatch.setattr(training, "probe", script)
+    data = torch.utils.data.Subset(Squares(), range(5))
+    Trainer(config(steps=1, monitor_every=1), tiny_model(), data).run(tmp_path, progress=False)
+    assert [len(images) for images, _ in script.batches] == [5]
+
+
 def test_rs_fgsm_stops_early_with_the_weights_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The drop is from one probe to the next: 0.5, 0.35, 0.14 stops at the third."""
-    monkeypatch.setattr(training, "probe", Script([0.5, 0.35, 0.14], [0.5, 0.5, 0.5]))
-    with pytest.warns(RuntimeWarning, match=r"rs-fgsm stops after 9 of 14 steps: .* from 0.350 to 0.140"):
+    """The drop is from one probe to the next, and more than 0.2: 0.5, 0.3, 0.09 stops at the third."""
+    monkeypatch.setattr(training, "probe", Script([0.5, 0.3, 0.09], [0.5, 0.5, 0.5]))
+    with pytest.warns(RuntimeWarning, match=r"rs-fgsm stops after 9 of 14 steps: .* from 0.300 to 0.090"):
         stopped = run(tmp_path / "rs", arm="rs-fgsm", monitor_every=3)
     assert (stopped.steps_done, stopped.stopped_at) == (9, 9)
     monkeypatch.setattr(training, "probe", Script([0.5] * 9, [0.5] * 9))

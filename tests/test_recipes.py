@@ -804,6 +804,11 @@ def test_overhead_is_that_of_the_runs_share(
     assert taken[::3] == taken[1::3] == expected
 
 
+def test_a_share_of_a_batch_is_not_less_for_rounding() -> None:
+    config = TrainConfig(batch_size=50, adversarial_share=0.58)  # 0.58 * 50 is 28.999999999999996
+    assert len(comparison.attacked_positions(config)) == 29
+
+
 class OneProcess(Trainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as patched:

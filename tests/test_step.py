@@ -171,6 +171,17 @@ def test_empty_batch(backend: str) -> None:
     assert F.sign_step(images, images, 0.1).shape == images.shape
 
 
+def test_images_without_pixels_have_a_step_of_0(backend: str) -> None:
+    images = torch.rand(2, 3, 0, 4)
+    torch.use_deterministic_algorithms(True)  # then new memory holds NaN
+    try:
+        adversarial, eps = F.newton_step(images, images, torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert adversarial.shape == images.shape
+    assert eps.tolist() == [0, 0]
+
+
 def test_radius_without_meaning(backend: str) -> None:
     """Per image eps come unchecked, as looking would wait for a GPU: NaN shows, and all backends agree."""
     images = torch.full((3, 1, 1, 2), 0.5)

@@ -432,6 +432,36 @@ def test_resumed_run_after_a_crash_has_the_same_bits(
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
 
 
+def test_the_same_trainer_continues_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measured after the checkpoint is measured again, and counted once."""
+    whole = run(tmp_path / "whole", arm="random-fgsm")
+    trainer = Trainer(config(arm="random-fgsm"), tiny_model(), Squares())
+    real_step = trainer.step_in_place
+
+    def step(*arguments: Any) -> Any:
+        if trainer.steps_done == 11:
+            raise RuntimeError("the power is gone")
+        return real_step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "step_in_place", step)
+        with pytest.raises(RuntimeError, match="power"):
+            trainer.run(tmp_path / "parts", progress=False)
+    trainer.run(tmp_path / "parts", progress=False)
+    assert_same_state(whole, trainer)
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_the_progress_of_a_resumed_run_is_that_of_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(config(), tiny_model(), Squares())
+    data = Squares()
+    for _ in range(4):
+        trainer.step(data.images[:4], data.labels[:4], [])
+    trainer.save(tmp_path / "last.pt")
+    Trainer(config(), tiny_model(), Squares()).run(tmp_path)
+    assert "basic: step 14/14" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["loading", "step"])
 def test_interrupt_writes_a_checkpoint_from_between_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -678,11 +708,12 @@ def modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
 
-def test_time_of_validation_and_pictures_is_not_that_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: a step takes 1 s, a validation 100 s, its pictures 50 s."""
-    clock = [0.0]
+def test_time_of_what_is_no_step_is_not_that_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a step takes 1 s, a validation 100 s, its pictures 50 s, a probe 20 s; it does not begin
+    at 0."""
+    clock = [1000.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-    settings = config(log_every=2, validation=Validation(every=3, images=2), monitor_every=0)
+    settings = config(log_every=2, validation=Validation(every=3, images=2), monitor_every=4)
     trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares())
     real_step = trainer.step_in_place
 
@@ -694,7 +725,12 @@ def test_time_of_validation_and_pictures_is_not_that_of_steps(tmp_path: Path, mo
         clock[0] += 100
         return evaluate(*arguments, **keywords)
 
+    def probe(*arguments: Any, **keywords: Any) -> dict[str, float]:
+        clock[0] += 20
+        return {"pgd_accuracy": 0.5, "fgsm_accuracy": 0.5}
+
     monkeypatch.setattr(trainer, "step_in_place", step)
+    monkeypatch.setattr(training, "probe", probe)
 
     def draw(self: training.RunDirectory, title: str) -> list[Path]:
         clock[0] += 50
@@ -785,6 +821,18 @@ def test_files_of_another_run_do_not_stay(tmp_path: Path) -> None:
     run(tmp_path / "third", steps=4)
     assert not (tmp_path / "third" / "robustness.png").exists()
     assert (tmp_path / "third" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_goes_on_shares_its_own_weights(tmp_path: Path) -> None:
+    trainer = Trainer(config(steps=5), tiny_model(), Squares())
+    data = Squares()
+    for _ in range(4):
+        trainer.step(data.images[:4], data.labels[:4], [])
+    trainer.save(tmp_path / "last.pt")
+    (tmp_path / "model.safetensors").write_text("of another run")
+    trained = run(tmp_path, steps=5)
+    shared = training.load_model(tmp_path / "model.safetensors", tiny_model()).state_dict()
+    assert all(torch.equal(shared[name], value) for name, value in trained.model.state_dict().items())
 
 
 def test_an_interruption_that_was_told_before_a_run_does_not_end_it(tmp_path: Path) -> None:
@@ -1088,6 +1136,22 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
         signal.signal(signal.SIGINT, before)
 
 
+def test_where_an_interrupt_ends_the_process_it_does_so_after_the_step() -> None:
+    program = """
+import signal
+from segadv import training
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with training._Interrupts() as interrupts:
+    with interrupts.held():
+        signal.raise_signal(signal.SIGINT)
+        print("end of the step", flush=True)
+    print("after the step", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, "end of the step\n"), result.stderr
+
+
 def test_a_process_ends_although_one_that_loads_data_does_not(tmp_path: Path) -> None:
     """What multiprocessing does then is to terminate it, and to wait until it has ended."""
     program = """
@@ -1121,6 +1185,34 @@ except OSError as error:
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=120, check=True)
 
 
+class Signals(Squares):
+    """Writes to a file how the process that reads takes signals, and whether it has left the group of its parent."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        ends = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with open(self.path, "a") as file:
+            file.write(f"{ignored} {ends} {os.getpgid(0) == os.getpid()}\n")
+        return super().__getitem__(index)
+
+
+def test_signals_to_the_training_do_not_reach_what_loads_its_data(tmp_path: Path) -> None:
+    settings = config(steps=2, workers=1, validation=Validation(every=2, images=2, attacks=("fgsm",), eps=(0.0,)))
+    data, validation = Signals(tmp_path / "data"), Signals(tmp_path / "validation")
+    trainer = Trainer(settings, tiny_model(), data, validation_dataset=validation)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line does
+    try:
+        trainer.run(tmp_path / "out", progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for path in (data.path, validation.path):
+        assert set(path.read_text().splitlines()) == {"True True True"}
+
+
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
@@ -1135,8 +1227,9 @@ def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> N
         return adversarial, AttackInfo(eps=eps, gain=torch.tensor([float("nan"), -1, -1, 2]))
 
     trainer.attack = attack  # type: ignore[assignment]
-    with pytest.warns(RuntimeWarning, match=r"left 25\.0% of its images as they were in the steps up to 3"):
+    with pytest.warns(RuntimeWarning, match=r"left 25\.0% of its images as they were in the steps up to 3") as told:
         trainer.run(tmp_path, progress=False)
+    assert len([warning for warning in told if "as they were" in str(warning.message)]) == 1
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 14]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]  # 13 samples, 3 batches of 4 in each
@@ -1149,6 +1242,23 @@ def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> N
         assert line["share_negative_gain"] == 0.5
         assert line["share_skipped"] == 0.25
         assert line["steps_per_s"] > 0
+
+
+@pytest.mark.parametrize(("skipped", "warned"), [(1, False), (2, True)])
+def test_one_image_in_a_hundred_may_stay_as_it_was(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, skipped: int, warned: bool
+) -> None:
+    settings = config(adversarial_share=1.0, steps=25, log_every=25, monitor_every=0)
+    trainer = Trainer(settings, tiny_model(), Squares())
+
+    def attack(images: Tensor, labels: Tensor, *, return_info: bool) -> tuple[Tensor, AttackInfo]:
+        left = skipped if trainer.steps_done == 0 else 0
+        return torch.cat([images[:left], 1 - images[left:]]), AttackInfo(eps=torch.ones(4))
+
+    trainer.attack = attack  # type: ignore[assignment]
+    trainer.run(tmp_path, progress=False)
+    assert metrics_of(tmp_path)[0]["share_skipped"] == skipped / 100
+    assert any("as they were" in str(warning.message) for warning in recwarn) == warned
 
 
 def test_metrics_of_the_arms(tmp_path: Path) -> None:
@@ -1211,6 +1321,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"weight_decay": float("inf")}, "weight_decay"),
         ({"power": -1}, "power"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1 << 64}, r"seed must be less than 2\^64, got 18446744073709551616"),
         ({"workers": -1}, "workers"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
         ({"log_every": 0}, "log_every"),
@@ -1338,6 +1449,17 @@ def test_a_class_that_is_the_ignored_label_is_refused(classes: int, fits: bool) 
         return
     with pytest.raises(ValueError, match=r"256 classes; at most 255 can be trained .* label 255 are ignored"):
         trainer.step(*batch)
+
+
+def test_a_trainer_half_way_leaves_nothing_of_another_run_there(tmp_path: Path) -> None:
+    run(tmp_path, seed=8)
+    (tmp_path / "last.pt").unlink()
+    trainer, data = Trainer(config(), tiny_model(), Squares()), Squares()
+    for _ in range(4):
+        trainer.step(data.images[:4], data.labels[:4], [])
+    trainer.run(tmp_path, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 7
+    assert [line["step"] for line in metrics_of(tmp_path)] == [6, 9, 12, 14]
 
 
 def test_a_run_that_was_finished_before_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
