@@ -230,15 +230,16 @@ def test_large_logits(backend: str, scale: float) -> None:
     torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=atol)
 
 
-def test_minus_infinity_for_a_class(backend: str) -> None:
-    """A masked class has probability 0 and gets no gradient."""
+@pytest.mark.parametrize("masked", [0, 2])
+def test_minus_infinity_for_a_class(backend: str, masked: int) -> None:
+    """A masked class, also the first one, has probability 0 and gets no gradient."""
     z = torch.randn(1, 4, 3, 3)
-    z[:, 2] = -torch.inf
-    y = torch.zeros(1, 3, 3, dtype=torch.long)
+    z[:, masked] = -torch.inf
+    y = torch.ones(1, 3, 3, dtype=torch.long)
     loss_sum, _, grad = F.loss_and_grad(z, y)
     expected = torch.nn.functional.cross_entropy(z, y, reduction="sum")
     assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (grad[:, 2] == 0).all()
+    assert (grad[:, masked] == 0).all()
     assert grad.isfinite().all()
 
 
@@ -296,6 +297,15 @@ def test_segpgd_weights_at_both_ends(backend: str) -> None:
     torch.testing.assert_close(F.segpgd_loss(z, y, 0, 10, targeted=True), (loss * ~correct).mean((1, 2)))
     weights = torch.where(correct, 0.55, 0.45)
     torch.testing.assert_close(F.segpgd_loss(z, y, 9, 10), (loss * weights).mean((1, 2)))
+
+
+@pytest.mark.parametrize("own", [(8, 5), (2, 5), (5, 4)])
+def test_segpgd_predicts_the_lowest_class_of_a_tie(backend: str, own: tuple[int, int]) -> None:
+    """Where all logits are equal only label 0 is correct, and alone counts at step 0."""
+    z, y = torch.zeros(1, 3, *own), (torch.arange(40) % 3).view(1, 8, 5)
+    expected = torch.tensor(3.0).log().item() * int((y == 0).sum())
+    assert F.segpgd_loss(z, y, 0, 1).item() == pytest.approx(expected / 40)
+    assert F.loss_and_grad(z, y, loss="segpgd", step=0, steps=1)[0].item() == pytest.approx(expected)
 
 
 def test_classification(backend: str) -> None:

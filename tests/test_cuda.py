@@ -232,18 +232,35 @@ def test_bad_labels_make_their_image_nan_and_no_other(
     z = torch.randn(3, 5, *own).to(dtype).requires_grad_()
     good = torch.randint(0, 5, (3, *size))
     good[0, 0] = 255
-    bad = good.clone()
-    bad[1, 7, 9], bad[1, 3, 2] = 5, -7
     with segadv.backend("cuda-emulated"):
-        expected, results = everything(z, good), everything(z, bad)
-        matrix = F.confusion_matrix(z, bad)
-    assert results.pop("n_valid").tolist() == [70, 78, 80]
-    expected.pop("n_valid")
-    for name, value in results.items():
-        assert value[1].isnan().all(), name
-        assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
-    assert matrix.invalid.item() == 2
-    assert matrix.sum().item() == 70 + 78 + 80
+        expected = everything(z, good)
+        expected.pop("n_valid")
+        for labels in ({(7, 9): 5, (3, 2): -7}, {(0, 0): 2**32 + 1, (0, 1): 7, (1, 0): 5}):
+            bad = good.clone()
+            for at, label in labels.items():
+                bad[(1, *at)] = label
+            results = everything(z, bad)
+            assert results.pop("n_valid").tolist() == [70, 80 - len(labels), 80]
+            for name, value in results.items():
+                assert value[1].isnan().all(), name
+                assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
+            for per_image in (False, True):
+                matrix = F.confusion_matrix(z, bad, per_image=per_image)
+                assert matrix.invalid.item() == len(labels)
+                assert matrix.sum().item() == 70 + 80 - len(labels) + 80
+
+
+def test_a_bad_label_in_one_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last kernel's threads look at several blocks each, and several of its own write NaN."""
+    monkeypatch.setattr(backends.BACKENDS["cuda-emulated"], "check_labels", lambda *_: None)
+    z, y = torch.randn(2, 2, 121, 71), torch.randint(0, 2, (2, 121, 71))
+    y[1, 0, 0] = 2
+    with segadv.backend("cuda-emulated"):
+        gain_sum, n_valid, grad = F.gain_and_grad(z, y)
+        for value in (gain_sum, grad, F.pixel_margin(z, y)):
+            assert value[0].isfinite().all()
+            assert value[1].isnan().all()
+    assert n_valid.tolist() == [121 * 71, 121 * 71 - 1]
 
 
 def test_errors_name_the_kernel_and_the_sizes() -> None:

@@ -165,17 +165,43 @@ def test_classification(backend: str) -> None:
     assert grad.shape == z.shape
 
 
-@pytest.mark.parametrize("classes", [2, 256, 257, 300])
-def test_many_classes(backend: str, classes: int) -> None:
-    """The runner-up is kept in one byte up to 256 classes, in two above."""
-    z = torch.zeros(1, classes, 2, 3, requires_grad=True)
+@pytest.mark.parametrize("own", [(2, 3), (4, 6)])
+@pytest.mark.parametrize("classes", [2, 255, 256, 257, 300])
+def test_many_classes(backend: str, classes: int, own: tuple[int, int]) -> None:
+    """The runner-up is kept in one byte up to 256 classes, in two above; no class stands for a void pixel."""
+    z = torch.zeros(1, classes, *own, requires_grad=True)
     with torch.no_grad():
         z[0, classes - 1] = 1.0
     y = torch.zeros(1, 4, 6, dtype=torch.int16)
-    (grad,) = torch.autograd.grad(F.averaged_gain(z, y).sum(), z)
-    assert torch.equal(grad[0, 0], -grad[0, classes - 1])
-    assert grad[0, 0].sum().item() == pytest.approx(1)
-    assert (grad[0, 1 : classes - 1] == 0).all()
+    y[0, 1, 2:] = -1
+    (grad,) = torch.autograd.grad(F.averaged_gain(z, y, ignore_index=-1).sum(), z)
+    for ours in (grad, F.gain_and_grad(z, y, ignore_index=-1)[2] / 20):
+        assert torch.equal(ours[0, 0], -ours[0, classes - 1])
+        assert ours[0, 0].sum().item() == pytest.approx(1)
+        assert (ours[0, 1 : classes - 1] == 0).all()
+
+
+def test_many_pixels(backend: str) -> None:
+    """More than 2^18, which the native gradient takes at once."""
+    z, y = torch.randn(1, 3, 514, 515, requires_grad=True), torch.randint(0, 3, (1, 514, 515))
+    (expected,) = torch.autograd.grad(oracle.pixel_margin(z, y).sum(), z)
+    assert torch.equal(F.gain_and_grad(z, y)[2], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_half_precision(backend: str, slow: bool, dtype: torch.dtype) -> None:
+    """As a logit; and what lies between two of them, as a gradient: rounded to nearest, ties to even."""
+    numbers = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 256, 256)
+    z, y = torch.stack([numbers, torch.zeros_like(numbers)], dim=1), torch.zeros(1, 256, 256, dtype=torch.uint8)
+    if backend == "triton" and slow and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter converts subnormal numbers, and rounds, in a way of its own")
+    torch.testing.assert_close(F.pixel_margin(z, y), numbers.float(), rtol=0, atol=0, equal_nan=True)
+    z = torch.zeros_like(z).requires_grad_()
+    half = 2**15 if dtype is torch.bfloat16 else 2**12
+    for distance in (1, half - 1, half, half + 1):
+        outgoing = (numbers.float().view(torch.int32) + distance).view(torch.float32)
+        (grad,) = torch.autograd.grad(F.pixel_margin(z, y), z, outgoing)
+        torch.testing.assert_close(grad[:, 0], outgoing.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("own", [(61, 83), (9, 11)])
@@ -256,12 +282,14 @@ def test_smooth_logits(backend: str, seed: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("of_label", [False, True])
-@pytest.mark.parametrize(("at", "width"), [((2, 3), 35), ((-1, -1), 42), ((0, 0), 42)], ids=str)
+@pytest.mark.parametrize(
+    ("at", "size"), [((2, 3), (20, 35)), ((2, 3), (25, 42)), ((-1, -1), (20, 42)), ((0, 0), (20, 42))], ids=str
+)
 def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(
-    backend: str, value: float, of_label: bool, at: tuple[int, int], width: int
+    backend: str, value: float, of_label: bool, at: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Those next to it, and there the margin is eager PyTorch's."""
-    z, y = torch.randn(2, 5, 5, 7), torch.randint(0, 3, (2, 20, width))
+    """Those next to it, also with a weight of 0 (sizes five times as large); there the margin is eager PyTorch's."""
+    z, y = torch.randn(2, 5, 5, 7), torch.randint(0, 3, (2, *size))
     z[(0, 1 if of_label else 4, *at)] = value
     margin, eager = F.pixel_margin(z, y), oracle.pixel_margin(z, y)
     assert torch.equal(margin.isfinite(), eager.isfinite())
@@ -269,6 +297,18 @@ def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(
     torch.testing.assert_close(margin, eager, equal_nan=True)
     matrix, expected = F.confusion_matrix(z, y), oracle.confusion(z, y).sum(0)
     assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("own", [(6, 7), (3, 4)])
+def test_outgoing_gradients_of_any_strides(backend: str, own: tuple[int, int]) -> None:
+    """As the backward of a transpose and of sums and means along one dimension or another gives them."""
+    z, y = torch.randn(2, 3, *own, requires_grad=True), torch.randint(0, 3, (2, 6, 7))
+    transposed = torch.randn(2, 7, 6).transpose(1, 2)
+    for value in (F.pixel_margin(z, y), F.cross_entropy(z, y, reduction="none")):
+        for outgoing in (transposed, *(torch.randn(size).expand(2, 6, 7) for size in ((2, 1, 7), (2, 6, 1), (6, 7)))):
+            (grad,) = torch.autograd.grad(value, z, outgoing, retain_graph=True)
+            (expected,) = torch.autograd.grad(value, z, outgoing.contiguous(), retain_graph=True)
+            assert torch.equal(grad, expected)
 
 
 def test_an_outgoing_nan_reaches_its_logits_alone(backend: str) -> None:

@@ -88,6 +88,16 @@ def test_newton_step_without_meaning_leaves_the_image(backend: str, bad: str, ma
     assert not torch.equal(adversarial[1], images[1])
 
 
+def test_newton_step_beyond_the_largest_number(backend: str) -> None:
+    """Of a finite gain and a finite norm. With a cap it means something."""
+    images, grad, gain = torch.rand(2, 3, 4, 4), torch.full((2, 3, 4, 4), 1e-30), torch.tensor([1e30, -1e30])
+    grad[:, 0] = 0
+    adversarial, eps = F.newton_step(images, grad, gain)
+    assert eps.tolist() == [0, 0]
+    assert torch.equal(adversarial, images)
+    torch.testing.assert_close(F.newton_step(images, grad, gain, max_eps=0.1)[1], torch.tensor([0.1, -0.1]))
+
+
 def test_scale_freedom(backend: str) -> None:
     """The same bits when gain and gradient are multiplied by a power of two."""
     images, grad = images_and_grad("contiguous")

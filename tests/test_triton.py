@@ -19,7 +19,7 @@ from torch import Tensor
 import segadv
 from segadv import functional as F
 from segadv.ops import reference
-from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin, step
+from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entropy, margin, step, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
@@ -119,8 +119,6 @@ def test_bad_labels_make_their_image_nan_and_no_other(
     z = torch.randn(3, 4, *own, device=DEVICE).to(dtype).requires_grad_()
     good = torch.randint(0, 4, (3, 8, 10), device=DEVICE)
     good[0, 0] = 255
-    bad = good.clone()
-    bad[1, 7, 9], bad[1, 3, 2] = 4, -7
 
     def everything(labels: Tensor) -> dict[str, Tensor]:
         results = {}
@@ -134,15 +132,35 @@ def test_bad_labels_make_their_image_nan_and_no_other(
         return {name: value.detach() for name, value in results.items()}
 
     with segadv.backend(name):
-        expected, results = everything(good), everything(bad)
-        matrix = F.confusion_matrix(z, bad)
-    assert results.pop("n_valid").tolist() == [70, 78, 80]
-    expected.pop("n_valid")
-    for what, value in results.items():
-        assert value[1].isnan().all(), what
-        assert torch.equal(value[[0, 2]], expected[what][[0, 2]]), what
-    assert matrix.invalid.item() == 2
-    assert matrix.sum().item() == 70 + 78 + 80
+        expected = everything(good)
+        expected.pop("n_valid")
+        bad = good.clone()
+        for at, label in {(7, 9): 4, (3, 2): -7, (0, 0): 2**32 + 1, (0, 1): 7, (1, 0): 5}.items():
+            bad[(1, *at)] = label
+        results = everything(bad)
+        assert results.pop("n_valid").tolist() == [70, 75, 80]
+        for what, value in results.items():
+            assert value[1].isnan().all(), what
+            assert torch.equal(value[[0, 2]], expected[what][[0, 2]]), what
+        for per_image in (False, True):
+            matrix = F.confusion_matrix(z, bad, per_image=per_image)
+            assert matrix.invalid.item() == 5
+            assert matrix.sum().item() == 70 + 75 + 80
+
+
+def test_more_programs_than_are_added_at_once() -> None:
+    """And results of which every program that writes NaN fills several parts."""
+    partial, valid = torch.rand(2, 2500, device=DEVICE), torch.ones(2, 2500, dtype=torch.int32, device=DEVICE)
+    bad = torch.zeros_like(valid)
+    bad[1, 2400] = 1
+    total, n_valid = torch.empty(2, device=DEVICE), torch.empty(2, dtype=torch.int64, device=DEVICE)
+    results = [torch.zeros(2, 40000, device=DEVICE), torch.zeros(2, 70000, device=DEVICE)]
+    tiles.finish(bad, sums=[(partial, total)], valid=(valid, n_valid), poisoned=results)
+    assert total[0].item() == pytest.approx(partial[0].double().sum().item())
+    assert n_valid.tolist() == [2500, 2500]
+    for value in (total, *results):
+        assert value[0].isfinite().all()
+        assert value[1].isnan().all()
 
 
 @pytest.mark.parametrize("most", [1, 3, 11, 12])
