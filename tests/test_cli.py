@@ -170,10 +170,9 @@ def test_termination_of_all_processes_of_a_training(tmp_path: Path, monkeypatch:
         _, told = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, told.strip().splitlines()[-1]) == (
-        130,
-        "segadv: interrupted; the same command continues",
-    )
+    assert process.returncode == 130, told
+    # a process that loads data may tell, before or after, that it could no longer hand over a sample
+    assert "segadv: interrupted; the same command continues" in told.splitlines(), told
     lines = metrics.read_text().splitlines()
     assert torch.load("run/last.pt", weights_only=True)["steps_done"] == json.loads(lines[-1])["step"] >= 3
 
