@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -19,6 +19,17 @@ def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool = False)
     if tuple(logits.shape[-2:]) == tuple(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+class Resampled(nn.Module):
+    """A network with its logits at the images' size, as align_corners=True resamples them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return upsample(self.network(images), images.shape[-2:], align_corners=True)
 
 
 def split(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -477,28 +478,17 @@ class Scaled(nn.Module):
         return self.network((images + 1) / 3)
 
 
-class Resampled(nn.Module):
-    """The network with logits at the images' size, as align_corners=True resamples them."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
-
-
 @every_attack
 def test_every_option_reaches_every_pass(name: str) -> None:
     """The same attack in other units, with another ignored label, and resampled by the operations, not by the model."""
     model, (images, labels) = Net(), sample(150, (4, 6))
     with torch.no_grad():
-        prediction = Resampled(copy.deepcopy(model).eval())(images).argmax(1)
+        prediction = oracle.Resampled(copy.deepcopy(model).eval())(images).argmax(1)
     share = torch.linspace(0.2, 1.0, 150).view(-1, 1, 1)  # of labels that the model gets right
     labels = torch.where((torch.rand(labels.shape) < share) & (labels != IGNORE), prediction, labels)
     arguments = ATTACKS[name][1]
     torch.manual_seed(7)
-    expected, info = make(name, Resampled(model))(images, labels, return_info=True)
+    expected, info = make(name, oracle.Resampled(model))(images, labels, return_info=True)
     options = {"ignore_index": 7, "align_corners": True, "bounds": (-1, 2)}
     sizes = {key: 3 * value for key, value in arguments.items() if key in ("eps", "alpha")}
     torch.manual_seed(7)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from test_attacks import StaticMemory
@@ -132,24 +133,13 @@ def test_low_resolution_logits_are_resampled() -> None:
     )
 
 
-class Resampled(nn.Module):
-    """The logits at the images' size, as the operations resample them with align_corners=True."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
-
-
 @pytest.mark.parametrize("name", evaluation.ATTACKS)
 def test_ignore_index_and_align_corners_reach_the_attacks(
     name: str, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
     model.conv.stride = (2, 2)
     model, loader = model.double(), in_double(loader)
-    expected = evaluate(Resampled(model), loader, [name], [0.0, 0.02], steps=4)
+    expected = evaluate(oracle.Resampled(model), loader, [name], [0.0, 0.02], steps=4)
     other = [(images, labels.where(labels != 255, 200)) for images, labels in loader]
     result = evaluate(model, other, [name], [0.0, 0.02], steps=4, ignore_index=200, align_corners=True)
     assert all(torch.equal(one, two) for one, two in zip(result.confusion, expected.confusion, strict=True))

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segadv import functional, masking, report
@@ -170,23 +170,14 @@ def test_images_without_a_label_do_not_count(data: list[Batch], network: nn.Modu
     assert masking_checks(network, [*data, *void])[5] == masking_checks(network, data)[5]
 
 
-class Resampled(nn.Module):
-    """The logits of a coarse network at the images' size, as the operations resample them with align_corners=True."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.interpolate(self.network(images), images.shape[2:], mode="bilinear", align_corners=True)
-
-
 def test_ignore_index_and_align_corners_reach_every_check(data: list[Batch], network: nn.Module) -> None:
     coarse = nn.Sequential(network, nn.AvgPool2d(3))
     other = [(images, labels.where(labels != 255, 9)) for images, labels in data]
     options: dict[str, Any] = {"ignore_index": 9, "align_corners": True}
     found = masking_checks(coarse, other, eps=0.05, steps=4, sources={"it": coarse}, **options)
-    expected = masking_checks(Resampled(coarse), data, eps=0.05, steps=4, sources={"it": Resampled(coarse)})
+    expected = masking_checks(
+        oracle.Resampled(coarse), data, eps=0.05, steps=4, sources={"it": oracle.Resampled(coarse)}
+    )
     assert found == expected
     assert found != masking_checks(coarse, data, eps=0.05, steps=4, sources={"it": coarse})
 
