@@ -192,13 +192,16 @@ def test_many_pixels(backend: str) -> None:
 def test_every_number_of_half_precision(backend: str, slow: bool, dtype: torch.dtype) -> None:
     """As a logit; and what lies between two of them, as a gradient: rounded to nearest, ties to even."""
     numbers = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 256, 256)
-    z, y = torch.stack([numbers, torch.zeros_like(numbers)], dim=1), torch.zeros(1, 256, 256, dtype=torch.uint8)
+    half = 2**15 if dtype is torch.bfloat16 else 2**12
+    distances = [1, half - 1, half, half + 1]
     if backend == "triton" and slow and dtype is torch.bfloat16:
-        pytest.skip("Triton's interpreter converts subnormal numbers, and rounds, in a way of its own")
+        # tl.load and tl.store in its interpreter take subnormal bfloat16 for 0, and cut float32 off instead of rounding
+        numbers = numbers.where(numbers.isfinite() & (numbers.abs() >= torch.finfo(dtype).tiny), 1)
+        distances = distances[:2]  # where both are the same
+    z, y = torch.stack([numbers, torch.zeros_like(numbers)], dim=1), torch.zeros(1, 256, 256, dtype=torch.uint8)
     torch.testing.assert_close(F.pixel_margin(z, y), numbers.float(), rtol=0, atol=0, equal_nan=True)
     z = torch.zeros_like(z).requires_grad_()
-    half = 2**15 if dtype is torch.bfloat16 else 2**12
-    for distance in (1, half - 1, half, half + 1):
+    for distance in distances:
         outgoing = (numbers.float().view(torch.int32) + distance).view(torch.float32)
         (grad,) = torch.autograd.grad(F.pixel_margin(z, y), z, outgoing)
         torch.testing.assert_close(grad[:, 0], outgoing.to(dtype), rtol=0, atol=0, equal_nan=True)
