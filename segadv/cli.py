@@ -189,7 +189,7 @@ class _Parser(ArgumentParser):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             usual = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "steps", "bs": "batch_size"}
             meant = f"--{usual.get(unknown[1], unknown[1])}"
-            message += did_you_mean(meant, known).replace("'", "").replace(",", ";")
+            message += did_you_mean(meant, known)
         if missing := re.fullmatch(r"the following arguments are required: ([\w., -]+)", message):
             names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
             told = (name if name in ("checkpoints", "dir") else f"--{name}" for name in names)

@@ -83,8 +83,8 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("reproduce", "one of {cityscapes,voc}"),
         ("reproduce vok --data x --out y", "invalid choice: 'vok'"),
         ("reproduce voc --out y", "arguments are required: --data ("),
-        ("evaluate x --dta y", "did you mean --data?"),
-        ("train --data x --out y --lr 0.1", "did you mean --learning_rate?"),
+        ("evaluate x --dta y", "did you mean '--data'?"),
+        ("train --data x --out y --lr 0.1", "did you mean '--learning_rate'?"),
     ],
 )
 def test_wrong_use_is_told_in_one_message(

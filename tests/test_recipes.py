@@ -209,8 +209,8 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--augmentation.rotate 3", "--augmentation.rotate 3; did you mean --augmentation.rotation?"),
-        ("--btach-size 3", "--btach_size 3; did you mean --batch_size?"),
+        ("--augmentation.rotate 3", "--augmentation.rotate 3, did you mean '--augmentation.rotation'?"),
+        ("--btach-size 3", "--btach_size 3, did you mean '--batch_size'?"),
         ("--augmentation.scale 3", 'key "augmentation.scale": Expected a list, such as [0.5, 2]. Got value: [3]'),
         ("--augmentation.scale [1,2,3]", "Expected a list, such as [0.5, 2]. Got value: [1, 2, 3]"),
         ("--precision fp64", "key \"precision\": Expected one of 'fp32', 'bf16', 'fp16'. Got value: fp64"),
@@ -702,9 +702,9 @@ def test_reproduce_leaves_foreign_folders_alone(
             "evaluation.steps must be a whole number of at least 1",
         ),
         ("--overhead-steps 0", "overhead_steps must be a whole number of at least 1, got 0"),
-        ("--arm fgsm", "did you mean --arms?"),
-        ("--stepz 3", "did you mean --steps?"),
-        ("--evaluation.imges 3", "did you mean --evaluation.images?"),
+        ("--arm fgsm", "did you mean '--arms'?"),
+        ("--stepz 3", "did you mean '--steps'?"),
+        ("--evaluation.imges 3", "did you mean '--evaluation.images'?"),
     ],
 )
 def test_wrong_use_of_reproduce(
