@@ -1,6 +1,6 @@
 """Recipes: configurations of `segadv train` that are installed with the package, YAML files in segadv/configs.
 
-Keys are checked here, because a mistyped one must be named with its file and the did_you_mean key there is.
+Keys are checked here, because a mistyped one must be named with its file and the key that may be meant.
 """
 
 from __future__ import annotations

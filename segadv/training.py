@@ -705,9 +705,8 @@ class Trainer:
             self._probe_batch = images.to(self.device), labels.to(self.device)
         batch = self._probe_batch
         with self._autocast():
-            found = distributed.from_first(
-                lambda: probe(self.model, *batch, eps=config.eps)
-            )  # all have to draw the same conclusion
+            # all have to draw the same conclusion
+            found = distributed.from_first(lambda: probe(self.model, *batch, eps=config.eps))
         before = self._probes[-1] if self._probes else found
         warned = any(catastrophic_overfitting(self._probes[: i + 1]) for i in range(len(self._probes)))
         self._probes.append(found)
