@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ import torch
 # For benchmarks/; as the last place, so that it is the installed segadv that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 GPU = torch.cuda.is_available()
 if not GPU:  # Triton reads it when it is imported: then its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 import emulated  # noqa: E402
+import interpreter  # noqa: E402
 
 import segadv  # noqa: E402
 from segadv.compat import import_torchvision  # noqa: E402
@@ -27,6 +32,8 @@ from segadv.ops import backends  # noqa: E402
 from segadv.ops.common import check_labels  # noqa: E402
 from segadv.ops.cuda import CudaKernels  # noqa: E402
 
+if not GPU:
+    interpreter.make_faster()
 import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
 
 

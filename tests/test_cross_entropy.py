@@ -64,9 +64,9 @@ def test_cross_entropy_of_logits_far_from_each_other(
     masked, clear = z.clone(), z.clone() / 10
     masked[:, 3] = torch.finfo(torch.float32).min / 2
     clear[:, 1] += 40 * torch.rand(2, *own).round() + 1
-    cases = {"z": (z, y), "masked": (masked, y), "clear": (clear, torch.ones_like(y))}
+    cases = {"masked": (masked, y), "clear": (clear, torch.ones_like(y))}
     if not (backend == "triton" and slow):  # the interpreter rounds the weights twice, as NumPy does not fuse
-        cases |= {"100 z": (100 * z, y), "10^4 z": (1e4 * z, y)}
+        cases |= {"z": (z, y), "100 z": (100 * z, y), "10^4 z": (1e4 * z, y)}
     for what, (logits, labels) in cases.items():
 
         def values(z: Tensor, labels: Tensor = labels) -> Tensor:

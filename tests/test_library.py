@@ -78,7 +78,8 @@ def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int],
             else value
             for value in arguments
         ]
-        torch.library.opcheck(getattr(library, operation), tuple(transposed))
+        if not slow:  # what an operation registers is the same for all backends
+            torch.library.opcheck(getattr(library, operation), tuple(transposed))
         if operation in ("cross_entropy", "segpgd_loss", "cospgd_loss"):  # for_backward=False
             without = (*arguments[:-1], False)
             torch.library.opcheck(getattr(library, operation), without)

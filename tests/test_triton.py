@@ -106,6 +106,40 @@ def test_taps(size_in: int, size_out: int, align_corners: bool) -> None:
     torch.testing.assert_close(ours[1:-1], theirs[:, 0, 0], rtol=0, atol=1e-13)
 
 
+@triton.jit
+def far_kernel(quads, firsts, begin, size_in, size_out, align: tl.constexpr, block: tl.constexpr):
+    o = begin + tl.arange(0, block)
+    quad = bilinear.quad_of(o, size_in, size_out, align)
+    tl.store(quads + tl.arange(0, block), quad)
+    tl.store(firsts + tl.arange(0, block), bilinear.first_output(quad, size_in, size_out, align))
+
+
+LARGE = bilinear.MAX_PRODUCT - 1
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"), [(1, LARGE), (LARGE // 32, 32), (16, LARGE // 16), (23170, 23170), (40000, 13421)], ids=str
+)
+def test_the_largest_sizes(size_in: int, size_out: int, align_corners: bool) -> None:
+    """Positions in int32 against integers without end, for the first and the last outputs."""
+    assert size_in * size_out < bilinear.MAX_PRODUCT
+
+    def quad_of(o: int) -> int:
+        if align_corners:
+            return o * (size_in - 1) // (size_out - 1) + 1
+        return ((2 * o + 1) * size_in + size_out) // (2 * size_out)
+
+    for begin in (0, size_out - 32):
+        quads, firsts = (torch.full((32,), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        far_kernel[(1,)](quads, firsts, begin, size_in, size_out, align_corners, 32)
+        assert quads.tolist() == [quad_of(o) for o in range(begin, begin + 32)]
+        for quad, first in zip(quads.tolist(), firsts.tolist(), strict=True):
+            assert 0 <= first < size_out
+            assert quad_of(first) == quad
+            assert first == 0 or quad_of(first - 1) < quad
+
+
 @pytest.mark.parametrize("own", [(8, 10), (3, 4)], ids=str)
 @pytest.mark.parametrize(
     ("name", "dtype"), [("triton", torch.float32), ("triton", torch.bfloat16), ("reference", torch.float32)]
