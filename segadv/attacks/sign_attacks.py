@@ -96,7 +96,8 @@ class RandomFGSM(FGSM):
         _check_generator(self.generator, images)
 
     def _eps_of(self, images: Tensor) -> Tensor:
-        return _uniform(images.shape[:1], images, self.generator) * super()._eps_of(images)
+        eps = super()._eps_of(images)
+        return eps * torch.rand(eps.shape, generator=self.generator, dtype=eps.dtype, device=eps.device)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -370,13 +371,9 @@ class CosPGD(PGD):
     loss: ClassVar[functional.Loss] = "cospgd"
 
 
-def _uniform(shape: torch.Size, images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=images.dtype, device=images.device)
-
-
 def uniform_noise(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    """U(-1, 1), like the images."""
-    return 2 * _uniform(images.shape, images, generator) - 1
+    """U(-1, 1), of the images' shape; the same for any memory format of theirs."""
+    return images.new_empty(images.shape).uniform_(-1, 1, generator=generator)
 
 
 def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, float]) -> Tensor:
