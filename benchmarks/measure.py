@@ -129,6 +129,8 @@ def commit() -> str:
     name = _output("git", "rev-parse", "--short=10", "HEAD")
     made = (":(top,exclude)benchmarks/results", ":(top,exclude)*.md", ":(top,exclude)docs/*.png")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *made)
+    code = [f":(top){folder}" for folder in ("segadv", "csrc", "benchmarks")]
+    changed = changed or _output("git", "ls-files", "--others", "--exclude-standard", "--", *code, *made)  # and new
     return name + "-dirty" * bool(changed) if name else os.environ.get("SEGADV_COMMIT") or "unknown"
 
 

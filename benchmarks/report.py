@@ -91,9 +91,9 @@ def records_in(path: Path) -> list[Record]:
     return records
 
 
-def comparable(path: Path) -> list[Record]:
+def comparable(records: Sequence[Record]) -> list[Record]:
     """The rows of a GPU, or of `THREADS` threads, with torch's own way of taking memory."""
-    return [record for record in records_in(path) if record.threads in (0, THREADS) and record.thp == 0]
+    return [record for record in records if record.threads in (0, THREADS) and record.thp == 0]
 
 
 def files(results: Path, name: str) -> list[Path]:
@@ -265,7 +265,8 @@ def _spread(record: Record) -> str:
 def training_samples(results: Path) -> str:
     """Decoding and augmenting, of cpu.csv."""
     path = results / "cpu.csv"
-    records = {record.provider: record for record in read_records(path) if record.operation in ("augment", "decode")}
+    rows = [record for record in read_records(path) if record.operation in ("augment", "decode")]
+    records = {record.provider: record for record in rows if record.thp == 0}
     titles = {
         "fused": "`Augmented`, one affine map, crop only",
         "v2": "torchvision v2, whole image",
@@ -335,7 +336,7 @@ def _gpu(path: Path, records: Sequence[Record]) -> str:
 def _by_case(path: Path) -> dict[str, list[Record]]:
     """In the order in which benchmarks.overhead knows the networks."""
     cases: dict[str, list[Record]] = {}
-    for record in comparable(path):
+    for record in comparable(records_in(path)):
         cases.setdefault(record.case, []).append(record)
     if not cases:
         raise ReportError(f"{path.name}: no rows of {THREADS} threads")
@@ -459,7 +460,7 @@ def other_packages(results: Path) -> str:
 
 
 def _peers_on_a_device(path: Path) -> str:
-    records = comparable(path)
+    records = comparable(records_in(path))
     own = ("eager", "compile", "segadv", "segadv, compile")
     lines = []
     for operation in peers.COMPARISONS:
@@ -488,7 +489,7 @@ def _peers_on_a_device(path: Path) -> str:
 
 
 def attack_steps(results: Path) -> str:
-    records = comparable(results / "attacks-cpu.csv")
+    records = comparable(records_in(results / "attacks-cpu.csv"))
     bare = one(records, operation=attacks.RUN, provider="bare pass")
     lines = [["bare pass", f"{with_interval(bare)} ms", "", "", "", ""]]
     iterative = [kind.__name__ for kind in attacks.ITERATIVE]
@@ -516,7 +517,7 @@ def attack_steps(results: Path) -> str:
 
 
 def trainer_cost(results: Path) -> str:
-    records = comparable(results / "trainer-cpu.csv")
+    records = comparable(records_in(results / "trainer-cpu.csv"))
     parts = ("these together", trainer.TRAINER, trainer.READING, trainer.CHECKPOINT, trainer.PROBE)
     lines = [
         [name, f"{with_interval(one(records, operation=trainer.PART, provider=name), 2)} ms"]
@@ -539,7 +540,9 @@ def trainer_cost(results: Path) -> str:
 
 
 def call_ladder(results: Path) -> str:
-    records = [record for record in comparable(results / "scaling-cpu.csv") if record.operation == scaling.LADDER]
+    records = [
+        record for record in comparable(records_in(results / "scaling-cpu.csv")) if record.operation == scaling.LADDER
+    ]
     if not records:
         raise ReportError("scaling-cpu.csv: no rows of the ladder")
     lines = [[name, f"{with_interval(one(records, provider=name))} us"] for name in scaling.RUNGS]
@@ -764,7 +767,12 @@ PICTURES = (
     Picture(
         "demo", "docs/robustness.png", "demo.csv", lambda rows, path: plots.plot_robustness(_miou_rows(rows), path)
     ),
-    Picture("overhead-details", f"{RESULTS}/overhead-cpu.png", "overhead-cpu.csv", overhead.plot),
+    Picture(
+        "overhead-details",
+        f"{RESULTS}/overhead-cpu.png",
+        "overhead-cpu.csv",
+        lambda rows, path: overhead.plot(comparable(rows), path),
+    ),
     Picture("scaling", f"{RESULTS}/scaling-cpu.png", "scaling-cpu.csv", scaling.plot),
 )
 _STAMP = "segadv-source"

@@ -642,5 +642,13 @@ def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictur
     for name in made:
         (tmp_path / name).write_text("two")
     assert measure.commit.__wrapped__() == clean
-    (tmp_path / "segadv" / "code.py").write_text("two")
-    assert measure.commit.__wrapped__() == f"{clean}-dirty"
+    for name in ("benchmarks/results/new.csv", "notes.py"):  # not of what is measured
+        (tmp_path / name).write_text("new")
+    assert measure.commit.__wrapped__() == clean
+    for name in ("segadv/code.py", "segadv/new.py"):
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text("two")
+        assert measure.commit.__wrapped__() == f"{clean}-dirty"
+        if before:
+            (tmp_path / name).write_text(before)
+            assert measure.commit.__wrapped__() == clean

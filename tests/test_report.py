@@ -727,6 +727,46 @@ def test_the_cases_of_the_growth() -> None:
     assert scaling.pixels_of(scaling.scaled(images=3, classes=5, size=64).name) == 3 * 64 * 64
 
 
+def test_bars_of_the_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heights and ends of the intervals are those of the rows of two threads and without huge pages."""
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    rows = [replace(row, low=row.p50 - 1, high=row.p50 + 3) for row in overhead_rows()]
+    counted = [row for row in rows if row.operation == overhead.COST_MODEL]
+    rows += [replace(row, provider=column) for row in counted for column in overhead.COLUMNS[:2]]
+    others = [replace(row, p50=77.0, **key) for row in rows for key in ({"thp": 1}, {"threads": 4})]
+    write_records(tmp_path / report.RESULTS / "overhead-cpu.csv", [*rows, *others])
+    (picture,) = [picture for picture in report.PICTURES if picture.block == "overhead-details"]
+    report.draw(picture, tmp_path)
+    ((axes,),) = (figure.axes for figure in figures)
+    values = [10.0 * column + i for column in (1, 2, 3) for i in range(len(overhead.ARMS))]
+    assert [bar.get_height() for bar in axes.patches] == values
+    bars = [entry for entry in axes.containers if hasattr(entry, "has_yerr")]
+    ends = [segment[:, 1].tolist() for entry in bars for segment in entry.lines[2][0].get_segments()]
+    assert ends == [[value - 1, value + 3] for value in values]
+
+
+def test_overhead_of_runs_of_other_rounds_is_refused(tmp_path: Path) -> None:
+    """Where the commit is the same."""
+    rows = overhead_rows()
+    rows += [replace(row, mode="fgsm, p = 1", rounds=5) for row in rows if row.mode == "basic"]
+    write_records(tmp_path / "overhead-cpu.csv", rows)
+    with pytest.raises(report.ReportError, match="of several runs"):
+        report.training_overhead(tmp_path)
+
+
+def test_training_samples_of_huge_pages_are_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.csv"
+    shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", path)
+    shown = report.training_samples(tmp_path)
+    rows = [row for row in read_records(path) if row.operation in ("augment", "decode")]
+    write_records(path, [replace(row, thp=1, p50=77.0) for row in rows])
+    assert report.training_samples(tmp_path) == shown
+
+
 # --- the guard of the leads ---------------------------------------------------------------------------------------
 
 
