@@ -241,7 +241,7 @@ def _attack_and_report(
 
     device = resolve_device(config.device)
     loader = whole_images(val, images=evaluation.images, batch_size=evaluation.batch_size)
-    results, shown, new = {}, {}, False
+    results, shown, redraw = {}, {}, False
     for arm in PAPER_ARMS:
         path = out / arm / "evaluation.json"
         if arm not in arms and not path.exists():
@@ -268,9 +268,10 @@ def _attack_and_report(
             )
             results[arm].run.update(arguments)
             results[arm].to_json(path)
-            new = True
+            redraw = True
         else:
             say(f"evaluation: {arm} has another one in {path}; it is left out until --arms names it")
+            redraw = True  # the picture may show it
             continue
         if arm in ("basic", "fast-newton"):
             shown[arm] = network.to(device)
@@ -288,7 +289,7 @@ def _attack_and_report(
     write_text(out / "overhead.csv", csv_text(overhead["rows"]))
     references = reference_overhead(overhead["attacked"])
     plots.plot_overhead(overhead["rows"], out / "overhead.png", references=references)
-    if shown and (new or not (out / "qualitative.png").exists()):
+    if shown and (redraw or not (out / "qualitative.png").exists()):
         samples = [val[index] for index in sorted({0, len(val) // 2})]
         plots.plot_qualitative(
             examples(shown, samples),

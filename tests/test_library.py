@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 import segadv
 from segadv import functional as F
@@ -87,6 +88,44 @@ def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int],
             assert torch.equal(result[0], expected[0])
             assert torch.equal(result[1], expected[1])
             assert all(entry.numel() == 0 for entry in result[2:])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_fake_kernels_of_other_layouts_and_options(operation: str) -> None:
+    """Images and logits in an order that is neither contiguous nor channels_last; flags the other way; 300 classes."""
+    for turned, classes in ((True, 5), (False, 300)):
+        arguments = list(sample_inputs((3, 4), torch.float32, False)[operation])
+        if operation in ("cross_entropy", "confusion_matrix"):
+            arguments[-1 if operation == "confusion_matrix" else -2] = False
+        for i, value in enumerate(arguments):
+            if isinstance(value, Tensor) and value.dim() == 4 and turned:
+                arguments[i] = value.transpose(2, 3).contiguous().transpose(2, 3)
+            if isinstance(value, Tensor) and not turned and value.shape[-3:] == (5, 3, 4):
+                arguments[i] = torch.randn(2, classes, 3, 4)
+            if isinstance(value, Tensor) and not turned and value.shape == (5,):
+                arguments[i] = torch.rand(classes)
+        torch.library.opcheck(getattr(library, operation), tuple(arguments), test_utils="test_faketensor")
+
+
+def test_one_graph_for_all_sizes() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(
+        lambda z, y: (F.pixel_margin(z, y).sum(), F.argmax_labels(z, tuple(y.shape[1:]))),
+        fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=backend),
+    )  # fmt: skip
+    for own, size in (((3, 4), (6, 8)), ((5, 7), (14, 15)), ((4, 3), (12, 7))):
+        z, y = torch.randn(2, 5, *own, requires_grad=True), torch.randint(0, 5, (2, *size))
+        gain, labels = compiled(z, y)
+        expected = F.pixel_margin(z, y).sum()
+        torch.testing.assert_close(torch.autograd.grad(gain, z), torch.autograd.grad(expected, z))
+        assert torch.equal(labels, F.argmax_labels(z, size))
+    assert len(graphs) == 2  # forward and backward, once
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -24,6 +24,7 @@ from PIL import Image
 from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results
 from segadv.cli import main
 from segadv.data import DATASETS, open_dataset
+from segadv.evaluation import ATTACKS
 from segadv.models import ModelConfig, small_pspnet
 from segadv.reproduce import Evaluation, claims
 from segadv.training import TrainConfig, Trainer, Validation, load_model, read_config
@@ -917,3 +918,238 @@ def test_evaluation_checks_its_values() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.images must be a whole number of at least 0, got -1"):
         Evaluation(images=-1)
     assert Evaluation(stronger=("pgd", "fgsm")).attacks == ["fgsm", "bim-10", "pgd"]
+
+
+# --- what reproduce hands on, keeps and shows ----------------------------------------------------------------------
+
+
+def test_claims_tell_the_figures() -> None:
+    found = claims(curves({**AS_THE_PAPER_SAYS, ("random-fgsm", "bim-10"): (0.7, 0.5, 0.49, 0.43, 0.2)}))
+    assert found[0].finding == (
+        "eps 0.01: 0.600, random-fgsm 0.500; eps 0.02: 0.500, random-fgsm 0.490 (level); "
+        "eps 0.03: 0.400, random-fgsm 0.430 (no); eps 0.04: 0.300, random-fgsm 0.200"
+    )
+    assert (
+        found[5].finding
+        == "eps 0: 0.700, 0.400 at 0.01; eps 0.03: 0.600, 0.300 at 0.02; eps 0.03: 0.600, 0.500 at 0.04"
+    )
+
+
+def report(setting: str = "cityscapes", evaluation: Evaluation | None = None, **changed: Any) -> list[str]:
+    """Of arms whose numbers all differ."""
+    evaluation = evaluation or Evaluation()
+    arms = ("basic", "bim-3")
+    rows = [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": (n + 1) / 100, "pixel_accuracy": 0.99}
+        for n, (arm, attack, eps) in enumerate(
+            (arm, attack, eps) for arm in arms for attack in ("fgsm", "bim-10") for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
+        )
+    ]
+    times = {"step_ms_p20": 1.0, "step_ms_p50": 2.0, "step_ms_p80": 3.0}
+    overhead = {
+        "rows": [{"arm": arm, **times, "overhead_percent": 7.0 * i} for i, arm in enumerate(comparison.PAPER_ARMS)],
+        "attacked": 0.5, "processes": 1, "environment": {"device": "cpu"}, **changed,
+    }  # fmt: skip
+    run = {"images": 3, "data_sha256": "0" * 64, "backend": "native", "device": "cpu", "versions": {"torch": "x"}}
+    content = {
+        "setting": setting,
+        "recipe": reproduce.SETTINGS[setting],
+        "differs_from_recipe": [],
+        "command": "",
+        "curves": rows,
+        "options": {
+            "model": {"name": "net"},
+            "steps": 1,
+            "batch_size": 2,
+            "crop": "3x4",
+            "precision": "fp32",
+            "seed": 5,
+        },
+        "claims": [
+            {"text": "a", "holds": True, "finding": "x"},
+            {"text": "b", "holds": False, "finding": "x"},
+            {"text": "c", "holds": None, "finding": "x"},
+            {"text": "d", "holds": None, "finding": reproduce._NOT_MEASURED},
+        ],
+        "overhead": overhead,
+        "step_ms_as_trained": {"basic": 8.0, "bim-3": 9.0},
+        "evaluations": dict.fromkeys(arms, run),
+    }
+    return reproduce._report(content, arms, evaluation, "qualitative.png")
+
+
+def test_report_shows_each_number_in_its_place() -> None:
+    lines = report()
+    text = "\n".join(lines)
+    assert "| fgsm | basic | 0.010 | 0.020 | 0.030 | 0.040 | 0.050 |" in lines
+    assert "| bim-10 | bim-3 | 0.160 | 0.170 | 0.180 | 0.190 | 0.200 |" in lines
+    for claim, verdict in (
+        ("a", "agrees"),
+        ("b", "**does not agree**"),
+        ("c", "too close to tell"),
+        ("d", "not measured"),
+    ):
+        assert f"| {claim} | {verdict} | " in text
+    assert "3 validation images, whole." in text
+    assert " steps; the worst case" not in text
+    assert "50% of it attacked, on cpu; medians. The paper's table 1 is the one for Cityscapes." in text
+    titles, _, *table = lines[lines.index(next(line for line in lines if line.startswith("| trained with | step"))) :]
+    assert titles == (
+        "| trained with | step | here | paper, Cityscapes | paper, PASCAL VOC | cost model | step as trained |"
+    )
+    assert table[:5] == [
+        "| basic | 2.0 ms |  |  |  |  | 8.0 ms |",
+        "| fgsm | 2.0 ms | 7.00 % | 12.52 % | 31.76 % | 33.33 % |  |",
+        "| random-fgsm | 2.0 ms | 14.00 % | 12.34 % | 34.71 % | 33.33 % |  |",
+        "| bim-3 | 2.0 ms | 21.00 % | 45.92 % | 98.24 % | 100.00 % | 9.0 ms |",
+        "| fast-newton | 2.0 ms | 28.00 % | 11.98 % | 31.18 % | 33.33 % |  |",
+    ]
+    other = "\n".join(report("voc", Evaluation(("pgd",), steps=7, images=3), attacked=0.25, processes=4))
+    assert "whole (the first 3 of the split)." in other
+    assert "have 7 steps; the worst case" in other
+    assert "on cpu (4 processes); medians. The paper's tables are for half of the samples" in other
+    assert "The paper's table 2 is the one for PASCAL VOC." in "\n".join(report("voc"))
+
+
+def test_overhead_is_the_percentiles_of_each_arms_own_steps(streets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = [0.0], []
+    seconds = {"basic": iter([9, 9, 1, 2, 3, 4, 6]), "fgsm": iter([9, 9, 6, 5, 4, 2, 8])}
+
+    def step(self: Trainer, *_: Any) -> None:
+        assert len(waited) % 2 == 1, "not waited for what came before"
+        clock[0] += next(seconds[self.config.arm]) / 1000
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(comparison, "_synchronize", waited.append)
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+    config = TrainConfig(steps=3, batch_size=2, crop=(32, 32), device="cpu")
+    configs = {arm: dataclasses.replace(config, arm=arm) for arm in seconds}
+    rows = comparison.measure_overhead(configs, small_pspnet, open_dataset("cityscapes", streets, "train"), 5)
+    of = ("arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent")
+    assert [[row[name] for name in of] for row in rows] == [["basic", 1.8, 3, 4.4, 0], ["fgsm", 3.6, 5, 6.4, 66.67]]
+    assert len(waited) == 2 * 2 * 7
+
+
+def test_examples_are_bim_10_at_the_eps_that_is_shown() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(8, 4, 3, padding=1)
+    )
+    network[0].weight.data *= 20  # FGSM finds something else
+    image, label = torch.rand(3, 16, 16), torch.randint(0, 4, (16, 16))
+    (found,) = comparison.examples({"x": network}, [(image, label)])
+    assert (found["arm"], comparison.SHOWN_EPS) == ("x", 0.03)
+    assert torch.equal(found["image"], image)
+    assert torch.equal(found["adversarial"], ATTACKS["bim-10"](network, 0.03, 10)(image[None], label[None])[0])
+    assert torch.equal(found["prediction"].long(), network(image[None])[0].argmax(0))
+    assert torch.equal(found["adversarial_prediction"].long(), network(found["adversarial"][None])[0].argmax(0))
+    assert not torch.equal(found["prediction"], found["adversarial_prediction"])
+
+
+def test_reproduce_hands_its_options_on(streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, Any] = {}
+
+    def spy(name: str) -> None:
+        genuine = getattr(reproduce, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            taken[name] = args, kwargs
+            return genuine(*args, **kwargs)
+
+        monkeypatch.setattr(reproduce, name, call)
+
+    for name in ("untrained", "measure_overhead", "evaluate"):
+        spy(name)
+    monkeypatch.setattr(plots, "plot_qualitative", lambda found, path, **kwargs: taken.update(drawn=(found, kwargs)))
+    options = (
+        "--seed 7 --steps 1 --batch-size 2 --overhead-steps 1 --arms basic --validation.every 1 --validation.images 1"
+        " --validation.attacks fgsm --validation.eps 0 --evaluation.stronger segpgd --evaluation.steps 3"
+    )
+    assert run(reproduction("cityscapes", streets, tmp_path / "out", options)) == 0
+    assert taken["untrained"][1]["seed"] == 7
+    assert {arm: config.arm for arm, config in taken["measure_overhead"][0][0].items()} == {
+        arm: arm for arm in comparison.PAPER_ARMS
+    }
+    assert (taken["evaluate"][1]["seed"], taken["evaluate"][1]["steps"]) == (7, 3)
+    assert (tmp_path / "out" / "basic" / "validation.jsonl").exists()
+    found, kwargs = taken["drawn"]
+    val = open_dataset("cityscapes", streets, "val")
+    assert [example["arm"] for example in found] == ["basic"] * 2
+    assert all(torch.equal(example["image"], val[i][0]) for i, example in enumerate(found))
+    assert kwargs == {"attack": "bim-10", "eps": 0.03, "class_names": val.class_names, "colors": val.colors}
+    (line,) = (tmp_path / "out" / "basic" / "metrics.jsonl").read_text().splitlines()
+    shown = json.loads((tmp_path / "out" / "results.json").read_text())["step_ms_as_trained"]["basic"]
+    assert shown == pytest.approx(1000 / json.loads(line)["steps_per_s"], abs=1e-3)
+
+
+def test_an_evaluation_counts_for_its_own_network_and_options_only(
+    streets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated: list[Any] = []
+    drawn: list[list[str]] = []
+    genuine = reproduce.evaluate
+    monkeypatch.setattr(reproduce, "evaluate", lambda *a, **k: evaluated.append(1) or genuine(*a, **k))
+    monkeypatch.setattr(
+        plots, "plot_qualitative", lambda found, path, **_: drawn.append([e["arm"] for e in found]) or path.touch()
+    )
+    out = tmp_path / "out"
+    command = reproduction(
+        "cityscapes", streets, out, "--steps 1 --batch-size 2 --overhead-steps 1 --evaluation.images 9"
+    )
+    for arm in ("basic", "fgsm", "fast-newton", "basic"):  # the split has two images
+        assert run(f"{command} --arms {arm}") == 0
+    assert (len(evaluated), drawn) == (3, [["basic"] * 2, ["basic"] * 2, ["basic", "fast-newton"] * 2])
+    (out / "qualitative.png").unlink()
+    assert run(f"{command} --arms basic") == 0
+    assert drawn[3:] == [["basic", "fast-newton"] * 2]
+
+    # Another's checkpoint: its evaluation is not that of the network
+    (out / "basic" / "last.pt").write_bytes((out / "fast-newton" / "last.pt").read_bytes())
+    state = torch.load(out / "basic" / "last.pt", weights_only=True)
+    state["config"]["arm"] = "basic"
+    torch.save(state, out / "basic" / "last.pt")
+    capsys.readouterr()
+    assert run(f"{command} --arms fgsm") == 0
+    assert (
+        f"evaluation: basic has another one in {out / 'basic' / 'evaluation.json'}; it is left out"
+        in capsys.readouterr().out
+    )
+    assert "Still missing: basic, random-fgsm, bim-3." in (out / "report.md").read_text()
+    assert len(evaluated) == 3
+    assert drawn[4:] == [["fast-newton"] * 2]  # and not basic's any more
+    assert run(f"{command} --arms basic") == 0
+    assert len(evaluated) == 4
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("a: [", "config.yaml is no YAML file: "),
+        ("- 3", "holds a run with other options"),
+        ("steps: 30000", "seed None there and 0 here"),
+    ],
+)
+def test_config_of_something_else_is_no_reproduction(
+    there: str, message: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(there)
+    assert message in failure(reproduction("voc", voc, tmp_path), capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_evaluation_checks_its_batches() -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.batch_size must be a whole number of at least 1, got 0"):
+        Evaluation(batch_size=0)
+
+
+def test_no_examples_without_the_arms_that_are_shown(streets: Path, tmp_path: Path) -> None:
+    assert (
+        run(
+            reproduction(
+                "cityscapes", streets, tmp_path / "out", "--arms fgsm --steps 1 --batch-size 2 --overhead-steps 1"
+            )
+        )
+        == 0
+    )
+    assert not (tmp_path / "out" / "qualitative.png").exists()
+    assert "## Examples" not in (tmp_path / "out" / "report.md").read_text()
