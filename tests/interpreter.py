@@ -1,4 +1,4 @@
-"""Triton's interpreter, in half the time."""
+"""Triton's interpreter without work that changes no result of a test."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from triton.runtime import interpreter
 
 
 def make_faster() -> None:
-    """Leaves out work of the interpreter that changes no result.
-
-    It rests on how Triton 3.9 does it; a version that does it otherwise stays as it is.
-    """
+    """It rests on how Triton 3.9 does that work; a version that does it otherwise stays as it is."""
     builder = interpreter.interpreter_builder
     if hasattr(builder.options, "sanitize_overflow"):
         # Of every sum and product it would look whether int32 holds it. In a test's sizes it does; where it hardly does

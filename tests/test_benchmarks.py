@@ -645,10 +645,9 @@ def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictur
     for name in ("benchmarks/results/new.csv", "notes.py"):  # not of what is measured
         (tmp_path / name).write_text("new")
     assert measure.commit.__wrapped__() == clean
-    for name in ("segadv/code.py", "segadv/new.py"):
-        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
-        (tmp_path / name).write_text("two")
-        assert measure.commit.__wrapped__() == f"{clean}-dirty"
-        if before:
-            (tmp_path / name).write_text(before)
-            assert measure.commit.__wrapped__() == clean
+    code = tmp_path / "segadv" / "code.py"
+    for text, mark in (("two", "-dirty"), ("one", "")):
+        code.write_text(text)
+        assert measure.commit.__wrapped__() == clean + mark
+    code.with_name("new.py").write_text("new")
+    assert measure.commit.__wrapped__() == f"{clean}-dirty"

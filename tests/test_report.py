@@ -55,6 +55,17 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those that are saved."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k))[1])
+    return saved
+
+
 def with_block(root: Path, name: str) -> None:
     """Puts an empty table into the benchmarks' README."""
     path = root / "benchmarks/README.md"
@@ -602,18 +613,13 @@ def test_an_unfinished_or_foreign_demo_is_refused(
 # --- pictures and commands ----------------------------------------------------------------------------------------
 
 
-def test_the_growth_is_drawn_from_all_axes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
+def test_the_growth_is_drawn_from_all_axes(root: Path, figures: list[Any]) -> None:
     path = root / report.RESULTS / "scaling-cpu.csv"
     path.unlink(missing_ok=True)
     write_records(path, growth_rows())
     for name in report.DOCUMENTS:  # without the tables that need other rows
         (root / name).write_text("Nothing else.\n")
     with_block(root, "scaling")
-    figures: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
     assert report.main([], root) == 0
     (figure,) = figures
     assert len(figure.axes) == 2 * len(scaling.AXES)
@@ -727,13 +733,8 @@ def test_the_cases_of_the_growth() -> None:
     assert scaling.pixels_of(scaling.scaled(images=3, classes=5, size=64).name) == 3 * 64 * 64
 
 
-def test_bars_of_the_overhead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_of_the_overhead(tmp_path: Path, figures: list[Any]) -> None:
     """Heights and ends of the intervals are those of the rows of two threads and without huge pages."""
-    from matplotlib.figure import Figure
-
-    figures: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
     rows = [replace(row, low=row.p50 - 1, high=row.p50 + 3) for row in overhead_rows()]
     counted = [row for row in rows if row.operation == overhead.COST_MODEL]
     rows += [replace(row, provider=column) for row in counted for column in overhead.COLUMNS[:2]]
