@@ -166,6 +166,15 @@ void define_cuda(py::module_ m) {
 PYBIND11_MODULE(_segadv_emulated, m) {
   define_cuda(m);
   m.def("seed", emulation::seed);
+#if defined(SEGADV_PTX)
+  m.def("on_launch", [](const py::function& told) {
+    auto* kept = new py::function(told);  // never freed: at the end of the process there is no interpreter any more
+    emulation::on_launch = [kept](uintptr_t kernel, unsigned blocks, unsigned threads, const std::string& parameters) {
+      const py::gil_scoped_acquire held;
+      (*kept)(kernel, blocks, threads, py::bytes(parameters));
+    };
+  });
+#endif
 }
 
 #else

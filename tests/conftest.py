@@ -19,10 +19,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-GPU = torch.cuda.is_available()
-if not GPU:  # Triton reads it when it is imported: then its kernels run in its interpreter
+COMPILED = os.environ.get("SEGADV_TEST_COMPILED") == "1"  # see compiled.py
+GPU = torch.cuda.is_available() and not COMPILED
+if not (GPU or COMPILED):  # Triton reads it when it is imported: then its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+import compiled  # noqa: E402
 import emulated  # noqa: E402
 import interpreter  # noqa: E402
 
@@ -32,7 +34,7 @@ from segadv.ops import backends  # noqa: E402
 from segadv.ops.common import check_labels  # noqa: E402
 from segadv.ops.cuda import CudaKernels  # noqa: E402
 
-if not GPU:
+if not (GPU or COMPILED):
     interpreter.make_faster()
 import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
 
@@ -74,10 +76,27 @@ class EmulatedKernels(CudaKernels):
         return super().confusion_matrix(logits, labels, ignore_index, align_corners, per_image)
 
 
-backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load())
+class CompiledKernels(EmulatedKernels):
+    """The same, as nvcc has compiled them for a GPU."""
+
+    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
+        workspace = torch.full((workspace_bytes,), 255, dtype=torch.uint8)
+        try:
+            self.core.alive.append(workspace)
+            kernel(*arguments, workspace.data_ptr(), 0)
+        finally:
+            self.core.alive.clear()
+
 
 # All run on the CPU, Triton in its interpreter; where there is a GPU, Triton on it, and the native backend on both.
 BACKENDS = ("native", "reference", "triton", "cuda-emulated")
+if not COMPILED:
+    backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load())
+else:
+    BACKENDS = ("triton", "cuda-emulated") if compiled.nvcc() else ("triton",)
+    backends.BACKENDS["triton"] = compiled.CompiledTriton()
+    if compiled.nvcc():
+        backends.BACKENDS["cuda-emulated"] = CompiledKernels(compiled.load())
 NATIVE_ON_GPU = "native-on-gpu"
 ON_GPU = ("triton", NATIVE_ON_GPU) if GPU else ()
 if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:
@@ -129,6 +148,12 @@ def slow(backend: str) -> bool:
 
 
 @pytest.fixture
+def interpreted(backend: str) -> bool:
+    """Whether the backend is Triton in its interpreter, whose arithmetic is not a GPU's everywhere."""
+    return backend == "triton" and not (GPU or COMPILED)
+
+
+@pytest.fixture
 def largest(slow: bool) -> int:
     """The largest height and width of random cases."""
     return SLOW_SIZE if slow else 40
@@ -138,7 +163,8 @@ def largest(slow: bool) -> int:
 def _same_random_numbers(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     # The order of the emulated threads: every test has its own, the same on every run.
-    emulated.load().seed(zlib.crc32(request.node.nodeid.encode()))
+    if not COMPILED:
+        emulated.load().seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(scope="module")

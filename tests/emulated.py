@@ -60,10 +60,12 @@ def run(*command: str) -> None:
 
 
 @cache
-def load() -> ModuleType:
-    """The extension _segadv_emulated: the functions of _segadv_native.cuda, and seed(number)."""
+def load(*flags: str) -> ModuleType:
+    """The extension _segadv_emulated: the functions of _segadv_native.cuda, and seed(number). With -DSEGADV_PTX its
+    kernels are not here, and it tells of launches: on_launch(function)."""
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-fvisibility=hidden")
-    path = build((*KERNELS, ROOT / "csrc" / "binding.cpp"), "_segadv_emulated.so", *includes, link=("-shared",))
+    sources = (*KERNELS, ROOT / "csrc" / "binding.cpp")
+    path = build(sources, "_segadv_emulated.so", *includes, *flags, link=("-shared",))
     spec = importlib.util.spec_from_file_location("_segadv_emulated", path)
     assert spec is not None
     assert spec.loader is not None

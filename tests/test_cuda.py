@@ -79,8 +79,7 @@ def test_every_walk_gives_the_native_result(
     """Many blocks in every direction, against the native backend."""
     z, y = case(own, size, torch.float32, "contiguous" if layout == "shifted" else layout)
     if layout == "shifted":  # dense, but not at a multiple of 16 bytes
-        z = torch.cat([torch.zeros(1), z.detach().flatten()])[1:].view(z.shape).requires_grad_()
-        y = torch.cat([torch.zeros(1, dtype=y.dtype), y.flatten()])[1:].view(y.shape)
+        z, y = oracle.shifted(z.detach()).requires_grad_(), oracle.shifted(y)
     with segadv.backend("native"):
         expected = everything(z, y, align_corners=align_corners)
         matrix = F.confusion_matrix(z, y, per_image=True, align_corners=align_corners)

@@ -189,12 +189,12 @@ def test_many_pixels(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_of_half_precision(backend: str, slow: bool, dtype: torch.dtype) -> None:
+def test_every_number_of_half_precision(interpreted: bool, dtype: torch.dtype) -> None:
     """As a logit; and what lies between two of them, as a gradient: rounded to nearest, ties to even."""
     numbers = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 256, 256)
     half = 2**15 if dtype is torch.bfloat16 else 2**12
     distances = [1, half - 1, half, half + 1]
-    if backend == "triton" and slow and dtype is torch.bfloat16:
+    if interpreted and dtype is torch.bfloat16:
         # tl.load and tl.store in its interpreter take subnormal bfloat16 for 0, and cut float32 off instead of rounding
         numbers = numbers.where(numbers.isfinite() & (numbers.abs() >= torch.finfo(dtype).tiny), 1)
         distances = distances[:2]  # where both are the same
@@ -312,6 +312,26 @@ def test_outgoing_gradients_of_any_strides(backend: str, own: tuple[int, int]) -
             (grad,) = torch.autograd.grad(value, z, outgoing, retain_graph=True)
             (expected,) = torch.autograd.grad(value, z, outgoing.contiguous(), retain_graph=True)
             assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("own", [(8, 16), (3, 4)])
+@pytest.mark.parametrize("moved", ["logits", "labels", "outgoing gradient"])
+def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: str) -> None:
+    """With sizes that wide loads and stores serve: the same results, sums to rounding."""
+    z, y, outgoing = torch.randn(2, 4, *own), torch.randint(0, 4, (2, 8, 16)).to(torch.uint8), torch.randn(2, 8, 16)
+
+    def everything(z: Tensor, y: Tensor, outgoing: Tensor) -> list[Tensor]:
+        leaf = z.requires_grad_()
+        values = F.pixel_margin(leaf, y), F.cross_entropy(leaf, y, reduction="none")
+        grads = [torch.autograd.grad(value, leaf, outgoing)[0] for value in values]
+        sums = (*F.gain_and_grad(leaf, y), *F.loss_and_grad(leaf, y, loss="segpgd", step=1, steps=4))
+        return [*values, *grads, *sums, F.argmax_labels(leaf, (8, 16)), F.confusion_matrix(leaf, y)]
+
+    expected = everything(z, y, outgoing)
+    given = {"logits": z.detach(), "labels": y, "outgoing gradient": outgoing}
+    results = everything(*(oracle.shifted(t) if name == moved else t for name, t in given.items()))
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
 def test_an_outgoing_nan_reaches_its_logits_alone(backend: str) -> None:

@@ -57,6 +57,22 @@ def test_newton_step(backend: str, dtype: torch.dtype, layout: str) -> None:
         assert adversarial.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_memory_that_begins_anywhere(backend: str, moved: int) -> None:
+    """With sizes that wide loads and stores serve."""
+    given = [torch.rand(2, 3, 8, 16), torch.randn(2, 3, 8, 16), torch.rand(2, 3, 8, 16)]
+    images, grad, origin = (oracle.shifted(t) if i == moved else t for i, t in enumerate(given))
+    gain = torch.tensor([3.0, -2.0])
+    norm = grad.abs().sum((1, 2, 3))
+    adversarial, eps = F.newton_step(images, grad, gain)
+    torch.testing.assert_close(eps, gain / norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(F.l1_norm(grad), norm, rtol=1e-6, atol=0)
+    expected = (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1)
+    torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-7)
+    expected = torch.clamp(images + 0.1 * grad.sign(), origin - 0.3, origin + 0.3).clamp(0, 1)
+    torch.testing.assert_close(F.sign_step(images, grad, 0.1, origin=origin, eps=0.3), expected, rtol=0, atol=1e-7)
+
+
 def test_newton_step_options(backend: str) -> None:
     images, grad = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, 1, 2, 2)
     gain = torch.tensor([-0.4, 0.04, 4.0])

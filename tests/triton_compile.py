@@ -36,16 +36,21 @@ from segadv.ops.triton_kernels import (
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def record(calls: list[Call]) -> None:
-    """From now on a launch is only written down; block sizes are those of a GPU."""
-
-    def launch(kernel: Any, programs: Any, like: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        calls.append((kernel, arguments, options | {"enable_fp_fusion": True}))
-
+def replace_launches(launch: Any) -> None:
+    """From now on a launch is what is given; block sizes are those of a GPU."""
     for module in (tiles, margin, cross_entropy, gradient, confusion, step):
         module.launch = launch
         if hasattr(module, "config"):
             module.config = lambda kernel, device: configs._DEFAULT[kernel]
+
+
+def record(calls: list[Call]) -> None:
+    """From now on a launch is only written down."""
+
+    def launch(kernel: Any, programs: Any, like: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        calls.append((kernel, arguments, options | {"enable_fp_fusion": True}))
+
+    replace_launches(launch)
 
 
 def operations(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Any]]:
@@ -111,15 +116,14 @@ def operations(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, Any]]:
 
 def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton would compile at this call, specialised as it does."""
-    by_name = dict(zip(kernel.arg_names, arguments, strict=False))
     settings = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    by_name |= {name: value for name, value in options.items() if name in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = by_name[parameter.name]
+    for position, value in values_of(kernel, arguments, options).items():
+        parameter = kernel.params[position]
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[(position,)] = "constexpr", value
         else:
@@ -127,6 +131,16 @@ def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
             if value % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), settings
+
+
+def values_of(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[int, Any]:
+    """What every parameter of the kernel is, by position."""
+    by_name = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    return {position: by_name[parameter.name] for position, parameter in enumerate(kernel.params)}
+
+
+def compile_for(compiled: ASTSource, name: str, settings: dict[str, Any]) -> Any:
+    return triton.compile(compiled, target=target(name), options=settings)
 
 
 TYPES = {
@@ -190,7 +204,7 @@ def main() -> int:
                 if compiled.hash() in seen:
                     continue
                 seen.add(compiled.hash())
-                result = triton.compile(compiled, target=target(name), options=settings)
+                result = compile_for(compiled, name, settings)
                 usage = resources(result.asm["cubin"]) if "cubin" in result.asm else f"{len(result.asm['hsaco'])} bytes"
                 conversions = conversions_in_loops(result.asm["ttgir"])
                 print(f"{name} | {what} | {kernel.__name__} | {usage} | {conversions} conversions", flush=True)

@@ -19,7 +19,7 @@
 namespace segadv::cuda {
 
 #if defined(SEGADV_EMULATED)
-constexpr int kThreads = 64;
+constexpr int kThreads = emulation::kThreads;
 #else
 constexpr int kThreads = 128;
 #endif
@@ -35,7 +35,7 @@ Error launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, in
   if (blocks > INT32_MAX) return {1, name, "the tensors are too large: more than 2^31 - 1 blocks"};
 #if defined(SEGADV_EMULATED)
   (void)stream;
-  const char* message = emulation::run(name, static_cast<unsigned>(blocks), kThreads, [&] { kernel(arguments...); });
+  const char* message = emulation::launch(name, kernel, static_cast<unsigned>(blocks), arguments...);
   return message == nullptr ? Error{} : Error{1, name, message};
 #else
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);

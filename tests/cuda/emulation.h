@@ -7,6 +7,7 @@
 // another seed. A thread that ends, or waits elsewhere, while others wait for it is an error.
 #pragma once
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -38,6 +39,11 @@ inline EmulatedIndex threadIdx, blockIdx, gridDim;
 
 namespace segadv::emulation {
 
+#if defined(SEGADV_PTX)
+constexpr int kThreads = 128;  // of a block, as on a GPU
+#else
+constexpr int kThreads = 64;
+#endif
 constexpr size_t kStack = size_t{256} << 10;
 constexpr unsigned kLanes = 32;
 
@@ -197,6 +203,38 @@ const char* run(const char* kernel, unsigned blocks, unsigned threads, Body&& bo
   }
   return nullptr;
 }
+
+#if defined(SEGADV_PTX)
+
+// What is compiled here of a kernel is then its address only: someone else, who has it as PTX, is told of the launch.
+// (address in this library, blocks, threads of a block, parameters as a GPU gets them)
+inline std::function<void(uintptr_t, unsigned, unsigned, const std::string&)> on_launch;
+
+template <class T>
+void append(std::string& bytes, const T& value) {
+  bytes.resize((bytes.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  bytes.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(const char*, void (*kernel)(Parameters...), unsigned blocks, const Arguments&... arguments) {
+  std::string parameters;
+  (append<Parameters>(parameters, arguments), ...);
+  Dl_info library;
+  dladdr(reinterpret_cast<void*>(kernel), &library);
+  on_launch(reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase), blocks, kThreads,
+            parameters);
+  return nullptr;
+}
+
+#else
+
+template <class... Parameters, class... Arguments>
+const char* launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, const Arguments&... arguments) {
+  return run(name, blocks, kThreads, [&] { kernel(arguments...); });
+}
+
+#endif
 
 // Hands in a value and waits for the whole warp, whose lanes must all do the same; gives what all of them handed in.
 template <class T>
