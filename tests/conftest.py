@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-COMPILED = os.environ.get("SEGADV_TEST_COMPILED") == "1"  # see compiled.py
+COMPILED = os.environ.get("SEGADV_TEST_COMPILED")  # see compiled.py
 GPU = torch.cuda.is_available() and not COMPILED
 if not (GPU or COMPILED):  # Triton reads it when it is imported: then its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
@@ -106,7 +106,7 @@ if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:
 # others: fewer and smaller random cases suffice them. On a GPU Triton compiles 15 kernels for a case: fewer, too.
 SLOW = ("cuda-emulated",) if GPU else ("triton", "cuda-emulated")
 FEW = ("triton", "cuda-emulated")
-FEW_SEEDS = 4
+FEW_SEEDS = 1 if COMPILED == "few" else 4
 SLOW_SIZE = 12
 
 
