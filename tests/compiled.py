@@ -1,10 +1,10 @@
 """The kernels that Triton and nvcc compile for a GPU, on a machine without one: ptx.py executes what they made.
 
-With SEGADV_TEST_COMPILED=1 the tests' backends `triton` and, where there is an nvcc, `cuda-emulated` run this code, and
-no other backend is tested:
+With SEGADV_TEST_COMPILED=all the tests' backends `triton` and, where there is an nvcc, `cuda-emulated` run this code,
+and no other backend is tested ("few": random cases of one seed only):
 
-    SEGADV_TEST_COMPILED=1 pytest tests/test_margin.py tests/test_cross_entropy.py tests/test_confusion.py \
-        tests/test_step.py
+    SEGADV_TEST_COMPILED=all pytest tests/test_step.py tests/test_margin.py tests/test_cross_entropy.py \
+        tests/test_confusion.py
 
 Compiled for compute capability 9.0. Compiling takes longer than the tests; Triton keeps what it has compiled in its
 cache, nvcc's lies in build/ptx.
@@ -133,7 +133,7 @@ def _name_on_the_host(name: str) -> str:
     found = re.fullmatch(r"(.*?)(\d+)(_GLOBAL__N__.*)", name)
     assert found is not None, name
     head, length, rest = found.groups()
-    return f"{head}12_GLOBAL__N_1{rest[int(length):]}"
+    return f"{head}12_GLOBAL__N_1{rest[int(length) :]}"
 
 
 def _remember_tensors(tensors: list[torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 All threads of a grid go through the code together, with a NumPy array for every register; those that branch to a later
 place wait until the others have come as far. No model of a GPU's scheduling, caches or speed: it shows what a kernel
-computes, and raises `Fault` for what a GPU would refuse, or for what would depend on the order of its threads:
+computes, and raises `KernelError` for what a GPU would refuse, or for what would depend on the order of its threads:
 
 * memory outside of the given tensors, and addresses that are not a multiple of an access's size;
 * memory that one thread writes and another one reads or writes without a barrier between them (of two that write the
@@ -37,7 +37,7 @@ Run = Callable[["Machine", Array], None]
 Read = Callable[["Machine"], Array]
 
 
-class Fault(RuntimeError):
+class KernelError(RuntimeError):
     """What a GPU would refuse, or what depends on the order of threads."""
 
 
@@ -203,8 +203,9 @@ class Region:
         writer = self.writer[at]
         bad = (writer >= 0) & (writer != thread) & ~clock.is_between(writer, writer, self.written[at], thread)
         if bad.any():
-            raise Fault(f"{what}: thread {thread[bad][0]} reads what thread {writer[bad][0]} has written, without a "
-                        "barrier between")  # fmt: skip
+            raise KernelError(
+                f"{what}: thread {thread[bad][0]} reads what thread {writer[bad][0]} wrote, without a barrier between"
+            )
         self._add_readers(at, thread, now, clock)
 
     def _add_readers(self, at: Array, thread: Array, now: Array, clock: Clock) -> None:
@@ -227,8 +228,9 @@ class Region:
             bad = (high >= 0) & ((low != thread) | (high != thread)) & ~clock.is_between(low, high, time[at], thread)
             if bad.any():
                 other = np.where(low != thread, low, high)[bad][0]
-                raise Fault(f"{what}: thread {thread[bad][0]} writes where thread {other} {did}, without a barrier "
-                            "between")  # fmt: skip
+                raise KernelError(
+                    f"{what}: thread {thread[bad][0]} writes where thread {other} {did}, without a barrier between"
+                )
         self.writer[at] = thread
         self.written[at] = clock.now(thread)
         self.first[at] = self.last[at] = -1
@@ -247,7 +249,7 @@ class Memory:
         """(region, which of the addresses lie in it, their offsets) for each."""
         odd = addresses % np.uint64(size) != 0
         if odd.any():
-            raise Fault(f"{what}: the address {int(addresses[odd][0]):#x} is not a multiple of {size}")
+            raise KernelError(f"{what}: the address {int(addresses[odd][0]):#x} is not a multiple of {size}")
         index = np.searchsorted(self.starts, addresses, side="right") - 1
         outside = index < 0 if len(self.starts) else np.ones(len(addresses), np.bool_)
         if len(self.starts):
@@ -256,8 +258,9 @@ class Memory:
             bad = int(addresses[outside][0])
             near = min(((bad - int(start), len(r.values)) for start, r in zip(self.starts, self.regions, strict=True)),
                        key=lambda entry: abs(entry[0]), default=("?", "no memory"))  # fmt: skip
-            raise Fault(f"{what}: {int(outside.sum())} threads are outside of the memory they were given, one at byte "
-                        f"{near[0]} of {near[1]}")  # fmt: skip
+            raise KernelError(
+                f"{what}: {int(outside.sum())} threads are outside of the memory, one at byte {near[0]} of {near[1]}"
+            )
         first = int(index[0])
         if (index == first).all():
             return [(self.regions[first], slice(None), (addresses - self.starts[first]).astype(np.int64))]
@@ -285,7 +288,7 @@ class Memory:
                 at = offsets // size + i
                 numbers[at] = value[inside]
                 if (numbers[at] != value[inside]).any():
-                    raise Fault(f"{what}: threads write different values to one place")
+                    raise KernelError(f"{what}: threads write different values to one place")
 
 
 def _each_byte(offsets: Array, size: int, thread: Array) -> tuple[Array, Array]:
@@ -377,7 +380,9 @@ class Machine:
         arrived = of_block.any(1)
         if (arrived != of_block.all(1)).any():
             block = int(np.flatnonzero(arrived != of_block.all(1))[0])
-            raise Fault(f"{self.kernel.name}: threads of block {block} have ended, others wait for them at a barrier")
+            raise KernelError(
+                f"{self.kernel.name}: threads of block {block} have ended, others wait for them at a barrier"
+            )
         self.clock.of_block += arrived
         waiting[:] = False
 
@@ -396,7 +401,7 @@ class Machine:
         named = np.broadcast_to(members, (self.n,)) >> self.lane.astype(np.uint32) & np.uint32(1)
         arrived = np.repeat(active.reshape(-1, WARP).any(1), WARP)
         if (active != (arrived & (named != 0)))[arrived].any():
-            raise Fault("an instruction for a warp names lanes that are elsewhere, or not all that are here")
+            raise KernelError("an instruction for a warp names lanes that are elsewhere, or not all that are here")
 
 
 # --- instructions ---------------------------------------------------------------------------------------------------
@@ -506,9 +511,9 @@ def _halves(kind: str, *given: Array) -> list[Array]:
 
 def _comparison(name: str) -> Callable[[Array, Array], Array]:
     if name == "num":
-        return lambda a, b: (a == a) & (b == b)  # noqa: PLR0124
+        return lambda a, b: (a == a) & (b == b)
     if name == "nan":
-        return lambda a, b: (a != a) | (b != b)  # noqa: PLR0124
+        return lambda a, b: (a != a) | (b != b)
     if name[-1] == "u":  # or unordered
         opposite = _COMPARE[{"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}[name[:-1]]]
         if name == "equ":
@@ -517,7 +522,7 @@ def _comparison(name: str) -> Callable[[Array, Array], Array]:
             return np.not_equal
         return lambda a, b: ~opposite(a, b)
     if name == "ne":
-        return lambda a, b: (a != b) & (a == a) & (b == b)  # noqa: PLR0124
+        return lambda a, b: (a != b) & (a == a) & (b == b)
     return _COMPARE[name]
 
 
@@ -528,7 +533,8 @@ _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
 
 @cache
 def _fma_functions() -> tuple[Any, Any]:
-    library = ctypes.CDLL(str(emulated.build([emulated.ROOT / "tests" / "cuda" / "fma.cpp"], "fma.so", link=("-shared",))))
+    source = emulated.ROOT / "tests" / "cuda" / "fma.cpp"
+    library = ctypes.CDLL(str(emulated.build([source], "fma.so", link=("-shared",))))
     return library.fma32, library.fma64
 
 
@@ -743,13 +749,13 @@ def _add(memory: Memory, addresses: Array, given: Array, what: str) -> Array:
 def _in_window(machine: Machine, addresses: Array, size: int, active: Array, what: str, stores: bool) -> Array:
     """Addresses in the shared memory of the threads' own blocks; what is read has to be written before."""
     if (addresses + np.uint64(size) > machine.shared_bytes).any():
-        raise Fault(f"{what}: outside of {machine.shared_bytes} bytes of shared memory")
+        raise KernelError(f"{what}: outside of {machine.shared_bytes} bytes of shared memory")
     block = machine.block[active]
     each = (np.repeat(block, size), (addresses.astype(np.int64)[:, None] + np.arange(size)).ravel())
     if stores:
         machine.is_written[each] = True
     elif not machine.is_written[each].all():
-        raise Fault(f"{what}: shared memory is read that nobody has written")
+        raise KernelError(f"{what}: shared memory is read that nobody has written")
     return addresses + (block << _WINDOW).astype(np.uint64)
 
 
@@ -811,7 +817,7 @@ def _matrix(kernel: Kernel, parts: Sequence[str], operands: Sequence[str]) -> Ru
             raise NotImplementedError(f"{what}, by a part of the threads")
         rows = address(machine)
         if (rows[machine.lane < 8 * len(registers)] % np.uint64(16)).any():
-            raise Fault(f"{what}: the address of a row is not a multiple of 16")
+            raise KernelError(f"{what}: the address of a row is not a multiple of 16")
         first, second = machine.lane // 4, 2 * (machine.lane % 4)
         for k in range(len(registers)):
             halves = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,32 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = [f"tests/test_{name}.py" for name in ("step", "margin", "cross_entropy", "confusion")]
+CONTRACT = [f"tests/test_{name}.py" for name in ("cross_entropy", "margin", "confusion", "step")]
 
 
-@pytest.mark.parametrize("backend_name", ["triton", "cuda-emulated"])
-def test_contract(backend_name: str) -> None:
-    """The contract's tests, in a process of their own, where Triton compiles."""
-    if backend_name == "cuda-emulated" and not compiled.nvcc():
-        pytest.skip("there is no nvcc")
+def test_contract() -> None:
+    """The contract's tests, in processes of their own, where Triton compiles; but for a few that take long to compile,
+    and random cases of one seed. CUDA where there is an nvcc."""
     environment = os.environ | {"SEGADV_TEST_COMPILED": "few", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-k", backend_name]
-    result = subprocess.run([*command, *CONTRACT], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+
+    def run(part: tuple[str, list[str]]) -> int:
+        backend, files = part
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        command += ["-k", f"{backend} and not gradcheck and not far_from_each_other"]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+        passed = re.search(r"(\d+) passed, \d+ deselected in", result.stdout)
+        assert passed is not None, result.stdout[-1000:]
+        return int(passed[1])
+
+    parts = [("triton", CONTRACT[:1]), ("triton", CONTRACT[1:])]
+    if compiled.nvcc():
+        parts.append(("cuda-emulated", CONTRACT))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        numbers = list(pool.map(run, parts))
+    assert sum(numbers[:2]) > 200
+    assert numbers[2:] in ([], [sum(numbers[:2])])
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -125,8 +140,8 @@ def test_shared_memory_between_barriers() -> None:
 @pytest.mark.parametrize(
     ("barrier", "barrier_after", "message"),
     [
-        ("", "setp.lt.s32 %p1, %r2, 0;", "that nobody has written|reads what thread .* has written, without a barrier"),
-        ("bar.warp.sync -1;", "setp.lt.s32 %p1, %r2, 0;", "reads what thread 63 has written, without a barrier"),
+        ("", "setp.lt.s32 %p1, %r2, 0;", "that nobody has written|reads what thread .* wrote, without a barrier"),
+        ("bar.warp.sync -1;", "setp.lt.s32 %p1, %r2, 0;", "reads what thread 63 wrote, without a barrier"),
         ("bar.sync 0;", "setp.ge.s32 %p1, %r2, 0;", "thread 0 writes where thread 63 read, without a barrier"),
         ("bar.sync 0;", "setp.ge.s32 %p1, %r2, 0; bar.warp.sync -1;", "thread 0 writes where thread 63 read"),
         ("setp.lt.s32 %p2, %r2, 40; @%p2 bar.sync 0;", "setp.lt.s32 %p1, %r2, 0;", "thread .* without a barrier|guard"),
@@ -134,16 +149,16 @@ def test_shared_memory_between_barriers() -> None:
     ],
 )  # fmt: skip
 def test_missing_barriers_are_found(barrier: str, barrier_after: str, message: str) -> None:
-    with pytest.raises((ptx.Fault, NotImplementedError), match=message):
+    with pytest.raises((ptx.KernelError, NotImplementedError), match=message):
         run(REVERSE.format(barrier=barrier, barrier_after=barrier_after))
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("ld.global.u32 %r5, [%rd1+512];", r"64 threads are outside of the memory .* at byte 512 of 512"),
+        ("ld.global.u32 %r5, [%rd1+512];", r"64 threads are outside of the memory, one at byte 512 of 512"),
         ("ld.global.u32 %r5, [%rd1+508];", r"63 threads are outside"),
-        ("ld.global.u32 %r5, [%rd1+-8];", r"1 threads are outside of the memory .* at byte -8 of 512"),
+        ("ld.global.u32 %r5, [%rd1+-8];", r"1 threads are outside of the memory, one at byte -8 of 512"),
         ("st.global.u64 [%rd2+4], %rd3;", "is not a multiple of 8"),
         ("ld.global.v4.u32 {%r5, %r6, %r7, %r8}, [%rd1];", "is not a multiple of 16"),
         ("ld.shared.u32 %r5, [%r4];", "shared memory is read that nobody has written"),
@@ -156,16 +171,16 @@ def test_missing_barriers_are_found(barrier: str, barrier_after: str, message: s
     ],
 )  # fmt: skip
 def test_faults(body: str, message: str) -> None:
-    with pytest.raises(ptx.Fault, match=message):
+    with pytest.raises(ptx.KernelError, match=message):
         run(body)
 
 
 def test_blocks_have_no_barrier_between_them() -> None:
     """Two blocks that write the same numbers to the same place, and one that reads what the other writes."""
-    with pytest.raises(ptx.Fault, match="thread 0 writes where thread 64 read"):
+    with pytest.raises(ptx.KernelError, match="thread 0 writes where thread 64 read"):
         run("ld.global.u32 %r5, [%rd2]; setp.eq.s32 %p1, %r2, 0; mov.u32 %r6, %ctaid.x; setp.eq.s32 %p2, %r6, 0;"
             "and.pred %p1, %p1, %p2; @%p1 st.global.u32 [%rd2], %r2;", blocks=2)  # fmt: skip
-    with pytest.raises(ptx.Fault, match="thread 0 reads what thread 64 has written|writes where thread"):
+    with pytest.raises(ptx.KernelError, match=r"thread 0 reads what thread 64 wrote|writes where thread"):
         run("setp.eq.s32 %p1, %r2, 0; mov.u32 %r6, %ctaid.x; setp.eq.s32 %p2, %r6, 1; and.pred %p1, %p1, %p2;"
             "@%p1 st.global.u32 [%rd2], %r2; bar.sync 0; ld.global.u32 %r5, [%rd2];", blocks=2)  # fmt: skip
 
@@ -224,7 +239,8 @@ def quotient(a: int, b: int) -> int:
         ("popc.b32 %r7, %r5;", lambda a, b: a.bit_count()),
         ("bfe.u32 %r7, %r5, 3, 9;", lambda a, b: a >> 3 & 511),
         ("bfe.s32 %r7, %r5, 3, 2;", lambda a, b: (a >> 3 & 1) - (a >> 4 & 1) * 2),
-        ("prmt.b32 %r7, %r5, %r6, 0x7302;", lambda a, b: a >> 16 & 255 | (a & 255) << 8 | (a >> 24) << 16 | b >> 24 << 24),
+        ("prmt.b32 %r7, %r5, %r6, 0x7302;",
+         lambda a, b: a >> 16 & 255 | (a & 255) << 8 | (a >> 24) << 16 | b >> 24 << 24),
         ("prmt.b32 %r7, %r5, 0, 0xBBB3;", lambda a, b: a >> 24 | (0xFFFFFF00 if a >> 31 else 0)),
         ("add.s16x2 %r7, %r5, %r6;", lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16),
         ("setp.lt.s32 %p1, %r5, %r6; selp.b32 %r7, 7, 9, %p1;", lambda a, b: 7 if signed(a) < signed(b) else 9),
@@ -256,10 +272,10 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 @pytest.mark.parametrize("name", [*COMPARISONS, *(f"{name}u" for name in COMPARISONS), "num", "nan"])
 def test_comparisons_of_numbers(name: str) -> None:
     def expected(a: float, b: float) -> bool:
-        unordered = a != a or b != b  # noqa: PLR0124
+        unordered = a != a or b != b
         if name in ("num", "nan"):
             return unordered == (name == "nan")
-        return name.endswith("u") if unordered else eval(f"a {COMPARISONS[name.removesuffix('u')]} b")  # noqa: S307
+        return name.endswith("u") if unordered else eval(f"a {COMPARISONS[name.removesuffix('u')]} b")
 
     found = of_pairs(f"setp.{name}.f32 %p1, %f5, %f6; selp.b32 %r7, 1, 0, %p1;", NUMBER_PAIRS)
     assert found.astype(bool).tolist() == [expected(float(a), float(b)) for a, b in NUMBER_PAIRS]
