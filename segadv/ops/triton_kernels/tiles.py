@@ -282,7 +282,7 @@ def tiles(
     H, W = size_out
     up = (h, w) != (H, W)
     tuned = config("pixels_up" if up else "pixels", device)
-    chunks, quad_rows = 1, False
+    block, chunks, quad_rows = tuned.block, 1, False
     if up:
         check_sizes(size, size_out, strides[0])
         rows = largest_quad(h, H, align_corners)
@@ -294,15 +294,20 @@ def tiles(
     else:
         if not up and all(stride[-2] == stride[-1] * W for stride in strides):  # rows follow each other without a gap
             h, w, H, W = 1, H * W, 1, H * W
-        block_y = max(1, min(power_of_two(H), tuned.block // power_of_two(W)))
+        per_thread = max(1, 16 // dtype.itemsize)  # 16 bytes of logits
+        if not up and strides[0][-1] > 1:
+            # channels_last: a thread takes one pixel. Of a class it reads a part of a sector of 32 bytes, and the rest,
+            # the next classes', has to stay in the L1 cache: 64 KB for 2048 threads (an expectation, not measured).
+            block, per_thread = max(32, block // per_thread), 1
+        block_y = max(1, min(power_of_two(H), block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
-    block_x = max(2 if up else 1, min(power_of_two(W), tuned.block // block_y))
+    block_x = max(2 if up else 1, min(power_of_two(W), block // block_y))
     if up:  # four taps per pixel, or float64, would not fit the registers of as few threads
         warps = tuned.num_warps * (1 if quad_rows else 2) * (2 if dtype is torch.float64 else 1)
     else:
-        # 16 bytes of logits for every thread. More would take every second 16 bytes at once, and what is computed in
-        # one layout be stored in another: through shared memory and a barrier, once per class.
-        warps = min(max(1, block_y * block_x * dtype.itemsize // (16 * 32)), 32)
+        # More pixels of a thread would take every second 16 bytes at once, and what is computed in one layout be stored
+        # in another: through shared memory and a barrier, once per class.
+        warps = min(max(1, block_y * block_x // (32 * per_thread)), 32)
     tiles_x = triton.cdiv(W, block_x)
     return Tiles(
         sizes=(c, h, w, H, W),
