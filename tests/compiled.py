@@ -151,6 +151,21 @@ def _remember_tensors(tensors: list[torch.Tensor]) -> None:
     kernels.row = remembering(kernels.row)
 
 
+class CompiledCuda(emulated.EmulatedKernels):
+    """The native backend of a GPU, for CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(load())
+
+    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
+        workspace = torch.full((workspace_bytes,), 255, dtype=torch.uint8)
+        try:
+            self.core.alive.append(workspace)
+            kernel(*arguments, workspace.data_ptr(), 0)
+        finally:
+            self.core.alive.clear()
+
+
 @cache
 def load() -> ModuleType:
     """The functions of _segadv_native.cuda, their kernels executed as PTX; and `alive`, the tensors that they may

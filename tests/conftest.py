@@ -8,7 +8,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,72 +30,21 @@ import interpreter  # noqa: E402
 import segadv  # noqa: E402
 from segadv.compat import import_torchvision  # noqa: E402
 from segadv.ops import backends  # noqa: E402
-from segadv.ops.common import check_labels  # noqa: E402
-from segadv.ops.cuda import CudaKernels  # noqa: E402
 
 if not (GPU or COMPILED):
     interpreter.make_faster()
 import_torchvision()  # before a test imports torchmetrics, transformers or timm, which import it where it is there
 
 
-class EmulatedKernels(CudaKernels):
-    """The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
-
-    Whether they stay inside their workspace is looked at; on a GPU nobody sees it. As everywhere on the CPU, a bad
-    label is an error.
-    """
-
-    check_labels = staticmethod(check_labels)
-
-    def unavailable(self, device_type: str) -> str | None:
-        return None if device_type == "cpu" else "it is made for CPU tensors"
-
-    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
-        workspace = torch.full((workspace_bytes + 65536,), 255, dtype=torch.uint8)  # NaN, and -1
-        kernel(*arguments, workspace.data_ptr() if workspace_bytes else 0, 0)
-        behind = int((workspace[workspace_bytes:] != 255).sum())
-        assert behind == 0, f"{kernel.__name__} wrote {behind} bytes behind its workspace of {workspace_bytes}"
-
-    def _pixels(
-        self,
-        kernel: Any,
-        size: Any,
-        labels: torch.Tensor,
-        ignore_index: int,
-        align_corners: bool,
-        *arguments: Any,
-    ) -> None:
-        self.check_labels(labels, size[1], ignore_index)
-        super()._pixels(kernel, size, labels, ignore_index, align_corners, *arguments)
-
-    def confusion_matrix(
-        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, align_corners: bool, per_image: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.check_labels(labels, logits.shape[1], ignore_index)
-        return super().confusion_matrix(logits, labels, ignore_index, align_corners, per_image)
-
-
-class CompiledKernels(EmulatedKernels):
-    """The same, as nvcc has compiled them for a GPU."""
-
-    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
-        workspace = torch.full((workspace_bytes,), 255, dtype=torch.uint8)
-        try:
-            self.core.alive.append(workspace)
-            kernel(*arguments, workspace.data_ptr(), 0)
-        finally:
-            self.core.alive.clear()
-
-
 # All run on the CPU, Triton in its interpreter; where there is a GPU, Triton on it, and the native backend on both.
 BACKENDS = ("native", "reference", "triton", "cuda-emulated")
 if not COMPILED:
-    backends.BACKENDS["cuda-emulated"] = EmulatedKernels(emulated.load())
+    backends.BACKENDS["cuda-emulated"] = emulated.EmulatedKernels(emulated.load())
 else:
     BACKENDS = ("triton", "cuda-emulated") if compiled.nvcc() else ("triton",)
     backends.BACKENDS["triton"] = compiled.CompiledTriton()
     if compiled.nvcc():
-        backends.BACKENDS["cuda-emulated"] = CompiledKernels(compiled.load())
+        backends.BACKENDS["cuda-emulated"] = compiled.CompiledCuda()
 NATIVE_ON_GPU = "native-on-gpu"
 ON_GPU = ("triton", NATIVE_ON_GPU) if GPU else ()
 if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:

@@ -14,8 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
+import torch
+
+from segadv.ops.common import check_labels
+from segadv.ops.cuda import CudaKernels
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -72,3 +77,40 @@ def load(*flags: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class EmulatedKernels(CudaKernels):
+    """The CUDA kernels, compiled for the CPU by this test run, their threads one after the other in random order.
+
+    Whether they stay inside their workspace is looked at; on a GPU nobody sees it. As everywhere on the CPU, a bad
+    label is an error.
+    """
+
+    check_labels = staticmethod(check_labels)
+
+    def unavailable(self, device_type: str) -> str | None:
+        return None if device_type == "cpu" else "it is made for CPU tensors"
+
+    def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
+        workspace = torch.full((workspace_bytes + 65536,), 255, dtype=torch.uint8)  # NaN, and -1
+        kernel(*arguments, workspace.data_ptr() if workspace_bytes else 0, 0)
+        behind = int((workspace[workspace_bytes:] != 255).sum())
+        assert behind == 0, f"{kernel.__name__} wrote {behind} bytes behind its workspace of {workspace_bytes}"
+
+    def _pixels(
+        self,
+        kernel: Any,
+        size: Any,
+        labels: torch.Tensor,
+        ignore_index: int,
+        align_corners: bool,
+        *arguments: Any,
+    ) -> None:
+        self.check_labels(labels, size[1], ignore_index)
+        super()._pixels(kernel, size, labels, ignore_index, align_corners, *arguments)
+
+    def confusion_matrix(
+        self, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, align_corners: bool, per_image: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.check_labels(labels, logits.shape[1], ignore_index)
+        return super().confusion_matrix(logits, labels, ignore_index, align_corners, per_image)

@@ -309,6 +309,9 @@ class Machine:
         shared_bytes: of shared memory that the launch adds to what the text declares.
     """
 
+    watch: Callable[[Array, int, Array], None] | None = None
+    """Is told of every access to global memory: addresses, bytes of each, threads."""
+
     def __init__(self, kernel: Kernel, grid: tuple[int, int], threads: int, parameters: bytes,
                  memory: Mapping[int, Array], shared_bytes: int = 0) -> None:  # fmt: skip
         wanted = max((offset + size for offset, size in kernel.parameters.values()), default=0)
@@ -716,6 +719,8 @@ def _memory(kernel: Kernel, parts: Sequence[str], operands: Sequence[str]) -> Ru
             memory = machine.memory
             if space == "shared":
                 memory, at = machine.shared, _in_window(machine, at, size * len(registers), active, what, name == "st")
+            if machine.watch is not None and space == "global":
+                machine.watch(at, size * len(registers), active)
             if takes is not None:
                 given = np.broadcast_to(takes(machine), (machine.n,))[active]
                 old = _add(memory, at, given, what)

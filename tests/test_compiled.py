@@ -46,6 +46,31 @@ def test_contract() -> None:
     assert numbers[2:] in ([], [sum(numbers[:2])])
 
 
+def test_traffic() -> None:
+    """At full resolution memory decides: everything is moved once, 16 bytes for each thread."""
+
+    def run(backend: str) -> list[list[str]]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "tests/traffic.py", backend]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return [line.split(" | ") for line in result.stdout.splitlines()]
+
+    with ThreadPoolExecutor() as pool:
+        for lines in pool.map(run, ["triton", "cuda"] if compiled.nvcc() else ["triton"]):
+            assert len(lines) == 18
+            for _, what, moved, access in lines:
+                # cross-entropy reads logits, newton_step the gradient twice, from the cache where that holds them
+                times = {"loss_and_grad": 3 / 2, "newton_step": 4 / 3}.get(what.split()[0], 1.0)
+                most, least = 1.06, 440
+                if what.startswith("confusion_matrix"):  # whose results are not small, on an image of this size
+                    most, least = 1.3, 300
+                if what.startswith("its backward"):  # reads one outgoing gradient for each pixel, from the cache
+                    most, least = 1.1, 350
+                assert times * 0.99 < float(moved.split()[0]) < times * most, what
+                assert int(access.split()[0]) > least, what
+
+
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 HEAD = """
