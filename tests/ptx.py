@@ -233,7 +233,6 @@ class Region:
                 )
         self.writer[at] = thread
         self.written[at] = clock.now(thread)
-        self.first[at] = self.last[at] = -1
 
 
 class Memory:

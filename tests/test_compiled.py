@@ -193,9 +193,46 @@ def test_missing_barriers_are_found(barrier: str, barrier_after: str, message: s
         ("setp.lt.s32 %p1, %r2, 5; @%p1 redux.sync.add.s32 %r5, %r2, -1;", "lanes that are elsewhere"),
         ("setp.lt.s32 %p1, %r2, 5; @%p1 bar.warp.sync -1;", "lanes that are elsewhere"),
         ("shfl.sync.bfly.b32 %r5, %r2, 1, 31, 15;", "not all that are here"),
+        ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r4], {%r2};", "address of a row is not a multiple of 16"),
     ],
 )  # fmt: skip
 def test_faults(body: str, message: str) -> None:
+    with pytest.raises(ptx.KernelError, match=message):
+        run(body)
+
+
+def test_lanes_of_a_warp_need_a_barrier_too() -> None:
+    body = """
+        st.shared.u32 [%r4], %r2;
+        {}
+        xor.b32 %r5, %r4, 4;        // of the neighbour, 32 bits further
+        ld.shared.u32 %r6, [%r5];
+        st.global.u32 [%rd2], %r6;
+    """
+    assert (run(body.format("bar.warp.sync -1;")) == (np.arange(64) ^ 1)).all()
+    with pytest.raises(ptx.KernelError, match="thread 0 reads what thread 1 wrote"):
+        run(body.format(""))
+
+
+READ = "setp.eq.s32 %p1, %r2, {}; @%p1 ld.shared.u32 %r6, [%r3];"
+WRITE = "setp.eq.s32 %p1, %r2, {}; @%p1 st.shared.u32 [%r3], %r2;"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("ld.shared.u32 %r6, [%r3];" + WRITE.format(63), "thread 63 writes where thread 0 read"),
+        (READ.format(0) + READ.format(63) + WRITE.format(0), "thread 0 writes where thread 63 read"),
+        (READ.format(5) + READ.format(40) + "bar.warp.sync -1;" + WRITE.format(6), "thread 6 writes where thread 5"),
+        (READ.format(5) + "bar.warp.sync -1;" + WRITE.format(6), None),
+        (READ.format(5) + READ.format(40) + "bar.sync 0;" + WRITE.format(6) + WRITE.format(6), None),
+    ],
+)  # fmt: skip
+def test_who_has_read_what_is_written(body: str, message: str | None) -> None:
+    body = WRITE.format(0) + "bar.sync 0;" + body
+    if message is None:
+        run(body)
+        return
     with pytest.raises(ptx.KernelError, match=message):
         run(body)
 
@@ -205,6 +242,9 @@ def test_blocks_have_no_barrier_between_them() -> None:
     with pytest.raises(ptx.KernelError, match="thread 0 writes where thread 64 read"):
         run("ld.global.u32 %r5, [%rd2]; setp.eq.s32 %p1, %r2, 0; mov.u32 %r6, %ctaid.x; setp.eq.s32 %p2, %r6, 0;"
             "and.pred %p1, %p1, %p2; @%p1 st.global.u32 [%rd2], %r2;", blocks=2)  # fmt: skip
+    with pytest.raises(ptx.KernelError, match="thread 0 writes where thread 64 read"):  # its own barrier does not help
+        run("ld.global.u32 %r5, [%rd2]; bar.sync 0; setp.eq.s32 %p1, %r2, 0; mov.u32 %r6, %ctaid.x;"
+            "setp.eq.s32 %p2, %r6, 0; and.pred %p1, %p1, %p2; @%p1 st.global.u32 [%rd2], %r2;", blocks=2)  # fmt: skip
     with pytest.raises(ptx.KernelError, match=r"thread 0 reads what thread 64 wrote|writes where thread"):
         run("setp.eq.s32 %p1, %r2, 0; mov.u32 %r6, %ctaid.x; setp.eq.s32 %p2, %r6, 1; and.pred %p1, %p1, %p2;"
             "@%p1 st.global.u32 [%rd2], %r2; bar.sync 0; ld.global.u32 %r5, [%rd2];", blocks=2)  # fmt: skip
@@ -288,8 +328,9 @@ def test_integers(instruction: str, expected: Any) -> None:
     assert (given == wanted).all()
 
 
-NUMBERS = np.array([0.0, -0.0, 1.0, -1.5, 1 / 3, 1e-40, 3e38, np.inf, -np.inf, np.nan, 2.0**-126, 100.7, -0.1, 1e-20,
-                    65504.0, 2.0**127], np.float32)  # fmt: skip
+NUMBERS = np.array([0.0, -0.0, 1.0, -1.5, 1 / 3, 1e-40, 3e38, np.inf, -np.inf, np.nan, 2.0**-126, 100.7, -0.1,
+                    1 + 2.0**-8, 1 + 3 * 2.0**-8, 0], np.float32)  # fmt: skip  # halfway between two of bfloat16, twice
+NUMBERS[-1:] = np.array([0x7FFFFFFF], np.uint32).view(np.float32)  # NaN
 NUMBER_PAIRS = np.array(list(itertools.product(NUMBERS, NUMBERS)), np.float32)
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 
