@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import nvcc
 
 import segadv
 from benchmarks import instructions
@@ -56,10 +56,6 @@ print(segadv.__file__)
 print(_segadv_native.__file__)
 print(backends.default("cpu"))
 """
-
-
-def nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def needed_libraries(extension: str) -> list[str]:
