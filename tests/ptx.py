@@ -364,7 +364,7 @@ class Machine:
                 if run is not None:
                     try:
                         run(self, mask)
-                    except Exception as error:
+                    except Exception as error:  # goes on, and says at which instruction it happened
                         error.add_note(f"at {opcode} {', '.join(operands)} in {self.kernel.name}")
                         raise
                     continue
@@ -454,6 +454,10 @@ def decode(kernel: Kernel, opcode: str, operands: Sequence[str]) -> Run:
     """What an instruction does, to the threads of a mask (None: to all)."""
     parts = opcode.replace("::", "_").split(".")
     name, kind = parts[0], parts[-1]
+    # The rounding, saturation or half of a product that is not known would otherwise be passed over.
+    known = _MODIFIERS.get(name, {"rn", "lo", "wide", "ftz", "full", "approx"})
+    if known is not None and not set(parts[1 : -2 if name == "cvt" else -1]) <= known:
+        raise NotImplementedError(f"{kernel.name}: {opcode} {', '.join(operands)}")
     if name in ("ld", "st", "atom", "red"):
         return _memory(kernel, parts, operands)
     if name in ("ldmatrix", "stmatrix"):
@@ -490,7 +494,7 @@ def decode(kernel: Kernel, opcode: str, operands: Sequence[str]) -> Run:
         return _apply(kernel, operands[0], lambda: np.uint64(0))
     elif name == "rcp" and parts[1] == "approx" and kind == "f64":
         operation, kinds = _approximate_reciprocal, [kind]
-    elif name in _OPERATIONS and not (name == "mul" and parts[1] == "hi"):
+    elif name in _OPERATIONS:
         operation, kinds = _OPERATIONS[name], [kind] * (len(operands) - 1)
         if "ftz" in parts:
             inner = operation
@@ -499,6 +503,16 @@ def decode(kernel: Kernel, opcode: str, operands: Sequence[str]) -> Run:
         raise NotImplementedError(f"{kernel.name}: {opcode} {', '.join(operands)}")
     readers = [reader(kernel, operand, own) for operand, own in zip(operands[1:], kinds, strict=True)]
     return _apply(kernel, operands[0], operation, *readers)
+
+
+# Of the others None: they are looked at where they are decoded, or (caches, scopes) change no result.
+_MODIFIERS: dict[str, set[str] | None] = {
+    **dict.fromkeys(("ld", "st", "atom", "red", "ldmatrix", "stmatrix", "shfl", "redux", "vote", "bar")),
+    "createpolicy": None,
+    "cvt": {"rn"},
+    "cvta": {"to", "global"},
+    "setp": {"num", "nan", *(name + u for name in ("eq", "ne", "lt", "le", "gt", "ge") for u in ("", "u"))},
+}
 
 
 def _apply(kernel: Kernel, target: str, operation: Callable[..., Array], *readers: Read) -> Run:

@@ -251,7 +251,12 @@ def test_blocks_have_no_barrier_between_them() -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    for instruction in ("mul.hi.u32 %r5, %r2, %r2;", "mma.sync %r5, %r2;", "cvt.rzi.s32.f32 %r5, %f1;"):
+    for instruction in (
+        "mma.sync %r5, %r2;", "mul.hi.u32 %r5, %r2, %r2;", "mad.hi.u32 %r5, %r2, %r2, %r2;",
+        "add.rz.f32 %f1, %f1, %f1;", "add.sat.s32 %r5, %r2, %r2;", "max.NaN.f32 %f1, %f1, %f1;",
+        "cvt.rzi.s32.f32 %r5, %f1;",
+        "cvt.rz.f32.f64 %f1, %fd1;", "setp.lt.ftz.f32 %p1, %f1, %f1;", "atom.global.max.u32 %r5, [%rd1], %r2;",
+    ):  # fmt: skip
         with pytest.raises(NotImplementedError, match=instruction.split()[0].replace(".", r"\.")):
             run(instruction)
 
