@@ -47,13 +47,20 @@ SEGADV_INLINE float exp_nonpositive(float x) {
 }
 SEGADV_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// exp(x - y), where the same y meets many x.
+// exp(x - y), where the same y meets many x and is `scaled` once: on a GPU one multiplication less for each.
 template <class A>
-SEGADV_INLINE A exp_of_difference(A x, A y) {
+SEGADV_INLINE A scaled(A y) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(A) == sizeof(float)) return exp2_instruction(fmaf(x, kLog2e, -y * kLog2e));
+  if constexpr (sizeof(A) == sizeof(float)) return y * kLog2e;
 #endif
-  return exp_nonpositive(x - y);
+  return y;
+}
+template <class A>
+SEGADV_INLINE A exp_of_difference(A x, A scaled_y) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(A) == sizeof(float)) return exp2_instruction(fmaf(x, kLog2e, -scaled_y));
+#endif
+  return exp_nonpositive(x - scaled_y);
 }
 
 // log(x) for x >= 1 (a sum of exponentials whose largest is 1), infinity or NaN.

@@ -6,17 +6,17 @@
 // resampled_gradient_kernel: the transpose of the resampling without atomics. Between two rows of logits lies a row of
 // quads (common/bilinear.h). A thread owns a column of its pixels, with all that they need in registers, and goes
 // through the classes: what its pixels add to the row above, and below, stays in shared memory (for margins, which have
-// two classes that count, nothing else is touched). Then a thread owns logits, and adds up the columns of the quads
-// left and right of each. A block walks down: what goes below waits for the next row of quads. Nothing of C classes is
-// ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
-// twice. Bound by arithmetic.
+// two classes that count, nothing else is touched; cross-entropy's label comes by the same way). Then a thread owns
+// logits, and adds up the columns of the quads left and right of each. A block walks down: what goes below waits for
+// the next row of quads. Nothing of C classes is ever larger than the gradient itself; the row of quads at a block's
+// upper edge, and one column of them, are computed twice. Bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
 // (margin) or 42 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 122 instructions for a class of 8
-// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning takes about 700. That is
-// some 23 per class and pixel, with 19 classes, and for a margin 8. 127 (margin: 90) registers, 25 %. Fraction of the
-// limit reached: not yet measured.
+// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 98 instructions for a class of 8
+// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning and end take about 850.
+// That is some 21 per class and pixel, with 19 classes, and for a margin 8. 116 (margin: 90) registers, 25 %. Fraction
+// of the limit reached: not yet measured.
 #include <type_traits>
 
 #include "cuda/gradient.cuh"
@@ -129,6 +129,13 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
     lower[i] = transposed(pixels.wy1[i], quad_y, h) * upper[i];
     upper[i] -= lower[i];
   }
+  // To the class alone, without a look at the others: a pixel has one label.
+  const auto add_to = [&](int32_t c, A to_upper, A to_lower) {
+    c -= first_class;
+    if (c < 0 || c >= classes) return;
+    ends[c * kSlots].upper += to_upper;
+    ends[c * kSlots].lower += to_lower;
+  };
   if constexpr (kMargin) {
     int32_t runner_up[P];
     pixels.load_classes(inputs.runner_up, runner_up);
@@ -136,22 +143,15 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       if (label[i] < 0) continue;
-      const int32_t own = label[i] - first_class, other = runner_up[i] - first_class;
-      if (own >= 0 && own < classes) {
-        ends[own * kSlots].upper += upper[i];
-        ends[own * kSlots].lower += lower[i];
-      }
-      if (other >= 0 && other < classes) {
-        ends[other * kSlots].upper -= upper[i];
-        ends[other * kSlots].lower -= lower[i];
-      }
+      add_to(label[i], upper[i], lower[i]);
+      add_to(runner_up[i], -upper[i], -lower[i]);
     }
   } else {
     A largest[P], normalizer[P];
     pixels.template load_map<A>(inputs.largest, largest);
     pixels.template load_map<A>(inputs.log_normalizer, normalizer);
 #pragma unroll
-    for (int i = 0; i < P; ++i) normalizer[i] = label[i] >= 0 ? normalizer[i] : kInfinity<A>;  // softmax 0
+    for (int i = 0; i < P; ++i) normalizer[i] = label[i] >= 0 ? scaled(normalizer[i]) : kInfinity<A>;  // softmax 0
     const auto add_up = [&](auto is_finite) {
       bool all_finite = true;
       pixels.for_each_class(first_class, first_class + classes, [&](int32_t c, auto rows) {
@@ -161,7 +161,6 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
 #pragma unroll
         for (int i = 0; i < P; ++i) {
           A g = exp_of_difference(pixels.between(rows, i) - largest[i], normalizer[i]);
-          if (label[i] == c) g -= A(1);
           if (!is_finite.value && label[i] < 0) g = 0;  // 0 * NaN would be NaN
           sum.upper += upper[i] * g;
           sum.lower += lower[i] * g;
@@ -171,6 +170,10 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
       return all_finite;
     };
     if (!add_up(std::true_type{})) add_up(std::false_type{});
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (label[i] >= 0) add_to(label[i], -upper[i], -lower[i]);
+    }
   }
   return counts >> 16 != 0;
 }
