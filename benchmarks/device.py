@@ -738,11 +738,11 @@ def _tuning_calls(run: Run, kernel: str) -> list[Call]:
         else:  # gradient_up: the backward operations alone
             with segadv.backend("triton"):
                 runner_up = library.averaged_gain(z, y, 255, False)[2]
-                _, _, largest, log_normalizer = library.cross_entropy(z, y, None, 255, False, False, True)
+                _, _, shift, scale = library.cross_entropy(z, y, None, 255, False, False, True)
             one = torch.ones((), device=device).expand(y.shape)
             layout = (list(z.shape), False, dtype)
             calls.append(partial(library.margin_backward, one, y, runner_up, *layout, 255, False))
-            saved = (largest, log_normalizer, None, None)
+            saved = (shift, scale, None, None)
             calls.append(partial(library.cross_entropy_backward, one, z, y, *saved, 255, False))
     return calls
 

@@ -58,18 +58,18 @@ MarginBackwardParams margin_backward(Tensor logits, Tensor labels, Tensor grad, 
 
 CrossEntropyParams cross_entropy(Tensor logits, Tensor labels, Tensor grad, int64_t ignore_index, bool align_corners,
                                  int loss, double lambda, bool targeted, Tensor class_weight, Tensor pixel_loss,
-                                 Tensor largest, Tensor log_normalizer, Tensor pixel_weight, Tensor loss_sum,
+                                 Tensor shift, Tensor scale, Tensor pixel_weight, Tensor loss_sum,
                                  Tensor weight_sum, Tensor n_valid) {
   return {problem(logits, labels, grad, ignore_index, align_corners), static_cast<Loss>(loss), lambda, targeted,
-          view(class_weight), view(pixel_loss), view(largest), view(log_normalizer), view(pixel_weight),
+          view(class_weight), view(pixel_loss), view(shift), view(scale), view(pixel_weight),
           view(loss_sum), view(weight_sum), view(n_valid)};
 }
 
 CrossEntropyBackwardParams cross_entropy_backward(Tensor logits, Tensor labels, Tensor grad, int64_t ignore_index,
-                                                  bool align_corners, Tensor grad_loss, Tensor largest,
-                                                  Tensor log_normalizer, Tensor class_weight, Tensor pixel_weight) {
-  return {problem(logits, labels, grad, ignore_index, align_corners), view(grad_loss), view(largest),
-          view(log_normalizer), view(class_weight), view(pixel_weight)};
+                                                  bool align_corners, Tensor grad_loss, Tensor shift,
+                                                  Tensor scale, Tensor class_weight, Tensor pixel_weight) {
+  return {problem(logits, labels, grad, ignore_index, align_corners), view(grad_loss), view(shift),
+          view(scale), view(class_weight), view(pixel_weight)};
 }
 
 L1NormParams l1_norm(int64_t n, int64_t numel, Tensor grad, Tensor norm) { return {n, numel, view(grad), view(norm)}; }

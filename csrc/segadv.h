@@ -17,7 +17,7 @@
 namespace segadv {
 
 // The Python side refuses an extension with another number.
-constexpr int kInterfaceVersion = 3;
+constexpr int kInterfaceVersion = 4;
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
 
@@ -67,8 +67,8 @@ struct CrossEntropyParams {
   bool targeted = false;      // SegPGD, CosPGD
   TensorView class_weight;    // [C] of the compute type, or none
   TensorView pixel_loss;      // [N, H, W]
-  TensorView largest;         // [N, H, W]: max z, and ...
-  TensorView log_normalizer;  // [N, H, W]: ... log sum exp(z - max z), what the backward needs
+  TensorView shift;           // [N, H, W]: a logit not far below the largest, and ...
+  TensorView scale;           // [N, H, W]: ... 1 / sum of exp(z - shift): softmax is scale * exp(z - shift)
   TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight
   TensorView loss_sum;        // [N]
   TensorView weight_sum;      // [N]: sum of class weights
@@ -78,7 +78,7 @@ struct CrossEntropyParams {
 struct CrossEntropyBackwardParams {
   Problem problem;            // grad wanted
   TensorView grad_loss;       // [N, H, W] of the compute type, any strides
-  TensorView largest, log_normalizer;  // [N, H, W]
+  TensorView shift, scale;    // [N, H, W]
   TensorView class_weight;    // [C], or none
   TensorView pixel_weight;    // [N, H, W], or none
 };
@@ -147,7 +147,7 @@ const char* instruction_set();
 // The same on a GPU (cuda/), in the order of a stream: nothing is allocated, nothing waits, the device is the caller's
 // current one. `workspace` is memory of at least the number of bytes that the functions below give; its contents mean
 // nothing before and after. `stream` is a cudaStream_t. Where the problem resamples and a gradient is wanted, the maps
-// that its kernel reads must be given: runner_up of margin; largest and log_normalizer of cross_entropy, and
+// that its kernel reads must be given: runner_up of margin; shift and scale of cross_entropy, and
 // pixel_weight of its weighted forms.
 namespace cuda {
 

@@ -5,6 +5,10 @@ The margin of two classes, one of them 0, is the resampled other one: so the tap
 
 from __future__ import annotations
 
+import random
+import subprocess
+
+import emulated
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
@@ -38,3 +42,19 @@ def test_taps_and_their_transpose(h: int, w: int, height: int, width: int, align
     # F.interpolate rounds its scale before it multiplies: positions, and so values, agree to some 1e-13.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-11 * max(1.0, float(expected.abs().max())))
+
+
+def test_division_by_a_product() -> None:
+    program = emulated.build([emulated.ROOT / "tests" / "cuda" / "divisor.cpp"], "divisor")
+    draw = random.Random(0)
+    near = [2**k + offset for k in (*range(33), 40, 62) for offset in (-1, 0, 1)]
+    divisors = sorted({d for d in near if d > 0} | {draw.randrange(1, 2 ** draw.randint(1, 40)) for _ in range(1000)})
+    pairs = [
+        (n, d) for d in divisors for n in (0, d - 1, d, 2 * d - 1, 7 * d, 7 * d - 1, 2**31 - 1, 2**31 // d * d - 1)
+    ]
+    pairs += [(draw.randrange(2**31), d) for d in divisors]
+    pairs += [(n, d) for d in (1, 2, 3, 641, 2**31 - 1, 2**31, 2**31 + 1) for n in near]
+    pairs = [(n, d) for n, d in pairs if 0 <= n < 2**63]
+    lines = "".join(f"{n} {d}\n" for n, d in pairs)
+    result = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+    assert [int(line) for line in result.stdout.split()] == [n // d for n, d in pairs]

@@ -79,6 +79,47 @@ def test_cross_entropy_of_logits_far_from_each_other(
         oracle.assert_accurate(ours(logits), values(logits), values(logits.double()), f"pixels of {what}")
 
 
+@pytest.mark.parametrize("margin", [15.0, 20.0, 25.0, 30.0])
+@pytest.mark.parametrize("size", [(24, 24), (23, 31), (7, 5)], ids=str)
+def test_pixels_that_are_clear(backend: str, size: tuple[int, int], margin: float) -> None:
+    """All of them: where the label's softmax rounds to 1, no rounding may make noise of a gradient that is nearly 0."""
+    z, y = torch.randn(1, 5, 3, 3), torch.full((1, *size), 2)
+    z[:, 2] += margin
+    z_eager, z64 = z.clone().requires_grad_(), z.double().requires_grad_()
+    (grad_eager,) = torch.autograd.grad(oracle.cross_entropy_map(z_eager, y).sum(), z_eager)
+    (grad64,) = torch.autograd.grad(oracle.cross_entropy_map(z64, y).sum(), z64)
+    z.requires_grad_()
+    values = F.cross_entropy(z, y, reduction="none")
+    assert values.min() >= 0
+    (grad,) = torch.autograd.grad(values.sum(), z)
+    for ours in (grad, F.loss_and_grad(z.detach(), y)[2]):
+        oracle.assert_accurate(ours, grad_eager, grad64, "gradient")
+
+
+@pytest.mark.parametrize("size", [(24, 24), (7, 5)], ids=str)
+@pytest.mark.parametrize("factor", [3e9, 1e30, 1e37])
+def test_resampled_logits_as_large_as_can_be(backend: str, factor: float, size: tuple[int, int]) -> None:
+    z, y = factor * torch.randn(1, 5, 3, 3), torch.randint(0, 5, (1, *size))
+    z_eager = z.clone().requires_grad_()
+    expected = oracle.cross_entropy_map(z_eager, y)
+    (grad_expected,) = torch.autograd.grad(expected.sum(), z_eager)
+    z.requires_grad_()
+    values = F.cross_entropy(z, y, reduction="none")
+    (grad,) = torch.autograd.grad(values.sum(), z)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5 * factor)
+    assert grad_expected.isfinite().all()
+    for ours in (grad, F.loss_and_grad(z.detach(), y)[2]):
+        assert ours.isfinite().all()
+
+
+def test_cosine_where_the_labels_class_is_masked_out(backend: str) -> None:
+    z, y = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 24, 40))
+    z[:, 3] = torch.finfo(torch.float32).min
+    expected = oracle.cospgd_map(z, y).sum((1, 2))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(F.loss_and_grad(z, y, loss="cospgd")[0], expected)
+
+
 @pytest.mark.parametrize("seed", range(len(oracle.SMOOTH)))
 def test_smooth_logits(backend: str, seed: int) -> None:
     case = oracle.smooth_case(seed)

@@ -16,30 +16,57 @@
 
 namespace segadv {
 
-// 64-bit division costs a GPU about a hundred instructions.
-SEGADV_INLINE int64_t divide(int64_t a, int64_t b) {
+// Division of n >= 0 by a number that stays the same: for n below 2^31 a product and a shift (Granlund and Montgomery
+// 1994). A GPU has no instruction for divisions: one of 32 bits costs it about twenty, of 64 bits a hundred.
+struct Divisor {
+  int64_t value = 1;
+  uint32_t factor = 1;
+  int32_t shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t value) : value(value), factor(0) {
+    while (shift < 31 && int64_t{1} << shift < value) ++shift;
+    const int64_t power = int64_t{1} << shift;
+    if (value <= 0 || value > power) return;  // no divisor; or larger than any n that is multiplied, which gives 0
+    factor = static_cast<uint32_t>((static_cast<uint64_t>(power - value) << 32) / static_cast<uint64_t>(value) + 1);
+  }
+
+  SEGADV_INLINE int64_t quotient(int64_t n) const {
+    if (n >> 31 != 0) return n / value;
+    const uint32_t low = static_cast<uint32_t>(n);
+    return (static_cast<uint32_t>(uint64_t{low} * factor >> 32) + low) >> shift;
+  }
+};
+
+// a * b; of both a GPU takes the lower 32 bits, which hold all that an Axis counts (is_narrow).
+SEGADV_INLINE int64_t product(int64_t a, int64_t b) {
 #if defined(__CUDA_ARCH__)
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return static_cast<int64_t>(uint64_t{static_cast<uint32_t>(a)} * static_cast<uint32_t>(b));
+#else
+  return a * b;
 #endif
-  return a / b;
 }
 
 // Output o lies at (start + o * step) / denominator, counted in quads; that is never negative.
 struct Axis {
   int64_t in, out, step, start, denominator;
+  Divisor by_step, by_denominator;  // by_step: by 1 where step is 0
+  float inverse_float;              // 1 / denominator
+  double inverse_double;
 
-  SEGADV_INLINE int64_t quad_of(int64_t o) const { return divide(start + o * step, denominator); }
+  SEGADV_INLINE int64_t quad_of(int64_t o) const { return by_denominator.quotient(start + product(o, step)); }
 
   // What the division leaves over, in [0, denominator) for an output in this quad.
-  SEGADV_INLINE int64_t rest(int64_t o, int64_t quad) const { return start + o * step - quad * denominator; }
+  SEGADV_INLINE int64_t rest(int64_t o, int64_t quad) const {
+    return start + product(o, step) - product(quad, denominator);
+  }
 
   // The lowest output that lies in this quad or behind it; `out` for quads behind the last one.
   SEGADV_INLINE int64_t first_output(int64_t quad) const {
-    const int64_t distance = quad * denominator - start;
+    const int64_t distance = product(quad, denominator) - start;
     if (quad > in) return out;
     if (distance <= 0) return 0;
-    const int64_t inputs = step > 0 ? step : 1;
-    const int64_t first = divide(distance + inputs - 1, inputs);
+    const int64_t first = by_step.quotient(distance + by_step.value - 1);
     return first < out ? first : out;
   }
 
@@ -48,17 +75,22 @@ struct Axis {
 
   // No quad has more outputs.
   SEGADV_INLINE int64_t most_outputs() const {
-    const int64_t inputs = step > 0 ? step : 1, most = (denominator + inputs - 1) / inputs;
+    const int64_t most = by_step.quotient(denominator + by_step.value - 1);
     return step > 0 && most < out ? most : out;
   }
 };
 
-SEGADV_INLINE Axis make_axis(int64_t in, int64_t out, bool align_corners) {
-  if (align_corners) {
-    const int64_t denominator = out > 1 ? out - 1 : 1;
-    return {in, out, in - 1, denominator, denominator};
-  }
-  return {in, out, 2 * in, in + out, out > 0 ? 2 * out : 1};
+inline Axis make_axis(int64_t in, int64_t out, bool align_corners) {
+  Axis axis{};
+  axis.in = in, axis.out = out;
+  axis.step = align_corners ? in - 1 : 2 * in;
+  axis.denominator = align_corners ? (out > 1 ? out - 1 : 1) : (out > 0 ? 2 * out : 1);
+  axis.start = align_corners ? axis.denominator : in + out;
+  axis.by_step = Divisor(axis.step > 0 ? axis.step : 1);
+  axis.by_denominator = Divisor(axis.denominator);
+  axis.inverse_float = 1.0f / static_cast<float>(axis.denominator);
+  axis.inverse_double = 1.0 / static_cast<double>(axis.denominator);
+  return axis;
 }
 
 // Weights of a quad's two inputs as a function of the rest: w1 = rest / denominator, rounded once, w0 = 1 - w1; behind
@@ -69,9 +101,11 @@ struct QuadWeights {
   A denominator, slope, shift;
   SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad) : denominator(static_cast<A>(axis.denominator)) {
     const bool between = quad > 0 && quad < axis.in;
-    slope = between ? A(1) / denominator : A(0);
+    slope = between ? inverse(axis, A()) : A(0);
     shift = between ? A(0) : A(0.5);
   }
+  static SEGADV_INLINE float inverse(const Axis& axis, float) { return axis.inverse_float; }
+  static SEGADV_INLINE double inverse(const Axis& axis, double) { return axis.inverse_double; }
   SEGADV_INLINE A w1(int64_t rest) const {
 #if defined(__CUDA_ARCH__)
     const A value = static_cast<A>(static_cast<int32_t>(rest));  // enough: see Axis::is_narrow

@@ -1,5 +1,5 @@
 // exp and log as the fused losses need them: polynomials without branches, because a call to expf stops vectorisation.
-// A GPU has an instruction for the exponential, whose error of some ulp stands beside a largest term of 1.
+// A GPU has an instruction for the exponential, whose error of some ulp stands beside a term of 1.
 //
 // Coefficients: log, Cephes (S. Moshier), logf; exp, a minimax fit. Errors, measured over their ranges: at most 1.5 ulp
 // (exp: where its result is a normal number).
@@ -22,7 +22,7 @@ __device__ __forceinline__ float exp2_instruction(float x) {
 }
 #endif
 
-// exp(x) for x <= 0 or NaN (a logit minus the largest one, or minus their log-sum-exp up to rounding).
+// exp(x) for x <= 0 or NaN (a logit minus the largest one).
 // 0 below -87.7, where float would be subnormal.
 SEGADV_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
@@ -47,27 +47,30 @@ SEGADV_INLINE float exp_nonpositive(float x) {
 }
 SEGADV_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
-// exp(x - y), where the same y meets many x and is `scaled` once: on a GPU one multiplication less for each.
-template <class A>
-SEGADV_INLINE A scaled(A y) {
+// exp(x); where x > 88, infinity or a number of at least 1e38.
+SEGADV_INLINE float exp_or_huge(float x) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(A) == sizeof(float)) return y * kLog2e;
-#endif
-  return y;
-}
-template <class A>
-SEGADV_INLINE A exp_of_difference(A x, A scaled_y) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(A) == sizeof(float)) return exp2_instruction(fmaf(x, kLog2e, -scaled_y));
-#endif
-  return exp_nonpositive(x - scaled_y);
-}
-
-// log(x) for x >= 1 (a sum of exponentials whose largest is 1), infinity or NaN.
-SEGADV_INLINE float log_normalizer_of(float x) {
-#if defined(__CUDA_ARCH__)
-  return logf(x);
+  return exp2_instruction(x * kLog2e);
 #else
+  return exp_nonpositive(x > 88.0f ? 88.0f : x);
+#endif
+}
+SEGADV_INLINE double exp_or_huge(double x) { return std::exp(x); }
+
+// 1 / x of a sum of exponentials: on a GPU the instruction, at most 1 ulp off.
+SEGADV_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+SEGADV_INLINE double reciprocal(double x) { return 1.0 / x; }
+
+// log(x) for x >= 1 (a sum of exponentials, one of which is 1), infinity or NaN.
+SEGADV_INLINE float log_of_sum(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
   const int32_t e = (bits - 0x3f3504f3) >> 23;
@@ -86,8 +89,7 @@ SEGADV_INLINE float log_normalizer_of(float x) {
   const float tail = p * m * square - 2.12194440e-4f * k - 0.5f * square;
   const float result = (m + tail) + 0.693359375f * k;
   return x <= 3.0e38f ? result : x;  // infinity and NaN
-#endif
 }
-SEGADV_INLINE double log_normalizer_of(double x) { return std::log(x); }
+SEGADV_INLINE double log_of_sum(double x) { return std::log(x); }
 
 }  // namespace segadv

@@ -25,10 +25,10 @@ struct Partial {
 template <class A>
 SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, const int32_t* y,
                                  const int32_t* best_class, const A* own, const A* sum, const A* squares, A* best,
-                                 A* largest, A* log_normalizer, A* weight) {
+                                 A* shift, A* scale, A* weight) {
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   for (int p = 0; p < count; ++p) {
-    largest[p] = y[p] >= 0 ? best[p] : A(0);
+    shift[p] = y[p] >= 0 ? best[p] : A(0);
     best[p] -= own[p];
   }
   if (params.loss == Loss::kSegPGD) {
@@ -47,11 +47,12 @@ SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, co
   }
   for (int p = 0; p < count; ++p) {
     const bool valid = y[p] >= 0;
-    const A log_of_sum = log_normalizer_of(sum[p]);
-    log_normalizer[p] = valid ? log_of_sum : A(0);
     weight[p] = valid ? weight[p] : A(0);
-    best[p] = valid ? (log_of_sum + best[p]) * weight[p] : A(0);
+    const A loss = (log_of_sum(sum[p]) + best[p]) * weight[p];  // of every pixel: a branch would stop vectorisation
+    best[p] = valid ? loss : A(0);
   }
+  if (!params.scale && !params.problem.grad) return;
+  for (int p = 0; p < count; ++p) scale[p] = y[p] >= 0 ? A(1) / sum[p] : A(0);
 }
 
 template <class S>
@@ -61,8 +62,8 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTile
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile], best_class[kMaxTile];
-  A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], log_normalizer[kMaxTile], weight[kMaxTile], own[kMaxTile];
-  A largest[kMaxTile];
+  A best[kMaxTile], sum[kMaxTile], squares[kMaxTile], scale[kMaxTile], weight[kMaxTile], own[kMaxTile];
+  A shift[kMaxTile];
   const int64_t tile_width = tiles.width();
   std::vector<A> exponentials(problem.grad ? classes * tile_width : 0);
   const bool cosine = params.loss == Loss::kCosPGD;
@@ -95,7 +96,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTile
       }
     }
     for (int p = 0; p < tile.count; ++p) own[p] = tile.z(y[p] >= 0 ? y[p] : 0, p);
-    finish_pixels(params, tile.count, y, best_class, own, sum, squares, best, largest, log_normalizer, weight);
+    finish_pixels(params, tile.count, y, best_class, own, sum, squares, best, shift, scale, weight);
     A loss_sum = 0, weight_sum = 0;
 #pragma omp simd reduction(+ : loss_sum, weight_sum)
     for (int p = 0; p < tile.count; ++p) {
@@ -105,19 +106,19 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTile
     partial.loss_sum += loss_sum;
     partial.weight_sum += weight_sum;
     if (params.pixel_loss) std::copy_n(best, tile.count, at<A>(params.pixel_loss, tile.n, tile.y, tile.x));
-    if (params.largest) std::copy_n(largest, tile.count, at<A>(params.largest, tile.n, tile.y, tile.x));
-    if (params.log_normalizer) {
-      std::copy_n(log_normalizer, tile.count, at<A>(params.log_normalizer, tile.n, tile.y, tile.x));
+    if (params.shift) std::copy_n(shift, tile.count, at<A>(params.shift, tile.n, tile.y, tile.x));
+    if (params.scale) {
+      std::copy_n(scale, tile.count, at<A>(params.scale, tile.n, tile.y, tile.x));
     }
     if (params.pixel_weight) std::copy_n(weight, tile.count, at<A>(params.pixel_weight, tile.n, tile.y, tile.x));
     if (!problem.grad) return;
-    for (int p = 0; p < tile.count; ++p) sum[p] = weight[p] / sum[p];
+    for (int p = 0; p < tile.count; ++p) scale[p] *= weight[p];
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
       const A* e = exponentials.data() + c * tile_width;
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
-        const A softmax = e[p] * sum[p];
+        const A softmax = e[p] * scale[p];
         const A g = y[p] == k ? softmax - weight[p] : softmax;
         tile.put(c, p, y[p] >= 0 ? g : A(0));
       }
@@ -165,10 +166,10 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   TileMap<int32_t> y;
-  TileMap<A> loss, largest, log_normalizer, weight;
+  TileMap<A> loss, shift, scale, weight;
   // exp(z - largest logit) of a block, and what makes gradients of them
   std::vector<A> exponentials(problem.grad ? classes * kRows * kLanes : 0);
-  A scale[kRows][kLanes];
+  A factor[kRows][kLanes];
   const bool cosine = params.loss == Loss::kCosPGD;
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
@@ -207,13 +208,14 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
         for (int j = 0; j < kTogether; ++j) {
           const int r = r0 + j;
           finish_pixels(params, kLanes, y[r] + p0, best_class[i][j], own[i][j], total[j], squares[j], best[i][j],
-                        largest[r] + p0, log_normalizer[r] + p0, weight[r] + p0);
+                        shift[r] + p0, scale[r] + p0, weight[r] + p0);
           for (int p = 0; p < kLanes; ++p) {
             loss[r][p0 + p] = best[i][j][p];
             loss_sum[p] += best[i][j][p];
             weight_sum[p] += weight[r][p0 + p];
-            scale[r][p] = weight[r][p0 + p] / total[j][p];
           }
+          if (!problem.grad) continue;
+          for (int p = 0; p < kLanes; ++p) factor[r][p] = weight[r][p0 + p] * scale[r][p0 + p];
         }
       }
       if (!problem.grad) continue;
@@ -225,7 +227,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
           const A w0 = tile.w0[r], w1 = tile.w1[r];
           SEGADV_SIMD
           for (int p = 0; p < kLanes; ++p) {
-            A g = e[p] * scale[r][p];
+            A g = e[p] * factor[r][p];
             if (labelled) g -= select(label[p] == k, pixel_weight[p], A(0));
             if (!finite) g = select(label[p] >= 0, g, A(0));
             g0[p] += w0 * g;
@@ -249,8 +251,8 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
     partial.loss_sum += loss_of_tile;
     partial.weight_sum += weight_of_tile;
     if (params.pixel_loss) store_map(params.pixel_loss, tile, loss);
-    if (params.largest) store_map(params.largest, tile, largest);
-    if (params.log_normalizer) store_map(params.log_normalizer, tile, log_normalizer);
+    if (params.shift) store_map(params.shift, tile, shift);
+    if (params.scale) store_map(params.scale, tile, scale);
     if (params.pixel_weight) store_map(params.pixel_weight, tile, weight);
   });
   result = partial;
@@ -263,7 +265,7 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   const Problem& problem = params.problem;
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile];
-  A weight[kMaxTile];
+  A weight[kMaxTile], factor[kMaxTile];
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
@@ -278,15 +280,16 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
       const A* pixel_weight = at<A>(params.pixel_weight, tile.n, tile.y, tile.x);
       for (int p = 0; p < tile.count; ++p) weight[p] *= pixel_weight[p];
     }
-    const A* largest = at<A>(params.largest, tile.n, tile.y, tile.x);
-    const A* log_normalizer = at<A>(params.log_normalizer, tile.n, tile.y, tile.x);
+    const A* shift = at<A>(params.shift, tile.n, tile.y, tile.x);
+    const A* scale = at<A>(params.scale, tile.n, tile.y, tile.x);
+    for (int p = 0; p < tile.count; ++p) factor[p] = weight[p] * scale[p];
     for (int64_t c = 0; c < classes; ++c) {
       const int32_t k = static_cast<int32_t>(c);
       tile.prefetch_after(c, classes);
       SEGADV_SIMD
       for (int p = 0; p < tile.count; ++p) {
-        const A softmax = exp_nonpositive((tile.z(c, p) - largest[p]) - log_normalizer[p]);
-        const A g = weight[p] * (y[p] == k ? softmax - A(1) : softmax);
+        const A softmax = exp_nonpositive(tile.z(c, p) - shift[p]) * factor[p];
+        const A g = y[p] == k ? softmax - weight[p] : softmax;
         tile.put(c, p, y[p] >= 0 ? g : A(0));
       }
     }
@@ -300,19 +303,20 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   using A = Compute<S>;
   const Problem& problem = params.problem;
   TileMap<int32_t> y;
-  TileMap<A> weight, pixel_weight, largest, log_normalizer;
+  TileMap<A> weight, pixel_weight, shift, factor;
   const A* class_weight = static_cast<const A*>(params.class_weight.data);
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     load_labels(problem, tile, y, &partial.bad);
     load_map(params.grad_loss, tile, weight);
-    load_map(params.largest, tile, largest);
-    load_map(params.log_normalizer, tile, log_normalizer);
+    load_map(params.shift, tile, shift);
+    load_map(params.scale, tile, factor);
     if (params.pixel_weight) load_map(params.pixel_weight, tile, pixel_weight);
     for (int r = 0; r < tile.rows; ++r) {
       for (int p = 0; p < tile.count; ++p) {
         const A of_class = class_weight ? class_weight[y[r][p] >= 0 ? y[r][p] : 0] : A(1);
         weight[r][p] *= params.pixel_weight ? of_class * pixel_weight[r][p] : of_class;
+        factor[r][p] *= weight[r][p];
       }
     }
     for (int b = 0; b < tile.blocks(); ++b) {
@@ -329,8 +333,8 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
           SEGADV_SIMD
           for (int p = 0; p < kLanes; ++p) {
             const A z = w0 * t0[p] + w1 * t1[p];
-            const A softmax = exp_nonpositive((z - largest[r][p0 + p]) - log_normalizer[r][p0 + p]);
-            const A g = weight[r][p0 + p] * (softmax - select(label[p] == k, A(1), A(0)));
+            const A softmax = exp_nonpositive(z - shift[r][p0 + p]) * factor[r][p0 + p];
+            const A g = softmax - select(label[p] == k, weight[r][p0 + p], A(0));
             const A valid = select(label[p] >= 0, g, A(0));
             g0[p] += w0 * valid;
             g1[p] += w1 * valid;

@@ -6,8 +6,8 @@
 // labels read once (or predictions written once). Resampled, bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
-// measured: at full resolution 34 registers, 75 % occupancy; 19 classes and int64 labels take 84 bytes per pixel.
-// Resampled, eightfold: 74 instructions for a class of 8 pixels, 34 where `find_largest` leaves them out, 71 registers,
+// measured: at full resolution 46 registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel.
+// Resampled, eightfold: 74 instructions for a class of 8 pixels, 34 where `find_largest` leaves them out, 72 registers,
 // 43 %. Fraction of the limit reached: not yet measured.
 #include "cuda/pixels.cuh"
 
@@ -74,7 +74,7 @@ Error confusion(const ConfusionParams& params, void*, int64_t stream) {
   const Error error = dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
     const auto kernel = confusion_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
-    return launch("confusion", kernel, problem.logits.size[0] * walk.blocks, stream, params, walk);
+    return launch("confusion", kernel, problem.logits.size[0] * walk.blocks.value, stream, params, walk);
   });
   if (error || !params.invalid) return error;  // not the counts: those of no image have no address
   const int64_t numbers = params.counts.size[0] * (params.counts.size[2] - 1);

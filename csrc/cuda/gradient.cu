@@ -6,17 +6,17 @@
 // resampled_gradient_kernel: the transpose of the resampling without atomics. Between two rows of logits lies a row of
 // quads (common/bilinear.h). A thread owns a column of its pixels, with all that they need in registers, and goes
 // through the classes: what its pixels add to the row above, and below, stays in shared memory (for margins, which have
-// two classes that count, nothing else is touched; cross-entropy's label comes by the same way). Then a thread owns
-// logits, and adds up the columns of the quads left and right of each. A block walks down: what goes below waits for
-// the next row of quads. Nothing of C classes is ever larger than the gradient itself; the row of quads at a block's
-// upper edge, and one column of them, are computed twice. Bound by arithmetic.
+// two classes that count, nothing else is touched). Then a thread owns logits, and adds up the columns of the quads
+// left and right of each. A block walks down: what goes below waits for the next row of quads. Nothing of C classes is
+// ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
+// twice. Bound by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 34
-// (margin) or 42 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
-// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes 98 instructions for a class of 8
-// pixels, and a class of a logit, which gathers 16 columns, about 130; a column's beginning and end take about 850.
-// That is some 21 per class and pixel, with 19 classes, and for a margin 8. 116 (margin: 90) registers, 25 %. Fraction
-// of the limit reached: not yet measured.
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 38
+// (margin) or 48 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes about 105 instructions for a
+// class of 8 pixels, 150 where it may be one's label; a class of a logit, which gathers 16 columns, about 130; a
+// column's beginning and end about 700. That is some 21 per class and pixel, with 19 classes, and for a margin 8. 122
+// registers, 25 % (margin: 86, 31 %). Fraction of the limit reached: not yet measured.
 #include <type_traits>
 
 #include "cuda/gradient.cuh"
@@ -64,17 +64,17 @@ __global__ void __launch_bounds__(kThreads)
   const Mine pixels(problem, walk);
   int32_t label[P], runner_up[P];
   const int32_t counts = pixels.labels(problem, label);
-  A value[P], largest[P], scale[P];
+  A value[P], shift[P], factor[P];
   load_values(inputs, pixels, label, value);
   if constexpr (kMargin) {
     pixels.load_classes(inputs.runner_up, runner_up);
 #pragma unroll
     for (int i = 0; i < P; ++i) runner_up[i] = label[i] >= 0 ? runner_up[i] : -1;
   } else {
-    pixels.template load_map<A>(inputs.largest, largest);
-    pixels.template load_map<A>(inputs.log_normalizer, scale);
+    pixels.template load_map<A>(inputs.shift, shift);
+    pixels.template load_map<A>(inputs.scale, factor);
 #pragma unroll
-    for (int i = 0; i < P; ++i) scale[i] = value[i] * exp_nonpositive(-scale[i]);
+    for (int i = 0; i < P; ++i) factor[i] *= value[i];
   }
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
 #pragma unroll Mine::kUnroll
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
       A z[P];
       pixels.load(c, z);
 #pragma unroll
-      for (int i = 0; i < P; ++i) g[i] = cross_entropy_gradient(c, label[i], z[i], largest[i], scale[i], value[i]);
+      for (int i = 0; i < P; ++i) g[i] = cross_entropy_gradient(c, label[i], z[i], shift[i], factor[i], value[i]);
     }
     pixels.store_gradient(problem.grad, c, g);
   }
@@ -122,13 +122,9 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
   using A = Compute<S>;
   int32_t label[P];
   const int32_t counts = pixels.labels(problem, label);
-  A upper[P], lower[P];  // values, divided between both rows
-  load_values(inputs, pixels, label, upper);
-#pragma unroll
-  for (int i = 0; i < P; ++i) {
-    lower[i] = transposed(pixels.wy1[i], quad_y, h) * upper[i];
-    upper[i] -= lower[i];
-  }
+  A value[P];
+  load_values(inputs, pixels, label, value);
+  const auto of_lower = [&](int i, A of_both) { return transposed(pixels.wy1[i], quad_y, h) * of_both; };
   // To the class alone, without a look at the others: a pixel has one label.
   const auto add_to = [&](int32_t c, A to_upper, A to_lower) {
     c -= first_class;
@@ -143,37 +139,61 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       if (label[i] < 0) continue;
-      add_to(label[i], upper[i], lower[i]);
-      add_to(runner_up[i], -upper[i], -lower[i]);
+      const A lower = of_lower(i, value[i]), upper = value[i] - lower;
+      add_to(label[i], upper, lower);
+      add_to(runner_up[i], -upper, -lower);
     }
   } else {
-    A largest[P], normalizer[P];
-    pixels.template load_map<A>(inputs.largest, largest);
-    pixels.template load_map<A>(inputs.log_normalizer, normalizer);
+    A shift[P], upper[P], lower[P];  // value * scale, divided between both rows
+    pixels.template load_map<A>(inputs.shift, shift);
+    pixels.template load_map<A>(inputs.scale, upper);
 #pragma unroll
-    for (int i = 0; i < P; ++i) normalizer[i] = label[i] >= 0 ? scaled(normalizer[i]) : kInfinity<A>;  // softmax 0
+    for (int i = 0; i < P; ++i) {
+      if (label[i] < 0) shift[i] = kInfinity<A>;  // exponential 0
+      upper[i] *= value[i];
+      lower[i] = of_lower(i, upper[i]);
+      upper[i] -= lower[i];
+    }
+    int32_t lowest = label[0], highest = label[0];
+#pragma unroll
+    for (int i = 1; i < P; ++i) {
+      lowest = label[i] < lowest ? label[i] : lowest;
+      highest = label[i] > highest ? label[i] : highest;
+    }
     const auto add_up = [&](auto is_finite) {
       bool all_finite = true;
       pixels.for_each_class(first_class, first_class + classes, [&](int32_t c, auto rows) {
         // Far from infinity: behind the quad, where there are no pixels, between() extrapolates.
         all_finite &= std::fabs(rows.upper) + std::fabs(rows.lower) < A(1e30);
         Ends<A> sum{A(0), A(0)};
+        A e[P];
 #pragma unroll
         for (int i = 0; i < P; ++i) {
-          A g = exp_of_difference(pixels.between(rows, i) - largest[i], normalizer[i]);
-          if (!is_finite.value && label[i] < 0) g = 0;  // 0 * NaN would be NaN
-          sum.upper += upper[i] * g;
-          sum.lower += lower[i] * g;
+          e[i] = exp_or_huge(pixels.between(rows, i) - shift[i]);
+          if (!is_finite.value && label[i] < 0) e[i] = 0;  // 0 * NaN would be NaN
+        }
+        // Pixels above one another mostly have one label, and most classes none of them.
+        if (c < lowest || c > highest) {
+#pragma unroll
+          for (int i = 0; i < P; ++i) {
+            sum.upper += upper[i] * e[i];
+            sum.lower += lower[i] * e[i];
+          }
+        } else {
+          // The 1 of each pixel's label by itself: subtracted from the sum, rounding would leave noise where softmax is
+          // nearly 1.
+#pragma unroll
+          for (int i = 0; i < P; ++i) {
+            const A one = label[i] == c ? value[i] : A(0), one_lower = of_lower(i, one);
+            sum.upper += std::fma(upper[i], e[i], one_lower - one);
+            sum.lower += std::fma(lower[i], e[i], -one_lower);
+          }
         }
         ends[(c - first_class) * kSlots] = sum;
       });
       return all_finite;
     };
     if (!add_up(std::true_type{})) add_up(std::false_type{});
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      if (label[i] >= 0) add_to(label[i], -upper[i], -lower[i]);
-    }
   }
   return counts >> 16 != 0;
 }
@@ -326,7 +346,7 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
       return finish<S>(results, n, partial, blocks, stream);
     });
   }
-  const bool aligned = maps_are_aligned(inputs.runner_up, inputs.largest, inputs.log_normalizer, inputs.pixel_weight);
+  const bool aligned = maps_are_aligned(inputs.runner_up, inputs.shift, inputs.scale, inputs.pixel_weight);
   return dispatch_pixels(problem, inputs.grad_loss, aligned, [&](auto tag, const Walk& walk) -> Error {
     using Mine = typename decltype(tag)::type;
     using S = typename Mine::Storage;
@@ -335,9 +355,9 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
     } else {
       const auto kernel =
           inputs.margin ? gradient_kernel<S, Mine::kPixels, true> : gradient_kernel<S, Mine::kPixels, false>;
-      const int64_t blocks = n * walk.blocks;
+      const int64_t blocks = n * walk.blocks.value;
       if (const Error error = launch("gradient", kernel, blocks, stream, problem, inputs, walk, partial)) return error;
-      return finish<S>(results, n, partial, walk.blocks, stream);
+      return finish<S>(results, n, partial, walk.blocks.value, stream);
     }
   });
 }

@@ -10,8 +10,8 @@ namespace segadv::cuda {
 struct GradientInputs {
   bool margin = false;          // of margins; otherwise of cross-entropy
   TensorView runner_up{};       // [N, H, W] for margins; cross-entropy needs
-  TensorView largest{};         // [N, H, W] and
-  TensorView log_normalizer{};  // [N, H, W]
+  TensorView shift{};           // [N, H, W] and
+  TensorView scale{};           // [N, H, W]
   TensorView grad_loss{};       // [N, H, W] of any strides, or none: 1
   TensorView class_weight{};    // [C], or none
   TensorView pixel_weight{};    // [N, H, W], or none
@@ -23,10 +23,10 @@ __device__ __forceinline__ A margin_gradient(int32_t c, int32_t label, int32_t r
   return label == c ? value : (runner_up == c ? -value : A(0));
 }
 
-// value * (softmax - onehot), 0 where not valid (also where z is NaN); scale = value * exp(-log_normalizer).
+// value * (softmax - onehot), 0 where not valid (also where z is NaN); factor = value * scale.
 template <class A>
-__device__ __forceinline__ A cross_entropy_gradient(int32_t c, int32_t label, A z, A largest, A scale, A value) {
-  const A g = exp_nonpositive(z - largest) * scale - (label == c ? value : A(0));
+__device__ __forceinline__ A cross_entropy_gradient(int32_t c, int32_t label, A z, A shift, A factor, A value) {
+  const A g = exp_nonpositive(z - shift) * factor - (label == c ? value : A(0));
   return label >= 0 ? g : A(0);
 }
 

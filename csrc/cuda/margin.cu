@@ -5,9 +5,9 @@
 // memory. Resampled, by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
-// measured: at full resolution 48 registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160
+// measured: at full resolution 52 registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160
 // with the gradient. Resampled, eightfold: 84 instructions for a class of 8 pixels, 36 where `find_largest` leaves them
-// out, 83 registers, 31 %. Fraction of the limit reached: not yet measured.
+// out, 72 registers, 43 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 
@@ -57,12 +57,13 @@ Error margin(const MarginParams& params, void* workspace, int64_t stream) {
   return dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
     const auto kernel = margin_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
-    if (const Error error = launch("margin", kernel, n * walk.blocks, stream, params, walk, partial)) return error;
+    const int64_t blocks = n * walk.blocks.value;
+    if (const Error error = launch("margin", kernel, blocks, stream, params, walk, partial)) return error;
     if (problem.grad && resamples(problem)) {
       if (const Error error = resampled_gradient(problem, {true, params.runner_up}, stream)) return error;
     }
     const Results results{params.gain_sum, {}, params.n_valid, params.margin, problem.grad};
-    return finish<typename Mine::Storage>(results, n, partial, walk.blocks, stream);
+    return finish<typename Mine::Storage>(results, n, partial, walk.blocks.value, stream);
   });
 }
 

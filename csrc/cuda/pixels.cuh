@@ -39,10 +39,12 @@ constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 // How the pixels of an image are dealt out to threads. Where an image is one long row, rows = 1.
 struct Walk {
-  int64_t rows, columns;    // of the labels, to be walked over
-  int64_t items, across;    // threads' shares of an image; of a row
-  int32_t chunks, blocks;   // chunks of a quad row; blocks of an image
-  Axis y, x;                // of the resampling
+  int64_t rows, columns;  // of the labels, to be walked over
+  int64_t items;          // threads' shares of an image;
+  Divisor across;         // ... of a row
+  Divisor chunks;         // chunks of a quad row
+  Divisor blocks;         // blocks of an image
+  Axis y, x;              // of the resampling
 };
 
 // What a block leaves for `finish`.
@@ -84,19 +86,19 @@ struct Pixels {
   int count;  // pixels that exist, 0 ... P
   const S* tap[kUp ? 4 : 1];  // of class 0
   int64_t stride_c;
-  A wx1, wy1[kUp ? P : 1];
+  A wx1, wy1[kUp ? P : 1], wy0[kUp ? P : 1];
 
   __device__ __forceinline__ Pixels(const Problem& problem, const Walk& walk) {
-    n = blockIdx.x / walk.blocks;
-    const int64_t item = int64_t{blockIdx.x % walk.blocks} * kThreads + threadIdx.x;
+    n = walk.blocks.quotient(blockIdx.x);
+    const int64_t item = (blockIdx.x - product(n, walk.blocks.value)) * kThreads + threadIdx.x;
     const bool inside = item < walk.items;
-    const int64_t row = !inside || walk.items == walk.across ? 0 : divide(item, walk.across);
-    const int64_t column = inside ? item - row * walk.across : 0;
+    const int64_t row = inside ? walk.across.quotient(item) : 0;
+    const int64_t column = inside ? item - row * walk.across.value : 0;
     int64_t quad_y = 0;
     x = kTakesVectors ? column * P : column;
     if constexpr (kIsColumn) {
-      quad_y = divide(row, walk.chunks);
-      y = walk.y.first_output(quad_y) + (row - quad_y * walk.chunks) * P;
+      quad_y = walk.chunks.quotient(row);
+      y = walk.y.first_output(quad_y) + (row - product(quad_y, walk.chunks.value)) * P;
       const int64_t left = walk.y.first_output(quad_y + 1) - y;
       count = !inside || left < 0 ? 0 : (left < P ? static_cast<int>(left) : P);
     } else {
@@ -141,7 +143,10 @@ struct Pixels {
     const QuadWeights<A> weights(axis_y, quad_y);
     const int64_t rest = axis_y.rest(y, quad_y);
 #pragma unroll
-    for (int i = 0; i < P; ++i) wy1[i] = weights.w1(rest + i * axis_y.step);
+    for (int i = 0; i < P; ++i) {
+      wy1[i] = weights.w1(rest + i * axis_y.step);
+      wy0[i] = A(1) - wy1[i];
+    }
   }
 
   // The logits of one class.
@@ -159,8 +164,8 @@ struct Pixels {
   }
 
   // The two rows of logits between which the pixels lie, at their column. Fused by hand, here and below: the compiler
-  // would fuse either product, one way here and another there, and what the forward kept of a logit (the largest one)
-  // would differ by its rounding from what the gradient computes.
+  // would fuse either product, one way here and another there, and what the forward kept of a logit (the label's, or
+  // the largest one) would differ by its rounding from what the gradient computes.
   struct Rows {
     A upper, lower;
   };
@@ -170,25 +175,29 @@ struct Pixels {
             std::fma(wx1, to_compute(*tap3), wx0 * to_compute(*tap2))};
   }
   __device__ __forceinline__ A between(const Rows& rows, int i) const {
-    return std::fma(wy1[i], rows.lower, (A(1) - wy1[i]) * rows.upper);
+    return std::fma(wy1[i], rows.lower, wy0[i] * rows.upper);
   }
 
-  // Calls f(c, rows) for the classes [begin, end).
-  template <class Index = int32_t, class F>
+  // Calls f(c, rows) for the classes [begin, end). kAtOnce: classes whose logits are loaded at once.
+  template <class Index = int32_t, int kAtOnce = 1, class F>
   __device__ __forceinline__ void for_each_class(Index begin, Index end, F&& f) const {
     int64_t plane = begin * stride_c;
-#pragma unroll 1
+#pragma unroll kAtOnce
     for (Index c = begin; c < end; ++c, plane += stride_c)
       f(static_cast<int32_t>(c), resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane));
   }
 
-  // The logits of each pixel's label, without a look at the other classes; 0 where not valid.
+  // The logits of each pixel's label, without a look at the other classes; 0 where not valid. Pixels above one another
+  // mostly have one label.
   __device__ __forceinline__ void load_own(const int32_t (&label)[P], A (&own)[P]) const {
+    Rows rows;
 #pragma unroll
     for (int i = 0; i < P; ++i) {
-      const int64_t plane = (label[i] >= 0 ? label[i] : 0) * stride_c;
-      const A z = between(resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane), i);
-      own[i] = label[i] >= 0 ? z : A(0);
+      if (i == 0 || label[i] != label[i - 1]) {
+        const int64_t plane = (label[i] >= 0 ? label[i] : 0) * stride_c;
+        rows = resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane);
+      }
+      own[i] = label[i] >= 0 ? between(rows, i) : A(0);
     }
   }
 
@@ -385,9 +394,9 @@ inline Error too_wide() { return {1, "resampling", "an image is too large: a sid
 
 inline Walk walk_of(int64_t rows, int64_t columns, int64_t across, int64_t items) {
   Walk walk{};
-  walk.rows = rows, walk.columns = columns, walk.across = across, walk.items = items;
-  walk.chunks = 1;
-  walk.blocks = static_cast<int32_t>(ceil_div(items, kThreads));
+  walk.rows = rows, walk.columns = columns, walk.items = items;
+  walk.across = Divisor(across);
+  walk.blocks = Divisor(ceil_div(items, kThreads));
   return walk;
 }
 
@@ -407,7 +416,7 @@ Error dispatch_pixels(const Problem& problem, const TensorView& map, bool may_ta
       const bool quad_rows = most >= kColumn / 2;
       const int64_t chunks = quad_rows ? ceil_div(most, kColumn) : 1;
       Walk walk = walk_of(H, W, W, W * (quad_rows ? (y.in + 1) * chunks : H));
-      walk.y = y, walk.x = x, walk.chunks = static_cast<int32_t>(chunks);
+      walk.y = y, walk.x = x, walk.chunks = Divisor(chunks);
       if (quad_rows && most > kColumn / 2) return f(TypeTag<Pixels<S, kColumn, true>>{}, walk);
       if (quad_rows) return f(TypeTag<Pixels<S, kColumn / 2, true>>{}, walk);
       return f(TypeTag<Pixels<S, 1, true>>{}, walk);

@@ -157,10 +157,10 @@ class CrossEntropy(torch.autograd.Function):
         align_corners: bool,
         per_pixel: bool,
     ) -> tuple[Tensor, Tensor]:
-        loss, weight_sum, largest, log_normalizer = library.cross_entropy(
+        loss, weight_sum, shift, scale = library.cross_entropy(
             logits, labels, weight, ignore_index, align_corners, per_pixel, ctx.needs_input_grad[0]
         )
-        ctx.save_for_backward(logits, labels, largest, log_normalizer, weight, None)
+        ctx.save_for_backward(logits, labels, shift, scale, weight, None)
         ctx.options = (ignore_index, align_corners)
         ctx.mark_non_differentiable(weight_sum)
         _remember_backend(ctx)
@@ -229,8 +229,8 @@ class WeightedLoss(torch.autograd.Function):
             result = library.segpgd_loss(logits, labels, lam, targeted, *options)
         else:
             result = library.cospgd_loss(logits, labels, targeted, *options)
-        loss_sum, n_valid, largest, log_normalizer, pixel_weight = result
-        ctx.save_for_backward(logits, labels, largest, log_normalizer, None, pixel_weight)
+        loss_sum, n_valid, shift, scale, pixel_weight = result
+        ctx.save_for_backward(logits, labels, shift, scale, None, pixel_weight)
         ctx.options = (ignore_index, align_corners)
         ctx.loss = loss
         ctx.mark_non_differentiable(n_valid)
@@ -244,15 +244,15 @@ class WeightedLoss(torch.autograd.Function):
 
 
 def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
-    logits, labels, largest, log_normalizer, weight, pixel_weight = ctx.saved_tensors
+    logits, labels, shift, scale, weight, pixel_weight = ctx.saved_tensors
     # Hooks on saved tensors may give other strides back.
-    largest, log_normalizer = largest.contiguous(), log_normalizer.contiguous()
+    shift, scale = shift.contiguous(), scale.contiguous()
     if pixel_weight is not None:
         pixel_weight = pixel_weight.contiguous()
     if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
         grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
     with _remembered_backend(ctx):
         grad: Tensor = library.cross_entropy_backward(
-            grad_loss, logits, labels, largest, log_normalizer, weight, pixel_weight, *ctx.options
+            grad_loss, logits, labels, shift, scale, weight, pixel_weight, *ctx.options
         )
     return grad

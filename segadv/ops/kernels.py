@@ -166,21 +166,21 @@ class Kernels:
         grad: Tensor | None = None,
         class_weight: Tensor | None = None,
         pixel_loss: Tensor | None = None,
-        largest: Tensor | None = None,
-        log_normalizer: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
         pixel_weight: Tensor | None = None,
         loss_sum: Tensor | None = None,
         weight_sum: Tensor | None = None,
         n_valid: Tensor | None = None,
     ) -> None:
         if grad is not None and self._in_two_kernels(logits, labels):
-            largest, log_normalizer = (empty_map(labels, compute_dtype(logits.dtype)) for _ in range(2))
+            shift, scale = (empty_map(labels, compute_dtype(logits.dtype)) for _ in range(2))
             if loss != "cross_entropy":
-                pixel_weight = torch.empty_like(largest)
+                pixel_weight = torch.empty_like(shift)
         self._pixels(
             self.core.cross_entropy, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), view(grad), ignore_index, align_corners, _LOSSES[loss], lam, targeted,
-            view(class_weight), view(pixel_loss), view(largest), view(log_normalizer), view(pixel_weight),
+            view(class_weight), view(pixel_loss), view(shift), view(scale), view(pixel_weight),
             view(loss_sum), view(weight_sum), view(n_valid),
         )  # fmt: skip
 
@@ -197,7 +197,7 @@ class Kernels:
         dtype = compute_dtype(logits.dtype)
         loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
         weight_sum = empty_vector(logits)
-        largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
+        shift, scale = empty_maps(labels, dtype, 2, for_backward)
         self._cross_entropy(
             logits,
             labels,
@@ -207,10 +207,10 @@ class Kernels:
             pixel_loss=loss if per_pixel else None,
             loss_sum=None if per_pixel else loss,
             weight_sum=weight_sum,
-            largest=largest if for_backward else None,
-            log_normalizer=log_normalizer if for_backward else None,
+            shift=shift if for_backward else None,
+            scale=scale if for_backward else None,
         )
-        return loss, weight_sum, largest, log_normalizer
+        return loss, weight_sum, shift, scale
 
     def _weighted_loss(
         self,
@@ -224,7 +224,7 @@ class Kernels:
         for_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-        largest, log_normalizer, pixel_weight = empty_maps(labels, loss_sum.dtype, 3, for_backward)
+        shift, scale, pixel_weight = empty_maps(labels, loss_sum.dtype, 3, for_backward)
         self._cross_entropy(
             logits,
             labels,
@@ -235,11 +235,11 @@ class Kernels:
             targeted=targeted,
             loss_sum=loss_sum,
             n_valid=n_valid,
-            largest=largest if for_backward else None,
-            log_normalizer=log_normalizer if for_backward else None,
+            shift=shift if for_backward else None,
+            scale=scale if for_backward else None,
             pixel_weight=pixel_weight if for_backward else None,
         )
-        return loss_sum, n_valid, largest, log_normalizer, pixel_weight
+        return loss_sum, n_valid, shift, scale, pixel_weight
 
     def segpgd_loss(
         self,
@@ -298,8 +298,8 @@ class Kernels:
         grad_loss: Tensor,
         logits: Tensor,
         labels: Tensor,
-        largest: Tensor,
-        log_normalizer: Tensor,
+        shift: Tensor,
+        scale: Tensor,
         weight: Tensor | None,
         pixel_weight: Tensor | None,
         ignore_index: int,
@@ -309,7 +309,7 @@ class Kernels:
         self._pixels(
             self.core.cross_entropy_backward, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), view(grad), ignore_index, align_corners,
-            view(grad_loss), view(largest), view(log_normalizer), view(weight), view(pixel_weight),
+            view(grad_loss), view(shift), view(scale), view(weight), view(pixel_weight),
         )  # fmt: skip
         return grad
 

@@ -89,7 +89,7 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
 @_define(
     "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel,"
     " bool for_backward)"
-    " -> (Tensor loss, Tensor weight_sum, Tensor largest, Tensor log_normalizer)"
+    " -> (Tensor loss, Tensor weight_sum, Tensor shift, Tensor scale)"
 )
 def cross_entropy(  # type: ignore[no-untyped-def]
     logits, labels, weight, ignore_index, align_corners, per_pixel, for_backward
@@ -101,7 +101,7 @@ def cross_entropy(  # type: ignore[no-untyped-def]
 
 @_define(
     "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor shift, Tensor scale, Tensor pixel_weight)"
 )
 def segpgd_loss(  # type: ignore[no-untyped-def]
     logits, labels, lam, targeted, ignore_index, align_corners, for_backward
@@ -112,7 +112,7 @@ def segpgd_loss(  # type: ignore[no-untyped-def]
 
 @_define(
     "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor largest, Tensor log_normalizer, Tensor pixel_weight)"
+    " -> (Tensor loss_sum, Tensor n_valid, Tensor shift, Tensor scale, Tensor pixel_weight)"
 )
 def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backward):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
@@ -120,11 +120,11 @@ def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backw
 
 
 @_define(
-    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor largest, Tensor log_normalizer, Tensor? weight,"
+    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor shift, Tensor scale, Tensor? weight,"
     " Tensor? pixel_weight, int ignore_index, bool align_corners) -> Tensor"
 )
 def cross_entropy_backward(  # type: ignore[no-untyped-def]
-    grad_loss, logits, labels, largest, log_normalizer, weight, pixel_weight, ignore_index, align_corners
+    grad_loss, logits, labels, shift, scale, weight, pixel_weight, ignore_index, align_corners
 ):
     return gradient_like(logits)
 

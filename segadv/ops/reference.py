@@ -125,11 +125,11 @@ def gain_and_grad(
 
 
 def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-softmax [N, C, H, W], max z [N, H, W], log sum exp(z - max z) [N, H, W])."""
-    largest = z.amax(dim=1, keepdim=True)
-    shifted = z - largest
-    log_normalizer = shifted.exp().sum(dim=1, keepdim=True).log()
-    return shifted - log_normalizer, largest.squeeze(1), log_normalizer.squeeze(1)
+    """(log-softmax [N, C, H, W], shift [N, H, W], 1 / sum of exp(z - shift) [N, H, W]); shift is the largest logit."""
+    shift = z.amax(dim=1, keepdim=True)
+    shifted = z - shift
+    total = shifted.exp().sum(dim=1, keepdim=True)
+    return shifted - total.log(), shift.squeeze(1), 1.0 / total.squeeze(1)
 
 
 def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: float, targeted: bool) -> Tensor:
@@ -160,12 +160,12 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
-    log_softmax, largest, log_normalizer = _log_softmax_terms(z)
-    class_weight = torch.ones_like(log_normalizer) if weight is None else weight.to(z.dtype)[target.y.squeeze(1)]
+    log_softmax, shift, scale = _log_softmax_terms(z)
+    class_weight = torch.ones_like(scale) if weight is None else weight.to(z.dtype)[target.y.squeeze(1)]
     loss = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * class_weight)
     weight_sum = target.masked(class_weight).sum(dim=(1, 2))
-    largest, log_normalizer = _maps(target, for_backward, largest, log_normalizer)
-    return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, largest, log_normalizer
+    shift, scale = _maps(target, for_backward, shift, scale)
+    return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, shift, scale
 
 
 def _weighted_loss(
@@ -180,11 +180,11 @@ def _weighted_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
-    log_softmax, largest, log_normalizer = _log_softmax_terms(z)
+    log_softmax, shift, scale = _log_softmax_terms(z)
     pixel_weight = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * pixel_weight)
-    largest, log_normalizer, pixel_weight = _maps(target, for_backward, largest, log_normalizer, pixel_weight)
-    return value.sum(dim=(1, 2)), target.n_valid, largest, log_normalizer, pixel_weight
+    shift, scale, pixel_weight = _maps(target, for_backward, shift, scale, pixel_weight)
+    return value.sum(dim=(1, 2)), target.n_valid, shift, scale, pixel_weight
 
 
 def segpgd_loss(
@@ -209,8 +209,8 @@ def cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,
     labels: Tensor,
-    largest: Tensor,
-    log_normalizer: Tensor,
+    shift: Tensor,
+    scale: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
     ignore_index: int,
@@ -221,7 +221,7 @@ def cross_entropy_backward(
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
     if weight is not None:
         coefficient = coefficient * weight.to(z.dtype)[target.y.squeeze(1)]
-    softmax = (z - largest.unsqueeze(1) - log_normalizer.unsqueeze(1)).exp()
+    softmax = (z - shift.unsqueeze(1)).exp() * scale.unsqueeze(1)
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
     grad = torch.where(target.valid.unsqueeze(1), (softmax - onehot) * coefficient.unsqueeze(1), 0.0)
@@ -244,18 +244,16 @@ def loss_and_grad(
     n_valid = _Labels(labels, logits.shape[1], ignore_index, compute_dtype(logits.dtype)).n_valid
     pixel_weight = None
     if loss == "cross_entropy":
-        loss_sum, weight_sum, largest, log_normalizer = cross_entropy(
+        loss_sum, weight_sum, shift, scale = cross_entropy(
             logits, labels, weight, ignore_index, align_corners, False, True
         )
     else:
-        loss_sum, _, largest, log_normalizer, pixel_weight = _weighted_loss(
+        loss_sum, _, shift, scale, pixel_weight = _weighted_loss(
             logits, labels, loss, lam, targeted, ignore_index, align_corners, True
         )
         weight_sum = pixel_weight.sum(dim=(1, 2))
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)
-    grad = cross_entropy_backward(
-        one, logits, labels, largest, log_normalizer, weight, pixel_weight, ignore_index, align_corners
-    )
+    grad = cross_entropy_backward(one, logits, labels, shift, scale, weight, pixel_weight, ignore_index, align_corners)
     return loss_sum, n_valid, weight_sum, grad
 
 

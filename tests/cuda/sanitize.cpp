@@ -83,11 +83,11 @@ void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, in
     params.problem = problem;
     params.loss = loss;
     params.lambda = 0.25;
-    params.pixel_loss = map(), params.largest = map(), params.log_normalizer = map(), params.pixel_weight = map();
+    params.pixel_loss = map(), params.shift = map(), params.scale = map(), params.pixel_weight = map();
     params.loss_sum = vector(wide), params.weight_sum = vector(wide), params.n_valid = vector(DType::kInt64);
     if (loss == Loss::kCrossEntropy) params.class_weight = memory.tensor(wide, {C});
     check(cuda::cross_entropy(params, workspace, 0), what);
-    check(cuda::cross_entropy_backward({problem, params.pixel_loss, params.largest, params.log_normalizer,
+    check(cuda::cross_entropy_backward({problem, params.pixel_loss, params.shift, params.scale,
                                         params.class_weight, params.pixel_weight}, workspace, 0), what);
   }
   problem.grad = {};

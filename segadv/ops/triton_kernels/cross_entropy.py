@@ -1,11 +1,13 @@
 """Cross-entropy, SegPGD's and CosPGD's weighted forms of it, and their gradients.
 
 Fuses upsampling, log-softmax, label lookup, masking, the pixel weights, the sums per image and, at full resolution,
-the gradient. Largest logit and sum of exponentials are found in one pass over the classes (online softmax, with one
-exponential per class). Fewest bytes: the logits read once, the gradient written once (its exponentials need a second
-reading of the logits, from the cache where the tiles at work fit), labels read once. At full resolution bound by
-memory. Resampled, by arithmetic: 12 instructions for a class of a pixel, as Triton 3.9 compiles it for
-sm_90.
+the gradient. One pass over the classes, with one exponential for each. At full resolution it finds the largest logit on
+its way (online softmax). Resampled, it takes the exponential of the difference to the label's own logit, which four
+loads give beforehand: their sum is 1 / softmax of the label. Only where that is too large, for a loss above 27 or for
+what is not finite, a program looks for the largest logit, and repeats the pass. Fewest bytes: the logits read once, the
+gradient written once (its exponentials need a second reading of the logits, from the cache where the tiles at work
+fit), labels read once. At full resolution bound by memory. Resampled, by arithmetic: 9 instructions for a class of a
+pixel, as Triton 3.9 compiles it for sm_90 (SegPGD looks for the largest logit: 8 more).
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
@@ -18,12 +20,41 @@ from torch import Tensor
 from ..common import check_labels, compute_dtype, empty_map, empty_maps, empty_vector, gradient_like
 from . import gradient
 from .scalars import bits, scalar
-from .tiles import UNALIGNED, UNSPECIALIZED, exp, finish, launch, load_labels, load_logit, taps, tile_of, tiles
+from .tiles import (
+    UNALIGNED,
+    UNSPECIALIZED,
+    exp,
+    find_largest,
+    finish,
+    launch,
+    load_labels,
+    load_logit,
+    taps,
+    tile_of,
+    tiles,
+)
+
+
+@triton.jit
+def sum_exponentials(image, stride_c, C, shift, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
+                     COSPGD: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+                     UNROLL: tl.constexpr):  # fmt: skip
+    """Sums of exp(z - shift) over the classes of resampled logits, and of their squares for CosPGD."""
+    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
+    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        plane = image + tl.cast(c, tl.int64) * stride_c
+        z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, True, A)
+        e = exp(z - shift)
+        total += e
+        if COSPGD:
+            squares += e * e
+    return total, squares
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "right_bits", "wrong_bits"], do_not_specialize_on_alignment=UNALIGNED)
 def cross_entropy_kernel(
-    logits, labels, grad, class_weight, pixel_loss, largest, log_normalizer, pixel_weight,
+    logits, labels, grad, class_weight, pixel_loss, shift, scale, pixel_weight,
     loss_sum, weight_sum, valid, bad,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
     C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, right_bits, wrong_bits,
@@ -39,43 +70,59 @@ def cross_entropy_kernel(
         program, programs, tiles_x, chunks, one, y, x, h, w, H, W, stride_y, stride_x, UP, QUAD_ROWS, ALIGN, A
     )
     inside_taps = x < W if QUAD_ROWS else inside
-    # Not -inf: the difference to a class of logit -inf must not be NaN.
-    top = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
-    total = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
-    own = tl.zeros([BLOCK_Y, BLOCK_X], A)
     prediction = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-        plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
-        z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-        if not UP:
+    if UP:
+        # Sums of exponentials below 1e12: an outgoing gradient divided by one should not be too small for a float.
+        image = logits + n * stride_n
+        own = load_logit(image + tl.maximum(label, 0).to(tl.int64) * stride_c, inside, o00, o01, o10, o11,
+                         wy0, wy1, wx0, wx1, UP, A)  # fmt: skip
+        subtracted = own
+        total, squares = sum_exponentials(
+            image, stride_c, C, own, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, COSPGD,
+            A, BLOCK_Y, BLOCK_X, UNROLL,
+        )  # fmt: skip
+        fits = (total < 1e12) | (label < 0)
+        if SEGPGD or tl.min(fits.to(tl.int32)) == 0:
+            _, top, prediction = find_largest(
+                image, stride_c, C, None, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
+                UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, UNROLL,
+            )  # fmt: skip
+            if tl.min(fits.to(tl.int32)) == 0:
+                subtracted = tl.where(fits, own, top)
+                total, squares = sum_exponentials(
+                    image, stride_c, C, subtracted, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
+                    COSPGD, A, BLOCK_Y, BLOCK_X, UNROLL,
+                )  # fmt: skip
+    else:
+        # Not -inf: the difference to a class of logit -inf must not be NaN.
+        subtracted = tl.full([BLOCK_Y, BLOCK_X], -3.4028234663852886e38, A)
+        total = tl.zeros([BLOCK_Y, BLOCK_X], A)
+        squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
+        own = tl.zeros([BLOCK_Y, BLOCK_X], A)
+        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+            z = tl.load(logits + n * stride_n + tl.cast(c, tl.int64) * stride_c + o00, mask=inside, other=0).to(A)
             own = tl.where(label == c, z, own)
-        difference = z - top
-        higher = difference > 0  # of two equal ones the first stays; a NaN reaches the total below
-        e = exp(-tl.abs(difference))
-        total = tl.where(higher, total * e + 1.0, total + e)
-        if COSPGD:
-            squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
-        if SEGPGD:
-            prediction = tl.where(higher, c, prediction)
-        top = tl.where(higher, z, top)
-    if UP:  # one look at the label's class instead of a comparison with every class
-        plane = logits + n * stride_n + tl.maximum(label, 0).to(tl.int64) * stride_c
-        own = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+            higher = z - subtracted > 0  # of two equal ones the first stays; a NaN reaches the total below
+            e = exp(-tl.abs(z - subtracted))
+            total = tl.where(higher, total * e + 1.0, total + e)
+            if COSPGD:
+                squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
+            if SEGPGD:
+                prediction = tl.where(higher, c, prediction)
+            subtracted = tl.where(higher, z, subtracted)
+    above = own - subtracted
     is_valid = label >= 0
-    below_top = top - own
-    log_sum = tl.log(total)
     if SEGPGD:
         weight = tl.where(prediction == label, scalar(right_bits, A), scalar(wrong_bits, A))
     elif COSPGD:
-        cosine = exp(-below_top) / tl.sqrt(squares)
+        cosine = exp(above) / tl.sqrt(squares)
         weight = 1.0 - cosine if TARGETED else cosine
     elif class_weight is not None:
         weight = tl.load(class_weight + tl.maximum(label, 0))
     else:
         weight = tl.full([BLOCK_Y, BLOCK_X], 1.0, A)
     weight = tl.where(is_valid, weight, 0.0)
-    loss = tl.where(is_valid, (log_sum + below_top) * weight, 0.0)
+    loss = tl.where(is_valid, (tl.log(total) - above) * weight, 0.0)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
     tl.store(valid + program, tl.sum(is_valid.to(tl.int32)))
     if weight_sum is not None:
@@ -85,20 +132,19 @@ def cross_entropy_kernel(
     at = n * H * W + y.to(tl.int64) * W + x
     if pixel_loss is not None:
         tl.store(pixel_loss + at, loss, mask=inside)
-    if largest is not None:
-        tl.store(largest + at, tl.where(is_valid, top, 0.0), mask=inside)
-        tl.store(log_normalizer + at, tl.where(is_valid, log_sum, 0.0), mask=inside)
+    if shift is not None:
+        tl.store(shift + at, tl.where(is_valid, subtracted, 0.0), mask=inside)
+        tl.store(scale + at, tl.where(is_valid, 1.0 / total, 0.0), mask=inside)
     if pixel_weight is not None:
         tl.store(pixel_weight + at, weight, mask=inside)
     if grad is not None:
-        scale = weight * exp(-log_sum)
+        factor = weight / total
         at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
         # Backwards: where the cache does not hold all logits of the programs at work, it holds those read last.
         for k in tl.range(0, C, loop_unroll_factor=UNROLL):
             c = C - 1 - k
-            plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
-            z = load_logit(plane, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-            g = gradient.cross_entropy_gradient(c, label, z, top, scale, weight)
+            z = tl.load(logits + n * stride_n + tl.cast(c, tl.int64) * stride_c + o00, mask=inside, other=0).to(A)
+            g = gradient.cross_entropy_gradient(c, label, exp(z - subtracted), factor, weight)
             # The logits are read a second time: the gradient should not push them out of the cache.
             tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside, eviction_policy="evict_first")
 
@@ -115,8 +161,8 @@ def _cross_entropy(
     grad: Tensor | None = None,
     class_weight: Tensor | None = None,
     pixel_loss: Tensor | None = None,
-    largest: Tensor | None = None,
-    log_normalizer: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     pixel_weight: Tensor | None = None,
     loss_sum: Tensor | None = None,
     weight_sum: Tensor | None = None,
@@ -129,23 +175,23 @@ def _cross_entropy(
     t = tiles(logits.shape, labels.shape[-2:], align_corners, logits.dtype, device, strides)
     up = t.options["UP"]
     if up and grad is not None:  # what the gradient's own kernel reads
-        largest, log_normalizer = empty_maps(labels, dtype, 2, True)
+        shift, scale = empty_maps(labels, dtype, 2, True)
         if loss != "cross_entropy":
-            pixel_weight = torch.empty_like(largest)
+            pixel_weight = torch.empty_like(shift)
     losses, weights = (None if total is None else t.partial(dtype, device) for total in (loss_sum, weight_sum))
     valid, bad = (t.partial(torch.int32, device) for _ in range(2))
     right, wrong = (lam, 1.0 - lam) if targeted else (1.0 - lam, lam)
     launch(
         cross_entropy_kernel, t.total, logits, logits, labels, None if up else grad, class_weight, pixel_loss,
-        largest, log_normalizer, pixel_weight, losses, weights, valid, bad,
+        shift, scale, pixel_weight, losses, weights, valid, bad,
         *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()), *t.sizes, *t.walk,
         ignore_index, bits(right), bits(wrong), SEGPGD=loss == "segpgd", COSPGD=loss == "cospgd", TARGETED=targeted,
         **t.options,
     )  # fmt: skip
     if up and grad is not None:
         gradient.launch_gradient(
-            grad, labels, ignore_index, align_corners, logits=logits, largest=largest,
-            log_normalizer=log_normalizer, class_weight=class_weight, pixel_weight=pixel_weight,
+            grad, labels, ignore_index, align_corners, logits=logits, shift=shift,
+            scale=scale, class_weight=class_weight, pixel_weight=pixel_weight,
         )  # fmt: skip
     finish(
         bad,
@@ -166,14 +212,14 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     weight_sum = empty_vector(logits)
-    largest, log_normalizer = empty_maps(labels, dtype, 2, for_backward)
+    shift, scale = empty_maps(labels, dtype, 2, for_backward)
     loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, class_weight=weight, weight_sum=weight_sum,
         pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
-        largest=largest if for_backward else None, log_normalizer=log_normalizer if for_backward else None,
+        shift=shift if for_backward else None, scale=scale if for_backward else None,
     )  # fmt: skip
-    return loss, weight_sum, largest, log_normalizer
+    return loss, weight_sum, shift, scale
 
 
 def _weighted_loss(
@@ -188,13 +234,13 @@ def _weighted_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits.dtype)
     loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-    largest, log_normalizer, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
+    shift, scale, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
     _cross_entropy(
         logits, labels, ignore_index, align_corners, loss=loss, lam=lam, targeted=targeted,
-        loss_sum=loss_sum, n_valid=n_valid, largest=largest if for_backward else None,
-        log_normalizer=log_normalizer if for_backward else None, pixel_weight=pixel_weight if for_backward else None,
+        loss_sum=loss_sum, n_valid=n_valid, shift=shift if for_backward else None,
+        scale=scale if for_backward else None, pixel_weight=pixel_weight if for_backward else None,
     )  # fmt: skip
-    return loss_sum, n_valid, largest, log_normalizer, pixel_weight
+    return loss_sum, n_valid, shift, scale, pixel_weight
 
 
 def segpgd_loss(
@@ -238,8 +284,8 @@ def cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,
     labels: Tensor,
-    largest: Tensor,
-    log_normalizer: Tensor,
+    shift: Tensor,
+    scale: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
     ignore_index: int,
@@ -247,8 +293,8 @@ def cross_entropy_backward(
 ) -> Tensor:
     grad = gradient_like(logits)
     bad = gradient.launch_gradient(
-        grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, largest=largest,
-        log_normalizer=log_normalizer, class_weight=weight, pixel_weight=pixel_weight,
+        grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, shift=shift,
+        scale=scale, class_weight=weight, pixel_weight=pixel_weight,
     )  # fmt: skip
     finish(bad, poisoned=[grad])
     return grad

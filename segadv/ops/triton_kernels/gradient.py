@@ -9,8 +9,8 @@ of a quad, column by column, it adds up four corner sums; two of them complete t
 to the row below.
 Along x the sums of neighbouring lanes meet once per quad. Nothing of C classes is ever larger than the gradient
 itself. Rows at the upper edge of a program, and one column of quads, are computed twice. Bound by arithmetic: 91
-(margin) or 126 (cross-entropy) instructions for 8 classes of a pixel, as Triton 3.9 compiles it for sm_90 (3.6: 93 and
-128; tests/triton_compile.py prints them).
+(margin) or 124 (cross-entropy) instructions for 8 classes of a pixel, as Triton 3.9 compiles it for sm_90 (3.6: 93 and
+125; tests/triton_compile.py prints them).
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
@@ -45,9 +45,10 @@ def margin_gradient(c, label, runner_up, value):
 
 
 @triton.jit
-def cross_entropy_gradient(c, label, z, largest, scale, value):
-    """value * (softmax - onehot), 0 where not valid (also where z is NaN); scale = value * exp(-log_normalizer)."""
-    g = exp(z - largest) * scale - tl.where(label == c, value, 0.0)
+def cross_entropy_gradient(c, label, e, factor, value):
+    """value * (softmax - onehot), 0 where not valid (also where e is NaN); e = exp(z - shift), factor = value *
+    scale."""
+    g = e * factor - tl.where(label == c, value, 0.0)
     return tl.where(label >= 0, g, 0.0)
 
 
@@ -66,7 +67,7 @@ def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_kernel(
-    grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
+    grad, logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
     loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
@@ -84,8 +85,8 @@ def gradient_kernel(
     if runner_up is not None:
         runner = tl.where(label >= 0, tl.load(runner_up + at, mask=inside, other=0).to(tl.int32), -1)
     else:
-        top = tl.load(largest + at, mask=inside, other=0)
-        scale = value * exp(-tl.load(log_normalizer + at, mask=inside, other=0))
+        subtracted = tl.load(shift + at, mask=inside, other=0)
+        factor = value * tl.load(scale + at, mask=inside, other=0)
     at_grad = n * grad_n + y * grad_y + x * grad_x
     at_logits = n * stride_n + y * stride_y + x * stride_x
     for c in tl.range(0, C, loop_unroll_factor=UNROLL):
@@ -93,13 +94,13 @@ def gradient_kernel(
             g = margin_gradient(c, label, runner, value)
         else:
             z = tl.load(logits + at_logits + tl.cast(c, tl.int64) * stride_c, mask=inside, other=0).to(A)
-            g = cross_entropy_gradient(c, label, z, top, scale, value)
+            g = cross_entropy_gradient(c, label, exp(z - subtracted), factor, value)
         tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def gradient_up_kernel(
-    grad, logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight, bad,
+    grad, logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
     loss_n, loss_y, loss_x, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, one, ignore_index,
     ALIGN: tl.constexpr, A: tl.constexpr, CLASSES: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
@@ -162,9 +163,10 @@ def gradient_up_kernel(
                     runner = tl.load(runner_up + row_map + x, mask=inside, other=0).to(tl.int32)
                     g = margin_gradient(c, label, tl.where(label >= 0, runner, -1), value)
                 else:
-                    top = tl.load(largest + row_map + x, mask=inside, other=0)
-                    scale = value * exp(-tl.load(log_normalizer + row_map + x, mask=inside, other=0))
-                    g = cross_entropy_gradient(c, label, mean(z0, z1, wy0, wy1), top, scale, value)
+                    subtracted = tl.load(shift + row_map + x, mask=inside, other=0)
+                    factor = value * tl.load(scale + row_map + x, mask=inside, other=0)
+                    e = exp(mean(z0, z1, wy0, wy1) - subtracted)
+                    g = cross_entropy_gradient(c, label, e, factor, value)
                 sum_upper += wy0 * g
                 sum_lower += wy1 * g
             upper_left += wx0 * sum_upper
@@ -188,8 +190,8 @@ def launch_gradient(
     logits: Tensor | None = None,
     runner_up: Tensor | None = None,
     grad_loss: Tensor | None = None,
-    largest: Tensor | None = None,
-    log_normalizer: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     class_weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
@@ -197,14 +199,14 @@ def launch_gradient(
 
     Args:
         runner_up: [N, H, W], for margins; None for cross-entropy, which needs
-        logits, and largest and log_normalizer [N, H, W].
+        logits, and shift and scale [N, H, W].
         grad_loss: [N, H, W] of any strides; None means 1.
     """
     n, num_classes, h, w = grad.shape
     H, W = labels.shape[-2:]
     logit_stride = (0, 0, 0, 0) if logits is None else logits.stride()
     loss_stride = (0, 0, 0) if grad_loss is None else grad_loss.stride()
-    pixels = (logits, labels, runner_up, grad_loss, largest, log_normalizer, class_weight, pixel_weight)
+    pixels = (logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight)
     if (h, w) == (H, W):
         strides = [tensor.stride() for tensor in (grad, labels, logits, grad_loss) if tensor is not None]
         t = tiles(grad.shape, labels.shape[-2:], align_corners, grad.dtype, labels.device, strides)

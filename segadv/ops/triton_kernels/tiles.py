@@ -106,7 +106,8 @@ def exp(x):
 @triton.jit
 def mean(a, b, w0, w1):
     """w0 * a + w1 * b. Fused by hand: the compiler would fuse either product, one way here and another there, and what
-    the forward kept of a logit (the largest one) would differ by its rounding from what the gradient computes."""
+    the forward kept of a logit (the label's, or the largest one) would differ by its rounding from what the gradient
+    computes."""
     return tl.fma(w1, b, w0 * a)
 
 
