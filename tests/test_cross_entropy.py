@@ -79,7 +79,7 @@ def test_cross_entropy_of_logits_far_from_each_other(
         oracle.assert_accurate(ours(logits), values(logits), values(logits.double()), f"pixels of {what}")
 
 
-@pytest.mark.parametrize("margin", [15.0, 20.0, 25.0, 30.0])
+@pytest.mark.parametrize("margin", [15.0, 25.0])
 @pytest.mark.parametrize("size", [(24, 24), (23, 31), (7, 5)], ids=str)
 def test_pixels_that_are_clear(backend: str, size: tuple[int, int], margin: float) -> None:
     """All of them: where the label's softmax rounds to 1, no rounding may make noise of a gradient that is nearly 0."""
@@ -97,7 +97,7 @@ def test_pixels_that_are_clear(backend: str, size: tuple[int, int], margin: floa
 
 
 @pytest.mark.parametrize("size", [(24, 24), (7, 5)], ids=str)
-@pytest.mark.parametrize("factor", [3e9, 1e30, 1e37])
+@pytest.mark.parametrize("factor", [3e9, 1e37])
 def test_resampled_logits_as_large_as_can_be(backend: str, factor: float, size: tuple[int, int]) -> None:
     z, y = factor * torch.randn(1, 5, 3, 3), torch.randint(0, 5, (1, *size))
     z_eager = z.clone().requires_grad_()
