@@ -125,14 +125,14 @@ __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const
   A value[P];
   load_values(inputs, pixels, label, value);
   const auto of_lower = [&](int i, A of_both) { return transposed(pixels.wy1[i], quad_y, h) * of_both; };
-  // To the class alone, without a look at the others: a pixel has one label.
-  const auto add_to = [&](int32_t c, A to_upper, A to_lower) {
-    c -= first_class;
-    if (c < 0 || c >= classes) return;
-    ends[c * kSlots].upper += to_upper;
-    ends[c * kSlots].lower += to_lower;
-  };
   if constexpr (kMargin) {
+    // To the class alone, without a look at the others.
+    const auto add_to = [&](int32_t c, A to_upper, A to_lower) {
+      c -= first_class;
+      if (c < 0 || c >= classes) return;
+      ends[c * kSlots].upper += to_upper;
+      ends[c * kSlots].lower += to_lower;
+    };
     int32_t runner_up[P];
     pixels.load_classes(inputs.runner_up, runner_up);
     for (int32_t c = 0; c < classes; ++c) ends[c * kSlots] = {A(0), A(0)};
