@@ -1,4 +1,4 @@
-"""The tables and pictures of the README files, from the rows in results/: `python -m benchmarks.report [--check]`.
+"""The tables and pictures of the documents, from the rows in results/: `python -m benchmarks.report [--check]`.
 
 A document holds a table between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; everything between them is written
 here. `--check` writes nothing, says what is out of step, and fails then. A table whose rows are missing is an error.
@@ -34,7 +34,7 @@ from .ops import PIXEL_SPACE
 from .records import PEAK_MEMORY, Record, read_records
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/evaluation.md", "benchmarks/README.md")
 RESULTS = "benchmarks/results"
 
 # Markers have lines of their own.
@@ -116,17 +116,15 @@ VALUE, BOTH = "forward", "forward + backward"
 
 # What the README shows: (operation, mode, case)
 _SHOWN = [
-    *(("upsample + averaged_gain", BOTH, case) for case in CASES),
-    ("upsample + averaged_gain", VALUE, "cityscapes19"),
-    *(("upsample + cross_entropy", BOTH, case) for case in CASES),
-    ("upsample + cross_entropy", VALUE, "cityscapes19"),
-    *(("upsample + confusion_matrix", VALUE, case) for case in CASES),
+    *((f"upsample + {name}", BOTH, case) for name in ("averaged_gain", "cross_entropy")
+      for case in ("cityscapes19", "ade150", "noise19")),
+    ("upsample + confusion_matrix", VALUE, "cityscapes19"),
     ("averaged_gain", BOTH, "cityscapes19"),
     ("cross_entropy", BOTH, "cityscapes19"),
     ("confusion_matrix", VALUE, "cityscapes19"),
     ("newton_step", VALUE, "cityscapes19"),
     ("sign_step", VALUE, "cityscapes19"),
-]
+]  # fmt: skip
 
 
 class Operations:
@@ -211,31 +209,18 @@ def operations(results: Path) -> str:
 
 
 def _operations_notes(measured: Operations) -> str:
-    def ms(operation: str, provider: str, mode: str = BOTH) -> float:
-        return measured.get(operation, mode, "cityscapes19", provider).p50
-
-    up, full = "upsample + averaged_gain", "averaged_gain"
-    amax = [
-        f"{three_digits(ms(name, 'eager'))} ms instead of {three_digits(ms(name, 'eager, max'))} ms"
-        for name in (up, full)
-    ]
-    floors = [f"{ms(name, 'segadv') / ms(name, 'floor'):.1f} (`{name}`)" for name in ("averaged_gain", "cross_entropy")]
     huge = [
         f"{measured.faster(operation, mode, case, thp=1):.1f} ({operation})"
         for operation, mode, case in _SHOWN
-        if case == "cityscapes19" and (mode == BOTH or not operation.endswith(("averaged_gain", "cross_entropy")))
+        if case == "cityscapes19"
     ]
     return (
-        "Logits and labels are smooth, as of a trained network; *noise*, where every one is a random number of its "
-        "own, is the worst case. Medians of interleaved rounds; memory is the peak beyond the inputs, results "
-        "included; *faster* and *less memory* are against the better of eager and `torch.compile`. Less than a "
-        "megabyte of memory counts as one. The averaged gain of both is the faster of two (*less memory* is against "
-        "the one that takes least): "
-        f"with `amax`, whose backward divides the gradient among ties, value and gradient take {amax[0]} with `max` in "
-        f"the first row and {amax[1]} at full resolution. There memory decides: value "
-        f"and gradient take {' and '.join(floors)} times as long as copying the logits into memory allocated the same "
-        "way. Part of eager's time is page faults of its large buffers: with `THP_MEM_ALLOC_ENABLE=1` on both sides "
-        f"the ratios on cityscapes19 are {', '.join(huge)}."
+        "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and what is less than "
+        "a megabyte counts as one. *Faster* and *less memory* are against the better of eager and `torch.compile`; "
+        "their averaged gain is the faster of two. Logits and labels are smooth, as a trained network's; in *noise* "
+        "every one is a random number of its own, which is the worst case. Part of eager's time is page faults of its "
+        f"large buffers: with `THP_MEM_ALLOC_ENABLE=1` on both sides the ratios on {CASES['cityscapes19'].own}² → "
+        f"{CASES['cityscapes19'].size}² are {', '.join(huge)}."
     )
 
 
@@ -255,7 +240,23 @@ def all_operations(results: Path) -> str:
         )
     ]  # fmt: skip
     header = ["case", "operation", "mode", "huge pages", "provider", "ms, p50 [p20, p80]", "peak MB", "commit"]
-    return table(header, lines, text_columns=5)
+    return f"{paragraph(_ways_and_floors(measured))}\n\n{table(header, lines, text_columns=5)}"
+
+
+def _ways_and_floors(measured: Operations) -> str:
+    def ms(operation: str, provider: str) -> float:
+        return measured.get(operation, BOTH, "cityscapes19", provider).p50
+
+    amax = [
+        f"{three_digits(ms(name, 'eager'))} ms instead of {three_digits(ms(name, 'eager, max'))} ms"
+        for name in ("upsample + averaged_gain", "averaged_gain")
+    ]
+    floors = [f"{ms(name, 'segadv') / ms(name, 'floor'):.1f} (`{name}`)" for name in ("averaged_gain", "cross_entropy")]
+    return (
+        "With `amax`, whose backward divides the gradient among ties, value and gradient of eager's averaged gain take "
+        f"{amax[0]} with `max` on cityscapes19, resampled, and {amax[1]} at full resolution. There memory decides: "
+        f"ours take {' and '.join(floors)} times the floor."
+    )
 
 
 def _spread(record: Record) -> str:
@@ -353,46 +354,51 @@ def _by_case(path: Path) -> dict[str, list[Record]]:
     return {case: cases[case] for case in sorted(cases, key=lambda case: networks.index(case.partition(",")[0]))}
 
 
+# What the README shows of the arms, which are all among the details.
+_SHOWN_ARMS = ("fgsm", "fast-newton", "bim-3", "segpgd-3")
+
+
 def training_overhead(results: Path) -> str:
-    """p = 0.5, beside the paper."""
-    blocks = []
+    """p = 0.5, beside the paper: one table for a device."""
+    return "\n\n".join(filter(None, map(_overhead_on_a_device, files(results, "overhead"))))
+
+
+def _overhead_on_a_device(path: Path) -> str:
     columns = {
         overhead.CONVENTIONAL: "conventional eager",
         overhead.EFFICIENT: "efficient eager",
         overhead.OURS: "segadv",
     }
-    for path in files(results, "overhead"):
-        for case, records in _by_case(path).items():
-            if not columns.keys() <= {record.provider for record in records}:
-                continue  # measured for its parts alone, which are among the details
-            key = {"operation": "overhead", "case": case}
-            lines = []
-            for arm in overhead.ARMS:
-                mode = f"{arm}, p = 0.5"
-                cells = [with_interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
-                against = one(records, operation="over conventional basic", provider=overhead.OURS, mode=mode)
-                passes = one(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
-                papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
-                lines.append([arm, *cells, f"{with_interval(against)} %", f"{passes.p50:.1f} %", *papers])
-            header = ["arm", *columns.values(), "segadv over conventional basic", "cost model"]
-            header += ["paper, Cityscapes", "paper, VOC"]
-            basic = {
-                title: one(records, operation="training step", provider=column, mode="basic")
-                for column, title in columns.items()
-            }
-            steps = [f"{title} {three_digits(record.p50)} ms" for title, record in basic.items()]
-            rounds = next(iter(basic.values())).rounds
-            glue = one(records, operation=overhead.GLUE_SHARE, provider=overhead.OURS, mode="fast-newton, p = 0.5")
-            shown = [record for record in records if record.mode == "basic" or record.mode.endswith("p = 0.5")]
-            blocks.append(
-                f"{case}; a basic step: {', '.join(steps)}.\n\n{table(header, lines)}\n\n"
-                + paragraph(
-                    f"Medians of {rounds} rounds with 95 % intervals. What is neither the network's forward nor its "
-                    f"backward pass takes {with_interval(glue)} % of Fast Newton's attack with segadv "
-                    f"({glue.rounds} rounds). {_few(min(rounds, glue.rounds))}{provenance_of(shown)}"
-                )
-            )
-    return "\n\n".join(blocks)
+    lines, steps, glue, shown = [], [], [], []
+    for case, records in _by_case(path).items():
+        if not columns.keys() <= {record.provider for record in records}:
+            continue  # measured for its parts alone, which are among the details
+        network = case.partition(",")[0]
+        key = {"operation": "overhead", "case": case}
+        for arm in _SHOWN_ARMS:
+            mode = f"{arm}, p = 0.5"
+            cells = [with_interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
+            against = one(records, operation="over conventional basic", provider=overhead.OURS, mode=mode)
+            passes = one(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
+            papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
+            lines.append([network, arm, *cells, f"{with_interval(against)} %", f"{passes.p50:.1f} %", *papers])
+        basic = [one(records, operation="training step", provider=column, mode="basic") for column in columns]
+        times = [three_digits(record.p50) for record in basic]
+        steps.append(f"{case}: {', '.join(times[:-1])} and {times[-1]} ms ({basic[0].rounds} rounds)")
+        glue.append(one(records, operation=overhead.GLUE_SHARE, provider=overhead.OURS, mode="fast-newton, p = 0.5"))
+        shown += [record for record in records if record.mode == "basic" or record.mode.endswith("p = 0.5")]
+    if not lines:
+        return ""
+    header = ["network", "arm", *columns.values(), "segadv over conventional basic", "cost model"]
+    header += ["paper, Cityscapes", "paper, VOC"]
+    shares = [f"{with_interval(record)} % ({record.rounds} rounds)" for record in glue]
+    fewest = min(record.rounds for record in (*shown, *glue) if record.operation != overhead.COST_MODEL)
+    notes = paragraph(
+        f"A basic step takes, in these three columns, on {'; '.join(steps)}. What is neither the network's forward nor "
+        f"its backward pass takes of Fast Newton's attack with segadv, in the same order, {', '.join(shares)}. Medians "
+        f"with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
+    )
+    return f"{table(header, lines, text_columns=2)}\n\n{notes}"
 
 
 def _few(rounds: int) -> str:
