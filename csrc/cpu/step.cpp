@@ -59,7 +59,7 @@ SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origi
     // A NaN radius makes the result NaN: the ball is never dropped silently.
     const A upper = origin[i] + eps, lower = origin[i] - eps;
     A x = images[i] + alpha * sign(grad[i]);
-    x = (x > upper) | (upper != upper) ? upper : x;
+    x = ((x > upper) | (upper != upper)) ? upper : x;
     x = x < lower ? lower : x;
     out[i] = clip(x, low, high);
   }
