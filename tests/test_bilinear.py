@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+from collections.abc import Iterable
 
 import emulated
 import torch
@@ -44,8 +45,14 @@ def test_taps_and_their_transpose(h: int, w: int, height: int, width: int, align
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-11 * max(1.0, float(expected.abs().max())))
 
 
+def answers(lines: Iterable[str]) -> list[list[int]]:
+    """Of tests/cuda/axis.cpp, a list of numbers for every line."""
+    program = emulated.build([emulated.ROOT / "tests" / "cuda" / "axis.cpp"], "axis")
+    result = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+    return [[int(number) for number in line.split()] for line in result.stdout.splitlines()]
+
+
 def test_division_by_a_product() -> None:
-    program = emulated.build([emulated.ROOT / "tests" / "cuda" / "divisor.cpp"], "divisor")
     draw = random.Random(0)
     near = [2**k + offset for k in (*range(33), 40, 62) for offset in (-1, 0, 1)]
     divisors = sorted({d for d in near if d > 0} | {draw.randrange(1, 2 ** draw.randint(1, 40)) for _ in range(1000)})
@@ -55,6 +62,30 @@ def test_division_by_a_product() -> None:
     pairs += [(draw.randrange(2**31), d) for d in divisors]
     pairs += [(n, d) for d in (1, 2, 3, 641, 2**31 - 1, 2**31, 2**31 + 1) for n in near]
     pairs = [(n, d) for n, d in pairs if 0 <= n < 2**63]
-    lines = "".join(f"{n} {d}\n" for n, d in pairs)
-    result = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
-    assert [int(line) for line in result.stdout.split()] == [n // d for n, d in pairs]
+    assert answers(f"divide {n} {d}" for n, d in pairs) == [[n // d, 1] for n, d in pairs]
+
+
+def test_outputs_of_a_quad() -> None:
+    """From every output on, and from some behind; in 32 bits as in 64."""
+    draw = random.Random(0)
+    sizes = [(1, 1), (1, 9), (9, 1), (2, 3), (3, 2), (5, 40), (5, 41), (40, 5), (7, 7), (89, 712)]
+    sizes += [(2**21, 2**24 + 1), (2**23 + 1, 2**26), (2**26, 2**26 - 1), (1, 2**27), (3, 2**29), (2**29, 2**30)]
+    lines, expected = [], []
+    for size_in, size_out in sizes:
+        for align_corners in (False, True):
+            step, start, denominator = 2 * size_in, size_in + size_out, 2 * size_out
+            if align_corners:
+                step, denominator = size_in - 1, max(size_out - 1, 1)
+                start = denominator
+            narrow = 2 * denominator + 16 * step < 2**31
+            outputs = range(size_out) if size_out < 1000 else [draw.randrange(size_out) for _ in range(100)]
+            for o in (*outputs, 0, size_out - 1):
+                quad = (start + o * step) // denominator
+                assert 0 <= quad <= size_in
+                end = size_out if step == 0 else min(size_out, -(((quad + 1) * denominator - start) // -step))
+                for behind in (0, 1, end - o - 1, end - o, min(end - o + 8, size_out - o)):
+                    rest = start + (o + behind) * step - quad * denominator
+                    lines.append(f"axis {size_in} {size_out} {align_corners:d} {o + behind} {quad}")
+                    expected.append([narrow, rest, max(end - o - behind, 0), 1])
+    assert {narrow for narrow, *_ in expected} == {False, True}
+    assert answers(lines) == expected

@@ -68,9 +68,9 @@ def test_every_registered_operation_is_tested_and_has_every_backend() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int], channels_last: bool) -> None:
-    # What opcheck looks at does not depend on the dtype, and Triton would compile anew for each.
-    for dtype in (torch.float32,) if slow or backend == "triton" else (torch.float32, torch.bfloat16, torch.float64):
+def test_opcheck(backend: str, operation: str, own: tuple[int, int], channels_last: bool) -> None:
+    # What an operation registers is the same for all backends.
+    for dtype in (torch.float32, torch.bfloat16, torch.float64) if backend == "native" else (torch.float32,):
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
         transposed = [
@@ -79,7 +79,7 @@ def test_opcheck(backend: str, slow: bool, operation: str, own: tuple[int, int],
             else value
             for value in arguments
         ]
-        if not slow:  # what an operation registers is the same for all backends
+        if backend == "native":
             torch.library.opcheck(getattr(library, operation), tuple(transposed))
         if operation in ("cross_entropy", "segpgd_loss", "cospgd_loss"):  # for_backward=False
             without = (*arguments[:-1], False)
@@ -525,6 +525,25 @@ def test_bad_labels_are_named_with_their_place(
         with pytest.raises(ValueError, match=r"value -1 at \[n, y, x\] = \[0, 39, 59\]"):
             F.averaged_gain(z, y)
         assert F.averaged_gain(z, torch.full_like(y, -1), ignore_index=-1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("own", [(6, 8), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_any_number_can_be_ignored(backend: str, dtype: torch.dtype, own: tuple[int, int]) -> None:
+    """One that is a class, one that the labels' type holds, or one that it does not."""
+    z = torch.randn(1, 5, *own)
+    y = torch.arange(48).view(1, 6, 8).remainder(5).to(dtype)
+    known = torch.iinfo(dtype)
+    ends = (known.min, known.max, -1 if known.min else 0)
+    for ignored in (*ends, 3, -100, 300, 2**15, -(2**31), 2**31 - 1, 2**31, 2**32 + 1, -(2**63), 2**63 - 1):
+        given = y.clone()
+        holds = known.min <= ignored <= known.max
+        if holds:
+            given[0, 2, 3:6] = ignored
+        n_valid = int((given != ignored).sum()) if holds else given.numel()
+        assert F.gain_and_grad(z, given, ignore_index=ignored)[1].tolist() == [n_valid], ignored
+        counts = F.confusion_matrix(z, given, ignore_index=ignored)
+        assert int(counts.sum()) == n_valid, ignored
 
 
 @pytest.mark.parametrize(("value", "on"), [("", False), ("0", False), ("1", True)])

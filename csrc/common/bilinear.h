@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -31,10 +32,12 @@ struct Divisor {
     factor = static_cast<uint32_t>((static_cast<uint64_t>(power - value) << 32) / static_cast<uint64_t>(value) + 1);
   }
 
-  SEGADV_INLINE int64_t quotient(int64_t n) const {
-    if (n >> 31 != 0) return n / value;
+  SEGADV_INLINE int32_t quotient(int32_t n) const {
     const uint32_t low = static_cast<uint32_t>(n);
-    return (static_cast<uint32_t>(uint64_t{low} * factor >> 32) + low) >> shift;
+    return static_cast<int32_t>((static_cast<uint32_t>(uint64_t{low} * factor >> 32) + low) >> shift);
+  }
+  SEGADV_INLINE int64_t quotient(int64_t n) const {
+    return n >> 31 != 0 ? n / value : quotient(static_cast<int32_t>(n));
   }
 };
 
@@ -56,9 +59,22 @@ struct Axis {
 
   SEGADV_INLINE int64_t quad_of(int64_t o) const { return by_denominator.quotient(start + product(o, step)); }
 
-  // What the division leaves over, in [0, denominator) for an output in this quad.
-  SEGADV_INLINE int64_t rest(int64_t o, int64_t quad) const {
-    return start + product(o, step) - product(quad, denominator);
+  // What the division leaves over, in [0, denominator) for an output in this quad. In 32 bits too: it is narrow.
+  template <class Int>
+  SEGADV_INLINE Int rest(Int o, Int quad) const {
+    using Wraps = std::make_unsigned_t<Int>;
+    return static_cast<Int>(static_cast<Wraps>(start) + static_cast<Wraps>(o) * static_cast<Wraps>(step) -
+                            static_cast<Wraps>(quad) * static_cast<Wraps>(denominator));
+  }
+
+  // How many outputs from o on lie in its quad, from what the division leaves over there; 0 where o lies behind it.
+  template <class Int>
+  SEGADV_INLINE Int outputs_from(Int o, Int rest) const {
+    const Int left = static_cast<Int>(out) - o, behind = static_cast<Int>(denominator) - rest;
+    if (behind <= 0) return 0;
+    if (step == 0) return left;
+    const Int found = by_step.quotient(static_cast<Int>(behind + static_cast<Int>(step) - 1));
+    return found < left ? found : left;
   }
 
   // The lowest output that lies in this quad or behind it; `out` for quads behind the last one.
@@ -70,8 +86,8 @@ struct Axis {
     return first < out ? first : out;
   }
 
-  // Whether a rest fits into 32 bits, also that of some outputs behind the quad. A GPU converts 64 bits slowly.
-  SEGADV_INLINE bool is_narrow() const { return denominator + 16 * step < int64_t{1} << 31; }
+  // Whether a rest fits into 32 bits, also that of some outputs behind the quad: a GPU has no registers of 64 bits.
+  SEGADV_INLINE bool is_narrow() const { return 2 * denominator + 16 * step < int64_t{1} << 31; }
 
   // No quad has more outputs.
   SEGADV_INLINE int64_t most_outputs() const {
@@ -99,19 +115,18 @@ inline Axis make_axis(int64_t in, int64_t out, bool align_corners) {
 template <class A>
 struct QuadWeights {
   A denominator, slope, shift;
-  SEGADV_INLINE QuadWeights(const Axis& axis, int64_t quad) : denominator(static_cast<A>(axis.denominator)) {
-    const bool between = quad > 0 && quad < axis.in;
+  template <class Int>
+  SEGADV_INLINE QuadWeights(const Axis& axis, Int quad)
+      : denominator(static_cast<A>(static_cast<Int>(axis.denominator))) {
+    const bool between = quad > 0 && quad < static_cast<Int>(axis.in);
     slope = between ? inverse(axis, A()) : A(0);
     shift = between ? A(0) : A(0.5);
   }
   static SEGADV_INLINE float inverse(const Axis& axis, float) { return axis.inverse_float; }
   static SEGADV_INLINE double inverse(const Axis& axis, double) { return axis.inverse_double; }
-  SEGADV_INLINE A w1(int64_t rest) const {
-#if defined(__CUDA_ARCH__)
-    const A value = static_cast<A>(static_cast<int32_t>(rest));  // enough: see Axis::is_narrow
-#else
+  template <class Int>
+  SEGADV_INLINE A w1(Int rest) const {
     const A value = static_cast<A>(rest);
-#endif
     const A quotient = value * slope;
     return std::fma(std::fma(-quotient, denominator, value), slope, quotient) + shift;
   }

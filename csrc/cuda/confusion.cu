@@ -6,8 +6,8 @@
 // labels read once (or predictions written once). Resampled, bound by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
-// measured: at full resolution 46 registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel.
-// Resampled, eightfold: 74 instructions for a class of 8 pixels, 34 where `find_largest` leaves them out, 72 registers,
+// measured: at full resolution 32 registers, 100 % occupancy; 19 classes and int64 labels take 84 bytes per pixel.
+// Resampled, eightfold: 76 instructions for a class of 8 pixels, 36 where `find_largest` leaves them out, 72 registers,
 // 43 %. Fraction of the limit reached: not yet measured.
 #include "cuda/pixels.cuh"
 

@@ -12,8 +12,7 @@
 // registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
 // eightfold: 71 instructions for a class of 8 pixels (CosPGD 79; SegPGD looks for the largest logit: another 23 to 71),
 // while the unit that computes its 8 exponentials needs 64 cycles for a warp; where a column begins and ends, some
-// 1,200, nearly as many as 19 classes take; 80 to 90 registers, 31 to 38 %. Fraction of the limit reached: not yet
-// measured.
+// 1,000, as many as 14 classes take; 80 to 90 registers, 31 to 38 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"
 #include "cuda/pixels.cuh"
 

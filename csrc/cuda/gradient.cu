@@ -11,12 +11,12 @@
 // ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
 // twice. Bound by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 38
-// (margin) or 48 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
+// (margin) or 46 registers, 100 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes about 105 instructions for a
 // class of 8 pixels, 150 where it may be one's label; a class of a logit, which gathers 16 columns, about 130; a
-// column's beginning and end about 700. That is some 21 per class and pixel, with 19 classes, and for a margin 8. 122
-// registers, 25 % (margin: 86, 31 %). Fraction of the limit reached: not yet measured.
+// column's beginning and end about 500. That is some 20 per class and pixel, with 19 classes, and for a margin 7. 117
+// registers, 25 % (margin: 88, 31 %). Fraction of the limit reached: not yet measured.
 #include <type_traits>
 
 #include "cuda/gradient.cuh"
@@ -117,7 +117,7 @@ struct alignas(2 * sizeof(A)) Ends {
 // Returns whether a label is bad.
 template <bool kMargin, class S, int P>
 __device__ __forceinline__ int32_t column_gradient(const Problem& problem, const GradientInputs& inputs,
-                                                   const Pixels<S, P, true>& pixels, int64_t quad_y, int64_t h,
+                                                   const Pixels<S, P, true>& pixels, int32_t quad_y, int32_t h,
                                                    int32_t first_class, int32_t classes, Ends<Compute<S>>* ends) {
   using A = Compute<S>;
   int32_t label[P];
@@ -208,17 +208,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   __shared__ Ends<A> of_logits[kTile<A>][kQuads];  // sums for the row of logits that is being completed, and the next
   __shared__ int32_t first[kQuads + 1];        // column of pixels at which a quad begins
   const TensorView& grad = problem.grad;
-  const int64_t h = patches.y.in, w = patches.x.in;
-  const int64_t n = blockIdx.x / patches.count;
-  const int32_t block = blockIdx.x % patches.count;
+  const int32_t h = static_cast<int32_t>(patches.y.in), w = static_cast<int32_t>(patches.x.in);
+  const int32_t n = blockIdx.x / patches.count, block = blockIdx.x % patches.count;
   const int32_t first_class = block % patches.tiles_c * patches.classes;
-  const int64_t first_quad = int64_t{block / patches.tiles_c % patches.tiles_x} * patches.columns;
-  const int64_t row = int64_t{block / patches.tiles_c / patches.tiles_x} * patches.rows;
-  const int64_t last_row = row + patches.rows < h ? row + patches.rows : h;
-  const int32_t columns = static_cast<int32_t>(first_quad + patches.columns < w ? patches.columns : w - first_quad);
+  const int32_t first_quad = block / patches.tiles_c % patches.tiles_x * patches.columns;
+  const int32_t row = block / patches.tiles_c / patches.tiles_x * patches.rows;
+  const int32_t last_row = row + patches.rows < h ? row + patches.rows : h;
+  const int32_t columns = first_quad + patches.columns < w ? patches.columns : w - first_quad;
   const int32_t all_classes = static_cast<int32_t>(problem.logits.size[1]);
   const int32_t classes = first_class + patches.classes < all_classes ? patches.classes : all_classes - first_class;
-  const int64_t origin = patches.x.first_output(first_quad);
+  const int32_t origin = static_cast<int32_t>(patches.x.first_output(first_quad));
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
 
   // Calls f(c, j) for the logits of this thread, always the same ones: class and column of the block.
@@ -240,15 +239,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   const int32_t width = first[columns + 1];
   int32_t counts = 0;
 
-  for (int64_t quad_y = row; quad_y <= last_row; ++quad_y) {
-    const int64_t begin_y = patches.y.first_output(quad_y), end_y = patches.y.first_output(quad_y + 1);
-    for (int64_t y = begin_y; y < end_y; y += P) {
+  int32_t end_y = static_cast<int32_t>(patches.y.first_output(row));
+  for (int32_t quad_y = row; quad_y <= last_row; ++quad_y) {
+    const int32_t begin_y = end_y;
+    end_y += patches.y.outputs_from(begin_y, patches.y.rest(begin_y, quad_y));
+    for (int32_t y = begin_y; y < end_y; y += P) {
       for (int32_t strip = 0; strip < width; strip += kThreads) {
         if (strip + thread < width) {
-          const int64_t x = origin + strip + thread, quad_x = patches.x.quad_of(x);
+          const int32_t x = origin + strip + thread, quad_x = static_cast<int32_t>(patches.x.quad_of(x));
           const Mine pixels(problem, patches.y, patches.x, n, y, x, quad_y, quad_x,
-                            static_cast<int>(end_y - y < P ? end_y - y : P));
-          const int32_t slot = thread + static_cast<int32_t>(quad_x - first_quad);
+                            end_y - y < P ? end_y - y : P);
+          const int32_t slot = thread + quad_x - first_quad;
           right_weight[thread] = transposed(pixels.wx1, quad_x, w);
           counts |= column_gradient<kMargin>(problem, inputs, pixels, quad_y, h, first_class, classes,
                                              &of_pixels[0][slot]);
@@ -277,8 +278,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     for_each_logit([&](int32_t c, int32_t j) {
       const Ends<A> sum = of_logits[c][j];
       if (quad_y > row) {
-        const int64_t to = n * grad.stride[0] + (first_class + c) * grad.stride[1] + (quad_y - 1) * grad.stride[2];
-        *at<S>(grad, to + (first_quad + j) * grad.stride[3]) = from_compute<S>(sum.upper);
+        const int64_t to = scaled(n, grad.stride[0]) + scaled(first_class + c, grad.stride[1]) +
+                           scaled(quad_y - 1, grad.stride[2]) + scaled(first_quad + j, grad.stride[3]);
+        *at<S>(grad, to) = from_compute<S>(sum.upper);
       }
       of_logits[c][j] = {sum.lower, A(0)};
     });

@@ -5,7 +5,7 @@
 // memory. Resampled, by arithmetic.
 //
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32; benchmarks.instructions) and arithmetic, not
-// measured: at full resolution 52 registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160
+// measured: at full resolution 44 registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160
 // with the gradient. Resampled, eightfold: 84 instructions for a class of 8 pixels, 36 where `find_largest` leaves them
 // out, 72 registers, 43 %. Fraction of the limit reached: not yet measured.
 #include "cuda/gradient.cuh"

@@ -58,16 +58,14 @@ __device__ __forceinline__ T* at(const TensorView& view, int64_t offset) {
   return static_cast<T*>(view.data) + offset;
 }
 
-struct Label {
-  int32_t label;  // -1 where not valid
-  bool is_bad;    // neither a class nor ignored
-};
-
-__device__ __forceinline__ Label judge(const Problem& problem, int64_t value) {
-  const bool is_class = static_cast<uint64_t>(value) < static_cast<uint64_t>(problem.logits.size[1]);
-  const bool kept = value != problem.ignore_index;
-  return {kept && is_class ? static_cast<int32_t>(value) : -1, kept && !is_class};
+// An offset of i >= 0 elements: no sign of i, which a GPU would have to multiply too.
+template <class Int>
+__device__ __forceinline__ int64_t scaled(Int i, int64_t stride) {
+  return static_cast<int64_t>(uint64_t{static_cast<std::make_unsigned_t<Int>>(i)} * static_cast<uint64_t>(stride));
 }
+
+// Labels that are not valid: to be ignored, or of a pixel that does not exist; and those that are no class.
+constexpr int32_t kIgnored = -1, kBad = -2;
 
 // The pixels of one thread.
 template <class S, int P, bool kUp>
@@ -80,71 +78,77 @@ struct Pixels {
   static constexpr bool kIsColumn = kUp && P > 1;
   static constexpr int kUnroll = kIsColumn ? 1 : (kUp ? 2 : 4);  // classes whose logits are loaded at once
 
-  int64_t n, y, x;  // image, and the first pixel
-  int64_t map;      // its offset in a dense [N, H, W]
-  int64_t map_step;
+  using Index = std::conditional_t<kUp, int32_t, int64_t>;  // an image of the logits' size may be one long row
+
+  int32_t n;      // image
+  Index y, x;     // the first pixel
+  int64_t map;    // its offset in a dense [N, H, W]
+  Index map_step;
   int count;  // pixels that exist, 0 ... P
   const S* tap[kUp ? 4 : 1];  // of class 0
   int64_t stride_c;
   A wx1, wy1[kUp ? P : 1], wy0[kUp ? P : 1];
 
   __device__ __forceinline__ Pixels(const Problem& problem, const Walk& walk) {
-    n = walk.blocks.quotient(blockIdx.x);
-    const int64_t item = (blockIdx.x - product(n, walk.blocks.value)) * kThreads + threadIdx.x;
+    n = walk.blocks.quotient(static_cast<int32_t>(blockIdx.x));
+    const uint32_t block = blockIdx.x - static_cast<uint32_t>(n) * static_cast<uint32_t>(walk.blocks.value);
+    const int64_t item = int64_t{block} * kThreads + threadIdx.x;
     const bool inside = item < walk.items;
-    const int64_t row = inside ? walk.across.quotient(item) : 0;
-    const int64_t column = inside ? item - row * walk.across.value : 0;
-    int64_t quad_y = 0;
+    const Index row = inside ? static_cast<Index>(walk.across.quotient(item)) : 0;
+    const Index column = inside ? static_cast<Index>(item) - row * static_cast<Index>(walk.across.value) : 0;
+    Index quad_y = 0;
     x = kTakesVectors ? column * P : column;
     if constexpr (kIsColumn) {
       quad_y = walk.chunks.quotient(row);
-      y = walk.y.first_output(quad_y) + (row - product(quad_y, walk.chunks.value)) * P;
-      const int64_t left = walk.y.first_output(quad_y + 1) - y;
-      count = !inside || left < 0 ? 0 : (left < P ? static_cast<int>(left) : P);
+      y = static_cast<Index>(walk.y.first_output(quad_y)) + (row - quad_y * static_cast<Index>(walk.chunks.value)) * P;
+      const Index left = walk.y.outputs_from(y, walk.y.rest(y, quad_y));
+      count = !inside ? 0 : (left < P ? left : P);
     } else {
       y = row;
       count = inside ? P : 0;
-      if constexpr (kUp) quad_y = walk.y.quad_of(y);
+      if constexpr (kUp) quad_y = static_cast<Index>(walk.y.quad_of(y));
     }
-    map = (n * walk.rows + y) * walk.columns + x;
-    map_step = kUp ? walk.columns : 1;
+    map = scaled(scaled(n, walk.rows) + y, walk.columns) + x;
+    map_step = kUp ? static_cast<Index>(walk.columns) : 1;
     const TensorView& logits = problem.logits;
     stride_c = logits.stride[1];
     if constexpr (kUp) {
-      set_taps(logits, walk.y, walk.x, quad_y, walk.x.quad_of(x));
+      set_taps(logits, walk.y, walk.x, quad_y, static_cast<Index>(walk.x.quad_of(x)));
     } else if (logits.data != nullptr) {
-      tap[0] = at<const S>(logits, n * logits.stride[0] + y * logits.stride[2] + x * logits.stride[3]);
+      tap[0] = at<const S>(logits, offset(logits, 2));
     }
   }
 
   // A column of pixels where the caller says: `count` of them from (y, x) on, in this quad. Without logits' data only
   // labels and maps can be read.
-  __device__ __forceinline__ Pixels(const Problem& problem, const Axis& axis_y, const Axis& axis_x, int64_t n,
-                                    int64_t y, int64_t x, int64_t quad_y, int64_t quad_x, int count)
-      : n(n), y(y), x(x), map((n * axis_y.out + y) * axis_x.out + x), map_step(axis_x.out), count(count) {
+  __device__ __forceinline__ Pixels(const Problem& problem, const Axis& axis_y, const Axis& axis_x, int32_t n,
+                                    int32_t y, int32_t x, int32_t quad_y, int32_t quad_x, int count)
+      : n(n), y(y), x(x), map_step(static_cast<int32_t>(axis_x.out)), count(count) {
     static_assert(kIsColumn);
+    map = scaled(scaled(n, axis_y.out) + y, axis_x.out) + x;
     stride_c = problem.logits.stride[1];
     set_taps(problem.logits, axis_y, axis_x, quad_y, quad_x);
   }
 
-  // All four taps exist for every thread, also for one without pixels.
+  // All four taps exist for every thread, also for one without pixels: behind the edges they are the same ones twice.
   __device__ __forceinline__ void set_taps(const TensorView& logits, const Axis& axis_y, const Axis& axis_x,
-                                           int64_t quad_y, int64_t quad_x) {
-    const int64_t left = quad_x > 0 ? quad_x - 1 : 0, right = quad_x < axis_x.in ? quad_x : axis_x.in - 1;
-    const int64_t upper = quad_y > 0 ? quad_y - 1 : 0, lower = quad_y < axis_y.in ? quad_y : axis_y.in - 1;
+                                           int32_t quad_y, int32_t quad_x) {
     if (logits.data != nullptr) {
-      const S* image = at<const S>(logits, n * logits.stride[0]);
-      tap[0] = image + upper * logits.stride[2] + left * logits.stride[3];
-      tap[1] = image + upper * logits.stride[2] + right * logits.stride[3];
-      tap[2] = image + lower * logits.stride[2] + left * logits.stride[3];
-      tap[3] = image + lower * logits.stride[2] + right * logits.stride[3];
+      const int64_t right = quad_x > 0 && quad_x < static_cast<int32_t>(axis_x.in) ? logits.stride[3] : 0;
+      const int64_t lower = quad_y > 0 && quad_y < static_cast<int32_t>(axis_y.in) ? logits.stride[2] : 0;
+      tap[0] = at<const S>(logits, scaled(n, logits.stride[0])) +
+               scaled(quad_y > 0 ? quad_y - 1 : 0, logits.stride[2]) +
+               scaled(quad_x > 0 ? quad_x - 1 : 0, logits.stride[3]);
+      tap[1] = tap[0] + right;
+      tap[2] = tap[0] + lower;
+      tap[3] = tap[2] + right;
     }
     wx1 = QuadWeights<A>(axis_x, quad_x).w1(axis_x.rest(x, quad_x));
     const QuadWeights<A> weights(axis_y, quad_y);
-    const int64_t rest = axis_y.rest(y, quad_y);
+    const int32_t rest = axis_y.rest(y, quad_y);
 #pragma unroll
     for (int i = 0; i < P; ++i) {
-      wy1[i] = weights.w1(rest + i * axis_y.step);
+      wy1[i] = weights.w1(rest + i * static_cast<int32_t>(axis_y.step));
       wy0[i] = A(1) - wy1[i];
     }
   }
@@ -194,54 +198,58 @@ struct Pixels {
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       if (i == 0 || label[i] != label[i - 1]) {
-        const int64_t plane = (label[i] >= 0 ? label[i] : 0) * stride_c;
+        const int64_t plane = scaled(label[i] >= 0 ? label[i] : 0, stride_c);
         rows = resample_rows(tap[0] + plane, tap[1] + plane, tap[2] + plane, tap[3] + plane);
       }
       own[i] = label[i] >= 0 ? between(rows, i) : A(0);
     }
   }
 
-  // Offset of the first pixel in a tensor [N, H, W], and how far apart there the pixels are.
-  __device__ __forceinline__ int64_t offset(const TensorView& view) const {
-    return n * view.stride[0] + y * view.stride[1] + x * view.stride[2];
+  // Offset of the first pixel in a tensor [N, H, W], or [N, C, H, W] if `dim_y` is 2, and how far apart in the former
+  // the pixels are.
+  __device__ __forceinline__ int64_t offset(const TensorView& view, int dim_y = 1) const {
+    return scaled(n, view.stride[0]) + scaled(y, view.stride[dim_y]) + scaled(x, view.stride[dim_y + 1]);
   }
   __device__ __forceinline__ int64_t step(const TensorView& view) const { return view.stride[kUp ? 1 : 2]; }
 
-  // Labels as int32, -1 where a pixel is not valid. Returns valid pixels + bad labels * 2^16.
+  // Labels as int32, those that are not valid negative. Returns valid pixels + bad labels * 2^16. All are loaded before
+  // the first one is judged.
   __device__ __forceinline__ int32_t labels(const Problem& problem, int32_t (&label)[P]) const {
     int64_t value[P];
+#pragma unroll
+    for (int i = 0; i < P; ++i) value[i] = problem.ignore_index;
+    const auto load = [&](auto zero) {
+      load_some(at<const decltype(zero)>(problem.labels, offset(problem.labels)), step(problem.labels), value);
+    };
     switch (problem.labels.dtype) {
-      case DType::kInt64: load_labels<int64_t>(problem.labels, value); break;
-      case DType::kInt32: load_labels<int32_t>(problem.labels, value); break;
-      case DType::kInt16: load_labels<int16_t>(problem.labels, value); break;
-      default: load_labels<uint8_t>(problem.labels, value);
+      case DType::kInt64: load(int64_t{}); break;
+      case DType::kInt32: load(int32_t{}); break;
+      case DType::kInt16: load(int16_t{}); break;
+      default: load(uint8_t{});
     }
     int32_t counts = 0;
 #pragma unroll
     for (int i = 0; i < P; ++i) {
-      const Label found = judge(problem, value[i]);
-      label[i] = i < count ? found.label : -1;
-      if (i < count) counts += (found.label >= 0 ? 1 : 0) + (found.is_bad ? 1 << 16 : 0);
+      const bool is_class = static_cast<uint64_t>(value[i]) < static_cast<uint64_t>(problem.logits.size[1]);
+      label[i] = value[i] == problem.ignore_index ? kIgnored : (is_class ? static_cast<int32_t>(value[i]) : kBad);
+      if (label[i] >= 0) ++counts;
+      if (label[i] == kBad) counts += 1 << 16;
     }
     return counts;
   }
 
-  template <class L>
-  __device__ __forceinline__ void load_labels(const TensorView& labels, int64_t (&value)[P]) const {
-    Pack<L, P> pack{};
-    load_some(at<const L>(labels, offset(labels)), step(labels), pack);
-#pragma unroll
-    for (int i = 0; i < P; ++i) value[i] = pack.values[i];
-  }
-
-  template <class T>
-  __device__ __forceinline__ void load_some(const T* from, int64_t between, Pack<T, P>& pack) const {
+  // What does not exist keeps its value.
+  template <class T, class V>
+  __device__ __forceinline__ void load_some(const T* from, int64_t between, V (&values)[P]) const {
     if constexpr (kTakesVectors) {
-      if (count > 0) pack = load_pack<P>(from);
+      if (count == 0) return;
+      const Pack<T, P> pack = load_pack<P>(from);
+#pragma unroll
+      for (int i = 0; i < P; ++i) values[i] = static_cast<V>(pack.values[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < P; ++i, from += between) {
-        if (i < count) pack.values[i] = *from;
+        if (i < count) values[i] = static_cast<V>(*from);
       }
     }
   }
@@ -249,10 +257,9 @@ struct Pixels {
   // Between a dense [N, H, W] and the thread's pixels; what does not exist is read as 0.
   template <class T, class V>
   __device__ __forceinline__ void load_map(const TensorView& view, V (&values)[P]) const {
-    Pack<T, P> pack{};
-    load_some(at<const T>(view, map), map_step, pack);
 #pragma unroll
-    for (int i = 0; i < P; ++i) values[i] = static_cast<V>(pack.values[i]);
+    for (int i = 0; i < P; ++i) values[i] = V(0);
+    load_some(at<const T>(view, map), map_step, values);
   }
   template <class T, class V>
   __device__ __forceinline__ void store_map(const TensorView& view, const V (&values)[P]) const {
@@ -291,7 +298,7 @@ struct Pixels {
     Pack<S, P> pack;
 #pragma unroll
     for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(values[i]);
-    S* to = at<S>(grad, n * grad.stride[0] + c * grad.stride[1] + y * grad.stride[2] + x * grad.stride[3]);
+    S* to = at<S>(grad, offset(grad, 2) + c * grad.stride[1]);
     if (count > 0) store_pack_once(to, pack);  // the logits may be read a second time
   }
 };
