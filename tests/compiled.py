@@ -1,7 +1,7 @@
 """The kernels that Triton and nvcc compile for a GPU, on a machine without one: ptx.py executes what they made.
 
 With SEGADV_TEST_COMPILED=all the tests' backends `triton` and, where there is an nvcc, `cuda-emulated` run this code,
-and no other backend is tested ("few": random cases of one seed only):
+and no other backend is tested ("few": random cases of one seed, in float32 and bfloat16 only):
 
     SEGADV_TEST_COMPILED=all pytest tests/test_step.py tests/test_margin.py tests/test_cross_entropy.py \
         tests/test_confusion.py

@@ -8,10 +8,12 @@ The interpreter accepts much that the compiler does not. Run as a program: the t
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -189,25 +191,35 @@ def conversions_in_loops(ttgir: str) -> int:
     return count
 
 
+_jobs: list[tuple[str, str, str, ASTSource, dict[str, Any]]] = []  # what child processes find here
+
+
+def _line(job: int) -> str:
+    name, what, kernel, compiled, settings = _jobs[job]
+    result = compile_for(compiled, name, settings)
+    usage = resources(result.asm["cubin"]) if "cubin" in result.asm else f"{len(result.asm['hsaco'])} bytes"
+    return f"{name} | {what} | {kernel} | {usage} | {conversions_in_loops(result.asm['ttgir'])} conversions"
+
+
 def main() -> int:
     calls: list[Call] = []
     record(calls)
     targets = [argument for argument in sys.argv[1:] if argument != "--float32"]
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-    for name in targets:
-        seen: set[str] = set()
-        for what, run in operations(dtypes[:1] if "--float32" in sys.argv else dtypes):
-            calls.clear()
-            run()
-            for kernel, arguments, options in calls:
-                compiled, settings = source(kernel, arguments, options)
-                if compiled.hash() in seen:
-                    continue
+    seen: set[str] = set()
+    for what, run in operations(dtypes[:1] if "--float32" in sys.argv else dtypes):
+        calls.clear()
+        run()
+        for kernel, arguments, options in calls:
+            compiled, settings = source(kernel, arguments, options)
+            if compiled.hash() not in seen:
                 seen.add(compiled.hash())
-                result = compile_for(compiled, name, settings)
-                usage = resources(result.asm["cubin"]) if "cubin" in result.asm else f"{len(result.asm['hsaco'])} bytes"
-                conversions = conversions_in_loops(result.asm["ttgir"])
-                print(f"{name} | {what} | {kernel.__name__} | {usage} | {conversions} conversions", flush=True)
+                _jobs.extend((name, what, kernel.__name__, compiled, settings) for name in targets)
+    _jobs.sort(key=lambda job: targets.index(job[0]))
+    fork = multiprocessing.get_context("fork")  # a source holds what cannot be pickled
+    with ProcessPoolExecutor(mp_context=fork) as pool:
+        for line in pool.map(_line, range(len(_jobs))):
+            print(line, flush=True)
     return 0
 
 
