@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import math
 import os
 import random
@@ -122,7 +123,8 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """That of the clone, marked where its code, not its rows, tables and pictures, differs from it.
+    """That of the clone, marked where what is measured differs from it: code, not rows, tables and pictures, or the
+    compiled core, which may be of other sources.
 
     A copy of the files without their history does not know it: SEGADV_COMMIT says it then.
     """
@@ -131,7 +133,17 @@ def commit() -> str:
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", *made)
     code = [f":(top){folder}" for folder in ("segadv", "csrc", "benchmarks")]
     changed = changed or _output("git", "ls-files", "--others", "--exclude-standard", "--", *code, *made)  # and new
-    return name + "-dirty" * bool(changed) if name else os.environ.get("SEGADV_COMMIT") or "unknown"
+    name, changed = name or os.environ.get("SEGADV_COMMIT") or "unknown", bool(name and changed)
+    built_from = segadv.build_info().get("sources")
+    return name + "-dirty" * (changed or built_from not in (None, sources()))
+
+
+def sources() -> str:
+    """The digest of what the clone's core is compiled from, as CMakeLists.txt puts it into the core."""
+    root = Path(__file__).parents[1]
+    paths = [root / "CMakeLists.txt", *(path for path in (root / "csrc").rglob("*") if path.is_file())]
+    lines = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return hashlib.sha256("".join(f"{name} {lines[name]}\n" for name in sorted(lines)).encode()).hexdigest()
 
 
 def _output(*command: str) -> str:

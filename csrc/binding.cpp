@@ -182,6 +182,7 @@ PYBIND11_MODULE(_segadv_emulated, m) {
 PYBIND11_MODULE(_segadv_native, m) {
   m.attr("interface_version") = kInterfaceVersion;
   m.attr("version") = SEGADV_VERSION;
+  m.attr("sources") = SEGADV_SOURCES;
   m.attr("compiler") = SEGADV_COMPILER;
   m.attr("openmp") = _OPENMP;
   m.def("max_threads", [] { return omp_get_max_threads(); });

@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import segadv
 from benchmarks import device, measure, ops, overhead, peers, records
 from benchmarks.cases import Case
 from benchmarks.measure import in_rounds
@@ -624,6 +626,29 @@ def test_a_copy_without_history_names_the_commit_it_is_told(monkeypatch: pytest.
     assert measure.commit.__wrapped__() == "unknown"
     monkeypatch.setenv("SEGADV_COMMIT", "abc1234")
     assert measure.commit.__wrapped__() == "abc1234"
+    monkeypatch.setattr(segadv, "build_info", lambda: {"sources": "of something else"})
+    assert measure.commit.__wrapped__() == "abc1234-dirty"
+    monkeypatch.setattr(segadv, "build_info", lambda: {"native": False})
+    assert measure.commit.__wrapped__() == "abc1234"
+
+
+def test_a_core_of_other_sources_makes_a_commit_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = measure.Path(measure.__file__).parents[1]
+    shutil.copy(root / "CMakeLists.txt", tmp_path)
+    shutil.copytree(root / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    monkeypatch.setenv("SEGADV_COMMIT", "abc1234")
+    assert measure.sources() == segadv.build_info()["sources"], "the installed core is of other sources: install again"
+    assert measure.commit.__wrapped__() == "abc1234"
+    header = tmp_path / "csrc" / "common" / "margin.h"
+    text = header.read_text()
+    for change in (lambda: header.write_text(text + "\n"), lambda: header.rename(header.with_name("gain.h"))):
+        change()
+        assert measure.commit.__wrapped__() == "abc1234-dirty"
+    header.with_name("gain.h").rename(header)
+    header.write_text(text)
+    (tmp_path / "CMakeLists.txt").write_text("# other flags")
+    assert measure.commit.__wrapped__() == "abc1234-dirty"
 
 
 def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictures(
@@ -637,6 +662,7 @@ def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictur
     for command in (["init", "-q"], ["add", "."], [*person, "commit", "-qm", "one"]):
         subprocess.run(["git", *command], check=True, cwd=tmp_path)
     monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
+    monkeypatch.setattr(measure, "sources", lambda: segadv.build_info()["sources"])
     clean = measure.commit.__wrapped__()
     assert re.fullmatch("[0-9a-f]{10}", clean)
     for name in made:

@@ -27,7 +27,7 @@ except ImportError as error:
     )
 
 # csrc/segadv.h, kInterfaceVersion
-_INTERFACE_VERSION = 4
+_INTERFACE_VERSION = 5
 if core is not None and core.interface_version != _INTERFACE_VERSION:
     raise ImportError(
         f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "
@@ -116,6 +116,7 @@ def build_info() -> dict[str, Any]:
         "native_version": core.version,
         "native_path": core.__file__,
         "interface_version": core.interface_version,
+        "sources": core.sources,
         "compiler": core.compiler,
         "instruction_set": core.instruction_set(),
         "openmp": core.openmp,
