@@ -418,12 +418,13 @@ def headline(results: Path) -> str:
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
         huge.append(f"{with_interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
+    cpus_only = [path.name for path in files(results, "overhead")] == ["overhead-cpu.csv"]
     return paragraph(
         "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
         f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
         "([what it costs](#what-it-costs)). Part of the conventional code's time is page faults of its large buffers: "
-        f"with `THP_MEM_ALLOC_ENABLE=1` on both sides the differences are {' and '.join(huge)}. Measured on CPUs only: "
-        "GPUs are [still to come](#limits)."
+        f"with `THP_MEM_ALLOC_ENABLE=1` on both sides the differences are {' and '.join(huge)}. "
+        + ("Measured on CPUs only: GPUs are [still to come](#limits)." if cpus_only else "GPUs are in the table there.")
     )
 
 

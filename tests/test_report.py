@@ -482,6 +482,11 @@ def test_the_headline(tmp_path: Path) -> None:
     assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
     assert "on both sides the differences are -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %" in words
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
+    assert words.endswith("Measured on CPUs only: GPUs are [still to come](#limits).")
+    on_gpu = tmp_path / "overhead-nvidia-x1.csv"
+    write_records(on_gpu, [small])
+    assert report.headline(tmp_path).endswith("GPUs are in the table there.")
+    on_gpu.unlink()
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
     assert " ".join(report.headline(tmp_path).split()) == words
     write_records(path, [replace(small, high=0.1)])
