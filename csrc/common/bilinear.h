@@ -67,11 +67,12 @@ struct Axis {
                             static_cast<Wraps>(quad) * static_cast<Wraps>(denominator));
   }
 
-  // How many outputs from o on lie in its quad, from what the division leaves over there; 0 where o lies behind it.
+  // How many outputs from o on lie in its quad, from what the division leaves over there; 0 where o lies behind it, or
+  // behind the last output.
   template <class Int>
   SEGADV_INLINE Int outputs_from(Int o, Int rest) const {
     const Int left = static_cast<Int>(out) - o, behind = static_cast<Int>(denominator) - rest;
-    if (behind <= 0) return 0;
+    if (behind <= 0 || left <= 0) return 0;
     if (step == 0) return left;
     const Int found = by_step.quotient(static_cast<Int>(behind + static_cast<Int>(step) - 1));
     return found < left ? found : left;
@@ -86,7 +87,8 @@ struct Axis {
     return first < out ? first : out;
   }
 
-  // Whether a rest fits into 32 bits, also that of some outputs behind the quad: a GPU has no registers of 64 bits.
+  // Whether a rest fits into 32 bits, also that of some outputs behind the quad, where a GPU's last chunk of it may
+  // begin: it has no registers of 64 bits.
   SEGADV_INLINE bool is_narrow() const { return 2 * denominator + 16 * step < int64_t{1} << 31; }
 
   // No quad has more outputs.

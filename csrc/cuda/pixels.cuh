@@ -95,7 +95,9 @@ struct Pixels {
     const int64_t item = int64_t{block} * kThreads + threadIdx.x;
     const bool inside = item < walk.items;
     const Index row = inside ? static_cast<Index>(walk.across.quotient(item)) : 0;
-    const Index column = inside ? static_cast<Index>(item) - row * static_cast<Index>(walk.across.value) : 0;
+    using Wraps = std::make_unsigned_t<Index>;
+    const Wraps before = static_cast<Wraps>(row) * static_cast<Wraps>(walk.across.value);
+    const Index column = inside ? static_cast<Index>(static_cast<Wraps>(item) - before) : 0;
     Index quad_y = 0;
     x = kTakesVectors ? column * P : column;
     if constexpr (kIsColumn) {
@@ -397,7 +399,7 @@ inline bool rows_are_vectors(const TensorView& view, int dims, int vector) {
   return result;
 }
 
-inline Error too_wide() { return {1, "resampling", "an image is too large: a side of more than 2^26 pixels"}; }
+inline Error too_wide() { return {1, "resampling", "an image is too large: a side of about 2^26 pixels or more"}; }
 
 inline Walk walk_of(int64_t rows, int64_t columns, int64_t across, int64_t items) {
   Walk walk{};
