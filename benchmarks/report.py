@@ -216,10 +216,11 @@ def _operations_notes(measured: Operations) -> str:
     ]
     return (
         "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and what is less than "
-        "a megabyte counts as one. *Faster* and *less memory* are against the better of eager and `torch.compile`; "
-        "their averaged gain is the faster of two. Logits and labels are smooth, as a trained network's; in *noise* "
+        "a megabyte counts as one. *Faster* is against the better of eager and `torch.compile`, whose averaged gain is "
+        "the faster of two; *less memory* against the way that takes least. Logits and labels are smooth, as a trained "
+        "network's; in *noise* "
         "every one is a random number of its own, which is the worst case. Part of eager's time is page faults of its "
-        f"large buffers: with `THP_MEM_ALLOC_ENABLE=1` on both sides the ratios on {CASES['cityscapes19'].own}² → "
+        "large buffers: with `THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the ratios at "
         f"{CASES['cityscapes19'].size}² are {', '.join(huge)}."
     )
 
@@ -298,7 +299,7 @@ def gpus(results: Path) -> str:
         records = read_records(path)
         if records and records[0].device == "cuda" and path.stem == slug(_device_of(records[0])):
             blocks.append(_gpu(path, records))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks) or "No GPU has been measured yet."
 
 
 def _device_of(record: Record) -> str:
@@ -383,8 +384,10 @@ def _overhead_on_a_device(path: Path) -> str:
             papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
             lines.append([network, arm, *cells, f"{with_interval(against)} %", f"{passes.p50:.1f} %", *papers])
         basic = [one(records, operation="training step", provider=column, mode="basic") for column in columns]
-        times = [three_digits(record.p50) for record in basic]
-        steps.append(f"{case}: {', '.join(times[:-1])} and {times[-1]} ms ({basic[0].rounds} rounds)")
+        peaks = [one(records, operation=PEAK_MEMORY, provider=column, mode="basic") for column in columns]
+        times, peak = ([three_digits(record.p50) for record in measured] for measured in (basic, peaks))
+        told = f"{', '.join(times[:-1])} and {times[-1]} ms, {', '.join(peak[:-1])} and {peak[-1]} MB"
+        steps.append(f"{case}: {told} ({basic[0].rounds} rounds)")
         glue.append(one(records, operation=overhead.GLUE_SHARE, provider=overhead.OURS, mode="fast-newton, p = 0.5"))
         shown += [record for record in records if record.mode == "basic" or record.mode.endswith("p = 0.5")]
     if not lines:
@@ -392,9 +395,11 @@ def _overhead_on_a_device(path: Path) -> str:
     header = ["network", "arm", *columns.values(), "segadv over conventional basic", "cost model"]
     header += ["paper, Cityscapes", "paper, VOC"]
     shares = [f"{with_interval(record)} % ({record.rounds} rounds)" for record in glue]
-    fewest = min(record.rounds for record in (*shown, *glue) if record.operation != overhead.COST_MODEL)
+    counted = (overhead.COST_MODEL, PEAK_MEMORY)  # in one round
+    fewest = min(record.rounds for record in (*shown, *glue) if record.operation not in counted)
     notes = paragraph(
-        f"A basic step takes, in these three columns, on {'; '.join(steps)}. What is neither the network's forward nor "
+        f"A basic step takes, and has at its peak, in these three columns, on {'; '.join(steps)}. "
+        "What is neither the network's forward nor "
         f"its backward pass takes of Fast Newton's attack with segadv, in the same order, {', '.join(shares)}. Medians "
         f"with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
     )
@@ -409,7 +414,7 @@ def _few(rounds: int) -> str:
 def headline(results: Path) -> str:
     """Fast Newton with segadv against conventional basic training, where the loss is a visible part of a step."""
     cases = {case.partition(",")[0]: records for case, records in _by_case(results / "overhead-cpu.csv").items()}
-    told, huge = [], []
+    told, huge, over_fused = [], [], []
     for name, title in (("small", "a small PSPNet"), ("segformer-b0", "SegFormer-B0 with 150 classes")):
         found = one(cases.get(name, []), **_NEWTON_OVER_CONVENTIONAL)
         ends = sorted(round(abs(end)) for end in (found.low, found.high))
@@ -418,12 +423,18 @@ def headline(results: Path) -> str:
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
         huge.append(f"{with_interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
+        own = one(cases[name], operation="overhead", provider=overhead.OURS, mode=_NEWTON_OVER_CONVENTIONAL["mode"])
+        over_fused.append(f"{own.p50:.0f} %")
+    large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
     cpus_only = [path.name for path in files(results, "overhead")] == ["overhead-cpu.csv"]
     return paragraph(
         "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
         f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
-        "([what it costs](#what-it-costs)). Part of the conventional code's time is page faults of its large buffers: "
-        f"with `THP_MEM_ALLOC_ENABLE=1` on both sides the differences are {' and '.join(huge)}. "
+        "([what it costs](#what-it-costs)). Against basic training with the same fused loss it takes "
+        f"{' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, {large.p50:.0f} % "
+        "more than in conventional code. Part of that code's time is page faults of its large buffers: with "
+        "`THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the differences are "
+        f"{' and '.join(huge)}. "
         + ("Measured on CPUs only: GPUs are [still to come](#limits)." if cpus_only else "GPUs are in the table there.")
     )
 
@@ -466,27 +477,47 @@ def other_packages(results: Path) -> str:
     return "\n\n".join(_peers_on_a_device(path) for path in files(results, "peers"))
 
 
+def other_packages_in_a_sentence(results: Path) -> str:
+    """On the CPU."""
+    path = results / "peers-cpu.csv"
+    records = comparable(records_in(path))
+    told = []
+    for operation in peers.COMPARISONS:
+        package = _package(path, records, operation)
+        by_ours = one(records, operation=f"{operation}, time by segadv's", provider=package)
+        title = _PEERS_TITLES[operation].removesuffix(" without random start")
+        told.append(f"{title} {by_ours.p50:.1f} times as long ({package})")
+    return paragraph(f"In other packages, to the same outputs, {'; '.join(told)}.")
+
+
+_OWN = ("eager", "compile", "segadv", "segadv, compile")
+
+
+def _package(path: Path, records: Sequence[Record], operation: str) -> str:
+    found = [record.provider for record in records if record.operation == operation and record.provider not in _OWN]
+    if len(found) != 1:
+        raise ReportError(f"{path.name}: {operation} needs the rows of one other package, there are {found}")
+    return found[0]
+
+
 def _peers_on_a_device(path: Path) -> str:
     records = comparable(records_in(path))
-    own = ("eager", "compile", "segadv", "segadv, compile")
     lines = []
     for operation in peers.COMPARISONS:
         of_operation = [record for record in records if record.operation == operation]
-        packages = [record.provider for record in of_operation if record.provider not in own]
-        if len(packages) != 1:
-            raise ReportError(f"{path.name}: {operation} needs the rows of one other package, there are {packages}")
+        package = _package(path, records, operation)
         cells = []
-        for provider in (packages[0], *own):
+        for provider in (package, *_OWN):
             if not (provider.endswith("compile") and provider not in {record.provider for record in of_operation}):
                 time = one(of_operation, provider=provider).p50
                 memory = one(records, operation=f"{operation}, peak memory", provider=provider).p50
                 cells.append(f"{three_digits(time)} ms, {three_digits(memory)} MB")
             else:
                 cells.append("")
-        by_ours = one(records, operation=f"{operation}, time by segadv's", provider=packages[0])
+        by_ours = one(records, operation=f"{operation}, time by segadv's", provider=package)
         mode = of_operation[0].mode and f", {of_operation[0].mode}"
         title = f"{_PEERS_TITLES[operation]}{mode}"
-        lines.append([title, of_operation[0].case, packages[0], *cells, f"{with_interval(by_ours, 2)} x"])
+        lines.append([title, of_operation[0].case, package, *cells, f"{with_interval(by_ours, 2)} x"])
     header = ["what", "on", "package", "the package", "eager", "eager, compiled", "segadv", "segadv, compiled network"]
     notes = paragraph(f"Medians; intervals 95 %. {provenance_of(records)}")
     return f"{table([*header, 'the package / segadv'], lines, text_columns=3)}\n\n{notes}"
@@ -751,6 +782,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "overhead": training_overhead,
     "overhead-details": overhead_details,
     "peers": other_packages,
+    "peers-in-a-sentence": other_packages_in_a_sentence,
     "attacks": attack_steps,
     "trainer": trainer_cost,
     "scaling": growth,

@@ -129,7 +129,8 @@ def test_a_table_edited_by_hand_is_found(root: Path) -> None:
 )
 def test_markers_that_make_no_sense(marked: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / report.RESULTS / "peers-cpu.csv").unlink(missing_ok=True)
-    path = root / "benchmarks/README.md"  # whose own tables need those rows
+    (root / "README.md").write_text("No table needs those rows.\n")
+    path = root / "benchmarks/README.md"
     path.write_text(f"A text.\n\n{marked}\n")
     before = path.read_text()
     for arguments in ([], ["--check"]):
@@ -206,7 +207,7 @@ def test_a_missing_row_of_the_operations_is_an_error(
 
 def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", tmp_path)
-    assert report.gpus(tmp_path) == ""
+    assert report.gpus(tmp_path) == "No GPU has been measured yet."
 
     known = {"mode": "forward", "case": "voc21", "dtype": "bfloat16", "device": "cuda", "threads": 0}
     known["machine"] = "NVIDIA X1, driver 1.2"
@@ -263,6 +264,8 @@ def overhead_rows() -> list[Record]:
     case = "small, 8 x 3 x 256 x 512, 19 classes"
     columns = (overhead.CONVENTIONAL, overhead.EFFICIENT, overhead.OURS)
     rows = [record("training step", column, "basic", case, 100.0 + i) for i, column in enumerate(columns)]
+    peak = {"operation": PEAK_MEMORY, "mode": "basic", "unit": "MB", "rounds": 1}
+    rows += [record(provider=column, case=case, p50=500.0 + i, **peak) for i, column in enumerate(columns)]
     for i, arm in enumerate(overhead.ARMS):
         mode = f"{arm}, p = 0.5"
         rows += [record("overhead", column, mode, case, 10.0 * j + i, unit="%") for j, column in enumerate(columns, 1)]
@@ -427,7 +430,7 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     assert cells(text, "small | fast-newton")[2:] == [*columns, f"{50 + i:.1f} %", "11.98 %", "31.18 %"]
     assert cells(text, "small | segpgd-3")[-2:] == ["", ""]
     words = " ".join(text.split())
-    assert "on small, 8 x 3 x 256 x 512, 19 classes: 100, 101 and 102 ms (9 rounds). What is" in words
+    assert "on small, 8 x 3 x 256 x 512, 19 classes: 100, 101 and 102 ms, 500, 501 and 502 MB (9 rounds). What" in words
     assert "of Fast Newton's attack with segadv, in the same order, 60.0 [59.5, 60.5] % (9 rounds)" in words
     assert "of 7 in 87 %" in words
 
@@ -445,7 +448,9 @@ def test_networks_of_the_overhead(tmp_path: Path) -> None:
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
     assert names == [*["small"] * 4, *["pspnet50"] * 4]
     words = " ".join(text.split())
-    assert re.search(r"on small, .*: 100, 101 and 102 ms \(9 rounds\); pspnet50, .*: 300, 301 and 302 ms \(20", words)
+    assert re.search(
+        r"on small, .*: 100, 101 and 102 ms, .* MB \(9 rounds\); pspnet50, .*: 300, 301 and 302 ms, .* MB \(20", words
+    )
     assert re.search(r"in the same order, 60\.0 .* \(9 rounds\), 260\.0 .* \(20 rounds\)", words)
     write_records(tmp_path / "overhead-cpu.csv", [replace(row, rounds=10) for row in rows])
     assert "9 rounds" not in report.training_overhead(tmp_path)
@@ -477,11 +482,18 @@ def test_the_headline(tmp_path: Path) -> None:
     small = record(*key, "small, 8 x 3 x 256 x 512, 19 classes", -20.4, low=-30.6, high=-10.4)
     other = record(*key, "segformer-b0, 4 x 3 x 256 x 256, 150 classes", 7.4, low=5.2, high=9.6)
     huge = [replace(small, thp=1, p50=-12.7, low=-34.0, high=1.3), replace(other, thp=1, p50=-3.0, low=-4.0, high=-2.0)]
-    write_records(path, [small, other, *huge])
+    over_fused = [
+        record("overhead", overhead.OURS, key[2], row.case, p50) for row, p50 in ((small, 27.6), (other, 36.4))
+    ]
+    large = record(*key, "pspnet50, 2 x 3 x 192 x 192, 19 classes", 32.8)
+    over_fused.append(large)
+    write_records(path, [small, other, *huge, *over_fused])
     words = " ".join(report.headline(tmp_path).split())
     assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
     assert "on both sides the differences are -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %" in words
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
+    assert "with the same fused loss it takes 28 % and 36 % more, and on PSPNet50" in words
+    assert "a small part of a step, 33 % more than in conventional code" in words
     assert words.endswith("Measured on CPUs only: GPUs are [still to come](#limits).")
     on_gpu = tmp_path / "overhead-nvidia-x1.csv"
     write_records(on_gpu, [small])
@@ -492,7 +504,11 @@ def test_the_headline(tmp_path: Path) -> None:
     write_records(path, [replace(small, high=0.1)])
     with pytest.raises(report.ReportError, match=r"small: .* not known: -20\.4 \[-30\.6, 0\.1\] %"):
         report.headline(tmp_path)
-    for rows in ([small, *huge], [small, other, huge[0]]):
+    for rows in (
+        [small, *huge, *over_fused],
+        [small, other, huge[0], *over_fused],
+        *([small, other, *huge, *(row for row in over_fused if row is not missing)] for missing in over_fused),
+    ):
         path.unlink()
         write_records(path, rows)
         with pytest.raises(report.ReportError, match="0 rows of"):
@@ -513,6 +529,11 @@ def test_cells_of_peers(tmp_path: Path) -> None:
         "PGD without random start, 3 steps", "a case", "package 1", "13.0 ms, 203 MB", "11.0 ms, 201 MB",
         "55.0 ms, 66.0 MB", "12.0 ms, 202 MB", "", "3.50 [3.00, 4.00] x",
     ]  # fmt: skip
+    words = " ".join(report.other_packages_in_a_sentence(tmp_path).split())
+    assert "; PGD 3.5 times as long (package 1); SegPGD 3.5 times as long (package 2); " in words
+    write_records(tmp_path / "peers-cpu.csv", [record("pgd", "another package", "3 steps")])
+    with pytest.raises(report.ReportError, match="pgd needs the rows of one other package"):
+        report.other_packages_in_a_sentence(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["overhead", "peers"])
