@@ -487,7 +487,7 @@ def other_packages_in_a_sentence(results: Path) -> str:
         by_ours = one(records, operation=f"{operation}, time by segadv's", provider=package)
         title = _PEERS_TITLES[operation].removesuffix(" without random start")
         told.append(f"{title} {by_ours.p50:.1f} times as long ({package})")
-    return paragraph(f"In other packages, to the same outputs, {'; '.join(told)}.")
+    return paragraph(f"Other packages take longer to the same outputs: {'; '.join(told)}.")
 
 
 _OWN = ("eager", "compile", "segadv", "segadv, compile")
