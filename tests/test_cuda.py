@@ -271,9 +271,7 @@ def test_errors_name_the_kernel_and_the_sizes() -> None:
     ):
         core.l1_norm(2**31, 1, row, row, 0, 0)
     wide = (one.data_ptr(), 0, (1, 2, 1, 2**20), (0, 0, 0, 0)), (one.data_ptr(), 4, (1, 1, 2**31), (0, 0, 0))
-    with pytest.raises(
-        RuntimeError, match=r"kernel resampling failed .*: an image is too large: a side of more than 2"
-    ):
+    with pytest.raises(RuntimeError, match=r"kernel resampling failed .*: an image is too large: a side of about 2"):
         core.margin(*wide, None, 255, False, None, None, None, None, 0, 0)
     logits, labels = (one.data_ptr(), 0, (2**32, 2, 1, 1), (0, 0, 0, 0)), (one.data_ptr(), 4, (2**32, 1, 1), (0, 0, 0))
     with pytest.raises(
