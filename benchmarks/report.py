@@ -218,10 +218,9 @@ def _operations_notes(measured: Operations) -> str:
         "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and what is less than "
         "a megabyte counts as one. *Faster* is against the better of eager and `torch.compile`, whose averaged gain is "
         "the faster of two; *less memory* against the way that takes least. Logits and labels are smooth, as a trained "
-        "network's; in *noise* "
-        "every one is a random number of its own, which is the worst case. Part of eager's time is page faults of its "
-        "large buffers: with `THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the ratios at "
-        f"{CASES['cityscapes19'].size}² are {', '.join(huge)}."
+        "network's; in *noise* every one is a random number of its own, which is the worst case. Part of eager's time "
+        "is page faults of its large buffers: with `THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both "
+        f"sides the ratios at {CASES['cityscapes19'].size}² are {', '.join(huge)}."
     )
 
 
@@ -399,9 +398,8 @@ def _overhead_on_a_device(path: Path) -> str:
     fewest = min(record.rounds for record in (*shown, *glue) if record.operation not in counted)
     notes = paragraph(
         f"A basic step takes, and has at its peak, in these three columns, on {'; '.join(steps)}. "
-        "What is neither the network's forward nor "
-        f"its backward pass takes of Fast Newton's attack with segadv, in the same order, {', '.join(shares)}. Medians "
-        f"with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
+        "What is neither the network's forward nor its backward pass takes of Fast Newton's attack with segadv, "
+        f"in the same order, {', '.join(shares)}. Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
     )
     return f"{table(header, lines, text_columns=2)}\n\n{notes}"
 

@@ -205,6 +205,34 @@ def test_a_missing_row_of_the_operations_is_an_error(
         report.operations(path.parent)
 
 
+def test_ways_and_floors(tmp_path: Path) -> None:
+    """Above the table of all operations; a row that is missing is an error."""
+    path = tmp_path / "cpu.csv"
+    rows = read_records(report.ROOT / report.RESULTS / path.name)
+    made = {
+        ("upsample + averaged_gain", "eager"): 330.0, ("upsample + averaged_gain", "eager, max"): 220.0,
+        ("averaged_gain", "eager"): 210.0, ("averaged_gain", "eager, max"): 120.0,
+        ("averaged_gain", "segadv"): 15.0, ("averaged_gain", "floor"): 10.0,
+        ("cross_entropy", "segadv"): 31.0, ("cross_entropy", "floor"): 10.0,
+    }  # fmt: skip
+    key = ("forward + backward", "cityscapes19", 0, "float32", 2)
+
+    def told(row: Record) -> bool:
+        return (row.operation, row.provider) in made and (row.mode, row.case, row.thp, row.dtype, row.threads) == key
+
+    changed = [replace(row, p50=made[row.operation, row.provider]) if told(row) else row for row in rows]
+    assert sum(map(told, rows)) == len(made)
+    write_records(path, changed)
+    words = " ".join(report.all_operations(tmp_path).partition("\n|")[0].split())
+    assert "take 330 ms instead of 220 ms with `max` on cityscapes19, resampled, and 210 ms instead of 120 ms" in words
+    assert "ours take 1.5 (`averaged_gain`) and 3.1 (`cross_entropy`) times the floor" in words
+    for missing in filter(told, changed):
+        path.unlink()
+        write_records(path, [row for row in changed if row is not missing])
+        with pytest.raises(report.ReportError, match=re.escape(f"no row of {missing.operation}, forward + backward")):
+            report.all_operations(tmp_path)
+
+
 def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", tmp_path)
     assert report.gpus(tmp_path) == "No GPU has been measured yet."
