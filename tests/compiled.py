@@ -80,7 +80,7 @@ class CompiledTriton:
         if key not in self._compiled:
             result = self._compile.compile_for(compiled, f"cuda:{ARCHITECTURE}", settings)
             (code,) = ptx.parse(result.asm["ptx"]).values()
-            self._compiled[key] = code, result.metadata.shared
+            self._compiled[key] = code(), result.metadata.shared
         code, shared_bytes = self._compiled[key]
         values = [v for position, v in self._compile.values_of(kernel, arguments, options).items()
                   if (position,) not in compiled.constants]  # fmt: skip
@@ -180,7 +180,7 @@ def load() -> ModuleType:
     _remember_tensors(core.alive)
 
     def execute(address: int, blocks: int, threads: int, parameters: bytes) -> None:
-        ptx.Machine(code[names[address]], (blocks, 1), threads, parameters, bytes_of(core.alive)).run()
+        ptx.Machine(code[names[address]](), (blocks, 1), threads, parameters, bytes_of(core.alive)).run()
 
     core.on_launch(execute)
     return core

@@ -19,7 +19,7 @@ import ctypes
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import emulated
@@ -83,18 +83,23 @@ class Kernel:
         return 0 if kind == "pred" else 8 * int(dtype_of(kind).itemsize)
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a PTX file, by name."""
+_BRACE = re.compile(r"[{}]")
+
+
+def parse(text: str) -> dict[str, Callable[[], Kernel]]:
+    """The kernels of a PTX file, by name; each is decoded when it is asked for the first time."""
     text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
-    kernels, outside, end = {}, "", 0
+    kernels: dict[str, Callable[[], Kernel]] = {}
+    outside, end = "", 0
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", text, flags=re.DOTALL):
         outside += text[end : match.start()]
         depth, end = 1, match.end()
+        braces = _BRACE.finditer(text, end)
         while depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
+            brace = next(braces)
+            depth, end = depth + (1 if brace[0] == "{" else -1), brace.end()
         name, parameters, directives = match.groups()
-        kernels[name] = _kernel(name, parameters, directives, text[match.end() : end - 1], outside)
+        kernels[name] = cache(partial(_kernel, name, parameters, directives, text[match.end() : end - 1], outside))
     return kernels
 
 

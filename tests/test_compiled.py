@@ -107,7 +107,7 @@ def run(body: str, given: Any = None, number: int = 0, blocks: int = 1, threads:
     memory = {array.ctypes.data: array.view(np.uint8) for array in (given, result)}
     (kernel,) = ptx.parse(HEAD + body + "\n ret;\n}\n").values()
     pointers = b"".join(array.ctypes.data.to_bytes(8, "little") for array in (given, result))
-    ptx.Machine(kernel, (blocks, 1), threads, pointers + number.to_bytes(4, "little"), memory).run()
+    ptx.Machine(kernel(), (blocks, 1), threads, pointers + number.to_bytes(4, "little"), memory).run()
     return result
 
 

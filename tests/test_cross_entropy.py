@@ -179,11 +179,11 @@ def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int
     )
 
 
-@pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", range(16))
-def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, largest: int, targeted: bool) -> None:
+@pytest.mark.parametrize("seed", range(32))
+def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:
     case = oracle.random_case(seed, dtype, largest=largest)
+    targeted = bool((seed + DTYPES.index(dtype)) % 2)
     step, steps = seed % 7, 7
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
@@ -239,7 +239,8 @@ def test_gradcheck(backend: str, slow: bool, own: tuple[int, int], align_corners
     y = torch.randint(0, 4, (2, 4, 5))
     y[0, 0] = 255
     weight = torch.rand(4, dtype=torch.float64)
-    for reduction in ("mean", "image", "sum", "none"):
+    # One kernel serves all of them; interpreted or emulated, two.
+    for reduction in ("mean", "none") if slow else ("mean", "image", "sum", "none"):
         assert torch.autograd.gradcheck(
             lambda z, r=reduction: F.cross_entropy(z, y, weight=weight, reduction=r, align_corners=align_corners),
             z,

@@ -240,7 +240,7 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = Path(__file__).with_name("triton_compile.py")
     result = subprocess.run(
-        [sys.executable, str(program), target, "--float32"],
+        [sys.executable, str(program), target, "--few"],
         capture_output=True,
         text=True,
         check=False,
