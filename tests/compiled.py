@@ -152,10 +152,14 @@ def _remember_tensors(tensors: list[torch.Tensor]) -> None:
 
 
 class CompiledCuda(emulated.EmulatedKernels):
-    """The native backend of a GPU, for CPU tensors."""
+    """The native backend of a GPU, for CPU tensors. Compiles when it is used."""
 
     def __init__(self) -> None:
-        super().__init__(load())
+        pass
+
+    @property
+    def core(self) -> Any:
+        return load()
 
     def _launch(self, kernel: Any, like: torch.Tensor, *arguments: Any, workspace_bytes: int = 0) -> None:
         workspace = torch.full((workspace_bytes,), 255, dtype=torch.uint8)

@@ -137,7 +137,7 @@ def test_source_distribution_installs_and_native_runs_from_the_clone(tmp_path: P
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert packed >= {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     python = fresh_environment(tmp_path / "environment")
-    # Without optimisation and CUDA it takes a sixth of the time; other tests look at the installed core, which has both.
+    # Without optimisation and CUDA it takes a sixth of the time; others look at the installed core, which has both.
     install(python, sdist, "-C", "cmake.build-type=Debug", SEGADV_CUDA="OFF")
     # In the clone the uncompiled folder hides the installed package, but never the extension.
     package, extension, backend = run(python, "-c", REPORT).stdout.split()

@@ -65,7 +65,9 @@ def test_cross_entropy_of_logits_far_from_each_other(
     masked[:, 3] = torch.finfo(torch.float32).min / 2
     clear[:, 1] += 40 * torch.rand(2, *own).round() + 1
     cases = {"masked": (masked, y), "clear": (clear, torch.ones_like(y))}
-    if not interpreted:  # the interpreter rounds the weights twice, as NumPy does not fuse
+    if interpreted:  # which takes seconds for a case
+        del cases["clear" if align_corners else "masked"]
+    else:  # the interpreter rounds the weights twice, as NumPy does not fuse
         cases |= {"z": (z, y), "100 z": (100 * z, y), "10^4 z": (1e4 * z, y)}
     for what, (logits, labels) in cases.items():
 
@@ -159,8 +161,9 @@ def test_nan_reaches_the_gradient_of_its_neighbours_alone(backend: str) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:
     case = oracle.random_case(seed, dtype, largest=largest)
-    weight = torch.rand(case.logits.shape[1]) + 0.1 if seed % 2 else None
-    reduction = ("mean", "image", "sum", "none")[seed // 2 % 4]
+    # Both, and all four, also among the few cases of slow backends (conftest.py).
+    weight = torch.rand(case.logits.shape[1]) + 0.1 if (seed + 1) // 2 % 2 else None
+    reduction = ("mean", "image", "sum", "none")[(seed // 2 + DTYPES.index(dtype)) % 4]
 
     def plain(z: Tensor) -> Tensor:
         values = oracle.cross_entropy_map(
@@ -183,7 +186,7 @@ def test_cross_entropy(backend: str, seed: int, dtype: torch.dtype, largest: int
 @pytest.mark.parametrize("seed", range(32))
 def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, largest: int) -> None:
     case = oracle.random_case(seed, dtype, largest=largest)
-    targeted = bool((seed + DTYPES.index(dtype)) % 2)
+    targeted = bool((seed // 2 + DTYPES.index(dtype)) % 2)
     step, steps = seed % 7, 7
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
@@ -214,7 +217,7 @@ def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, largest: i
 @pytest.mark.parametrize("seed", range(12))
 def test_loss_and_grad(backend: str, seed: int, dtype: torch.dtype, largest: int, loss: str) -> None:
     case = oracle.random_case(100 + seed, dtype, largest=largest)
-    targeted = bool(seed % 2)
+    targeted = bool((seed // 2 + DTYPES.index(dtype)) % 2)
     plain = {
         "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
         "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
