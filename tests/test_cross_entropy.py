@@ -114,6 +114,28 @@ def test_resampled_logits_as_large_as_can_be(backend: str, factor: float, size: 
         assert ours.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("of_label", [False, True])
+@pytest.mark.parametrize("size", [(5, 5), (10, 15)])
+def test_a_logit_of_infinity_makes_its_pixels_nan(
+    backend: str, size: tuple[int, int], of_label: bool, loss: str
+) -> None:
+    """As in eager PyTorch, not infinite: value and gradient, of all classes; and no other pixel."""
+    z, y = torch.randn(2, 3, 5, 5), torch.ones(2, *size, dtype=torch.long)
+    z[0, 1 if of_label else 2, 2, 2] = torch.inf
+    loss_sum, _, grad = F.loss_and_grad(z, y, loss=loss, step=1, steps=4)
+    leaf = z.clone().requires_grad_()
+    expected = oracle.cross_entropy_map(leaf, y)
+    (grad_expected,) = torch.autograd.grad(expected.sum(), leaf)
+    assert loss_sum[0].isnan()
+    assert loss_sum[1].isfinite()
+    assert torch.equal(grad.isnan(), grad_expected.isnan())
+    assert grad.isinf().sum() == 0
+    if loss == "cross_entropy":
+        values = F.cross_entropy(z, y, reduction="none")
+        torch.testing.assert_close(values, expected.detach(), equal_nan=True)
+
+
 def test_cosine_where_the_labels_class_is_masked_out(backend: str) -> None:
     z, y = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 24, 40))
     z[:, 3] = torch.finfo(torch.float32).min

@@ -84,6 +84,9 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
         shift[i] = higher ? z[i] : shift[i];
       }
     }
+    // Of a logit of infinity nobody knows the exponential: NaN, as in PyTorch.
+#pragma unroll
+    for (int i = 0; i < P; ++i) total[i] += shift[i] - shift[i];
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
   const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);

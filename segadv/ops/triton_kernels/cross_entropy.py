@@ -110,6 +110,7 @@ def cross_entropy_kernel(
             if SEGPGD:
                 prediction = tl.where(higher, c, prediction)
             subtracted = tl.where(higher, z, subtracted)
+        total += subtracted - subtracted  # of a logit of infinity nobody knows the exponential: NaN, as in PyTorch
     above = own - subtracted
     is_valid = label >= 0
     if SEGPGD:
