@@ -505,8 +505,14 @@ def test_steps_on_more_than_2_to_31_elements() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("arm", ["basic", "fast-newton", "segpgd-3"])
-def test_training_and_continuing(tmp_path: Path, options: dict[str, Any], arm: str) -> None:
+def test_training_and_continuing(
+    tmp_path: Path, options: dict[str, Any], arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second half, from a checkpoint, has the coins, data and schedule of the uninterrupted run."""
+    torch._dynamo.reset()  # after too many shapes in one process it would no longer compile
+    backend = backends.requested()
+    assert backend is not None
+    monkeypatch.setenv("SEGADV_BACKEND", backend)  # for the backward, in autograd's thread
     settings = {"arm": arm, "batch_size": 8, "crop": (64, 64), "device": "cuda", "log_every": 2, "monitor_every": 0}
 
     def trainer(**changes: Any) -> Trainer:
