@@ -14,7 +14,7 @@ import pytest
 # Threads that wait spinning take the core from those they wait for, where other processes run, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 # For benchmarks/; as the last place, so that it is the installed segadv that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
