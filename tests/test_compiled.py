@@ -43,8 +43,8 @@ def test_contract() -> None:
         parts.insert(1, ("cuda-emulated", CONTRACT))  # the longest first
     with ThreadPoolExecutor(max_workers=2) as pool:
         numbers = list(pool.map(run, parts))
-    of_cuda = numbers.pop(1) if compiled.nvcc() else sum(numbers)
-    assert of_cuda >= sum(numbers) > 150
+    of_cuda = numbers.pop(1) - 8 if compiled.nvcc() else sum(numbers)  # the cases of the two tests that it alone has
+    assert of_cuda == sum(numbers) > 150
 
 
 def test_traffic() -> None:
