@@ -314,6 +314,15 @@ def test_outgoing_gradients_of_any_strides(backend: str, own: tuple[int, int]) -
             assert torch.equal(grad, expected)
 
 
+def everything(z: Tensor, y: Tensor, outgoing: Tensor) -> list[Tensor]:
+    """Maps, their gradients, sums with theirs, predictions and counts."""
+    leaf = z.requires_grad_()
+    values = F.pixel_margin(leaf, y), F.cross_entropy(leaf, y, reduction="none")
+    grads = [torch.autograd.grad(value, leaf, outgoing)[0] for value in values]
+    sums = (*F.gain_and_grad(leaf, y), *F.loss_and_grad(leaf, y, loss="segpgd", step=1, steps=4))
+    return [*values, *grads, *sums, F.argmax_labels(leaf, tuple(y.shape[-2:])), F.confusion_matrix(leaf, y)]
+
+
 @pytest.mark.parametrize(
     ("moved", "own"),
     [("logits", (8, 16)), ("labels", (8, 16)), ("outgoing gradient", (8, 16)), ("logits", (3, 4)), ("labels", (3, 4))],
@@ -322,18 +331,41 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
     """With sizes that wide loads and stores serve: the same results, sums to rounding."""
     z, y, outgoing = torch.randn(2, 4, *own), torch.randint(0, 4, (2, 8, 16)).to(torch.uint8), torch.randn(2, 8, 16)
 
-    def everything(z: Tensor, y: Tensor, outgoing: Tensor) -> list[Tensor]:
-        leaf = z.requires_grad_()
-        values = F.pixel_margin(leaf, y), F.cross_entropy(leaf, y, reduction="none")
-        grads = [torch.autograd.grad(value, leaf, outgoing)[0] for value in values]
-        sums = (*F.gain_and_grad(leaf, y), *F.loss_and_grad(leaf, y, loss="segpgd", step=1, steps=4))
-        return [*values, *grads, *sums, F.argmax_labels(leaf, (8, 16)), F.confusion_matrix(leaf, y)]
-
     expected = everything(z, y, outgoing)
     given = {"logits": z.detach(), "labels": y, "outgoing gradient": outgoing}
     results = everything(*(oracle.shifted(t) if name == moved else t for name, t in given.items()))
     for result, other in zip(results, expected, strict=True):
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "classes", "more"),
+    [
+        ((2, 6, 12), 19, 0),  # whole vectors of 16 bytes
+        ((1, 5, 13), 19, 0),  # not at the end
+        ((2, 5, 13), 19, 0),  # nor at the beginning of the second image
+        ((2, 6, 12), 16, 0),  # pixels a multiple of 32 bytes apart
+        ((2, 6, 12), 19, 3),  # some channels of more
+        ((1, 5, 13), 70, 0),  # more than 128 bytes a pixel
+    ],
+)
+def test_classes_that_are_neighbours(
+    backend: str, size: tuple[int, int, int], classes: int, more: int, dtype: torch.dtype
+) -> None:
+    """Logits in channels_last: the same results as in NCHW, sums to rounding."""
+    n, height, width = size
+    z, y = torch.randn(n, classes, height, width).to(dtype), torch.randint(0, classes, size)
+    y[:, 1] = 255
+    outgoing = torch.randn(size)
+    wide = torch.full((n, classes + more, height, width), torch.nan, dtype=dtype)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    other = wide[:, more : classes + more].copy_(z).detach()
+    for result, expected in zip(everything(other, y, outgoing), everything(z, y, outgoing), strict=True):
+        if result.dim() == 4 and not more:
+            assert result.is_contiguous(memory_format=torch.channels_last)
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if result.dtype is torch.float32 else {}
+        torch.testing.assert_close(result, expected, **tolerance)
 
 
 def test_an_outgoing_nan_reaches_its_logits_alone(backend: str) -> None:

@@ -14,10 +14,10 @@
 namespace segadv::cuda {
 namespace {
 
-template <class S, int P, bool kUp>
+template <class Mine>
 __global__ void __launch_bounds__(kThreads) confusion_kernel(ConfusionParams params, Walk walk) {
-  using Mine = Pixels<S, P, kUp>;
-  using A = Compute<S>;
+  using A = typename Mine::A;
+  constexpr int P = Mine::kPixels;
   const Problem& problem = params.problem;
   const Mine pixels(problem, walk);
   A best[P], unused[P];
@@ -73,7 +73,7 @@ Error confusion(const ConfusionParams& params, void*, int64_t stream) {
   const bool aligned = maps_are_aligned(params.prediction);
   const Error error = dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
-    const auto kernel = confusion_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
+    const auto kernel = confusion_kernel<Mine>;
     return launch("confusion", kernel, problem.logits.size[0] * walk.blocks.value, stream, params, walk);
   });
   if (error || !params.invalid) return error;  // not the counts: those of no image have no address

@@ -23,11 +23,12 @@ namespace {
 template <class A>
 constexpr A kTooLarge = A(1e12);
 
-template <class S, int P, bool kUp, Loss kLoss>
-__global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
+template <class Mine, Loss kLoss>
+__global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename Mine::Storage> : 0)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
-  using Mine = Pixels<S, P, kUp>;
-  using A = Compute<S>;
+  using A = typename Mine::A;
+  constexpr int P = Mine::kPixels;
+  constexpr bool kUp = Mine::kResamples;
   const Problem& problem = params.problem;
   const Mine pixels(problem, walk);
   int32_t label[P], prediction[P];
@@ -68,10 +69,7 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
       total[i] = squares[i] = own[i] = A(0);
       prediction[i] = 0;
     }
-#pragma unroll Mine::kUnroll
-    for (int32_t c = 0; c < classes; ++c) {
-      A z[P];
-      pixels.load(c, z);
+    pixels.for_each_logit(classes, [&](int32_t c, const A (&z)[P]) {
 #pragma unroll
       for (int i = 0; i < P; ++i) {
         own[i] = label[i] == c ? z[i] : own[i];
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
         if constexpr (kLoss == Loss::kSegPGD) prediction[i] = higher ? c : prediction[i];
         shift[i] = higher ? z[i] : shift[i];
       }
-    }
+    });
     // Of a logit of infinity nobody knows the exponential: NaN, as in PyTorch.
 #pragma unroll
     for (int i = 0; i < P; ++i) total[i] += shift[i] - shift[i];
@@ -123,15 +121,10 @@ __global__ void __launch_bounds__(kThreads, kUp ? kBlocks<S> : 0)
     if (problem.grad.data != nullptr) {
 #pragma unroll
       for (int i = 0; i < P; ++i) scale[i] *= weight[i];
-      // Backwards: where the cache does not hold all logits of the blocks at work, it holds those read last.
-#pragma unroll Mine::kUnroll
-      for (int32_t c = classes - 1; c >= 0; --c) {
-        A z[P], g[P];
-        pixels.load(c, z);
+      pixels.template store_gradient<true>(problem.grad, classes, [&](int32_t c, const A (&z)[P], A (&g)[P]) {
 #pragma unroll
         for (int i = 0; i < P; ++i) g[i] = cross_entropy_gradient(c, label[i], z[i], shift[i], scale[i], weight[i]);
-        pixels.store_gradient(problem.grad, c, g);
-      }
+      });
     }
   }
   store_partial(partial, block_sum(loss_sum), block_sum(weight_sum), block_sum(counts));
@@ -147,15 +140,12 @@ Error cross_entropy(const CrossEntropyParams& params, void* workspace, int64_t s
       maps_are_aligned(params.pixel_loss, params.shift, params.scale, params.pixel_weight);
   return dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
-    using S = typename Mine::Storage;
-    constexpr int P = Mine::kPixels;
-    constexpr bool kUp = Mine::kResamples;
-    auto kernel = cross_entropy_kernel<S, P, kUp, Loss::kCrossEntropy>;
-    if (params.loss == Loss::kSegPGD) kernel = cross_entropy_kernel<S, P, kUp, Loss::kSegPGD>;
-    if (params.loss == Loss::kCosPGD) kernel = cross_entropy_kernel<S, P, kUp, Loss::kCosPGD>;
+    auto kernel = cross_entropy_kernel<Mine, Loss::kCrossEntropy>;
+    if (params.loss == Loss::kSegPGD) kernel = cross_entropy_kernel<Mine, Loss::kSegPGD>;
+    if (params.loss == Loss::kCosPGD) kernel = cross_entropy_kernel<Mine, Loss::kCosPGD>;
     const int64_t blocks = n * walk.blocks.value;
     if (const Error error = launch("cross_entropy", kernel, blocks, stream, params, walk, partial)) return error;
-    if (problem.grad && kUp) {
+    if (problem.grad && Mine::kResamples) {
       GradientInputs inputs;
       inputs.shift = params.shift, inputs.scale = params.scale;
       inputs.class_weight = params.class_weight;
@@ -163,7 +153,7 @@ Error cross_entropy(const CrossEntropyParams& params, void* workspace, int64_t s
       if (const Error error = resampled_gradient(problem, inputs, stream)) return error;
     }
     const Results results{params.loss_sum, params.weight_sum, params.n_valid, params.pixel_loss, problem.grad};
-    return finish<S>(results, n, partial, walk.blocks.value, stream);
+    return finish<typename Mine::Storage>(results, n, partial, walk.blocks.value, stream);
   });
 }
 

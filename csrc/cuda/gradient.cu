@@ -56,11 +56,11 @@ __device__ __forceinline__ void load_values(const GradientInputs& inputs, const 
 }
 
 // kMargin: margins; otherwise cross-entropy.
-template <class S, int P, bool kMargin>
+template <class Mine, bool kMargin>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(Problem problem, GradientInputs inputs, Walk walk, Partial* partial) {
-  using Mine = Pixels<S, P, false>;
-  using A = Compute<S>;
+  using A = typename Mine::A;
+  constexpr int P = Mine::kPixels;
   const Mine pixels(problem, walk);
   int32_t label[P], runner_up[P];
   const int32_t counts = pixels.labels(problem, label);
@@ -77,20 +77,16 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < P; ++i) factor[i] *= value[i];
   }
   const int32_t classes = static_cast<int32_t>(problem.logits.size[1]);
-#pragma unroll Mine::kUnroll
-  for (int32_t c = 0; c < classes; ++c) {
-    A g[P];
-    if constexpr (kMargin) {
+  pixels.template store_gradient<!kMargin>(problem.grad, classes, [&](int32_t c, const A (&z)[P], A (&g)[P]) {
 #pragma unroll
-      for (int i = 0; i < P; ++i) g[i] = margin_gradient(c, label[i], runner_up[i], value[i]);
-    } else {
-      A z[P];
-      pixels.load(c, z);
-#pragma unroll
-      for (int i = 0; i < P; ++i) g[i] = cross_entropy_gradient(c, label[i], z[i], shift[i], factor[i], value[i]);
+    for (int i = 0; i < P; ++i) {
+      if constexpr (kMargin) {
+        g[i] = margin_gradient(c, label[i], runner_up[i], value[i]);
+      } else {
+        g[i] = cross_entropy_gradient(c, label[i], z[i], shift[i], factor[i], value[i]);
+      }
     }
-    pixels.store_gradient(problem.grad, c, g);
-  }
+  });
   store_partial(partial, 0, 0, block_sum(counts));
 }
 
@@ -351,15 +347,13 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
   const bool aligned = maps_are_aligned(inputs.runner_up, inputs.shift, inputs.scale, inputs.pixel_weight);
   return dispatch_pixels(problem, inputs.grad_loss, aligned, [&](auto tag, const Walk& walk) -> Error {
     using Mine = typename decltype(tag)::type;
-    using S = typename Mine::Storage;
     if constexpr (Mine::kResamples) {
       return {};  // above
     } else {
-      const auto kernel =
-          inputs.margin ? gradient_kernel<S, Mine::kPixels, true> : gradient_kernel<S, Mine::kPixels, false>;
+      const auto kernel = inputs.margin ? gradient_kernel<Mine, true> : gradient_kernel<Mine, false>;
       const int64_t blocks = n * walk.blocks.value;
       if (const Error error = launch("gradient", kernel, blocks, stream, problem, inputs, walk, partial)) return error;
-      return finish<S>(results, n, partial, walk.blocks.value, stream);
+      return finish<typename Mine::Storage>(results, n, partial, walk.blocks.value, stream);
     }
   });
 }

@@ -14,10 +14,10 @@
 namespace segadv::cuda {
 namespace {
 
-template <class S, int P, bool kUp>
+template <class Mine>
 __global__ void __launch_bounds__(kThreads) margin_kernel(MarginParams params, Walk walk, Partial* partial) {
-  using Mine = Pixels<S, P, kUp>;
-  using A = Compute<S>;
+  using A = typename Mine::A;
+  constexpr int P = Mine::kPixels;
   const Problem& problem = params.problem;
   const Mine pixels(problem, walk);
   int32_t label[P], runner_up[P];
@@ -34,14 +34,12 @@ __global__ void __launch_bounds__(kThreads) margin_kernel(MarginParams params, W
   }
   if (params.margin.data != nullptr) pixels.template store_map<A>(params.margin, own);
   if (params.runner_up.data != nullptr) pixels.store_classes(params.runner_up, runner_up);
-  if constexpr (!kUp) {
+  if constexpr (!Mine::kResamples) {
     if (problem.grad.data != nullptr) {
-      for (int32_t c = 0; c < classes; ++c) {
-        A g[P];
+      pixels.template store_gradient<false>(problem.grad, classes, [&](int32_t c, const A (&)[P], A (&g)[P]) {
 #pragma unroll
         for (int i = 0; i < P; ++i) g[i] = margin_gradient(c, label[i], label[i] >= 0 ? runner_up[i] : -1, A(1));
-        pixels.store_gradient(problem.grad, c, g);
-      }
+      });
     }
   }
   store_partial(partial, block_sum(sum), 0, block_sum(counts));
@@ -56,7 +54,7 @@ Error margin(const MarginParams& params, void* workspace, int64_t stream) {
   const bool aligned = maps_are_aligned(params.margin, params.runner_up);
   return dispatch_pixels(problem, {}, aligned, [&](auto tag, const Walk& walk) {
     using Mine = typename decltype(tag)::type;
-    const auto kernel = margin_kernel<typename Mine::Storage, Mine::kPixels, Mine::kResamples>;
+    const auto kernel = margin_kernel<Mine>;
     const int64_t blocks = n * walk.blocks.value;
     if (const Error error = launch("margin", kernel, blocks, stream, params, walk, partial)) return error;
     if (problem.grad && resamples(problem)) {

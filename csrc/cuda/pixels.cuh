@@ -1,10 +1,12 @@
 // How a kernel walks over the pixels, and what all kernels share: labels, logits, outputs of the labels' size, sums.
 //
 // The twin of cpu/tiles.h and cpu/up_tiles.h. A thread owns P pixels and goes through the classes one after the other.
-// Three walks:
+// Four walks:
 //
 // * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
 //   addresses allow (kVector); else one pixel.
+// * the same in channels_last, where a pixel's classes are neighbours: one pixel, whose logits a warp loads, and whose
+//   gradients it stores, together, through shared memory (`ChannelsLast`).
 // * logits that become four times as large or more: P = 4 or 8 pixels of a column that lie in one quad row
 //   (common/bilinear.h). Two rows of logits serve them all: both are resampled along x once per class, and a pixel is
 //   two multiplications more. Quad rows of more than 8 rows are cut into chunks.
@@ -45,6 +47,7 @@ struct Walk {
   Divisor chunks;         // chunks of a quad row
   Divisor blocks;         // blocks of an image
   Axis y, x;              // of the resampling
+  bool dense;             // ChannelsLast: whether the classes of all pixels lie together
 };
 
 // What a block leaves for `finish`.
@@ -294,14 +297,195 @@ struct Pixels {
     }
   }
 
-  // Gradient of one class, where the logits have the labels' size.
-  __device__ __forceinline__ void store_gradient(const TensorView& grad, int64_t c, const A (&values)[P]) const {
+  // Calls f(c, z) with the logits of each class.
+  template <class F>
+  __device__ __forceinline__ void for_each_logit(int32_t classes, F&& f) const {
+#pragma unroll kUnroll
+    for (int32_t c = 0; c < classes; ++c) {
+      A z[P];
+      load(c, z);
+      f(c, z);
+    }
+  }
+
+  // Stores the gradients of all classes, where the logits have the labels' size: f(c, z, g) sets those of one class, g,
+  // from its logits z (kReads; else it gets none). Backwards: where the cache does not hold all logits of the blocks at
+  // work, it holds those read last.
+  template <bool kReads, class F>
+  __device__ __forceinline__ void store_gradient(const TensorView& grad, int32_t classes, F&& f) const {
     static_assert(!kUp);
-    Pack<S, P> pack;
+    S* to = at<S>(grad, offset(grad, 2));
+#pragma unroll kUnroll
+    for (int32_t c = classes - 1; c >= 0; --c) {
+      A z[P] = {}, g[P];
+      if constexpr (kReads) load(c, z);
+      f(c, z, g);
+      Pack<S, P> pack;
 #pragma unroll
-    for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(values[i]);
-    S* to = at<S>(grad, offset(grad, 2) + c * grad.stride[1]);
-    if (count > 0) store_pack_once(to, pack);  // the logits may be read a second time
+      for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(g[i]);
+      if (count > 0) store_pack_once(to + c * grad.stride[1], pack);  // the logits may be read a second time
+    }
+  }
+};
+
+// The pixel of one thread, where logits (and their gradient) of the labels' size have the classes as neighbours.
+//
+// Class by class the lanes of a warp would touch as many sectors of 32 bytes as there are pixels, again and again. So a
+// warp moves up to 128 bytes of the classes of its 32 pixels together, and each lane finds its own pixel's in shared
+// memory; gradients take the places of the logits there. Where all of it lies together, it moves 16 bytes at a time
+// (Walk::dense). All lanes must call both functions.
+template <class S>
+struct ChannelsLast : Pixels<S, 1, false> {
+  using A = Compute<S>;
+  static constexpr int kWidth = 128 / static_cast<int>(sizeof(S));       // most classes in shared memory
+  static constexpr int kRow = kWidth + 4 / static_cast<int>(sizeof(S));  // rows begin in different banks
+  static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(S));
+
+  bool dense;
+  int32_t exist;        // pixels of the warp that do, 0 ... 32
+  int64_t begin;        // the first of them
+  const TensorView& logits;
+  mutable int32_t held = -1;  // the first class of the logits in shared memory
+
+  __device__ __forceinline__ ChannelsLast(const Problem& problem, const Walk& walk)
+      : Pixels<S, 1, false>(problem, walk), dense(walk.dense), logits(problem.logits) {
+    const uint32_t block = blockIdx.x - static_cast<uint32_t>(this->n) * static_cast<uint32_t>(walk.blocks.value);
+    begin = int64_t{block} * kThreads + threadIdx.x / kWarp * kWarp;
+    const int64_t left = walk.items - begin;
+    exist = left <= 0 ? 0 : (left < kWarp ? static_cast<int32_t>(left) : kWarp);
+  }
+
+  // Not where more than four lanes would find their logits in the same bank.
+  static bool can_be_dense(const TensorView& view) {
+    const int64_t classes = view.size[1], size = sizeof(S);
+    return view.data == nullptr || (view.stride[3] == classes && classes <= kWidth && classes * size % 32 != 0 &&
+                                    is_aligned(view) && (view.size[0] <= 1 || view.stride[0] * size % kVectorBytes == 0));
+  }
+
+  template <class F>
+  __device__ __forceinline__ void for_each_logit(int32_t classes, F&& f) const {
+    const S* own = row(classes);
+    for (int32_t first = 0; first < classes; first += kWidth) {
+      const int32_t width = classes - first < kWidth ? classes - first : kWidth;
+      load(first, width);
+#pragma unroll 4
+      for (int32_t i = 0; i < width; ++i) {
+        A z[1] = {to_compute(own[i])};
+        f(first + i, z);
+      }
+    }
+  }
+
+  template <bool kReads, class F>
+  __device__ __forceinline__ void store_gradient(const TensorView& grad, int32_t classes, F&& f) const {
+    S* own = row(classes);
+    for (int32_t first = (classes - 1) / kWidth * kWidth; first >= 0; first -= kWidth) {
+      const int32_t width = classes - first < kWidth ? classes - first : kWidth;
+      if constexpr (kReads) load(first, width);
+#pragma unroll 4
+      for (int32_t i = width - 1; i >= 0; --i) {
+        A z[1] = {}, g[1];
+        if constexpr (kReads) z[0] = to_compute(own[i]);
+        f(first + i, z, g);
+        own[i] = from_compute<S>(g[0]);
+      }
+      held = -1;
+      __syncwarp();
+      store(grad, first, width);
+      __syncwarp();  // until the next gradients come
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int32_t lane() { return static_cast<int32_t>(threadIdx.x % kWarp); }
+
+  static __device__ __forceinline__ S* shared() {
+    alignas(kVectorBytes) __shared__ S of_block[kThreads * kRow];
+    return of_block + threadIdx.x / kWarp * (kWarp * kRow);
+  }
+  // The classes of this lane's pixel.
+  __device__ __forceinline__ S* row(int32_t classes) const { return shared() + lane() * (dense ? classes : kRow); }
+
+  __device__ __forceinline__ S* first_pixel(const TensorView& view) const {
+    return at<S>(view, scaled(this->n, view.stride[0]) + scaled(begin, view.stride[3]));
+  }
+
+  // Brings the logits of `width` classes of all pixels. What does not exist is 0.
+  __device__ __forceinline__ void load(int32_t first, int32_t width) const {
+    if (held == first) return;
+    held = first;
+    __syncwarp();  // until every lane has read the former ones
+    if (lane() >= exist) {
+      S* own = row(width);
+      for (int32_t i = 0; i < width; ++i) own[i] = S{};
+    }
+    const S* from = first_pixel(logits);
+    S* to = shared();
+    if (dense) {
+      move_together<4>(from, to, exist * width);
+    } else {
+      move_rows<8>(from + first, static_cast<int32_t>(logits.stride[3]), to, kRow, width);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void store(const TensorView& grad, int32_t first, int32_t width) const {
+    S* to = first_pixel(grad);
+    if (dense) {
+      move_together<1>(shared(), to, exist * width);
+    } else {
+      move_rows<1>(shared(), kRow, to + first, static_cast<int32_t>(grad.stride[3]), width);
+    }
+  }
+
+  // kAtOnce: how many are loaded before the first one is waited for.
+  template <int kAtOnce>
+  static __device__ __forceinline__ void move_together(const S* from, S* to, int32_t count) {
+    using Words = Pack<uint32_t, 4>;  // of elements of two bytes the compiler would make words anew
+    const Words* source = reinterpret_cast<const Words*>(from);
+    Words* target = reinterpret_cast<Words*>(to);
+    const int32_t whole = count / kVector;
+    for (int32_t i = lane(); i < whole;) {
+      Words words[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (i + j * kWarp < whole) words[j] = source[i + j * kWarp];
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j, i += kWarp) {
+        if (i < whole) target[i] = words[j];
+      }
+    }
+    // At the end of an image.
+    for (int32_t i = whole * kVector + lane(); i < count; i += kWarp) to[i] = from[i];
+  }
+
+  // `width` elements of each pixel, whose rows begin `stride_from` and `stride_to` apart. Neighbouring lanes take
+  // neighbours, of as many pixels as there are lanes for.
+  template <int kAtOnce>
+  __device__ __forceinline__ void move_rows(const S* from, int32_t stride_from, S* to, int32_t stride_to,
+                                            int32_t width) const {
+    const int32_t step = width < kWarp ? kWarp / width : 1, first = lane() / width;
+    if (width < kWarp && first >= step) return;  // left over
+    for (int32_t k = width < kWarp ? lane() % width : lane(); k < width; k += kWarp) {
+      int32_t pixel = width < kWarp ? first : 0;
+      const S* source = from + (pixel * stride_from + k);
+      S* target = to + (pixel * stride_to + k);
+      while (pixel < exist) {
+        S value[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (pixel + j * step < exist) value[j] = *source;
+          source += step * stride_from;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (pixel < exist) *target = value[j];
+          target += step * stride_to;
+          pixel += step;
+        }
+      }
+    }
   }
 };
 
@@ -331,16 +515,13 @@ __device__ __forceinline__ void find_largest(const Mine& pixels, int32_t classes
   };
   begin();
   if constexpr (!Mine::kIsColumn) {
-#pragma unroll Mine::kUnroll
-    for (int32_t c = 0; c < classes; ++c) {
-      A z[P];
-      pixels.load(c, z);
+    pixels.for_each_logit(classes, [&](int32_t c, const A (&z)[P]) {
 #pragma unroll
       for (int i = 0; i < P; ++i) {
         if constexpr (kMargin) own[i] = label[i] == c ? z[i] : own[i];
         compare(c, i, z[i], beats(z[i], best[i]));
       }
-    }
+    });
   } else {
     // With an index of 32 bits the compiler keeps c - label of every pixel, and counts them all up.
     using Index = std::conditional_t<kMargin, int64_t, int32_t>;
@@ -391,6 +572,11 @@ inline bool rows_join(const TensorView& view, int row_dim) {
   return view.data == nullptr || view.stride[row_dim] == view.stride[row_dim + 1] * view.size[row_dim + 1];
 }
 
+// Whether logits, or their gradient, are channels_last, with an offset in 32 bits for the pixels of a warp.
+inline bool classes_are_neighbours(const TensorView& view) {
+  return view.data == nullptr || (view.stride[1] == 1 && view.stride[3] < (1 << 24));
+}
+
 // Whether all rows begin at a multiple of `vector` elements and their elements are neighbours.
 inline bool rows_are_vectors(const TensorView& view, int dims, int vector) {
   if (view.data == nullptr) return true;
@@ -432,6 +618,13 @@ Error dispatch_pixels(const Problem& problem, const TensorView& map, bool may_ta
     }
     const bool join = rows_join(logits, 2) && rows_join(labels, 1) && rows_join(grad, 2) && rows_join(map, 1);
     const int64_t rows = join ? 1 : H, columns = join ? H * W : W;
+    if constexpr (sizeof(S) < 8) {
+      if (join && classes_are_neighbours(logits) && classes_are_neighbours(grad)) {
+        Walk walk = walk_of(rows, columns, columns, columns);
+        walk.dense = ChannelsLast<S>::can_be_dense(logits) && ChannelsLast<S>::can_be_dense(grad);
+        return f(TypeTag<ChannelsLast<S>>{}, walk);
+      }
+    }
     constexpr int V = kVector<S>;
     const bool vectors = V > 1 && may_take_vectors && columns % V == 0 && rows_are_vectors(logits, 4, V) &&
                          rows_are_vectors(labels, 3, V) && rows_are_vectors(grad, 4, V);

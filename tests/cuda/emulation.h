@@ -273,6 +273,8 @@ inline void __syncthreads() {
   to_scheduler(block.fibers[block.current], State::kAtBarrier);
 }
 
+inline void __syncwarp() { segadv::emulation::exchange("__syncwarp", 0); }
+
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   const uint64_t* values = segadv::emulation::exchange("__shfl_xor_sync", value);
