@@ -314,16 +314,17 @@ struct Pixels {
   template <bool kReads, class F>
   __device__ __forceinline__ void store_gradient(const TensorView& grad, int32_t classes, F&& f) const {
     static_assert(!kUp);
-    S* to = at<S>(grad, offset(grad, 2));
+    const int64_t stride = grad.stride[1];
+    S* to = at<S>(grad, offset(grad, 2) + scaled(classes - 1, stride));
 #pragma unroll kUnroll
-    for (int32_t c = classes - 1; c >= 0; --c) {
+    for (int32_t c = classes - 1; c >= 0; --c, to -= stride) {
       A z[P] = {}, g[P];
       if constexpr (kReads) load(c, z);
       f(c, z, g);
       Pack<S, P> pack;
 #pragma unroll
       for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(g[i]);
-      if (count > 0) store_pack_once(to + c * grad.stride[1], pack);  // the logits may be read a second time
+      if (count > 0) store_pack_once(to, pack);  // the logits may be read a second time
     }
   }
 };
