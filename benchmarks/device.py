@@ -635,6 +635,7 @@ def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
 # kernel -> the fields of its Config that it reads
 TUNED_FIELDS = {
     "pixels": ("block", "unroll"),
+    "channels_last": ("block", "classes"),
     "pixels_up": ("num_warps", "block", "rows", "unroll"),
     "gradient_up": ("block", "num_warps", "rows", "classes"),
     "step": ("block", "num_warps"),
@@ -725,12 +726,14 @@ def _tuning_calls(run: Run, kernel: str) -> list[Call]:
             arguments = arguments_of(operation, case, torch.float32, device, full_resolution=True)
             calls.append(partial(OPERATIONS[operation].ours, *arguments))
         return calls
-    full = kernel == "pixels"
+    full = kernel in ("pixels", "channels_last")
     for name, dtype in (("cityscapes19", torch.float32), ("cityscapes19", torch.bfloat16), ("ade150", torch.float32)):
         case = run.cases[name]
         if full and name == "ade150":
             case = replace(case, images=max(1, case.images // 4))
         z, y = case.tensors(full_resolution=full, dtype=dtype, device=device)
+        if kernel == "channels_last":
+            z = z.contiguous(memory_format=torch.channels_last)
         if full:
             calls += [partial(F.gain_and_grad, z, y), partial(F.loss_and_grad, z, y)]
         elif kernel == "pixels_up":

@@ -24,6 +24,7 @@ from segadv.ops.triton_kernels import bilinear, configs, confusion, cross_entrop
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {
     "pixels": configs.Config(block=16, num_warps=1, unroll=2),
+    "channels_last": configs.Config(block=16, num_warps=1, classes=2),
     "pixels_up": configs.Config(block=32, num_warps=1, rows=2, unroll=2),
     "gradient_up": configs.Config(block=4, num_warps=1, rows=2, classes=2),
     "step": configs.Config(block=16, num_warps=1),
@@ -34,6 +35,7 @@ SMALL = {
     ("own", "align_corners"),
     [
         ((6, 7), False),
+        ((6, 7), True),  # in channels_last
         ((4, 5), True),
         ((3, 4), False),
         ((1, 2), True),
@@ -50,6 +52,8 @@ def test_tiles_do_not_change_the_result(
     monkeypatch.setattr(configs, "_INTERPRETED", configs._INTERPRETED | SMALL)
     monkeypatch.setattr(configs, "_of_device", lambda _: configs._DEFAULT | SMALL)
     z, y = torch.randn(2, 3, *own), torch.randint(0, 3, (2, 6, 7))
+    if own == (6, 7) and align_corners:
+        z = z.contiguous(memory_format=torch.channels_last)
     y[0, :2] = 255
     results = []
     for name, device in (("native", "cpu"), ("triton", DEVICE)):

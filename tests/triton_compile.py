@@ -3,7 +3,7 @@
 The interpreter accepts much that the compiler does not. Run as a program: the tests' own process interprets.
 
     python tests/triton_compile.py cuda:90 hip:gfx942
-    python tests/triton_compile.py cuda:90 hip:gfx942 --few      float32 only, contiguous, at fewer sizes
+    python tests/triton_compile.py cuda:90 hip:gfx942 --few      float32 only, at fewer sizes
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def record(calls: list[Call]) -> None:
 
 def operations(few: bool) -> Iterator[tuple[str, Any]]:
     """Every kernel in every variant that differs in code, at the sizes of real use."""
-    layouts = [((256, 256), False), ((32, 32), False), ((32, 32), True), ((96, 96), False)]
+    layouts = [((256, 256), False), ((32, 32), False), ((256, 256), True), ((32, 32), True), ((96, 96), False)]
     for dtype in (torch.float32,) if few else (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for own, channels_last in layouts[:2] if few else layouts:
+        for own, channels_last in layouts[:3] if few else layouts:
             z = torch.randn(2, 19, *own).to(dtype)
             if channels_last:
                 z = z.contiguous(memory_format=torch.channels_last)

@@ -35,7 +35,7 @@ def confusion_kernel(
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
     C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, copies, PER_IMAGE: tl.constexpr,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
@@ -45,7 +45,7 @@ def confusion_kernel(
     inside_taps = x < W if QUAD_ROWS else inside
     _, _, best_class = find_largest(
         logits + n * stride_n, stride_c, C, None, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
-        UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, UNROLL,
+        UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, GROUP, UNROLL,
     )  # fmt: skip
     if prediction is not None:
         tl.store(prediction + n * H * W + y.to(tl.int64) * W + x, best_class, mask=inside)
@@ -62,8 +62,8 @@ def confusion_kernel(
         if QUAD_ROWS:
             add_counts(counts, cell, counted, 0)
         else:
-            GROUP: tl.constexpr = min(4, BLOCK_Y * BLOCK_X)
-            rows: tl.constexpr = [BLOCK_Y * BLOCK_X // GROUP, GROUP]
+            NEIGHBOURS: tl.constexpr = min(4, BLOCK_Y * BLOCK_X)
+            rows: tl.constexpr = [BLOCK_Y * BLOCK_X // NEIGHBOURS, NEIGHBOURS]
             add_counts(counts, tl.reshape(cell, rows), tl.reshape(counted, rows), 1)
 
 

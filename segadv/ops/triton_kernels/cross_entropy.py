@@ -23,10 +23,13 @@ from .scalars import bits, scalar
 from .tiles import (
     UNALIGNED,
     UNSPECIALIZED,
+    classes_from,
     exp,
     find_largest,
     finish,
+    for_classes,
     launch,
+    load_classes,
     load_labels,
     load_logit,
     taps,
@@ -44,7 +47,7 @@ def sum_exponentials(image, stride_c, C, shift, inside, o00, o01, o10, o11, wy0,
     squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
     for c in tl.range(0, C, loop_unroll_factor=UNROLL):
         plane = image + tl.cast(c, tl.int64) * stride_c
-        z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, True, A)
+        z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, A)
         e = exp(z - shift)
         total += e
         if COSPGD:
@@ -60,7 +63,7 @@ def cross_entropy_kernel(
     C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, right_bits, wrong_bits,
     SEGPGD: tl.constexpr, COSPGD: tl.constexpr, TARGETED: tl.constexpr,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
@@ -75,7 +78,7 @@ def cross_entropy_kernel(
         # Sums of exponentials below 1e12: an outgoing gradient divided by one should not be too small for a float.
         image = logits + n * stride_n
         own = load_logit(image + tl.maximum(label, 0).to(tl.int64) * stride_c, inside, o00, o01, o10, o11,
-                         wy0, wy1, wx0, wx1, UP, A)  # fmt: skip
+                         wy0, wy1, wx0, wx1, A)  # fmt: skip
         subtracted = own
         total, squares = sum_exponentials(
             image, stride_c, C, own, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1, COSPGD,
@@ -85,7 +88,7 @@ def cross_entropy_kernel(
         if SEGPGD or tl.min(fits.to(tl.int32)) == 0:
             _, top, prediction = find_largest(
                 image, stride_c, C, None, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
-                UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, UNROLL,
+                UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, GROUP, UNROLL,
             )  # fmt: skip
             if tl.min(fits.to(tl.int32)) == 0:
                 subtracted = tl.where(fits, own, top)
@@ -99,17 +102,20 @@ def cross_entropy_kernel(
         total = tl.zeros([BLOCK_Y, BLOCK_X], A)
         squares = tl.zeros([BLOCK_Y, BLOCK_X], A)
         own = tl.zeros([BLOCK_Y, BLOCK_X], A)
-        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-            z = tl.load(logits + n * stride_n + tl.cast(c, tl.int64) * stride_c + o00, mask=inside, other=0).to(A)
-            own = tl.where(label == c, z, own)
-            higher = z - subtracted > 0  # of two equal ones the first stays; a NaN reaches the total below
-            e = exp(-tl.abs(z - subtracted))
-            total = tl.where(higher, total * e + 1.0, total + e)
-            if COSPGD:
-                squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
-            if SEGPGD:
-                prediction = tl.where(higher, c, prediction)
-            subtracted = tl.where(higher, z, subtracted)
+        for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+            group = load_classes(logits + n * stride_n, first, C, stride_c, inside, o00, A, GROUP)
+            for i in tl.static_range(GROUP):
+                c = first + i
+                z = group[i]
+                own = tl.where(label == c, z, own)
+                higher = z - subtracted > 0  # of two equal ones the first stays; a NaN reaches the total below
+                e = exp(-tl.abs(z - subtracted))
+                total = tl.where(higher, total * e + 1.0, total + e)
+                if COSPGD:
+                    squares = tl.where(higher, squares * (e * e) + 1.0, squares + e * e)
+                if SEGPGD:
+                    prediction = tl.where(higher, c, prediction)
+                subtracted = tl.where(higher, z, subtracted)
         total += subtracted - subtracted  # of a logit of infinity nobody knows the exponential: NaN, as in PyTorch
     above = own - subtracted
     is_valid = label >= 0
@@ -139,15 +145,21 @@ def cross_entropy_kernel(
     if pixel_weight is not None:
         tl.store(pixel_weight + at, weight, mask=inside)
     if grad is not None:
-        factor = weight / total
-        at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
+        factor = for_classes(weight / total, GROUP)
+        weight, subtracted = for_classes(weight, GROUP), for_classes(subtracted, GROUP)
+        label, inside = for_classes(label, GROUP), for_classes(inside, GROUP)
+        at = for_classes(o00, GROUP)
+        at_grad = for_classes(n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x, GROUP)
         # Backwards: where the cache does not hold all logits of the programs at work, it holds those read last.
-        for k in tl.range(0, C, loop_unroll_factor=UNROLL):
-            c = C - 1 - k
-            z = tl.load(logits + n * stride_n + tl.cast(c, tl.int64) * stride_c + o00, mask=inside, other=0).to(A)
+        last = (C - 1) // GROUP * GROUP
+        for k in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+            c, exists = classes_from(last - k, C, GROUP)
+            plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
+            z = tl.load(plane + at, mask=inside & exists, other=0).to(A)
             g = gradient.cross_entropy_gradient(c, label, exp(z - subtracted), factor, weight)
             # The logits are read a second time: the gradient should not push them out of the cache.
-            tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside, eviction_policy="evict_first")
+            to = grad + at_grad + tl.cast(c, tl.int64) * grad_c
+            tl.store(to, g, mask=inside & exists, eviction_policy="evict_first")
 
 
 def _cross_entropy(

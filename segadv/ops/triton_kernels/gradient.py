@@ -27,7 +27,9 @@ from .tiles import (
     UNALIGNED,
     UNSPECIALIZED,
     check_sizes,
+    classes_from,
     exp,
+    for_classes,
     launch,
     load_labels,
     mean,
@@ -71,7 +73,7 @@ def gradient_kernel(
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
     loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
@@ -84,18 +86,22 @@ def gradient_kernel(
     )
     if runner_up is not None:
         runner = tl.where(label >= 0, tl.load(runner_up + at, mask=inside, other=0).to(tl.int32), -1)
+        runner = for_classes(runner, GROUP)
     else:
-        subtracted = tl.load(shift + at, mask=inside, other=0)
-        factor = value * tl.load(scale + at, mask=inside, other=0)
-    at_grad = n * grad_n + y * grad_y + x * grad_x
-    at_logits = n * stride_n + y * stride_y + x * stride_x
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        subtracted = for_classes(tl.load(shift + at, mask=inside, other=0), GROUP)
+        factor = for_classes(value * tl.load(scale + at, mask=inside, other=0), GROUP)
+    label, value, inside = for_classes(label, GROUP), for_classes(value, GROUP), for_classes(inside, GROUP)
+    at_grad = for_classes(n * grad_n + y * grad_y + x * grad_x, GROUP)
+    at_logits = for_classes(n * stride_n + y * stride_y + x * stride_x, GROUP)
+    for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+        c, exists = classes_from(first, C, GROUP)
         if runner_up is not None:
             g = margin_gradient(c, label, runner, value)
         else:
-            z = tl.load(logits + at_logits + tl.cast(c, tl.int64) * stride_c, mask=inside, other=0).to(A)
+            plane = logits + tl.cast(c, tl.int64) * stride_c
+            z = tl.load(plane + at_logits, mask=inside & exists, other=0).to(A)
             g = cross_entropy_gradient(c, label, exp(z - subtracted), factor, value)
-        tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
+        tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside & exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from ..common import check_labels, class_dtype, compute_dtype, empty_gradient, empty_map, empty_vector, gradient_like
 from . import gradient
-from .tiles import UNALIGNED, UNSPECIALIZED, find_largest, finish, launch, load_labels, taps, tile_of, tiles
+from .tiles import (
+    UNALIGNED,
+    UNSPECIALIZED,
+    classes_from,
+    find_largest,
+    finish,
+    for_classes,
+    launch,
+    load_labels,
+    taps,
+    tile_of,
+    tiles,
+)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -23,7 +35,7 @@ def margin_kernel(
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
     C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     n, y, x, inside = tile_of(program, programs, tiles_x, chunks, one, h, H, W, UP, QUAD_ROWS, ALIGN, BLOCK_Y, BLOCK_X)
@@ -35,7 +47,7 @@ def margin_kernel(
     inside_taps = x < W if QUAD_ROWS else inside
     own, best, runner = find_largest(
         logits + n * stride_n, stride_c, C, label, inside_taps, o00, o01, o10, o11, wy0, wy1, wx0, wx1,
-        UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, UNROLL,
+        UP, QUAD_ROWS, A, BLOCK_Y, BLOCK_X, GROUP, UNROLL,
     )  # fmt: skip
     value = tl.where(label >= 0, own - best, 0.0)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
@@ -48,11 +60,13 @@ def margin_kernel(
     if runner_up is not None:
         tl.store(runner_up + at, tl.where(label >= 0, runner, 0), mask=inside)
     if grad is not None:
-        runner = tl.where(label >= 0, runner, -1)
-        at = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
-        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
+        runner = for_classes(tl.where(label >= 0, runner, -1), GROUP)
+        label, inside = for_classes(label, GROUP), for_classes(inside, GROUP)
+        at = for_classes(n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x, GROUP)
+        for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+            c, exists = classes_from(first, C, GROUP)
             g = gradient.margin_gradient(c, label, runner, 1.0)
-            tl.store(grad + at + tl.cast(c, tl.int64) * grad_c, g, mask=inside)
+            tl.store(grad + at + tl.cast(c, tl.int64) * grad_c, g, mask=inside & exists)
 
 
 def _margin(

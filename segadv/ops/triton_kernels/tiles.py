@@ -124,14 +124,90 @@ def load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A: tl.constexpr):
 
 
 @triton.jit
-def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr, A: tl.constexpr):
-    """The logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
-    if UP:
-        upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
-        z = mean(upper, lower, wy0, wy1)
+def load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, A: tl.constexpr):
+    """The resampled logits of one class, `plane`, at a tile's pixels [BLOCK_Y, BLOCK_X]."""
+    upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+    return mean(upper, lower, wy0, wy1)
+
+
+@triton.jit
+def halves(tile):
+    """[Y, X, K] -> what lies at even and at odd places of the last dimension, [Y, X, K / 2] each; [Y, X] for K = 2."""
+    if tile.shape[2] == 2:
+        even, odd = tl.split(tile)
     else:
-        z = tl.load(plane + o00, mask=inside, other=0).to(A)
-    return z
+        even, odd = tl.split(tl.reshape(tile, [tile.shape[0], tile.shape[1], tile.shape[2] // 2, 2]))
+    return even, odd
+
+
+@triton.jit
+def split4(tile):
+    a, b = halves(tile)
+    a0, a1 = halves(a)
+    b0, b1 = halves(b)
+    return a0, b0, a1, b1
+
+
+@triton.jit
+def split8(tile):
+    a, b = halves(tile)
+    a0, a1, a2, a3 = split4(a)
+    b0, b1, b2, b3 = split4(b)
+    return a0, b0, a1, b1, a2, b2, a3, b3
+
+
+@triton.jit
+def split16(tile):
+    a, b = halves(tile)
+    a0, a1, a2, a3, a4, a5, a6, a7 = split8(a)
+    b0, b1, b2, b3, b4, b5, b6, b7 = split8(b)
+    return a0, b0, a1, b1, a2, b2, a3, b3, a4, b4, a5, b5, a6, b6, a7, b7
+
+
+@triton.jit
+def classes_from(first, C, GROUP: tl.constexpr):
+    """(the next GROUP classes [1, 1, GROUP], whether they exist); of one class a number, and True."""
+    if GROUP == 1:
+        c = first
+        exists = True
+    else:
+        c = first + tl.arange(0, GROUP)[None, None, :]
+        exists = c < C
+    return c, exists
+
+
+@triton.jit
+def for_classes(value, GROUP: tl.constexpr):
+    """What is [Y, X], so that it can be combined with the classes of `classes_from`."""
+    if GROUP == 1:
+        result = value
+    else:
+        result = value[:, :, None]
+    return result
+
+
+@triton.jit
+def load_classes(image, first, C, stride_c, inside, at, A: tl.constexpr, GROUP: tl.constexpr):
+    """The logits of GROUP classes at a tile's pixels: as many tensors [Y, X]; -infinity behind the last class.
+
+    Where the classes of a pixel are neighbours, GROUP > 1 of them are loaded together, neighbours by neighbouring
+    threads. What a thread then has goes through shared memory to the one that owns the pixel.
+    """
+    c, exists = classes_from(first, C, GROUP)
+    at = for_classes(at, GROUP) + tl.cast(c, tl.int64) * stride_c
+    z = tl.load(image + at, mask=for_classes(inside, GROUP) & exists, other=float("-inf")).to(A)
+    if GROUP == 1:
+        apart = (z,)
+    elif GROUP == 2:
+        apart = halves(z)
+    elif GROUP == 4:
+        apart = split4(z)
+    elif GROUP == 8:
+        apart = split8(z)
+    else:
+        tl.static_assert(GROUP == 16)
+        apart = split16(z)
+    return apart
 
 
 @triton.jit
@@ -142,7 +218,7 @@ def beats(value, best):
 
 @triton.jit
 def search(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, WITHOUT_NAN: tl.constexpr,
-           UP: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+           UP: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr,
            UNROLL: tl.constexpr):  # fmt: skip
     own = tl.zeros([BLOCK_Y, BLOCK_X], A)
     best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), A)
@@ -150,31 +226,38 @@ def search(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0
     if label is not None:
         best_class = tl.where(label == 0, 1, 0)
     has_nan = tl.zeros(o00.shape, tl.int1)
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-        plane = logits + tl.cast(c, tl.int64) * stride_c
-        if WITHOUT_NAN:
-            upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
-            has_nan |= ~(tl.abs(upper) + tl.abs(lower) < float("inf"))  # 0 * infinity would be one
-            z = mean(upper, lower, wy0, wy1)
-            takes = z > best
-            if label is not None:
-                takes &= label != c
-        else:
-            z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
-            if label is not None:
-                is_label = label == c
-                own = tl.where(is_label, z, own)
-                z = tl.where(is_label, float("-inf"), z)  # takes no place, not even that of a NaN
-            takes = beats(z, best)
-        best = tl.where(takes, z, best)
-        best_class = tl.where(takes, c, best_class)
+    for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+        if not UP:
+            group = load_classes(logits, first, C, stride_c, inside, o00, A, GROUP)
+        for i in tl.static_range(GROUP):
+            c = first + i
+            plane = logits + tl.cast(c, tl.int64) * stride_c
+            if WITHOUT_NAN:
+                upper, lower = load_rows(plane, inside, o00, o01, o10, o11, wx0, wx1, A)
+                has_nan |= ~(tl.abs(upper) + tl.abs(lower) < float("inf"))  # 0 * infinity would be one
+                z = mean(upper, lower, wy0, wy1)
+                takes = z > best
+                if label is not None:
+                    takes &= label != c
+            else:
+                if UP:
+                    z = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, A)
+                else:
+                    z = group[i]
+                if label is not None:
+                    is_label = label == c
+                    own = tl.where(is_label, z, own)
+                    z = tl.where(is_label, float("-inf"), z)  # takes no place, not even that of a NaN
+                takes = beats(z, best)
+            best = tl.where(takes, z, best)
+            best_class = tl.where(takes, c, best_class)
     return own, best, best_class, has_nan
 
 
 @triton.jit
 def find_largest(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP: tl.constexpr,
                  QUAD_ROWS: tl.constexpr, A: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
-                 UNROLL: tl.constexpr):  # fmt: skip
+                 GROUP: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """(own, largest logit, its class) of each pixel of an image, `logits`.
 
     Given a label, the largest is that of the other classes, and own the label's logit (where not valid: any number).
@@ -182,17 +265,17 @@ def find_largest(logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy
     # In a column of pixels the two rows that serve them all tell of NaN; without it one comparison does.
     own, best, best_class, has_nan = search(
         logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, QUAD_ROWS,
-        UP, A, BLOCK_Y, BLOCK_X, UNROLL,
+        UP, A, BLOCK_Y, BLOCK_X, GROUP, UNROLL,
     )  # fmt: skip
     if QUAD_ROWS:
         if tl.max(has_nan.to(tl.int32)) > 0:
             own, best, best_class, has_nan = search(
                 logits, stride_c, C, label, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, False,
-                UP, A, BLOCK_Y, BLOCK_X, UNROLL,
+                UP, A, BLOCK_Y, BLOCK_X, GROUP, UNROLL,
             )  # fmt: skip
         elif label is not None:  # one look at the label's class instead of a comparison with every class
             plane = logits + tl.maximum(label, 0).to(tl.int64) * stride_c
-            own = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, UP, A)
+            own = load_logit(plane, inside, o00, o01, o10, o11, wy0, wy1, wx0, wx1, A)
     return own, best, best_class
 
 
@@ -282,7 +365,8 @@ def tiles(
     n, c, h, w = size
     H, W = size_out
     up = (h, w) != (H, W)
-    tuned = config("pixels_up" if up else "pixels", device)
+    channels_last = not up and strides[0][1] == 1 and dtype is not torch.float64
+    tuned = config("pixels_up" if up else "channels_last" if channels_last else "pixels", device)
     block, chunks, quad_rows = tuned.block, 1, False
     if up:
         check_sizes(size, size_out, strides[0])
@@ -296,9 +380,9 @@ def tiles(
         if not up and all(stride[-2] == stride[-1] * W for stride in strides):  # rows follow each other without a gap
             h, w, H, W = 1, H * W, 1, H * W
         per_thread = max(1, 16 // dtype.itemsize)  # 16 bytes of logits
-        if not up and strides[0][-1] > 1:
-            # channels_last: a thread takes one pixel. Of a class it reads a part of a sector of 32 bytes, and the rest,
-            # the next classes', has to stay in the L1 cache: 64 KB for 2048 threads (an expectation, not measured).
+        if channels_last:
+            per_thread = 1
+        elif not up and strides[0][-1] > 1:  # so it is where pixels are no neighbours for another reason
             block, per_thread = max(32, block // per_thread), 1
         block_y = max(1, min(power_of_two(H), block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
@@ -321,6 +405,7 @@ def tiles(
             "A": triton_dtype(compute_dtype(dtype)),
             "BLOCK_Y": block_y,
             "BLOCK_X": block_x,
+            "GROUP": min(power_of_two(c), tuned.classes) if channels_last else 1,
             "UNROLL": tuned.unroll,
             "num_warps": warps,
         },
