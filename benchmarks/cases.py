@@ -39,6 +39,7 @@ class Case:
     own: int
     size: int
     noise: bool = False
+    channels_last: bool = False
 
     def tensors(
         self, *, full_resolution: bool, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -64,7 +65,8 @@ class Case:
             for one, z in zip(field, logits, strict=True):
                 z += 4 * TF.interpolate(one[None], (own, own), mode="bilinear", align_corners=True)[0]
         labels[:, : max(1, self.size // 50)] = 255
-        return logits.to(dtype), labels
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return logits.to(dtype, memory_format=layout), labels
 
 
 # The CPU's sizes; a GPU takes the batch sizes of training (16, 16, 16).

@@ -465,13 +465,13 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[
 
 def every_walk(device: torch.device) -> None:
     """All operations once on small inputs, along every way that the CUDA kernels walk over the pixels."""
-    sizes = [((8, 12), (8, 12)), ((5, 7), (5, 7)), ((4, 5), (32, 43)), ((4, 5), (17, 20)), ((5, 4), (7, 9)),
-             ((9, 11), (4, 5)), ((1, 1), (6, 1))]  # fmt: skip
+    sizes = [(19, (8, 12), (8, 12)), (19, (5, 7), (5, 7)), (70, (5, 7), (5, 7)), (19, (4, 5), (32, 43)),
+             (19, (4, 5), (17, 20)), (19, (5, 4), (7, 9)), (19, (9, 11), (4, 5)), (19, (1, 1), (6, 1))]  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     layouts = (torch.contiguous_format, torch.channels_last)
-    for (own, size), dtype, layout in product(sizes, dtypes, layouts):
-        z = torch.randn(3, 19, *own, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
-        y = torch.randint(0, 19, (3, *size), device=device)
+    for (classes, own, size), dtype, layout in product(sizes, dtypes, layouts):
+        z = torch.randn(3, classes, *own, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y = torch.randint(0, classes, (3, *size), device=device)
         y[0, :2] = 255
         for value in (
             F.pixel_margin(z, y),
@@ -544,6 +544,9 @@ def _measure_launch(run: Run, operation: str, mode: str, case: Case) -> None:
 def part_full_resolution(run: Run) -> None:
     for name in ("cityscapes19", "voc21", "ade150"):
         measure_operations(run, run.cases[name], OPERATIONS, full_resolution=True)
+        case = replace(run.cases[name], name=f"{name}, channels_last", channels_last=True)
+        operations = ("gain_and_grad", "averaged_gain", "loss_and_grad, cross_entropy", "confusion_matrix")
+        measure_operations(run, case, operations, full_resolution=True)
 
 
 def part_compile(run: Run) -> None:
@@ -731,9 +734,8 @@ def _tuning_calls(run: Run, kernel: str) -> list[Call]:
         case = run.cases[name]
         if full and name == "ade150":
             case = replace(case, images=max(1, case.images // 4))
+        case = replace(case, channels_last=kernel == "channels_last")
         z, y = case.tensors(full_resolution=full, dtype=dtype, device=device)
-        if kernel == "channels_last":
-            z = z.contiguous(memory_format=torch.channels_last)
         if full:
             calls += [partial(F.gain_and_grad, z, y), partial(F.loss_and_grad, z, y)]
         elif kernel == "pixels_up":

@@ -48,7 +48,11 @@ def test_contract() -> None:
 
 
 def test_traffic() -> None:
-    """At full resolution memory decides: everything is moved once, 16 bytes for each thread."""
+    """At full resolution memory decides: everything is moved once, 16 bytes for each thread.
+
+    So it is in channels_last on CUDA, whose 19 classes stay in shared memory; Triton touches sectors twice or, in half
+    precision, three times, at both ends of the classes that it moves together.
+    """
 
     def run(backend: str) -> list[list[str]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -59,8 +63,8 @@ def test_traffic() -> None:
 
     with ThreadPoolExecutor() as pool:
         for lines in pool.map(run, ["triton", "cuda"] if compiled.nvcc() else ["triton"]):
-            assert len(lines) == 18
-            for _, what, moved, access in lines:
+            assert len(lines) == 22
+            for backend, what, moved, access in lines:
                 # cross-entropy reads logits, newton_step the gradient twice, from the cache where that holds them
                 times = {"loss_and_grad": 3 / 2, "newton_step": 4 / 3}.get(what.split()[0], 1.0)
                 most, least = 1.06, 440
@@ -68,6 +72,11 @@ def test_traffic() -> None:
                     most, least = 1.3, 300
                 if what.startswith("its backward"):  # reads one outgoing gradient for each pixel, from the cache
                     most, least = 1.1, 350
+                if what.endswith("channels_last"):
+                    times, most, least = 1.0, 1.2, 280
+                    if backend == "triton":
+                        times = (2.0 if "float32" in what else 3.0) * (1.5 if what.startswith("loss") else 1.0)
+                        most, least = 1.1, 45
                 assert times * 0.99 < float(moved.split()[0]) < times * most, what
                 assert int(access.split()[0]) > least, what
 

@@ -240,7 +240,8 @@ def test_too_large_for_int32_is_refused() -> None:
 def test_kernels_compile(target: str, tmp_path: Path) -> None:
     """The interpreter accepts much that the compiler does not. No register is spilled to speak of.
 
-    And no innermost loop waits for a barrier: it computes in one layout.
+    And no innermost loop waits for a barrier: it computes in one layout. In channels_last the logits of several classes
+    go from the threads that load them to those that own the pixels: once, between two barriers.
     """
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     program = Path(__file__).with_name("triton_compile.py")
@@ -258,5 +259,6 @@ def test_kernels_compile(target: str, tmp_path: Path) -> None:
     for line in result.stdout.splitlines():
         stack = re.search(r"stack (\d+)", line)
         assert stack is None or int(stack[1]) <= 16, line
-        assert ("barriers 0 | loops" in line) == target.startswith("cuda"), line
-        assert line.endswith("| 0 conversions") or "256 -> 256" not in line, line
+        barriers, conversions = ("[02]", "[01]") if "256 -> 256 channels_last" in line else ("0", "0")
+        assert bool(re.search(rf"barriers {barriers} \| loops", line)) == target.startswith("cuda"), line
+        assert re.search(rf"\| {conversions} conversions$", line) or "256 -> 256" not in line, line

@@ -54,6 +54,12 @@ def operations() -> Iterator[tuple[str, int, Callable[[], Any]]]:
         yield f"gain_and_grad {name}", read + z.nbytes, lambda z=z, y=y: F.gain_and_grad(z, y)
         yield f"loss_and_grad {name}", read + z.nbytes, lambda z=z, y=y: F.loss_and_grad(z, y)
         yield f"confusion_matrix {name}", read, lambda z=z, y=y: F.confusion_matrix(z, y)
+    for dtype in (torch.float32, torch.bfloat16):
+        z = torch.randn(1, 19, 32, 128).to(dtype).contiguous(memory_format=torch.channels_last)
+        y = torch.randint(0, 19, (1, 32, 128), dtype=torch.uint8)
+        both, name = 2 * z.nbytes + y.nbytes, f"{str(dtype).removeprefix('torch.')} channels_last"
+        yield f"gain_and_grad {name}", both, lambda z=z, y=y: F.gain_and_grad(z, y)
+        yield f"loss_and_grad {name}", both, lambda z=z, y=y: F.loss_and_grad(z, y)
     images, grad = torch.rand(2, 3, 128, 256), torch.randn(2, 3, 128, 256)
     gain, one = torch.ones(2), images.nbytes
     yield "l1_norm", one, lambda: F.l1_norm(grad)
