@@ -5,11 +5,12 @@
 // on its way (online softmax). Resampled, it takes the exponential of the difference to the label's own logit, which
 // four loads give beforehand: their sum is 1 / softmax of the label. Only where that is too large, for a loss above 27
 // or for what is not finite, the largest logit is looked for, and the pass repeated. Fewest bytes: the logits read
-// once, the gradient written once (its exponentials need a second reading of the logits, from the cache as far as the
-// blocks at work fit), labels read once. At full resolution bound by memory. Resampled, by arithmetic.
+// once, the gradient written once, labels read once. For its exponentials the gradient reads the logits a second time,
+// from the cache as far as the blocks at work fit; in channels_last up to 128 bytes of a pixel are in shared memory
+// still. At full resolution bound by memory. Resampled, by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 56
-// registers, 56 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 48
+// registers, 62 % occupancy; 19 classes and int64 labels take 84 bytes per pixel, 160 with the gradient. Resampled,
 // eightfold: 71 instructions for a class of 8 pixels (CosPGD 79; SegPGD looks for the largest logit: another 23 to 71),
 // while the unit that computes its 8 exponentials needs 64 cycles for a warp; where a column begins and ends, some
 // 1,000, as many as 14 classes take; 80 to 90 registers, 31 to 38 %. Fraction of the limit reached: not yet measured.

@@ -11,8 +11,8 @@
 // ever larger than the gradient itself; the row of quads at a block's upper edge, and one column of them, are computed
 // twice. Bound by arithmetic.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 30
-// (margin) or 46 registers, 100 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 40
+// (margin) or 52 registers, 75 % or 56 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps. Resampled, eightfold: cross-entropy takes about 105 instructions for a
 // class of 8 pixels, 150 where it may be one's label; a class of a logit, which gathers 16 columns, about 130; a
 // column's beginning and end about 500. That is some 20 per class and pixel, with 19 classes, and for a margin 7. 117
