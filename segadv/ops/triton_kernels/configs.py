@@ -30,8 +30,8 @@ class Config:
 
 _DEFAULT = {
     "pixels": Config(block=1024, unroll=4),  # a walk over pixels of logits of the labels' size
-    # The same where a pixel's classes are neighbours. With 16 of them fewer sectors are touched twice, but the registers
-    # suffice for half as many threads.
+    # The same where a pixel's classes are neighbours. With 16 of them fewer sectors are touched twice, but the
+    # registers suffice for half as many threads.
     "channels_last": Config(block=256, classes=8),
     "pixels_up": Config(block=1024, num_warps=4, rows=8, unroll=2),  # where the logits are resampled
     "gradient_up": Config(block=32, num_warps=1, rows=8, classes=8),
