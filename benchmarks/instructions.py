@@ -66,6 +66,7 @@ def kernels_of(core: Path, arch: str) -> dict[str, tuple[str, dict[str, str]]]:
     for readable, (name, needs) in zip(names, found, strict=True):
         short = re.sub(r"^void |\(anonymous namespace\)::|\w+::", "", readable)
         short = re.sub(r"\(\w+\)(?=\d)", "", short).split("(")[0]  # (Loss)0, and the parameters
+        short = short.replace("> >", ">>")
         kernels[short] = name, dict(item.split(":", 1) for item in needs.split())
     return kernels
 

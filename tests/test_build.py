@@ -72,7 +72,7 @@ def narrow_gradient_stores(extension: Path, arch: str) -> list[str]:
     The compiler has been seen to take vectors apart which it stored under a condition.
     """
     kernels = instructions.kernels_of(extension, arch)
-    names = [kernels[f"gradient_kernel<float, 4, {margin}>"][0] for margin in ("true", "false")]
+    names = [kernels[f"gradient_kernel<Pixels<float, 4, false>, {margin}>"][0] for margin in ("true", "false")]
     codes = instructions.code_of(extension, arch, names).values()
     assert len(codes) == 2
     assert all("STG.E.EF.128" in code for code in codes)
@@ -115,9 +115,9 @@ def test_instructions_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "the installed core has no CUDA kernels" in capsys.readouterr().err
         return
     known = instructions.architectures_of(Path(sys.modules["_segadv_native"].__file__ or ""))
-    assert instructions.main(["margin_kernel<float", "--arch", known[0]]) == 0
+    assert instructions.main(["margin_kernel<Pixels<float", "--arch", known[0]]) == 0
     table = capsys.readouterr().out
-    (row,) = re.findall(r"\| margin_kernel<float, 8, true> \| (\d+) \| \d+ \| 0 \| ([\d ]+) \|\n", table)
+    (row,) = re.findall(r"\| margin_kernel<Pixels<float, 8, true>> \| (\d+) \| \d+ \| 0 \| ([\d ]+) \|\n", table)
     assert 32 <= int(row[0]) <= 255
     assert all(count > 3 for count in map(int, row[1].split()))
     assert "double" not in table

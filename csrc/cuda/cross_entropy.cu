@@ -25,7 +25,7 @@ template <class A>
 constexpr A kTooLarge = A(1e12);
 
 template <class Mine, Loss kLoss>
-__global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename Mine::Storage> : 0)
+__global__ void __launch_bounds__(kThreads, Mine::kFewestBlocks)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
   using A = typename Mine::A;
   constexpr int P = Mine::kPixels;

@@ -29,8 +29,8 @@ namespace segadv::cuda {
 
 constexpr int kColumn = 8;  // most pixels of a thread in a quad row; half as many where the quads are that low
 
-// Blocks that a multiprocessor should hold at once: so many registers are theirs. Without a number the assembler aims
-// at more, and spills.
+// Blocks that a multiprocessor should hold at once, where kernels need many registers: so many are theirs. Without a
+// number the assembler aims at more, and spills.
 template <class S>
 constexpr int kBlocks = sizeof(S) < 8 ? 4 : 2;
 
@@ -80,6 +80,7 @@ struct Pixels {
   static constexpr bool kTakesVectors = !kUp && P > 1;
   static constexpr bool kIsColumn = kUp && P > 1;
   static constexpr int kUnroll = kIsColumn ? 1 : (kUp ? 2 : 4);  // classes whose logits are loaded at once
+  static constexpr int kFewestBlocks = kUp || P == 8 ? kBlocks<S> : 0;  // of kernels with exponentials; 0: any
 
   using Index = std::conditional_t<kUp, int32_t, int64_t>;  // an image of the logits' size may be one long row
 
@@ -338,7 +339,7 @@ struct Pixels {
 //
 // Expected, from the compiler's report and tests/traffic.py, not measured: 1.1 times the fewest bytes with 19 classes
 // and dense pixels, 1.2 (float32) or 1.5 (half precision) with 150; 17 KB of shared memory for a block; 48 to 80
-// registers, 38 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense), else 7, to bring
+// registers, 37 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense), else 7, to bring
 // it, as many again to store it.
 template <class S>
 struct ChannelsLast : Pixels<S, 1, false> {
@@ -346,6 +347,7 @@ struct ChannelsLast : Pixels<S, 1, false> {
   static constexpr int kWidth = 128 / static_cast<int>(sizeof(S));       // most classes in shared memory
   static constexpr int kRow = kWidth + 4 / static_cast<int>(sizeof(S));  // rows begin in different banks
   static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(S));
+  static constexpr int kFewestBlocks = 6;
 
   bool dense;
   int32_t exist;        // pixels of the warp that do, 0 ... 32
