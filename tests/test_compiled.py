@@ -30,7 +30,8 @@ def test_contract() -> None:
     def run(part: tuple[str, list[str]]) -> int:
         backend, files = part
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        slow = ["gradcheck", "far_from_each_other", "pixels_that_are_clear", "outgoing_gradients_of_any_strides"]
+        slow = ["gradcheck", "far_from_each_other", "pixels_that_are_clear", "outgoing_gradients_of_any_strides",
+                "(classes_that_are_neighbours and not size0)"]  # fmt: skip
         command += ["-k", " and not ".join([backend, *(slow if backend == "triton" else slow[:2])])]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
@@ -43,7 +44,7 @@ def test_contract() -> None:
         parts.insert(1, ("cuda-emulated", CONTRACT))  # the longest first
     with ThreadPoolExecutor(max_workers=2) as pool:
         numbers = list(pool.map(run, parts))
-    of_cuda = numbers.pop(1) - 8 if compiled.nvcc() else sum(numbers)  # the cases of the two tests that it alone has
+    of_cuda = numbers.pop(1) - 18 if compiled.nvcc() else sum(numbers)  # the cases of the three tests that it alone has
     assert of_cuda == sum(numbers) > 150
 
 
