@@ -80,7 +80,7 @@ def narrow_gradient_stores(extension: Path, arch: str) -> list[str]:
 
 
 def test_what_the_compiler_made_of_cuda_kernels() -> None:
-    """Registers suffice; where not, on other GPUs than sm_90, for 8 bytes that no innermost loop touches."""
+    """Registers suffice; where not, on other GPUs than sm_90, for 16 bytes that no innermost loop touches."""
     if not segadv.build_info()["cuda"]:
         pytest.skip("the installed core has no CUDA kernels: it was built without nvcc, or with SEGADV_CUDA=OFF")
     assert re.fullmatch(r"nvcc [\d.]+ for \d.*", segadv.build_info()["cuda"])
@@ -90,7 +90,7 @@ def test_what_the_compiler_made_of_cuda_kernels() -> None:
         assert len(kernels) > 50
         spilling = {name: symbol for name, (symbol, needs) in kernels.items() if needs["STACK"] != "0"}
         assert not spilling or arch != "sm_90", spilling
-        assert all(int(kernels[name][1]["STACK"]) <= 8 for name in spilling), spilling
+        assert all(int(kernels[name][1]["STACK"]) <= 16 for name in spilling), spilling
         for code in instructions.code_of(extension, arch, list(spilling.values())).values() if spilling else ():
             assert re.search(r"\b(LDL|STL)\b", code)
             innermost = [loop for loop in instructions.loops_of(code) if loop.is_innermost]

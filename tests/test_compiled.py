@@ -31,7 +31,8 @@ def test_contract() -> None:
         backend, files = part
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
         slow = ["gradcheck", "far_from_each_other", "pixels_that_are_clear", "outgoing_gradients_of_any_strides",
-                "(classes_that_are_neighbours and not size0)"]  # fmt: skip
+                "(classes_that_are_neighbours and not vectors)", "(begins_anywhere and own3)",
+                "(begins_anywhere and own4)"]  # fmt: skip
         command += ["-k", " and not ".join([backend, *(slow if backend == "triton" else slow[:2])])]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
@@ -44,7 +45,7 @@ def test_contract() -> None:
         parts.insert(1, ("cuda-emulated", CONTRACT))  # the longest first
     with ThreadPoolExecutor(max_workers=2) as pool:
         numbers = list(pool.map(run, parts))
-    of_cuda = numbers.pop(1) - 18 if compiled.nvcc() else sum(numbers)  # the cases of the three tests that it alone has
+    of_cuda = numbers.pop(1) - 17 if compiled.nvcc() else sum(numbers)  # the cases that it alone has
     assert of_cuda == sum(numbers) > 150
 
 

@@ -136,6 +136,16 @@ def test_a_logit_of_infinity_makes_its_pixels_nan(
         torch.testing.assert_close(values, expected.detach(), equal_nan=True)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "segpgd", "cospgd"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_logits_that_are_all_minus_infinity_make_their_pixel_nan(backend: str, layout: str, loss: str) -> None:
+    z, y = torch.randn(2, 3, 5, 8), torch.ones(2, 5, 8, dtype=torch.long)
+    z[0, :, 2, 3] = -torch.inf
+    loss_sum, _, grad = F.loss_and_grad(oracle.in_layout(z, layout), y, loss=loss, step=1, steps=4)
+    assert loss_sum.isnan().tolist() == [True, False]
+    assert torch.equal(grad.isnan(), z.isinf())
+
+
 def test_cosine_where_the_labels_class_is_masked_out(backend: str) -> None:
     z, y = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 24, 40))
     z[:, 3] = torch.finfo(torch.float32).min

@@ -338,29 +338,31 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("size", "classes", "more"),
+    ("size", "classes", "more", "before", "dtype"),
     [
-        ((2, 6, 12), 19, 0),  # whole vectors of 16 bytes
-        ((1, 5, 13), 19, 0),  # not at the end
-        ((2, 5, 13), 19, 0),  # nor at the beginning of the second image
-        ((2, 6, 12), 16, 0),  # pixels a multiple of 32 bytes apart
-        ((2, 6, 12), 19, 3),  # some channels of more
-        ((1, 5, 13), 70, 0),  # more than 128 bytes a pixel
+        pytest.param((2, 6, 12), 19, 0, 0, torch.float32, id="vectors"),  # of 16 bytes
+        pytest.param((2, 6, 12), 19, 0, 0, torch.bfloat16, id="vectors of bfloat16"),
+        pytest.param((1, 5, 13), 19, 0, 0, torch.float32, id="not at the end"),
+        pytest.param((2, 5, 13), 19, 0, 0, torch.bfloat16, id="not where the second image begins"),
+        pytest.param((2, 6, 12), 19, 0, 1, torch.float32, id="not at a multiple of 16 bytes"),
+        pytest.param((2, 6, 12), 16, 0, 0, torch.float32, id="pixels a multiple of 32 bytes apart"),
+        pytest.param((2, 6, 12), 19, 3, 0, torch.bfloat16, id="some channels of more"),
+        pytest.param((1, 5, 13), 70, 0, 0, torch.float32, id="more than 128 bytes a pixel"),
+        pytest.param((1, 5, 13), 70, 0, 0, torch.bfloat16, id="more than 128 bytes a pixel of bfloat16"),
     ],
 )
 def test_classes_that_are_neighbours(
-    backend: str, size: tuple[int, int, int], classes: int, more: int, dtype: torch.dtype
+    backend: str, size: tuple[int, int, int], classes: int, more: int, before: int, dtype: torch.dtype
 ) -> None:
     """Logits in channels_last: the same results as in NCHW, sums to rounding."""
     n, height, width = size
     z, y = torch.randn(n, classes, height, width).to(dtype), torch.randint(0, classes, size)
     y[:, 1] = 255
     outgoing = torch.randn(size)
-    wide = torch.full((n, classes + more, height, width), torch.nan, dtype=dtype)
-    wide = wide.contiguous(memory_format=torch.channels_last)
-    other = wide[:, more : classes + more].copy_(z).detach()
+    memory = torch.full((before + n * height * width * (classes + more),), torch.nan, dtype=dtype)
+    wide = memory[before:].view(n, height, width, classes + more).permute(0, 3, 1, 2)
+    other = wide[:, more : classes + more].copy_(z)
     for result, expected in zip(everything(other, y, outgoing), everything(z, y, outgoing), strict=True):
         if result.dim() == 4 and not more:
             assert result.is_contiguous(memory_format=torch.channels_last)

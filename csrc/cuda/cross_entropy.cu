@@ -25,7 +25,7 @@ template <class A>
 constexpr A kTooLarge = A(1e12);
 
 template <class Mine, Loss kLoss>
-__global__ void __launch_bounds__(kThreads, Mine::kFewestBlocks)
+__global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename Mine::Storage> : 0)
     cross_entropy_kernel(CrossEntropyParams params, Walk walk, Partial* partial) {
   using A = typename Mine::A;
   constexpr int P = Mine::kPixels;
@@ -83,9 +83,12 @@ __global__ void __launch_bounds__(kThreads, Mine::kFewestBlocks)
         shift[i] = higher ? z[i] : shift[i];
       }
     });
-    // Of a logit of infinity nobody knows the exponential: NaN, as in PyTorch.
+    // Of a logit of infinity nobody knows the exponential, nor of logits that all are -infinity: NaN, as in PyTorch.
 #pragma unroll
-    for (int i = 0; i < P; ++i) total[i] += shift[i] - shift[i];
+    for (int i = 0; i < P; ++i) {
+      const bool is_known = total[i] > A(0) && shift[i] < kInfinity<A>;
+      total[i] = is_known ? total[i] : std::numeric_limits<A>::quiet_NaN();
+    }
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
   const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);

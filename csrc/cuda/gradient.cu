@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_values(const GradientInputs& inputs, const 
 
 // kMargin: margins; otherwise cross-entropy.
 template <class Mine, bool kMargin>
-__global__ void __launch_bounds__(kThreads, Mine::kFewestBlocks)
+__global__ void __launch_bounds__(kThreads)
     gradient_kernel(Problem problem, GradientInputs inputs, Walk walk, Partial* partial) {
   using A = typename Mine::A;
   constexpr int P = Mine::kPixels;

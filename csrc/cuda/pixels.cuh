@@ -5,8 +5,8 @@
 //
 // * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
 //   addresses allow (kVector); else one pixel.
-// * the same in channels_last, where a pixel's classes are neighbours: one pixel, whose logits a warp loads, and whose
-//   gradients it stores, together, through shared memory (`ChannelsLast`).
+// * the same in channels_last, where a pixel's classes are neighbours, rows without a gap between them: one pixel, whose
+//   logits a warp loads, and whose gradients it stores, together, through shared memory (`ChannelsLast`).
 // * logits that become four times as large or more: P = 4 or 8 pixels of a column that lie in one quad row
 //   (common/bilinear.h). Two rows of logits serve them all: both are resampled along x once per class, and a pixel is
 //   two multiplications more. Quad rows of more than 8 rows are cut into chunks.
@@ -29,7 +29,7 @@ namespace segadv::cuda {
 
 constexpr int kColumn = 8;  // most pixels of a thread in a quad row; half as many where the quads are that low
 
-// Blocks that a multiprocessor should hold at once, where kernels need many registers: so many are theirs. Without a
+// Blocks that a multiprocessor should hold at once, of kernels that resample: so many registers are theirs. Without a
 // number the assembler aims at more, and spills.
 template <class S>
 constexpr int kBlocks = sizeof(S) < 8 ? 4 : 2;
@@ -80,7 +80,6 @@ struct Pixels {
   static constexpr bool kTakesVectors = !kUp && P > 1;
   static constexpr bool kIsColumn = kUp && P > 1;
   static constexpr int kUnroll = kIsColumn ? 1 : (kUp ? 2 : 4);  // classes whose logits are loaded at once
-  static constexpr int kFewestBlocks = kUp || P == 8 ? kBlocks<S> : 0;  // of kernels with exponentials; 0: any
 
   using Index = std::conditional_t<kUp, int32_t, int64_t>;  // an image of the logits' size may be one long row
 
@@ -337,17 +336,16 @@ struct Pixels {
 // 32 pixels together, and each lane finds its own pixel's in shared memory; gradients take the places of the logits
 // there. Where all of it lies together, it moves 16 bytes at a time (Walk::dense). All lanes must call both functions.
 //
-// Expected, from the compiler's report and tests/traffic.py, not measured: 1.1 times the fewest bytes with 19 classes
-// and dense pixels, 1.2 (float32) or 1.5 (half precision) with 150; 17 KB of shared memory for a block; 48 to 80
-// registers, 37 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense), else 7, to bring
-// it, as many again to store it.
+// Expected, from the compiler's report (sm_90) and tests/traffic.py, not measured: 1.1 times the fewest bytes with 19
+// classes and dense pixels, 1.2 (float32) or 1.5 (half precision) with 150; 17 KB of shared memory for a block; 48 to
+// 80 registers, 37 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense), else 7, to
+// bring it, as many again to store it.
 template <class S>
 struct ChannelsLast : Pixels<S, 1, false> {
   using A = Compute<S>;
   static constexpr int kWidth = 128 / static_cast<int>(sizeof(S));       // most classes in shared memory
   static constexpr int kRow = kWidth + 4 / static_cast<int>(sizeof(S));  // rows begin in different banks
   static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(S));
-  static constexpr int kFewestBlocks = 6;
 
   bool dense;
   int32_t exist;        // pixels of the warp that do, 0 ... 32

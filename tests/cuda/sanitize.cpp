@@ -56,15 +56,20 @@ void check(const cuda::Error& error, const std::string& what) {
 }
 
 template <class S>
-void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, Shifted shifted) {
+void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, Shifted shifted,
+         bool channels_last = false) {
   const bool align_corners = shifted == Shifted::kMaps;
   const int64_t N = 2;
   const std::string what = std::to_string(h) + " x " + std::to_string(w) + " to " + std::to_string(H) + " x " +
                            std::to_string(W) + ", dtype " + std::to_string(static_cast<int>(dtype));
   Memory memory;
   memory.aligned = shifted != Shifted::kInputs;
-  Problem problem{memory.tensor(dtype, {N, C, h, w}), memory.tensor(DType::kUInt8, {N, H, W}),
-                  memory.tensor(dtype, {N, C, h, w}), 255, align_corners};
+  const auto logits = [&] {
+    TensorView view = memory.tensor(dtype, {N, C, h, w});
+    if (channels_last) view.stride[1] = 1, view.stride[2] = w * C, view.stride[3] = C;
+    return view;
+  };
+  Problem problem{logits(), memory.tensor(DType::kUInt8, {N, H, W}), logits(), 255, align_corners};
   memory.aligned = shifted != Shifted::kMaps;
   fill<S>(problem.logits, N * C * h * w);
   uint8_t* labels = static_cast<uint8_t*>(problem.labels.data);
@@ -124,6 +129,10 @@ void run_all(DType dtype, DType wide) {
   for (const auto& size : sizes)
     for (Shifted shifted : {Shifted::kNone, Shifted::kInputs, Shifted::kMaps})
       run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], shifted);
+  for (int64_t classes : {5, 16, 70})
+    for (int64_t width : {8, 7})
+      for (Shifted shifted : {Shifted::kNone, Shifted::kInputs})
+        run<S>(dtype, wide, classes, 6, width, 6, width, shifted, true);
   for (int64_t numel : {1, 64, 4099, 8192})
     for (bool aligned : {false, true}) run_steps<S>(dtype, wide, 3, numel, aligned);
 }

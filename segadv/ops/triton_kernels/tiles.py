@@ -34,10 +34,14 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
 
 UNALIGNED = [
     "C", "h", "w", "H", "programs", "tiles_c", "tiles_x", "tiles_y", "chunks", "widest", "copies", "partials", "span",
-    "numel0", "numel1", "ignore_index",
+    "numel0", "numel1", "ignore_index", "stride_x", "grad_x",
 ]  # fmt: skip
-"""Arguments of the kernels whose divisibility by 16 says nothing about an address (that of W and of strides does).
-Told of it, Triton would compile the kernels anew for every other size of images, to the same code."""
+"""Arguments of the kernels whose divisibility by 16 should not be known.
+
+Of most it says nothing about an address (that of W and of the other strides does): told of it, Triton would compile the
+kernels anew for every other size of images, to the same code. Of the stride from pixel to pixel, where it is not 1, it
+would say that the classes of a pixel begin at multiples of 16: each thread would take several of them, and the mask
+that ends them, of whose divisibility nothing is known, take these loads apart again."""
 
 UNSPECIALIZED = ["one", "h", "w"]
 """Arguments that the kernels must not take as constants where they are 1: `one` for the sake of the layout (above);
@@ -385,7 +389,7 @@ def tiles(
         per_thread = max(1, 16 // dtype.itemsize)  # 16 bytes of logits
         if channels_last:
             per_thread = 1
-        elif not up and strides[0][-1] > 1:  # so it is where pixels are no neighbours for another reason
+        elif not up and strides[0][-1] > 1:  # nor are pixels neighbours here
             block, per_thread = max(32, block // per_thread), 1
         block_y = max(1, min(power_of_two(H), block // power_of_two(W)))
         tiles_y = triton.cdiv(H, block_y)
