@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename 
 #pragma unroll
     for (int i = 0; i < P; ++i) {
       const bool is_known = total[i] > A(0) && shift[i] < kInfinity<A>;
-      total[i] = is_known ? total[i] : std::numeric_limits<A>::quiet_NaN();
+      total[i] = is_known ? total[i] : kNaN<A>;
     }
   }
   const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);

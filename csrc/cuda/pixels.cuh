@@ -5,8 +5,8 @@
 //
 // * logits of the labels' size: P neighbours of a row, as many as 16 bytes of logits hold where sizes, strides and
 //   addresses allow (kVector); else one pixel.
-// * the same in channels_last, where a pixel's classes are neighbours, rows without a gap between them: one pixel, whose
-//   logits a warp loads, and whose gradients it stores, together, through shared memory (`ChannelsLast`).
+// * the same in channels_last, a pixel's classes neighbours, rows without a gap between them: one pixel, whose logits a
+//   warp loads, and whose gradients it stores, together, through shared memory (`ChannelsLast`).
 // * logits that become four times as large or more: P = 4 or 8 pixels of a column that lie in one quad row
 //   (common/bilinear.h). Two rows of logits serve them all: both are resampled along x once per class, and a pixel is
 //   two multiplications more. Quad rows of more than 8 rows are cut into chunks.
@@ -36,6 +36,8 @@ constexpr int kBlocks = sizeof(S) < 8 ? 4 : 2;
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <class A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
 template <class A>
 constexpr A kLowest = std::numeric_limits<A>::lowest();
 
