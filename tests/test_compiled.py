@@ -53,7 +53,7 @@ def test_traffic() -> None:
     """At full resolution memory decides: everything is moved once, 16 bytes for each thread.
 
     So it is in channels_last on CUDA, whose 19 classes stay in shared memory; Triton touches sectors twice or, in half
-    precision, three times, at both ends of the classes that it moves together.
+    precision, three times, at both ends of the classes that it moves together (of 16 classes once and twice).
     """
 
     def run(backend: str) -> list[list[str]]:
@@ -65,7 +65,7 @@ def test_traffic() -> None:
 
     with ThreadPoolExecutor() as pool:
         for lines in pool.map(run, ["triton", "cuda"] if compiled.nvcc() else ["triton"]):
-            assert len(lines) == 22
+            assert len(lines) == 24
             for backend, what, moved, access in lines:
                 # cross-entropy reads logits, newton_step the gradient twice, from the cache where that holds them
                 times = {"loss_and_grad": 3 / 2, "newton_step": 4 / 3}.get(what.split()[0], 1.0)
@@ -76,8 +76,11 @@ def test_traffic() -> None:
                     most, least = 1.1, 350
                 if what.endswith("channels_last"):
                     times, most, least = 1.0, 1.2, 280
+                    if " of 16 " in what:  # would be in few banks as they lie: moved one by one
+                        least = 60
                     if backend == "triton":
-                        times = (2.0 if "float32" in what else 3.0) * (1.5 if what.startswith("loss") else 1.0)
+                        times = (2.0 if "float32" in what else 3.0) - (1.0 if " of 16 " in what else 0.0)
+                        times *= 1.5 if what.startswith("loss") else 1.0
                         most, least = 1.1, 45
                 assert times * 0.99 < float(moved.split()[0]) < times * most, what
                 assert int(access.split()[0]) > least, what

@@ -60,6 +60,9 @@ def operations() -> Iterator[tuple[str, int, Callable[[], Any]]]:
         both, name = 2 * z.nbytes + y.nbytes, f"{str(dtype).removeprefix('torch.')} channels_last"
         yield f"gain_and_grad {name}", both, lambda z=z, y=y: F.gain_and_grad(z, y)
         yield f"loss_and_grad {name}", both, lambda z=z, y=y: F.loss_and_grad(z, y)
+        z, y = z[:, :16].contiguous(memory_format=torch.channels_last), y.clamp(max=15)
+        both = 2 * z.nbytes + y.nbytes
+        yield f"gain_and_grad of 16 {name}", both, lambda z=z, y=y: F.gain_and_grad(z, y)
     images, grad = torch.rand(2, 3, 128, 256), torch.randn(2, 3, 128, 256)
     gain, one = torch.ones(2), images.nbytes
     yield "l1_norm", one, lambda: F.l1_norm(grad)
