@@ -338,10 +338,10 @@ struct Pixels {
 // 32 pixels together, and each lane finds its own pixel's in shared memory; gradients take the places of the logits
 // there. Where all of it lies together, it moves 16 bytes at a time (Walk::dense). All lanes must call both functions.
 //
-// Expected, from the compiler's report (sm_90) and tests/traffic.py, not measured: 1.1 times the fewest bytes with 19
-// classes and dense pixels, 1.2 (float32) or 1.5 (half precision) with 150; 17 KB of shared memory for a block; 48 to
-// 80 registers, 37 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense), else 7, to
-// bring it, as many again to store it.
+// Expected, from the compiler's report (sm_90) and counted as in tests/traffic.py, not measured: 1.1 times the fewest
+// bytes with 19 classes and dense pixels, 1.2 (float32) or 1.5 (half precision) with 150; 17 KB of shared memory for a
+// block; 48 to 80 registers, 37 to 62 % occupancy; 10 to 13 instructions for a class of a pixel, and 1 or 2 (dense),
+// else 7, to bring it, as many again to store it.
 template <class S>
 struct ChannelsLast : Pixels<S, 1, false> {
   using A = Compute<S>;
