@@ -3,8 +3,8 @@
 The twin of csrc/cpu/tiles.h and up_tiles.h.
 
 A program works on a tile of pixels [BLOCK_Y, BLOCK_X] of one image at the labels' size and goes through the classes one
-after the other. Logits of the labels' size are read as they are; where the classes of
-a pixel are neighbours, several of them at once (`load_classes`). Logits of another size are resampled on the fly.
+after the other. Logits of the labels' size are read as they are; where the classes of a pixel are neighbours, several
+of them at once (`load_classes`). Logits of another size are resampled on the fly.
 Where they become four times as large or more, the rows of a tile lie in one quad row (`QUAD_ROWS`): two rows of logits
 then serve them all, each is resampled along x once per class and column, and a pixel is two multiplications more. A
 thread should then own whole columns. The compiler would rather give it four pixels of a row, for wide loads of labels,
