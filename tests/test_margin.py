@@ -350,6 +350,8 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
         pytest.param((2, 6, 12), 19, 3, 0, torch.bfloat16, id="some channels of more"),
         pytest.param((1, 5, 13), 70, 0, 0, torch.float32, id="more than 128 bytes a pixel"),
         pytest.param((1, 5, 13), 70, 0, 0, torch.bfloat16, id="more than 128 bytes a pixel of bfloat16"),
+        pytest.param((1, 3, 7), 300, 0, 0, torch.float16, id="classes of 16 bits"),
+        pytest.param((1, 5, 13), 3, 0, 0, torch.float32, id="three classes"),
     ],
 )
 def test_classes_that_are_neighbours(
@@ -388,6 +390,24 @@ def test_the_map_of_runners_up_is_zero_where_a_pixel_is_not_valid(backend: str) 
         y[0, 0, 0] = 1
         _, runner_up = torch.ops.segadv.pixel_margin(z, y, 255, False)
         assert runner_up.flatten()[1:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("own", [(16, 24), (4, 6)], ids=["full", "up"])
+def test_runners_up_that_are_no_class_are_not_written(own: tuple[int, int], channels_last: bool) -> None:
+    """The map is an argument of a registered operation: whatever is in it, no other memory is written."""
+    y, outgoing = torch.randint(0, 5, (2, 16, 24)), torch.ones(1).expand(2, 16, 24)
+    y[:, 3:5] = 255
+    memory, size = {}, [2, 5, *own]
+    for number in (0, 5, 254):
+        runner_up = torch.full((2, 16, 24), number, dtype=torch.uint8)
+        with segadv.backend("native"):
+            arguments = (outgoing, y, runner_up, size, channels_last, torch.float32, 255, False)
+            memory[number] = torch.ops.segadv.margin_backward(*arguments)
+    assert torch.equal(memory[5], memory[254])
+    total = memory[5].sum((1, 2, 3))
+    torch.testing.assert_close(total, torch.full((2,), 14.0 * 24))  # the labels' alone
+    assert (memory[5] >= memory[0]).all()
 
 
 @pytest.mark.parametrize("seed", range(5))

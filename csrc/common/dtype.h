@@ -98,9 +98,10 @@ SEGADV_INLINE Half from_compute<Half>(float x) {
   const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14: adding 0.5 shifts the mantissa so that the hardware rounds at the subnormal's last bit.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // from 65520 on: infinity
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  // from 65520 on; two results chosen one after the other would become a branch
+  const uint32_t result = magnitude >= 0x477ff000u ? infinite : finite;
   return {static_cast<uint16_t>(result | sign)};
 #endif
 }

@@ -7,6 +7,7 @@
 // about four.
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/tiles.h"
 #include "cpu/up_tiles.h"
@@ -46,13 +47,18 @@ struct PixelClasses {
   TensorView label, runner_up;  // [N, H, W]
 };
 
-// At full resolution the gradient is written one class after the other. From a tile it would go to as many places,
+// At full resolution the gradient is written after everything else. From a tile it would go to as many places,
 // megabytes apart, as there are classes, and in fresh memory every huge page would be cleared long before it is filled:
-// 13 ms instead of 5 for 2 x 19 x 712 x 712. The price is PixelClasses.
-bool writes_planes(const Problem& problem) {
+// 13 ms instead of 5 for 2 x 19 x 712 x 712; where a pixel's classes are neighbours (channels_last), a tile would have
+// to be transposed. The price is PixelClasses.
+bool writes_planes(const TensorView& grad) { return grad.stride[3] == 1 && grad.stride[2] == grad.size[3]; }
+bool writes_pixels(const TensorView& grad) {
+  return grad.stride[1] == 1 && grad.stride[3] == grad.size[1] && grad.stride[2] == grad.size[3] * grad.size[1];
+}
+bool writes_later(const Problem& problem) {
   const TensorView& grad = problem.grad;
   return grad && grad.size[2] == problem.labels.size[1] && grad.size[3] == problem.labels.size[2] &&
-         grad.stride[3] == 1 && grad.stride[2] == grad.size[3];
+         (writes_planes(grad) || writes_pixels(grad));
 }
 
 template <class S, class M>
@@ -65,30 +71,51 @@ SEGADV_CLONES void write_plane(S* out, const M* label, const M* runner_up, M k, 
   }
 }
 
-// +value[n] at the label, -value[n] at the runner-up, 0 elsewhere.
 template <class S, class M>
 void write_planes(const TensorView& grad, const PixelClasses& pixels, const std::vector<Compute<S>>& value) {
+  using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, S>;  // a struct of 16 bits would stop vectorisation
   constexpr int64_t kChunk = 1 << 18;
   const int64_t classes = grad.size[1], numel = grad.size[2] * grad.size[3], chunks = ceil_div(numel, kChunk);
-  advise_huge_pages(grad);
   parallel_for_in_order(grad.size[0] * classes * chunks, [&](int64_t item) {
     const int64_t begin = item % chunks * kChunk, c = item / chunks % classes, n = item / chunks / classes;
-    write_plane(at<S>(grad, n, c, 0) + begin, at<M>(pixels.label, n, 0, 0) + begin,
-                at<M>(pixels.runner_up, n, 0, 0) + begin, static_cast<M>(c), from_compute<S>(value[n]),
-                from_compute<S>(-value[n]), std::min(kChunk, numel - begin));
+    const Bits plus = bit_cast<Bits>(from_compute<S>(value[n])), minus = bit_cast<Bits>(from_compute<S>(-value[n]));
+    write_plane(at<Bits>(grad, n, c, 0) + begin, at<M>(pixels.label, n, 0, 0) + begin,
+                at<M>(pixels.runner_up, n, 0, 0) + begin, static_cast<M>(c), plus, minus,
+                std::min(kChunk, numel - begin));
   });
 }
 
+template <class S, class M>
+void write_pixels(const TensorView& grad, const PixelClasses& pixels, const std::vector<Compute<S>>& value) {
+  const int64_t classes = grad.size[1], numel = grad.size[2] * grad.size[3];
+  const int64_t chunk = tile_for(classes, sizeof(S)), chunks = ceil_div(numel, chunk);
+  parallel_for_in_order(grad.size[0] * chunks, [&](int64_t item) {
+    const int64_t begin = item % chunks * chunk, count = std::min(chunk, numel - begin), n = item / chunks;
+    const M *label = at<M>(pixels.label, n, 0, 0) + begin, *runner_up = at<M>(pixels.runner_up, n, 0, 0) + begin;
+    const S plus = from_compute<S>(value[n]), minus = from_compute<S>(-value[n]);
+    S* out = at<S>(grad, n, 0, 0) + begin * classes;
+    std::fill_n(out, count * classes, S{});
+    for (int64_t i = 0; i < count; ++i, out += classes) {
+      if (label[i] == static_cast<M>(-1)) continue;
+      const auto runner = static_cast<std::make_unsigned_t<M>>(runner_up[i]);  // of a map that anyone may have made
+      if (runner < classes) out[runner] = minus;
+      out[label[i]] = plus;
+    }
+  });
+}
+
+// +value[n] at the label, -value[n] at the runner-up, 0 elsewhere.
 template <class A>
-void write_planes(const TensorView& grad, const PixelClasses& pixels, const std::vector<A>& value) {
+void write_gradient(const TensorView& grad, const PixelClasses& pixels, const std::vector<A>& value) {
+  advise_huge_pages(grad);
   dispatch_floating(grad.dtype, [&](auto tag) {
     using S = typename decltype(tag)::type;
     if constexpr (std::is_same_v<Compute<S>, A>) {
-      if (pixels.label.dtype == DType::kUInt8) {
-        write_planes<S, uint8_t>(grad, pixels, value);
-      } else {
-        write_planes<S, int16_t>(grad, pixels, value);
-      }
+      const auto write = [&](auto small) {
+        using M = decltype(small);
+        writes_planes(grad) ? write_planes<S, M>(grad, pixels, value) : write_pixels<S, M>(grad, pixels, value);
+      };
+      pixels.label.dtype == DType::kUInt8 ? write(uint8_t()) : write(int16_t());
     }
   });
 }
@@ -292,15 +319,15 @@ SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, cons
 int64_t margin(const MarginParams& given) {
   int64_t bad = -1;
   MarginParams params = given;
-  const bool planes = writes_planes(given.problem);
-  const PixelClasses pixels(given.problem, planes);
-  if (planes) params.problem.grad = {};
+  const bool later = writes_later(given.problem);
+  const PixelClasses pixels(given.problem, later);
+  if (later) params.problem.grad = {};
   dispatch_tiles(params.problem, {}, 2, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) { margin_item(params, pixels, tiles, item, partial[item]); });
     tiles.finish();
-    if (planes) write_planes(given.problem.grad, pixels, std::vector<A>(params.problem.logits.size[0], A(1)));
+    if (later) write_gradient(given.problem.grad, pixels, std::vector<A>(params.problem.logits.size[0], A(1)));
     sum_items<A>(params.gain_sum, partial, tiles.items_per_image(), &Partial::gain_sum);
     sum_items<int64_t>(params.n_valid, partial, tiles.items_per_image(), &Partial::n_valid);
     bad = first_bad_label(partial);
@@ -313,9 +340,9 @@ int64_t margin_backward(const MarginBackwardParams& given) {
   MarginBackwardParams params = given;
   const TensorView& grad_margin = given.grad_margin;
   const bool per_image = grad_margin.stride[1] == 0 && grad_margin.stride[2] == 0;
-  const bool planes = per_image && writes_planes(given.problem);
-  const PixelClasses pixels(given.problem, planes);
-  if (planes) params.problem.grad = {};
+  const bool later = per_image && writes_later(given.problem);
+  const PixelClasses pixels(given.problem, later);
+  if (later) params.problem.grad = {};
   dispatch_tiles(params.problem, grad_margin, 0, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
@@ -323,10 +350,10 @@ int64_t margin_backward(const MarginBackwardParams& given) {
       margin_backward_item(params, pixels, tiles, item, partial[item]);
     });
     tiles.finish();
-    if (planes) {
+    if (later) {
       std::vector<A> value(params.problem.logits.size[0]);
       for (size_t n = 0; n < value.size(); ++n) value[n] = *at<A>(grad_margin, n, 0, 0);
-      write_planes(given.problem.grad, pixels, value);
+      write_gradient(given.problem.grad, pixels, value);
     }
     bad = first_bad_label(partial);
   });

@@ -17,4 +17,10 @@
 #define SEGADV_BODY
 #endif
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SEGADV_HAVE_VECTORS
+#endif
+#endif
+
 #define SEGADV_SIMD _Pragma("omp simd")

@@ -1,6 +1,8 @@
 // The parts of a walk over tiles that do not depend on the kernel: labels, class maps, conversion, rivals.
 #include "cpu/tiles.h"
 
+#include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "cpu/up_tiles.h"
@@ -31,12 +33,66 @@ SEGADV_CLONES int load_labels_as(const L* labels, int64_t stride, int count, int
   return valid;
 }
 
+// to[i * to_stride + j] = from[j * from_stride + i] for rows x columns elements of `to`, in squares of 4 x 4 that change
+// places in registers. The last squares overlap those before them.
+template <class A>
+SEGADV_INLINE void transpose(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows,
+                             int64_t columns) {
+  constexpr int64_t kSize = 4;
+  if (rows < kSize || columns < kSize) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = from[j * from_stride + i];
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += kSize) {
+    for (int64_t column = 0; column < columns; column += kSize) {
+      const int64_t i = std::min(row, rows - kSize), j = std::min(column, columns - kSize);
+      const A* source = from + j * from_stride + i;
+      A* target = to + i * to_stride + j;
+#if defined(SEGADV_HAVE_VECTORS)
+      typedef A Vector __attribute__((vector_size(kSize * sizeof(A))));
+      Vector v[kSize];
+      for (int k = 0; k < kSize; ++k) std::memcpy(&v[k], source + k * from_stride, sizeof(Vector));
+      const Vector low01 = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
+      const Vector high01 = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+      const Vector low23 = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+      const Vector high23 = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+      v[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+      v[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+      v[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+      v[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+      for (int k = 0; k < kSize; ++k) std::memcpy(target + k * to_stride, &v[k], sizeof(Vector));
+#else
+      for (int k = 0; k < kSize; ++k)
+        for (int l = 0; l < kSize; ++l) target[k * to_stride + l] = source[l * from_stride + k];
+#endif
+    }
+  }
+}
+
+// Where the classes of a pixel are neighbours (channels_last), some pixels at a time pass through a buffer [pixel][class],
+// so that memory is read and written in order, and converted in runs that are long, whatever the number of classes.
+constexpr int64_t kPixels = 16, kClasses = 192;
+
 template <class S>
 SEGADV_CLONES void load_clones(const S* from, int64_t class_stride, int64_t pixel_stride, int64_t classes,
                                int64_t count, Compute<S>* to, int64_t to_stride) {
-  if (class_stride == 1 && pixel_stride != 1) {
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t c = 0; c < classes; ++c) to[c * to_stride + p] = to_compute(from[p * pixel_stride + c]);
+  if (class_stride == 1) {
+    Compute<S> buffer[kPixels * kClasses];
+    for (int64_t p = 0; p < count; p += kPixels) {
+      const int64_t pixels = std::min(kPixels, count - p);
+      for (int64_t c = 0; c < classes; c += kClasses) {
+        const int64_t some = std::min(kClasses, classes - c), runs = pixel_stride == some ? 1 : pixels;
+        const int64_t run = pixels / runs * some;
+        for (int64_t r = 0; r < runs; ++r) {
+          const S* source = from + (p + r) * pixel_stride + c;
+          for (int64_t i = 0; i < run; i += 64 / sizeof(S)) __builtin_prefetch(source + kPixels * pixel_stride + i);
+          SEGADV_SIMD
+          for (int64_t i = 0; i < run; ++i) buffer[r * run + i] = to_compute(source[i]);
+        }
+        transpose(buffer, some, to + c * to_stride + p, to_stride, some, pixels);
+      }
+    }
   } else if (pixel_stride == 1) {
     for (int64_t c = 0; c < classes; ++c) {
       SEGADV_SIMD
@@ -52,9 +108,21 @@ SEGADV_CLONES void load_clones(const S* from, int64_t class_stride, int64_t pixe
 template <class S>
 SEGADV_CLONES void store_clones(const Compute<S>* from, int64_t from_stride, int64_t classes, int64_t count, S* to,
                                 int64_t class_stride, int64_t pixel_stride) {
-  if (class_stride == 1 && pixel_stride != 1) {
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t c = 0; c < classes; ++c) to[p * pixel_stride + c] = from_compute<S>(from[c * from_stride + p]);
+  if (class_stride == 1) {
+    Compute<S> buffer[kPixels * kClasses];
+    for (int64_t p = 0; p < count; p += kPixels) {
+      const int64_t pixels = std::min(kPixels, count - p);
+      for (int64_t c = 0; c < classes; c += kClasses) {
+        const int64_t some = std::min(kClasses, classes - c), runs = pixel_stride == some ? 1 : pixels;
+        const int64_t run = pixels / runs * some;
+        transpose(from + c * from_stride + p, from_stride, buffer, some, pixels, some);
+        for (int64_t r = 0; r < runs; ++r) {
+          S* target = to + (p + r) * pixel_stride + c;
+          SEGADV_SIMD
+          for (int64_t i = 0; i < run; ++i) target[i] = from_compute<S>(buffer[r * run + i]);
+        }
+      }
+    }
   } else if (pixel_stride == 1) {
     for (int64_t c = 0; c < classes; ++c) {
       SEGADV_SIMD

@@ -141,6 +141,7 @@ class FullTiles {
       rows_ = 1;
     }
     tile_ = tile_for(logits.size[1], sizeof(A));
+    stride_ = tile_ + 16;  // not a power of two, or the classes of a pixel would share few sets of the cache
     tiles_per_row_ = ceil_div(columns_, tile_);
     const int64_t tiles = rows_ * tiles_per_row_;
     tiles_per_item_ = std::max<int64_t>(1, (32 << 10) / tile_);
@@ -158,7 +159,7 @@ class FullTiles {
     const TensorView &logits = problem_.logits, &grad = problem_.grad;
     const int64_t classes = logits.size[1];
     const bool copy_in = logits && !in_place_, copy_out = grad && !grad_in_place_;
-    std::vector<A> in(copy_in ? classes * tile_ : 0), out(copy_out ? classes * tile_ : 0);
+    std::vector<A> in(copy_in ? classes * stride_ : 0), out(copy_out ? classes * stride_ : 0);
     const int64_t first = item % items_per_image_ * tiles_per_item_;
     const int64_t last = std::min(first + tiles_per_item_, tiles_);
     Tile<A> tile{};
@@ -169,23 +170,23 @@ class FullTiles {
       tile.count = static_cast<int>(std::min<int64_t>(tile_, columns_ - tile.x));
       if (copy_in) {
         load_block<S>(at<S>(logits, tile.n, 0, tile.y, tile.x), logits.stride[1], logits.stride[3], classes,
-                      tile.count, in.data(), tile_);
+                      tile.count, in.data(), stride_);
         tile.logits = in.data();
-        tile.logits_stride = tile_;
+        tile.logits_stride = stride_;
       } else if (logits) {
         tile.logits = at<A>(logits, tile.n, 0, tile.y, tile.x);
         tile.logits_stride = logits.stride[1];
       }
       if (copy_out) {
         tile.grad = out.data();
-        tile.grad_stride = tile_;
+        tile.grad_stride = stride_;
       } else if (grad) {
         tile.grad = at<A>(grad, tile.n, 0, tile.y, tile.x);
         tile.grad_stride = grad.stride[1];
       }
       body(static_cast<const Tile<A>&>(tile));
       if (copy_out) {
-        store_block<S>(out.data(), tile_, classes, tile.count, at<S>(grad, tile.n, 0, tile.y, tile.x),
+        store_block<S>(out.data(), stride_, classes, tile.count, at<S>(grad, tile.n, 0, tile.y, tile.x),
                        grad.stride[1], grad.stride[3]);
       }
     }
@@ -194,7 +195,7 @@ class FullTiles {
  private:
   const Problem& problem_;
   bool in_place_, grad_in_place_;
-  int tile_;
+  int tile_, stride_;
   int64_t rows_, columns_, tiles_, tiles_per_row_, tiles_per_item_, items_per_image_;
 };
 
