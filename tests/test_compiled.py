@@ -71,7 +71,7 @@ def test_traffic() -> None:
                 times = {"loss_and_grad": 3 / 2, "newton_step": 4 / 3}.get(what.split()[0], 1.0)
                 most, least = 1.06, 440
                 if what.startswith("confusion_matrix"):  # whose results are not small, on an image of this size
-                    most, least = 1.3, 300
+                    most, least = 1.35, 300  # 1.19 with Triton 3.9, 1.31 with 3.6
                 if what.startswith("its backward"):  # reads one outgoing gradient for each pixel, from the cache
                     most, least = 1.1, 350
                 if what.endswith("channels_last"):

@@ -33,8 +33,8 @@ SEGADV_CLONES int load_labels_as(const L* labels, int64_t stride, int count, int
   return valid;
 }
 
-// to[i * to_stride + j] = from[j * from_stride + i] for rows x columns elements of `to`, in squares of 4 x 4 that change
-// places in registers. The last squares overlap those before them.
+// to[i * to_stride + j] = from[j * from_stride + i] for rows x columns elements of `to`, in squares of 4 x 4 that
+// change places in registers. The last squares overlap those before them.
 template <class A>
 SEGADV_INLINE void transpose(const A* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows,
                              int64_t columns) {
@@ -70,8 +70,9 @@ SEGADV_INLINE void transpose(const A* from, int64_t from_stride, A* to, int64_t 
   }
 }
 
-// Where the classes of a pixel are neighbours (channels_last), some pixels at a time pass through a buffer [pixel][class],
-// so that memory is read and written in order, and converted in runs that are long, whatever the number of classes.
+// Where the classes of a pixel are neighbours (channels_last), some pixels at a time pass through a buffer
+// [pixel][class], so that memory is read and written in order, and converted in runs that are long whatever the number
+// of classes.
 constexpr int64_t kPixels = 16, kClasses = 192;
 
 template <class S>

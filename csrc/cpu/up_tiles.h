@@ -3,8 +3,8 @@
 // classes that matter are listed and resampled along x once (t0 and t1: both rows of logits); a row of pixels is then
 // w0 * t0 + w1 * t1. The gradient goes the same way back: g0 += w0 * g and g1 += w1 * g over the rows of a block, then
 // once along x into two rows of low-resolution sums. A band of rows of logits is one item; the rows that two bands
-// share are added at the end, in a fixed order. Nothing of the labels' size is kept: some rows of logits for each thread
-// and, for the gradient, two rows for every kBand of the logits'.
+// share are added at the end, in a fixed order. Nothing of the labels' size is kept: some rows of logits for each
+// thread and, for the gradient, two rows for every kBand of the logits'.
 //
 // Which classes matter: resampling is a mean whose weights are not negative, and rounding keeps the order of numbers.
 // So a class that lies below another one at both taps of both rows lies nowhere above it in between, and a class below
