@@ -341,8 +341,9 @@ def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> di
     if isinstance(steps, Mapping) and (missing := [value for value in eps if value not in steps]):
         raise ValueError(f"steps must have an entry for every eps, there is none for {missing}")
     counts = {value: steps[value] if isinstance(steps, Mapping) else steps for value in eps}
-    if any(isinstance(count, bool) or not isinstance(count, Integral) or count < 1 for count in counts.values()):
-        raise ValueError(f"steps must be whole numbers of at least 1, got {steps}")
+    for count in counts.values():
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
     return {value: int(count) for value, count in counts.items()}
 
 

@@ -13,11 +13,11 @@ Shapes and types, the same everywhere:
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-Errors, the same everywhere: TypeError where no tensor came; ValueError for a dtype or shape that is not named above,
-fewer than 2 classes, tensors that do not fit together or are on different devices, and any other argument out of its
-range. A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would
-stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError
-where a backend was asked for that cannot run.
+Errors, the same everywhere: TypeError where no tensor came, or no whole number where one is needed; ValueError for a
+dtype or shape that is not named above, fewer than 2 classes, tensors that do not fit together or are on different
+devices, and any other argument out of its range. A label that is neither a class nor `ignore_index` is a ValueError on
+the CPU; on a GPU, where looking would stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1
+raises there too). RuntimeError where a backend was asked for that cannot run.
 
 None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
 torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins and gains under a
@@ -27,6 +27,8 @@ torch.func transform (grad, vmap, jvp) raise RuntimeError too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -439,7 +441,8 @@ def sign_step(
 
     Raises, besides what all raise:
         ValueError: images in half precision; bounds that are not (low, high) with low < high; origin without eps, or
-            eps without origin; an alpha that is not finite; a negative eps.
+            eps without origin; an alpha that is not finite; a negative eps. Tensors [N] are not looked at, which would
+            wait for a GPU; a NaN in one shows in its image.
     """
     _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
@@ -522,7 +525,11 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
     _check_logits(logits)
     if logits.dim() != 4:
         raise ValueError(f"logits: {_describe(logits)} came; [N, C, h, w] is needed")
-    if len(size) != 2 or min(size) < 1:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size: {size} is not (H, W)")
+    for side in size:
+        _check_whole_number("size", side)
+    if min(size) < 1:
         raise ValueError(f"size: {tuple(size)} is not (H, W) with both at least 1")
     result: Tensor = library.argmax_labels(logits.detach(), list(size), align_corners)
     return result
@@ -542,6 +549,13 @@ def _describe(tensor: Tensor) -> str:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: a {type(value).__name__} came; a tensor is needed")
+
+
+def _check_whole_number(name: str, value: object) -> None:
+    if torch.compiler.is_compiling():  # where it may be a symbol
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: a {type(value).__name__} came; a whole number is needed")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -568,6 +582,7 @@ def _check_logits(logits: Tensor) -> None:
 def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
+    _check_whole_number("ignore_index", ignore_index)
     _check_tensor("labels", labels)
     _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
@@ -614,6 +629,8 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
 
 
 def _segpgd_lambda(step: int, steps: int) -> float:
+    _check_whole_number("step", step)
+    _check_whole_number("steps", steps)
     if not 0 <= step < steps:
         raise ValueError(f"step, steps: {step}, {steps} do not satisfy 0 <= step < steps")
     return step / (2 * steps)

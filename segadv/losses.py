@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 from torch import Tensor, nn
 
 from . import functional
@@ -61,8 +59,7 @@ class CrossEntropyLoss(nn.Module):
                 f"weight: {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} came; "
                 "a floating point [C] is needed"
             )
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-            raise TypeError(f"ignore_index: a {type(ignore_index).__name__} came; a whole number is needed")
+        functional._check_whole_number("ignore_index", ignore_index)
         if not isinstance(align_corners, bool):
             raise TypeError(f"align_corners: a {type(align_corners).__name__} came; True or False is needed")
         functional._check_reduction(reduction)

@@ -141,12 +141,22 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
                 panel.plot(eps, mean, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
             panel.set_title(f"attack: {attack_title(attack)}")
             panel.set_xlabel("eps")
-            panel.set_xticks(sorted({row["eps"] for row in rows}))
+            ticks = _apart(sorted({row["eps"] for row in rows}))
+            panel.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
         _arms_legend(figure, axes)
         _save(figure, path)
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Without those whose labels would lie on that of the one before."""
+    kept = [ticks[0]]
+    for tick in ticks[1:]:
+        if tick - kept[-1] > 0.07 * (ticks[-1] - ticks[0]):
+            kept.append(tick)
+    return kept
 
 
 def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], *, eps: float) -> None:

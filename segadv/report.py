@@ -39,12 +39,15 @@ def write_report(
 
     Raises:
         ValueError: the models were put under different attacks, eps or steps, on different images, or have different
-            numbers of classes.
+            numbers of classes; class_names of another number.
     """
     if "model_sha256" in result.run:  # not merged yet
         result = EvaluationResult.merge({result.run["model"]: result})
     checks = checks or {}
     _check_alike(result)
+    classes = len(result.measurements[0].confusion)
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"class_names: {len(class_names)} came, the models have {classes} classes")
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     result.to_csv(out / "curves.csv")
@@ -145,8 +148,8 @@ def _lines(
     lines = [
         "# Robustness report",
         "",
-        f"{run['images']} images. mIoU comes from one confusion matrix over all pixels; beside it stand the mean of "
-        "the images' own mIoU and pixel accuracy. "
+        f"{run['images']} image{'s' * (run['images'] != 1)}. mIoU comes from one confusion matrix over all pixels; "
+        "beside it stand the mean of the images' own mIoU and pixel accuracy. "
         + (
             "The worst case takes of each image the outcome of the attack with the most wrong pixels; as it goes by "
             "pixels, its mIoU may lie a little above that of a single attack."
@@ -171,7 +174,10 @@ def _lines(
         *table(
             [
                 "trained with",
-                *(f"{plots.attack_title(name)}, {_steps(final[arms[0], name, shown])}" for name in attacks),
+                *(
+                    ", ".join([plots.attack_title(name), _steps(final[arms[0], name, shown])][: 2 if shown else 1])
+                    for name in attacks
+                ),
             ],
             [[arm, *(f"{final[arm, name, shown].row['miou']:.3f}" for name in attacks)] for arm in arms],
         ),
@@ -215,7 +221,7 @@ def _lines(
         + ". All attack arguments are in results.json.",
         "",
         *table(
-            ["trained with", "model", "SHA-256 of the weights"],
+            ["trained with", "model", "SHA-256"],
             [[arm, result.run[arm]["model"], f"`{result.run[arm]['model_sha256'][:16]}`"] for arm in arms],
         ),
     ]

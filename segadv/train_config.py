@@ -161,7 +161,7 @@ class TrainConfig:
         if not isinstance(self.crop, (tuple, list)) or len(self.crop) != 2:
             raise ValueError(f"crop must be (height, width), got {self.crop!r}")
         if not isinstance(self.augmentation, Augmentation) or not isinstance(self.validation, Validation):
-            raise TypeError("augmentation and validation must be an Augmentation and a Validation of segadv.training")
+            raise TypeError("augmentation must be a segadv.data.Augmentation, validation a segadv.training.Validation")
         at_least(0, seed=self.seed, workers=self.workers)
         at_least(1, steps=self.steps, accumulation=self.accumulation)
         at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every)

@@ -212,6 +212,31 @@ def test_best_takes_each_image_from_its_best_iterate(targeted: bool) -> None:
     torch.testing.assert_close(adversarial, iterates[chosen, torch.arange(6)], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("shape", [(), (5, 4)], ids=["classification", "resampled"])
+def test_more_classes_than_pixels_are_judged_without_matrices(
+    shape: tuple[int, ...], targeted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand classes they would take most of the memory."""
+    classes, pool = 30, nn.AdaptiveAvgPool2d(1 if not shape else 2)
+    model = nn.Sequential(nn.Conv2d(3, classes, 3, padding=1), pool, *[nn.Flatten()] * (not shape)).double()
+    images, labels = torch.rand(40, 3, 5, 4, dtype=torch.float64), torch.randint(0, classes, (40, *shape))
+    with torch.no_grad():
+        labels[:20] = (
+            functional.argmax_labels(model(images[:20]), shape).long() if shape else model(images[:20]).argmax(1)
+        )
+    labels[::7] = IGNORE
+    options: dict[str, Any] = {"eps": 0.4, "alpha": 0.1, "steps": 4, "restarts": 2, "best": True, "targeted": targeted}
+    runs = [PGD(model, **options, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    expected = runs[0].outcomes(images, labels, [4])[0].diagonal(dim1=1, dim2=2).sum(1)
+    assert expected.sum() not in (0, (labels != IGNORE).sum())
+    monkeypatch.delattr(functional, "confusion_matrix")
+    adversarial = runs[1](images, labels)
+    monkeypatch.undo()
+    matrices = functional.confusion_matrix(model(adversarial), labels, per_image=True)
+    assert torch.equal(matrices.diagonal(dim1=1, dim2=2).sum(1), expected)
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_restarts_keep_each_images_best_run(best: bool) -> None:
     model, (images, labels) = Net(), sample(8)

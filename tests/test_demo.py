@@ -225,3 +225,13 @@ def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.Mo
             assert (band[:, 0].min(), band[:, 0].max()) == (0.0, 0.03)
             assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((MIOU[arm] - 0.02, MIOU[arm] + 0.02))
     assert all(not panel.collections for panel in single.axes)
+
+
+def test_ticks_of_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    rows = [{"attack": "fgsm", "eps": eps, "miou": 0.5} for eps in (0.0, 0.01, 0.03, 8 / 255)]
+    plots.plot_robustness(rows, tmp_path / "x.png")
+    plots.plot_robustness(rows[1:2], tmp_path / "x.png")
+    labels = [[text.get_text() for text in figure.axes[0].get_xticklabels()] for figure in figures]
+    assert labels == [["0", "0.01", "0.03"], ["0.01"]]

@@ -489,6 +489,11 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         ),
         (lambda: F.cross_entropy(Z, Y, weight=torch.ones(3).long()), r"weight: int64 \[3\] on cpu came; a floating"),
         (lambda: F.l1_norm(0.5), "grad: a float came"),
+        (lambda: F.cross_entropy(Z, Y, ignore_index=None), "ignore_index: a NoneType came; a whole number is needed"),
+        (lambda: F.gain_and_grad(Z, Y, ignore_index=255.0), "ignore_index: a float came; a whole number is needed"),
+        (lambda: F.segpgd_loss(Z, Y, 0.5, 2), "step: a float came; a whole number is needed"),
+        (lambda: F.argmax_labels(Z, (4.0, 4)), "size: a float came; a whole number is needed"),
+        (lambda: F.argmax_labels(Z, 4), r"size: 4 is not \(H, W\)"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:

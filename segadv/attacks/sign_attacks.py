@@ -183,7 +183,7 @@ class _Candidate(NamedTuple):
     score: Tensor
     """[N] number of pixels that serve the attack."""
     confusion: Tensor
-    """int64 [N, C, C]."""
+    """int64 [N, C, C], or [N, 0] where only the score was asked for."""
 
     def or_better(self, other: _Candidate) -> _Candidate:
         """Of each image the one with the higher score; this one where they are equal."""
@@ -270,32 +270,47 @@ class BIM(_SignAttack):
         """Adversarial images, the last loss [N], and what there was after the steps in `judge`."""
         if noise is not None:
             raise ValueError("noise: the attack has no random start")
-        return self._iterate(images, labels, images, judge)
+        return self._iterate(images, labels, images, judge, matrices=bool(judge))
 
     def _iterate(
-        self, images: Tensor, labels: Tensor, start: Tensor, judge: Sequence[int]
+        self, images: Tensor, labels: Tensor, start: Tensor, judge: Sequence[int], *, matrices: bool
     ) -> tuple[Tensor, Tensor, list[_Candidate]]:
         iterate, best, judged = start, None, []
         for step in range(self.steps):
             loss = self._differentiate(iterate, labels, step=step, steps=self.steps)
             if step > 0 and (self.best or step in judge):
-                best = self._judged(iterate, loss.logits, labels, best)
+                best = self._judged(iterate, loss.logits, labels, best, matrices=matrices)
                 judged += [best] * (step in judge)
             iterate = functional.sign_step(
                 iterate, loss.grad, self.alpha, origin=images, eps=self.eps, bounds=self.bounds
             )
         if not (self.best or self.steps in judge):
             return iterate, loss.mean, judged
-        best = self._judged(iterate, self._logits(iterate), labels, best)
+        best = self._judged(iterate, self._logits(iterate), labels, best, matrices=matrices)
         return best.images, loss.mean, judged + [best] * (self.steps in judge)
 
-    def _judged(self, iterate: Tensor, logits: Tensor, labels: Tensor, before: _Candidate | None) -> _Candidate:
+    def _judged(
+        self, iterate: Tensor, logits: Tensor, labels: Tensor, before: _Candidate | None, *, matrices: bool
+    ) -> _Candidate:
         """The iterate, or with `best` the one before where that is not worse."""
-        confusion = functional.confusion_matrix(
-            logits, labels, per_image=True, ignore_index=self.ignore_index, align_corners=self.align_corners
-        )
-        hits = confusion.diagonal(dim1=1, dim2=2).sum(1)
-        candidate = _Candidate(iterate, hits if self.targeted else confusion.sum((1, 2)) - hits, confusion)
+        classes = logits.shape[1]
+        if matrices or classes**2 <= labels.shape[1:].numel():
+            confusion = functional.confusion_matrix(
+                logits, labels, per_image=True, ignore_index=self.ignore_index, align_corners=self.align_corners
+            )
+            hits, pixels = confusion.diagonal(dim1=1, dim2=2).sum(1), confusion.sum((1, 2))
+        else:  # classification into many classes: a matrix for each image would be most of the memory
+            valid = (labels != self.ignore_index) & (labels >= 0) & (labels < classes)
+            prediction = (
+                logits.argmax(1)
+                if logits.dim() == 2
+                else functional.argmax_labels(
+                    logits, (labels.shape[1], labels.shape[2]), align_corners=self.align_corners
+                )
+            )
+            hits, pixels = (each.reshape(len(labels), -1).sum(1) for each in (valid & (prediction == labels), valid))
+            confusion = hits.new_empty(len(hits), 0)
+        candidate = _Candidate(iterate, hits if self.targeted else pixels - hits, confusion)
         return candidate if before is None or not self.best else before.or_better(candidate)
 
 
@@ -334,11 +349,11 @@ class PGD(BIM):
         if noise is not None and (self.restarts > 1 or not self.random_start):
             raise ValueError("noise: it fits one run with random_start=True only")
         if self.restarts == 1:
-            return self._iterate(images, labels, self._start(images, labels, noise), judge)
+            return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})
-        _, loss, kept = self._iterate(images, labels, self._start(images, labels), at)
+        _, loss, kept = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
         for _ in range(1, self.restarts):
-            _, loss, candidates = self._iterate(images, labels, self._start(images, labels), at)
+            _, loss, candidates = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
             kept = [mine.or_better(other) for mine, other in zip(kept, candidates, strict=True)]
         return kept[-1].images, loss, [entry for step, entry in zip(at, kept, strict=True) if step in judge]
 
