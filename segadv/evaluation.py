@@ -405,6 +405,8 @@ def evaluate(
       for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps.
     * Work is shared: one gradient for FGSM at all eps; iterative attacks take several eps in one batch (on a GPU
       all, or half as many whenever memory does not suffice).
+    * A batch keeps a matrix of classes x classes for each image, attack, eps and judged step: give small batches where
+      there are thousands of classes.
 
     Args:
         model: takes images in [0, 1]; runs in eval mode where its parameters are, and is left as it was.
@@ -454,8 +456,9 @@ def evaluate(
         judged["worst-case", value] = (max(judged[name, value][-1] for name in names),)
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
+    network = unwrapped(model)
     identity = {
-        "model": type(unwrapped(model)).__name__,
+        "model": type(getattr(network, "_orig_mod", network)).__name__,  # not OptimizedModule
         "model_sha256": model_hash(model),
         "seed": seed,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,

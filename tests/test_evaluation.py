@@ -744,6 +744,12 @@ def test_bad_labels_are_never_recorded(tmp_path: Path, model: Counting, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_compiled_model_is_called_by_its_own_class(loader: list[tuple[Tensor, Tensor]]) -> None:
+    model = Counting()
+    compiled = torch.compile(model, backend="eager")
+    assert evaluate(compiled, loader, ["fgsm"], [0.0]).run["model"] == "Counting"
+
+
 def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
     first = records.model_hash(model)
     assert records.model_hash(model.train()) == first
@@ -1101,6 +1107,8 @@ def test_a_report_is_of_models_that_were_evaluated_alike(
         merged = EvaluationResult.merge({"a": first, "b": evaluate(model, data, **alike | changes)})
         with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
             report.write_report(tmp_path, merged, {})
+    with pytest.raises(ValueError, match=f"class_names: 2 came, the models have {CLASSES} classes"):
+        report.write_report(tmp_path, first, class_names=["road", "sky"])
     assert list(tmp_path.iterdir()) == []
 
 
