@@ -143,6 +143,11 @@ def _lines(
     counts = {value: _steps(final[arms[0], strongest, value]) for value in eps if value}
     differ = len(set(counts.values())) > 1
     at_steps = {value: f", {count}" if differ else "" for value, count in counts.items()}
+    titles = [plots.attack_title(name) for name in attacks]
+    if shown:  # where it is 0, the only eps, no attack takes a step
+        titles = [
+            f"{title}, {_steps(final[arms[0], name, shown])}" for title, name in zip(titles, attacks, strict=True)
+        ]
     run = result.run[arms[0]]
     failed = [(arm, check) for arm in arms for check in checks.get(arm, ()) if check.passed is False]
     lines = [
@@ -172,13 +177,7 @@ def _lines(
         f"## mIoU at eps {shown:g}, attack by attack",
         "",
         *table(
-            [
-                "trained with",
-                *(
-                    ", ".join([plots.attack_title(name), _steps(final[arms[0], name, shown])][: 2 if shown else 1])
-                    for name in attacks
-                ),
-            ],
+            ["trained with", *titles],
             [[arm, *(f"{final[arm, name, shown].row['miou']:.3f}" for name in attacks)] for arm in arms],
         ),
         "",

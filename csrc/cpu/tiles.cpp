@@ -75,25 +75,33 @@ SEGADV_INLINE void transpose(const A* from, int64_t from_stride, A* to, int64_t 
 // of classes.
 constexpr int64_t kPixels = 16, kClasses = 192;
 
+// Calls each(first pixel, first class, pixels, classes, runs): `runs` is 1 where all that is one piece of memory.
+template <class F>
+SEGADV_INLINE void for_each_group(int64_t classes, int64_t count, int64_t pixel_stride, F&& each) {
+  for (int64_t p = 0; p < count; p += kPixels) {
+    const int64_t pixels = std::min(kPixels, count - p);
+    for (int64_t c = 0; c < classes; c += kClasses) {
+      const int64_t some = std::min(kClasses, classes - c);
+      each(p, c, pixels, some, pixel_stride == some ? 1 : pixels);
+    }
+  }
+}
+
 template <class S>
 SEGADV_CLONES void load_clones(const S* from, int64_t class_stride, int64_t pixel_stride, int64_t classes,
                                int64_t count, Compute<S>* to, int64_t to_stride) {
   if (class_stride == 1) {
     Compute<S> buffer[kPixels * kClasses];
-    for (int64_t p = 0; p < count; p += kPixels) {
-      const int64_t pixels = std::min(kPixels, count - p);
-      for (int64_t c = 0; c < classes; c += kClasses) {
-        const int64_t some = std::min(kClasses, classes - c), runs = pixel_stride == some ? 1 : pixels;
-        const int64_t run = pixels / runs * some;
-        for (int64_t r = 0; r < runs; ++r) {
-          const S* source = from + (p + r) * pixel_stride + c;
-          for (int64_t i = 0; i < run; i += 64 / sizeof(S)) __builtin_prefetch(source + kPixels * pixel_stride + i);
-          SEGADV_SIMD
-          for (int64_t i = 0; i < run; ++i) buffer[r * run + i] = to_compute(source[i]);
-        }
-        transpose(buffer, some, to + c * to_stride + p, to_stride, some, pixels);
+    for_each_group(classes, count, pixel_stride, [&](auto p, auto c, auto pixels, auto some, auto runs) SEGADV_BODY {
+      const int64_t run = pixels / runs * some;
+      for (int64_t r = 0; r < runs; ++r) {
+        const S* source = from + (p + r) * pixel_stride + c;
+        for (int64_t i = 0; i < run; i += 64 / sizeof(S)) __builtin_prefetch(source + kPixels * pixel_stride + i);
+        SEGADV_SIMD
+        for (int64_t i = 0; i < run; ++i) buffer[r * run + i] = to_compute(source[i]);
       }
-    }
+      transpose(buffer, some, to + c * to_stride + p, to_stride, some, pixels);
+    });
   } else if (pixel_stride == 1) {
     for (int64_t c = 0; c < classes; ++c) {
       SEGADV_SIMD
@@ -111,19 +119,15 @@ SEGADV_CLONES void store_clones(const Compute<S>* from, int64_t from_stride, int
                                 int64_t class_stride, int64_t pixel_stride) {
   if (class_stride == 1) {
     Compute<S> buffer[kPixels * kClasses];
-    for (int64_t p = 0; p < count; p += kPixels) {
-      const int64_t pixels = std::min(kPixels, count - p);
-      for (int64_t c = 0; c < classes; c += kClasses) {
-        const int64_t some = std::min(kClasses, classes - c), runs = pixel_stride == some ? 1 : pixels;
-        const int64_t run = pixels / runs * some;
-        transpose(from + c * from_stride + p, from_stride, buffer, some, pixels, some);
-        for (int64_t r = 0; r < runs; ++r) {
-          S* target = to + (p + r) * pixel_stride + c;
-          SEGADV_SIMD
-          for (int64_t i = 0; i < run; ++i) target[i] = from_compute<S>(buffer[r * run + i]);
-        }
+    for_each_group(classes, count, pixel_stride, [&](auto p, auto c, auto pixels, auto some, auto runs) SEGADV_BODY {
+      const int64_t run = pixels / runs * some;
+      transpose(from + c * from_stride + p, from_stride, buffer, some, pixels, some);
+      for (int64_t r = 0; r < runs; ++r) {
+        S* target = to + (p + r) * pixel_stride + c;
+        SEGADV_SIMD
+        for (int64_t i = 0; i < run; ++i) target[i] = from_compute<S>(buffer[r * run + i]);
       }
-    }
+    });
   } else if (pixel_stride == 1) {
     for (int64_t c = 0; c < classes; ++c) {
       SEGADV_SIMD
