@@ -168,9 +168,10 @@ def providers_of(
 
 
 def in_float32(operation: str, mode: str, case: Case, dtype: torch.dtype, *, full_resolution: bool) -> object:
-    """What eager makes in float32 of logits that have been rounded to dtype."""
+    """What eager makes in float32 of logits that have been rounded to dtype, and may tie by that."""
     logits, labels = arguments_of(operation, case, full_resolution=full_resolution, dtype=dtype)
-    usual = OPERATIONS[operation][1]
+    # amax would divide the gradient among classes that tie
+    usual = partial(usual_averaged_gain, by_max=True) if operation == "averaged_gain" else OPERATIONS[operation][1]
     if mode == "forward":
         return usual(logits.float(), labels)
     return value_and_gradient(usual, logits.float().requires_grad_(), labels)

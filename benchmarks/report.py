@@ -128,10 +128,10 @@ _SHOWN = [
 
 
 class Operations:
-    """The rows of cpu.csv: float32 and `THREADS` threads."""
+    """The rows of cpu.csv, or of another machine's: float32 and `THREADS` threads."""
 
-    def __init__(self, results: Path) -> None:
-        self.path = results / "cpu.csv"
+    def __init__(self, results: Path, name: str = "cpu.csv") -> None:
+        self.path = results / name
         self.records = {
             (record.operation, record.mode, record.case, record.provider, record.thp): record
             for record in records_in(self.path)
@@ -286,6 +286,76 @@ def training_samples(results: Path) -> str:
         lines.append([title, f"{three_digits(record.p50)} {_spread(record)}", against])
     notes = paragraph(f"{records['fused'].case} pixels. {provenance_of(list(records.values()))}")
     return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
+
+
+# --- the same on another machine: cpu-xeon.csv --------------------------------------------------------------------
+
+_ANOTHER = "cpu-xeon.csv"
+_LAYOUTS = {  # title -> (dtype, what follows the name of a case)
+    "float32": ("float32", ""),
+    "float32, channels_last": ("float32", ", channels_last"),
+    "bfloat16": ("bfloat16", ""),
+    "bfloat16, channels_last": ("bfloat16", ", channels_last"),
+}
+
+
+def another_cpu(results: Path) -> str:
+    """What the README shows of the operations, beside its ratios; and logits of other layouts."""
+    first, second = Operations(results), Operations(results, _ANOTHER)
+    lines, used = [], []
+    for operation, mode, case in _SHOWN:
+        key = (operation, mode, case)
+        three = second.eager(*key), second.compiled(*key), second.get(*key, "segadv")
+        used += three
+        times = [f"{three_digits(time.p50)} ms" for time in three]
+        ratios = [f"{measured.faster(*key):.1f} x" for measured in (second, first)]
+        lines.append([_title(operation, mode), _shape(operation, case), *times, *ratios])
+    header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "faster in the README"]
+    notes = paragraph(f"Fast Newton's training step there: {_another_step(results)}. {provenance_of(used)}")
+    return f"{table(header, lines, text_columns=2)}\n\n{notes}\n\n{_layouts(results)}"
+
+
+def _layouts(results: Path) -> str:
+    records = records_in(results / _ANOTHER)
+    lines, used = [], []
+    for case in ("cityscapes19", "ade150"):
+        for operation, mode in dict.fromkeys(key[:2] for key in _SHOWN if key[0] not in PIXEL_SPACE):
+            cells = []
+            for dtype, suffix in _LAYOUTS.values():
+                key = {"operation": operation, "mode": mode, "case": case + suffix, "dtype": dtype, "thp": 0}
+                ways = ("eager", "eager, max") if operation.endswith("averaged_gain") else ("eager",)
+                ours, *usual = (one(records, provider=name, **key) for name in ("segadv", *ways))
+                used += [ours, *usual]
+                ratio = min(way.p50 for way in usual) / ours.p50
+                cells.append(f"{three_digits(ours.p50)} ms, {ratio:.1f} x")
+            lines.append([_title(operation, mode), _shape(operation, case), *cells])
+    notes = "Time of segadv, and by how much it is faster than eager code with the same logits."
+    body = table(["operation", "logits → labels", *_LAYOUTS], lines, text_columns=2)
+    return f"{body}\n\n{paragraph(f'{notes} {provenance_of(used)}')}"
+
+
+def _another_step(results: Path) -> str:
+    """Against conventional basic training, as in the headline."""
+    records = comparable(records_in(results / _ANOTHER))
+    told = []
+    for network in ("small", "segformer-b0"):
+        found = [record for record in records if record.case.partition(",")[0] == network]
+        told.append(f"{with_interval(one(found, **_NEWTON_OVER_CONVENTIONAL))} % ({network})")
+    return f"{' and '.join(told)} over conventional basic training"
+
+
+def another_cpu_in_a_sentence(results: Path) -> str:
+    second = Operations(results, _ANOTHER)
+    fused = [
+        f"{second.faster(operation, mode, case):.1f} ({operation})"
+        for operation, mode, case in _SHOWN
+        if operation.startswith("upsample") and case == "cityscapes19"
+    ]
+    machine = second.get(*_SHOWN[0], "segadv").machine
+    return paragraph(
+        f"The same on [another CPU](benchmarks/README.md#on-another-cpu) ({machine}): {', '.join(fused)} times as fast "
+        f"at {CASES['cityscapes19'].size}², and Fast Newton's training step {_another_step(results)}."
+    )
 
 
 # --- operations on a GPU: <gpu>.csv -------------------------------------------------------------------------------
@@ -775,6 +845,8 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "headline": headline,
     "operations": operations,
     "operations-all": all_operations,
+    "another-cpu": another_cpu,
+    "another-cpu-in-a-sentence": another_cpu_in_a_sentence,
     "data": training_samples,
     "gpu": gpus,
     "overhead": training_overhead,

@@ -179,6 +179,19 @@ def test_a_wrong_value_with_the_right_gradient_is_not_timed(operation: str) -> N
             ops.check(operation, providers | {"segadv": lambda wrong=wrong: wrong})
 
 
+def test_logits_that_tie_in_bfloat16_are_no_difference() -> None:
+    """A hundred classes of noise: in bfloat16 the two largest are often one number, whose gradient amax divides."""
+    case, mode = Case("tiny", images=2, classes=100, own=20, size=20, noise=True), "forward + backward"
+    options: dict[str, Any] = {"full_resolution": True}
+    truth = ops.in_float32("averaged_gain", mode, case, torch.bfloat16, **options)
+    providers = ops.providers_of("averaged_gain", mode, case, compiled=False, dtype=torch.bfloat16, **options)
+    ops.check("averaged_gain", providers, truth)
+    logits, labels = case.tensors(dtype=torch.bfloat16, **options)
+    divided = ops.value_and_gradient(ops.usual_averaged_gain, logits.float().requires_grad_(), labels)
+    with pytest.raises(AssertionError, match="differs from eager"):
+        ops.check("averaged_gain", providers, divided)
+
+
 def test_time_and_memory_are_those_of_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     names, ran = ["segadv", "eager", "floor"], []
     calls = {name: partial(ran.append, name) for name in names}

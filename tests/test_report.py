@@ -233,6 +233,54 @@ def test_ways_and_floors(tmp_path: Path) -> None:
             report.all_operations(tmp_path)
 
 
+def rows_of_another_cpu() -> list[Record]:
+    """Eager with max is its faster way; each layout has a time of its own."""
+    layouts = [("float32", "", 10.0), ("float32", ", channels_last", 20.0)]
+    layouts += [("bfloat16", "", 5.0), ("bfloat16", ", channels_last", 4.0)]
+    names = ("averaged_gain", "cross_entropy", "confusion_matrix")
+    operations = [*names, *(f"upsample + {name}" for name in names), "newton_step", "sign_step"]
+    times = {"eager": 300.0, "eager, max": 200.0, "compile": 120.0, "compile, max": 100.0}
+    both = ("averaged_gain", "cross_entropy")
+    rows = [
+        record(name, provider, f"forward{' + backward' * name.endswith(both)}", case + suffix, p50, dtype=dtype)
+        for name in operations
+        for case in ("cityscapes19", "ade150", "noise19")
+        for dtype, suffix, ms in layouts
+        for provider, p50 in (times | {"segadv": ms}).items()
+        if name.endswith("averaged_gain") or "max" not in provider
+    ]
+    key = ("over conventional basic", overhead.OURS, "fast-newton, p = 0.5")
+    steps = [record(*key, f"{name}, a size", p50) for name, p50 in (("small", -21.0), ("segformer-b0", -31.0))]
+    return [*rows, *steps, replace(steps[0], thp=1, p50=77.0), *(replace(row, thp=1, p50=77.0) for row in rows)]
+
+
+def test_another_cpu(tmp_path: Path) -> None:
+    rows = rows_of_another_cpu()
+    write_records(tmp_path / "cpu-xeon.csv", rows)
+    own = [replace(row, p50=40.0, machine="own") if row.provider == "segadv" else row for row in rows]
+    write_records(tmp_path / "cpu.csv", own)
+    first, second = re.findall(r"(?:^\|.*\n)+", report.another_cpu(tmp_path), flags=re.MULTILINE)
+    title = "averaged_gain, value and gradient"
+    assert cells(first, title)[1:] == ["2 x 19 x 712²", "200 ms", "100 ms", "10.0 ms", "10.0 x", "2.5 x"]
+    assert cells(first, "sign_step")[1:] == ["2 x 3 x 712²", "300 ms", "120 ms", "10.0 ms", "12.0 x", "3.0 x"]
+    of_layouts = [["10.0 ms, 20.0 x", "20.0 ms, 10.0 x", "5.0 ms, 40.0 x", "4.0 ms, 50.0 x"]] * 2
+    lines = [line for line in second.splitlines() if line.startswith(f"| {title}")]
+    assert [line.strip("| ").split(" | ")[2:] for line in lines] == of_layouts
+    assert "step" not in second, "what has no logits"
+    words = " ".join(report.another_cpu_in_a_sentence(tmp_path).split())
+    assert "(a machine): 10.0 (upsample + averaged_gain), 12.0 (upsample + cross_entropy)" in words
+    told = "-21.0 [-21.5, -20.5] % (small) and -31.0 [-31.5, -30.5] % (segformer-b0) over conventional basic training"
+    assert words.endswith(f"training step {told}.")
+    assert told in " ".join(report.another_cpu(tmp_path).split())
+    key = ("confusion_matrix", "eager", "bfloat16", 0)
+    needed = [row for row in rows if (row.operation, row.provider, row.dtype, row.thp) == key]
+    for missing in (row for row in needed if "noise" not in row.case):
+        (tmp_path / "cpu-xeon.csv").unlink()
+        write_records(tmp_path / "cpu-xeon.csv", [row for row in rows if row is not missing])
+        with pytest.raises(report.ReportError, match="0 rows of provider 'eager'"):
+            report.another_cpu(tmp_path)
+
+
 def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     shutil.copy(report.ROOT / report.RESULTS / "cpu.csv", tmp_path)
     assert report.gpus(tmp_path) == "No GPU has been measured yet."
