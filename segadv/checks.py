@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection
 from numbers import Integral
 
@@ -35,6 +36,9 @@ def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)
         return
     low, high = (value.item() for value in images.aminmax())
     slack = _OVERSHOOT * (bounds[1] - bounds[0])
+    if math.isnan(low):
+        place = images.isnan().nonzero()[0].tolist()
+        raise ValueError(f"{name}: a pixel is NaN, the first one at {place}; pixels must be numbers")
     if not (low >= bounds[0] - slack and high <= bounds[1] + slack):
         raise ValueError(
             f"{name}: pixels must be in [{bounds[0]:g}, {bounds[1]:g}], found {low:.4g} to {high:.4g}. Divide bytes by "

@@ -26,7 +26,7 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
-from .checks import at_least, in_range
+from .checks import at_least, did_you_mean, in_range
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -364,7 +364,10 @@ def _plan(
             raise ValueError(f"attacks must have other names than {', '.join(reserved)}")
         works = [_own(judge, model, name, factory, value) for name, factory in attacks.items() for value in eps]
     elif unknown := [name for name in names if name not in ATTACKS]:
-        raise ValueError(f"attacks must be names out of {', '.join(ATTACKS)} or a mapping to factories, got {unknown}")
+        meant = did_you_mean(str(unknown[0]), ATTACKS)
+        raise ValueError(
+            f"attacks must be names out of {', '.join(ATTACKS)} or a mapping to factories, got {unknown}{meant}"
+        )
     else:
         for name in names if eps else ():
             if name == "fgsm":
@@ -473,7 +476,13 @@ def evaluate(
     passes = sum(work.passes for work in works)
     total = len(loader) * passes if isinstance(loader, Sized) else None
     with progress_bar("evaluate", total=total, unit="pass", show=progress) as bar, frozen(model):
-        for index, (images, labels, *_) in enumerate(loader):
+        for index, batch in enumerate(loader):
+            if isinstance(batch, Mapping):
+                raise TypeError(
+                    f"loader gave a batch with the keys {list(batch)}; a tuple that begins with images and labels is "
+                    "needed: ((batch[...], batch[...]) for batch in loader)"
+                )
+            images, labels, *_ = batch
             if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
                 came = f"{type(images).__name__} and {type(labels).__name__}"
                 raise TypeError(

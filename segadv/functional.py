@@ -587,6 +587,8 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
         needed = "[N]" if logits.dim() == 2 else "[N, H, W]"
+        if labels.dim() == logits.dim() == 4 and labels.shape[1] == 1:
+            needed = "labels.squeeze(1), [N, H, W],"
         raise ValueError(
             f"labels: {_describe(labels)} came with logits {_describe(logits)}; {needed} with the same N is needed"
         )
@@ -612,7 +614,9 @@ def _quotient(total: Tensor, count: Tensor) -> Tensor:
 
 def _check_label_type(labels: Tensor) -> None:
     if labels.dtype not in _LABELS:
-        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}")
+        scores = labels.is_floating_point() and labels.dim() == 4
+        remedy = "labels.argmax(1) makes classes of scores" if scores else "labels.long() converts"
+        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}; {remedy}")
 
 
 def _check_reduction(reduction: str) -> None:
@@ -645,7 +649,8 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
             "(a half precision image cannot hold an eps-ball)"
         )
     if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
-        raise ValueError(f"images: {_describe(images)} came; float32 or float64 [N, ...] is needed")
+        bytes_ = "; of bytes images.float() / 255" if images.dtype is torch.uint8 else ""
+        raise ValueError(f"images: {_describe(images)} came; float32 or float64 [N, ...] is needed{bytes_}")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
         raise ValueError(f"grad: {_describe(grad)} came; like the images, {_describe(images)}, is needed")
     if len(bounds) != 2 or not bounds[0] < bounds[1]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -544,6 +545,9 @@ def test_defaults_are_those_of_the_contract() -> None:
     for kind, expected in own.items():
         values = vars(kind(model))
         assert {key: values[key] for key in expected | shared} == expected | shared
+        sizes = {key: 255.0 * value for key, value in expected.items() if key in ("eps", "alpha")}
+        values = vars(kind(model, bounds=(-100, 155)))
+        assert {key: values[key] for key in sizes} == pytest.approx(sizes), "of the width of the bounds"
 
 
 def _no_noise(name: str) -> dict[str, Any]:
@@ -1354,6 +1358,26 @@ def test_an_attack_inside_of_cached_parametrizations_leaves_nothing_in_their_cac
         assert model.weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the names of before parametrizations
+@pytest.mark.parametrize("hook", [nn.utils.weight_norm, nn.utils.spectral_norm, None])
+def test_weights_that_a_hook_computes_are_those_of_the_caller_s_pass(hook: Any) -> None:
+    """The attack's have no graph: a penalty on them would train nothing, and say nothing."""
+    conv = nn.Conv2d(3, 3, 1)
+    prune.l1_unstructured(conv, "weight", amount=2) if hook is None else hook(conv)
+    (own,) = (parameter for name, parameter in conv.named_parameters() if name in ("weight_v", "weight_orig"))
+    model = nn.Sequential(conv, nn.Conv2d(3, 5, 1))
+    model(IMAGES)
+    before = conv.weight
+    FGSM(model)(IMAGES, LABELS)
+    assert conv.weight is before
+    model.append(nn.Linear(7, 7))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        FGSM(model)(IMAGES, LABELS)
+    assert conv.weight is before
+    (grad,) = torch.autograd.grad(conv.weight.square().sum(), own)
+    assert grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
 def test_a_model_may_have_sparse_buffers(layout: str) -> None:
     class Scaling(nn.Conv2d):
@@ -1585,7 +1609,10 @@ def test_images_clearly_outside_their_bounds_are_refused(
                 low, high = attack(images, LABELS).aminmax()
                 assert bounds[0] <= low <= high <= bounds[1]
                 continue
-            with pytest.raises(ValueError, match=r"images: pixels must be in \[.*, found .*segadv.models.wrap"):
+            message = r"pixels must be in \[.*, found .*segadv.models.wrap"
+            if math.isnan(value):
+                message = r"a pixel is NaN, the first one at \[1, 1, 1, 1\]"
+            with pytest.raises(ValueError, match=f"images: {message}"):
                 attack(images, LABELS)
 
 

@@ -230,7 +230,7 @@ def test_factories_get_the_model_and_eps(model: Counting, loader: list[tuple[Ten
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attacks": ["fgms"]}, r"attacks must be names out of fgsm, bim-10.*\['fgms'\]"),
+        ({"attacks": ["fgms"]}, r"attacks must be names out of fgsm, bim-10.*\['fgms'\], did you mean 'fgsm'\?"),
         ({"attacks": []}, "attacks must name at least one"),
         ({"eps": []}, "eps must be numbers in"),
         ({"eps": [8.0]}, r"8/255, not 8.*\[8.0\]"),
@@ -969,7 +969,8 @@ def test_numbers_of_numpy_are_numbers(model: Counting, loader: list[tuple[Tensor
         ({"eps": "0.1"}, TypeError, "eps must be a sequence of numbers"),
         ({"seed": -1}, ValueError, "seed must be a whole number of at least 0, got -1"),
         ({"seed": None}, ValueError, "seed must be a whole number of at least 0, got None"),
-        ({"loader": [{"images": 1, "labels": 2}]}, TypeError, "a batch that begins with str and str; two tensors"),
+        ({"loader": [{"images": 1, "labels": 2}]}, TypeError, r"a batch with the keys \['images', 'labels'\]; a tuple"),
+        ({"loader": [("images", "labels")]}, TypeError, "a batch that begins with str and str; two tensors"),
         ({"loader": [(np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8)))]}, TypeError, "begins with ndarray and ndarray"),
     ],
 )

@@ -157,8 +157,8 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
         raise TypeError(f"output: the callable returned {_kind(logits)}; it has to return a tensor, the logits")
     raise TypeError(
         f"model: it returned {_kind(output)}; understood are a tensor, a dict with 'out' or 'logits', an "
-        "object with .logits and a tuple whose first entry is the logits. Give output=, a callable from what "
-        "the model returns to the logits, here or to segadv.models.wrap(model, output=...)"
+        "object with .logits and a tuple whose first entry is the logits. Wrap it: segadv.models.wrap(model, "
+        "output=...), a callable from what the model returns to the logits; attacks take output= themselves, too"
     )
 
 
@@ -175,9 +175,11 @@ def _kind(output: Any) -> str:
 def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
-    Restored, also after an exception, are the `training` flag of every module, every buffer and `requires_grad` of
-    every parameter. `.grad` is not touched. (What a model computes once, for its first or its largest input, and
-    keeps in a buffer is gone then; where an attribute says that it is there, show the model such an input before.)
+    Restored, also after an exception, are the `training` flag of every module, every buffer, `requires_grad` of
+    every parameter, and the weights that hooks compute before each forward (`torch.nn.utils.weight_norm`,
+    `spectral_norm`, `prune`). `.grad` is not touched; what a model's own code or hooks keep elsewhere is theirs.
+    (What a model computes once, for its first or its largest input, and keeps in a buffer is gone then; where an
+    attribute says that it is there, show the model such an input before.)
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
@@ -193,6 +195,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     network = unwrapped(model)
     training: dict[nn.Module, bool] = {}
     registered: dict[nn.Module, dict[str, Tensor | None]] = {}
+    computed: dict[nn.Module, dict[str, Tensor]] = {}
     required: list[tuple[Tensor, bool]] = []
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
@@ -208,6 +211,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
         if hasattr(module, "training"):  # not after torch.jit.freeze
             training[module] = module.training
         registered[module] = dict(module._buffers.items())
+        if module._forward_pre_hooks:
+            computed[module] = {own: value for own, value in vars(module).items() if isinstance(value, Tensor)}
         parameters = dict(module._parameters.items())
         for own, tensor in (parameters | registered[module]).items():
             if is_lazy(tensor):
@@ -233,6 +238,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     with ExitStack() as stack:  # whatever the model did, each of these is done
         stack.callback(saved.restore)
         stack.callback(_restore_registered, registered)
+        stack.callback(_restore_computed, computed)
         for module in own_statistics:
             # In eval mode and without running statistics a norm layer takes its input's, and counts nothing.
             stack.callback(setattr, module, "track_running_stats", True)
@@ -311,6 +317,14 @@ def _restore_registered(registered: Mapping[nn.Module, dict[str, Tensor | None]]
         elif list(now) != list(before) or any(now[name] is not buffer for name, buffer in before.items()):
             now.clear()
             now.update(before)
+
+
+def _restore_computed(computed: Mapping[nn.Module, dict[str, Tensor]]) -> None:
+    """The tensors that were plain attributes: those of the attack's passes have no graph."""
+    for module, before in computed.items():
+        for name, value in before.items():
+            if vars(module).get(name) is not value:
+                setattr(module, name, value)
 
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:
@@ -615,9 +629,14 @@ def per_image(value: Tensor, like: Tensor) -> Tensor:
     return value.view(-1, *[1] * (like.dim() - 1))
 
 
-def checked_size(name: str, value: float | Tensor, bounds: tuple[float, float]) -> float | Tensor:
-    """An eps or alpha as a float, a tensor [N] as it is; one on a GPU is looked at under SEGADV_CHECK=1 only."""
+def checked_size(
+    name: str, value: float | Tensor | None, bounds: tuple[float, float], *, default: float = 0.0
+) -> float | Tensor:
+    """An eps or alpha as a float, None as `default` times the width of the bounds, a tensor [N] as it is; one on a GPU
+    is looked at under SEGADV_CHECK=1 only."""
     width = bounds[1] - bounds[0]
+    if value is None:
+        return default * width
     if isinstance(value, Tensor):
         look = value.numel() and (value.device.type == "cpu" or synchronous_checks())
         outside = value[~((value >= 0) & (value <= width))].tolist() if look else []

@@ -20,14 +20,14 @@ __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGS
 
 @dataclass(kw_only=True, eq=False)
 class _SignAttack(Attack):
-    eps: float | Tensor = 8 / 255
+    eps: float | Tensor = None  # type: ignore[assignment]  # becomes 8/255 of the width of `bounds`
     targeted: bool = False
 
     loss: ClassVar[functional.Loss] = "cross_entropy"
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self.eps = checked_size("eps", self.eps, self.bounds)
+        self.eps = checked_size("eps", self.eps, self.bounds, default=8 / 255)
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
@@ -64,7 +64,8 @@ class FGSM(_SignAttack):
     Wiens & Hammer 2022 (doi 10.5220/0010788400003122), eq. 3.
 
     Args, besides those of `Attack`:
-        eps: step size in the units of the images; a float, or a tensor [N] on their device.
+        eps: step size in the units of the images; a float, or a tensor [N] on their device. Unless given, 8/255 of the
+            width of `bounds`.
         targeted: the labels are the target, and the step descends.
 
     `AttackInfo`: eps and loss.
@@ -202,8 +203,9 @@ class BIM(_SignAttack):
     Source: Kurakin et al. 2017 (arXiv 1607.02533); Wiens & Hammer 2022 (doi 10.5220/0010788400003122), eq. 4.
 
     Args, besides those of `Attack`:
-        eps: radius of the ball in the units of the images; a float, or a tensor [N] on their device.
-        alpha: step size, likewise. A UserWarning says when steps * alpha < eps, too little to reach the
+        eps: radius of the ball in the units of the images; a float, or a tensor [N] on their device. Unless given,
+            8/255 of the width of `bounds`.
+        alpha: step size, likewise; 2/255. A UserWarning says when steps * alpha < eps, too little to reach the
             ball's surface; not where one of them is a tensor, which would have to be waited for.
         steps: number of steps.
         targeted: the labels are the target, and the steps descend.
@@ -213,13 +215,13 @@ class BIM(_SignAttack):
     `AttackInfo`: eps, and loss at the last gradient that was computed.
     """
 
-    alpha: float | Tensor = 2 / 255
+    alpha: float | Tensor = None  # type: ignore[assignment]  # becomes 2/255 of the width of `bounds`
     steps: int = 10
     best: bool = False
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self.alpha = checked_size("alpha", self.alpha, self.bounds)
+        self.alpha = checked_size("alpha", self.alpha, self.bounds, default=2 / 255)
         self.steps = _whole_number("steps", self.steps)
 
     def __post_init__(self) -> None:
@@ -229,7 +231,7 @@ class BIM(_SignAttack):
         if self.steps * self.alpha < self.eps * (1 - 1e-9):
             warnings.warn(
                 f"steps * alpha = {self.steps} * {self.alpha:g} < eps = {self.eps:g}: too little to reach "
-                "the surface of the eps-ball",
+                "the surface of the eps-ball; take more steps, or a larger alpha",
                 stacklevel=levels_to_the_caller(),
             )
 
