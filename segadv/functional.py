@@ -13,11 +13,11 @@ Shapes and types, the same everywhere:
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-Errors, the same everywhere: TypeError where no tensor came, or no whole number where one is needed; ValueError for a
-dtype or shape that is not named above, fewer than 2 classes, tensors that do not fit together or are on different
-devices, and any other argument out of its range. A label that is neither a class nor `ignore_index` is a ValueError on
-the CPU; on a GPU, where looking would stall the stream, it makes the floating results of its image NaN (SEGADV_CHECK=1
-raises there too). RuntimeError where a backend was asked for that cannot run.
+Errors, the same everywhere: TypeError if an argument is not a tensor, or not a whole number, where one is needed;
+ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors that do not
+fit together or are on different devices, and any other argument that is out of range. A label that is neither a class
+nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the stream, it makes the floating
+results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend was asked for that cannot run.
 
 None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
 torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins and gains under a
@@ -92,7 +92,8 @@ def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, al
     """Mean logit margin of an image over its valid pixels: gbar = (1 / n_v) sum_j g_j.
 
     Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel (two
-    from 257 classes on), or the gradient itself where it is smaller than the labels' size by four and more.
+    from 257 classes on), or, if the logits have at most a quarter of the labels' pixels and are not float16, the
+    gradient itself.
 
     Args:
         logits: [N, C, h, w] (or [N, C]).
@@ -285,7 +286,7 @@ def loss_and_grad(
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
         loss: "cross_entropy", "segpgd" or "cospgd".
-        step, steps: of SegPGD, as in `segpgd_loss`; the others take no notice.
+        step, steps: of SegPGD, as in `segpgd_loss`; ignored for the other losses.
         targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
 
     Returns:
@@ -495,7 +496,8 @@ def confusion_matrix(
 
     Equivalent to::
 
-        prediction = F.interpolate(logits, labels.shape[-2:], mode="bilinear").argmax(1)
+        z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
+        prediction = z.argmax(1)
         valid = labels != ignore_index
         torch.bincount(labels[valid].long() * C + prediction[valid], minlength=C * C).view(C, C)
     """
@@ -517,7 +519,10 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
     Returns:
         [N, H, W], uint8 (int16 for more than 256 classes).
 
-    Equivalent to: `F.interpolate(logits, size, mode="bilinear", align_corners=align_corners).argmax(1).byte()`
+    Equivalent to::
+
+        z = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=align_corners)
+        z.argmax(1).to(torch.uint8 if C <= 256 else torch.int16)
 
     Raises, besides what all raise:
         ValueError: logits [N, C], which have no size; a size that is not (H, W) with both at least 1.

@@ -238,6 +238,23 @@ def test_more_classes_than_pixels_are_judged_without_matrices(
     assert torch.equal(matrices.diagonal(dim1=1, dim2=2).sum(1), expected)
 
 
+@pytest.mark.parametrize("classes", [200, 256, 300])
+def test_labels_of_any_type_are_judged_alike(classes: int) -> None:
+    """PyTorch compares a uint8 label with 256 as with 0, and with -100 as with 156."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).double()
+    images = torch.rand(256, 3, 2, 2, dtype=torch.float64)
+    labels = model(images)[:, :256].argmax(1)
+    ignore_index = 255 if classes > 200 else int(labels.mode().values) - 256
+    options: dict[str, Any] = {"eps": 0.05, "alpha": 0.02, "steps": 1, "restarts": 5, "ignore_index": ignore_index}
+    results = [
+        PGD(model, **options, best=True, generator=torch.Generator().manual_seed(1))(images, labels.to(dtype))
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    ]
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_restarts_keep_each_images_best_run(best: bool) -> None:
     model, (images, labels) = Net(), sample(8)

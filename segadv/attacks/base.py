@@ -13,7 +13,7 @@ An attack
   format, inside the box and, where it has an eps, inside the ball;
 * may be called under `no_grad`, `inference_mode` and autocast: the model's forward runs under the caller's
   autocast, images and steps stay in full precision;
-* treats each image by itself: neither gradient nor step depends on the neighbours in the batch, unless the
+* treats each image independently: neither gradient nor step depends on the neighbours in the batch, unless the
   network's own arithmetic does (batch statistics under bn="train").
 """
 
@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from types import FrameType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -200,7 +200,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
-                f"model: its part {name!r} is a DistributedDataParallel; give the attack the module inside of that, or "
+                f"model: its part {name!r} is a DistributedDataParallel; give the attack the module inside of it, or "
                 "wrap the whole model"
             )
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -396,8 +396,7 @@ class Attack(ABC):
                 raise TypeError(f"{entry.name}: a {type(value).__name__} came; True or False is needed")
         if self.bn not in ("eval", "train"):
             raise ValueError(f"bn: {self.bn!r} is not one of 'eval', 'train'")
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
-            raise TypeError(f"ignore_index: a {type(self.ignore_index).__name__} came; a whole number is needed")
+        functional._check_whole_number("ignore_index", self.ignore_index)
         self.ignore_index = int(self.ignore_index)
         try:
             low, high = (float(bound) for bound in self.bounds)
@@ -489,8 +488,7 @@ class Attack(ABC):
         if not torch.compiler.is_compiling():
             self._check_arguments()
         for name, tensor in (("images", images), ("labels", labels)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: a {type(tensor).__name__} came; a tensor is needed")
+            functional._check_tensor(name, tensor)
             if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor):
                 raise ValueError(
                     f"{name}: a tensor inside of a torch.func transform (grad, vmap, jvp) came; an attack takes "

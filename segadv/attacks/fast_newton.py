@@ -102,6 +102,10 @@ def fast_newton_step(
 ) -> Tensor | tuple[Tensor, AttackInfo]:
     """Fast Newton adversarial images of a batch: `FastNewton(model, ...)(images, labels)` in one call.
 
+    x* = clip(x - eps * sign(grad gbar)), eps = gbar / ||grad gbar||_1, with gbar the image's averaged gain.
+
+    Source: Wiens & Hammer 2022 (doi 10.5220/0010788400003122), eqs. 18 and 19.
+
     Args:
         model: nn.Module from images to logits [N, C, h, w] of any size (or [N, C]). It may be in train mode,
             compiled, or wrapped in DistributedDataParallel, and is afterwards exactly as before.
@@ -113,6 +117,14 @@ def fast_newton_step(
 
     Returns:
         like the images, detached; with return_info the pair of it and the info.
+
+    Equivalent to, for a model in eval mode (but for the special cases of `functional.newton_step`)::
+
+        x = images.clone().requires_grad_()
+        gain = functional.averaged_gain(model(x), labels)
+        (grad,) = torch.autograd.grad(gain.sum(), x)
+        eps = gain / grad.abs().flatten(1).sum(1)
+        (x - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(*bounds).detach()
     """
     attack = FastNewton(
         model,

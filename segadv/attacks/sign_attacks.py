@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from ..checks import at_least
 from .base import Attack, AttackInfo, checked_size, has_label, levels_to_the_caller, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
@@ -157,7 +157,8 @@ class CheckpointFGSM(FGSM):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self.checkpoints = _whole_number("checkpoints", self.checkpoints)
+        at_least(1, checkpoints=self.checkpoints)
+        self.checkpoints = int(self.checkpoints)
         if self.targeted:
             raise ValueError("targeted: True came; the search is for misclassification, only False is possible")
 
@@ -222,7 +223,8 @@ class BIM(_SignAttack):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         self.alpha = checked_size("alpha", self.alpha, self.bounds, default=2 / 255)
-        self.steps = _whole_number("steps", self.steps)
+        at_least(1, steps=self.steps)
+        self.steps = int(self.steps)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,6 +304,7 @@ class BIM(_SignAttack):
             )
             hits, pixels = confusion.diagonal(dim1=1, dim2=2).sum(1), confusion.sum((1, 2))
         else:  # classification into many classes: a matrix for each image would be most of the memory
+            labels = labels.long()  # a comparison would take a number modulo 256 for uint8
             valid = (labels != self.ignore_index) & (labels >= 0) & (labels < classes)
             prediction = (
                 logits.argmax(1)
@@ -337,7 +340,8 @@ class PGD(BIM):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self.restarts = _whole_number("restarts", self.restarts)
+        at_least(1, restarts=self.restarts)
+        self.restarts = int(self.restarts)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts: {self.restarts} came with random_start=False, where all runs are the same")
 
@@ -405,9 +409,3 @@ def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:
         raise TypeError(f"generator: a {type(generator).__name__} came; a torch.Generator or None is needed")
     if generator is not None and generator.device.type != images.device.type:
         raise ValueError(f"generator: it is on {generator.device}, the images are on {images.device}")
-
-
-def _whole_number(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}: {value!r} came; a whole number of at least 1 is needed")
-    return int(value)
