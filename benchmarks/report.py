@@ -347,14 +347,15 @@ def _another_step(results: Path) -> str:
 def another_cpu_in_a_sentence(results: Path) -> str:
     second = Operations(results, _ANOTHER)
     fused = [
-        f"{second.faster(operation, mode, case):.1f} ({operation})"
+        f"{operation} {second.faster(operation, mode, case):.1f} times"
         for operation, mode, case in _SHOWN
         if operation.startswith("upsample") and case == "cityscapes19"
     ]
     machine = second.get(*_SHOWN[0], "segadv").machine
     return paragraph(
-        f"The same on [another CPU](benchmarks/README.md#on-another-cpu) ({machine}): {', '.join(fused)} times as fast "
-        f"at {CASES['cityscapes19'].size}², and Fast Newton's training step {_another_step(results)}."
+        f"Repeated on [another CPU](benchmarks/README.md#on-another-cpu) ({machine}): at {CASES['cityscapes19'].size}² "
+        f"{', '.join(fused)} as fast as the better of eager and `torch.compile`; Fast Newton's training step "
+        f"{_another_step(results)}."
     )
 
 

@@ -554,7 +554,7 @@ def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
         try:
             named = float(Fraction(at)) if at else None
             steps |= dict.fromkeys(eps if named is None else [named], int(count))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
         if named in seen:
             raise ValueError(f"steps gives {f'eps {at}' if at else 'the number without an eps'} twice: {value!r}")
@@ -608,7 +608,7 @@ def _data(arguments: Namespace) -> None:
 
 
 def _check_data(arguments: Namespace) -> None:
-    _require("PIL", "tqdm")
+    _require("PIL")
     from .data import check_files, dataset_class
     from .data.check import format_checks
 

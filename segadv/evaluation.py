@@ -216,6 +216,7 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
+                del attack, start  # what did not fit must not take the halves' memory
         halves = (values[: count // 2], values[count // 2 :])
         return torch.cat([stacked(half, images, labels, noise) for half in halves])
 
@@ -402,7 +403,7 @@ def evaluate(
     attack, eps and number of steps (`miou`), and each image's mIoU is averaged beside it (`image_miou`).
 
     * eps = 0 is the clean prediction; it is counted once and serves all attacks.
-    * "worst-case": of each image the outcome of the attack with the most wrong valid pixels.
+    * "worst-case": for each image, the outcome of the attack that leaves the most valid pixels wrong.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
       runs would give, but for "segpgd": its lambda rises to 1/2 over all its steps, so that what is reported
       for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps.

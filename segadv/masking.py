@@ -77,6 +77,12 @@ def masking_checks(
         eps: size of the perturbation, in the images' unit, at most 0.5.
         steps: of the iterative attacks.
         sources: name -> other models on the same device, for check 5; none leaves it out.
+
+    Returns:
+        the six checks, in this order.
+
+    Raises:
+        ValueError: eps outside (0, 0.5], and what `evaluate` raises.
     """
     if not 0 < eps <= LARGE_EPS:
         raise ValueError(f"eps: {eps} came; more than 0 and at most {LARGE_EPS} is allowed, in the unit of the images")

@@ -162,7 +162,8 @@ def small_pspnet(num_classes: int = 19) -> PSPNet:
 
 
 def pspnet50(num_classes: int = 19, *, pretrained: bool = False, backbone: str | Path = "") -> nn.Module:
-    """The network of [FNM]: `PSPNet` on the pre-activation ResNet-50 (ResNet50v2), for images in [0, 1].
+    """`PSPNet` on the pre-activation ResNet-50 (ResNet50v2), for images in [0, 1]: the network of Wiens & Hammer 2022
+    (doi 10.5220/0010788400003122).
 
     Backbone: timm's ``resnetv2_50`` (He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016, arXiv
     1603.05027) at output stride 8, that is with dilation 2 and 4 in place of the last two strides, its final norm

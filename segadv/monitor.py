@@ -78,7 +78,13 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def catastrophic_overfitting(probes: Sequence[Mapping[str, float]]) -> bool:
     """Whether, at the last of the probes, PGD accuracy has fallen below half of its highest value while FGSM
-    accuracy is higher than it was then."""
+    accuracy is higher than it was then.
+
+    Args:
+        probes: results of `probe`, in the order of the training; without any there is no overfitting.
+    """
+    if not probes:
+        return False
     best = max(probes, key=lambda entry: entry["pgd_accuracy"])
     last = probes[-1]
     return last["pgd_accuracy"] < 0.5 * best["pgd_accuracy"] and last["fgsm_accuracy"] > best["fgsm_accuracy"]

@@ -273,7 +273,7 @@ def _plot_probes(probes: Sequence[Mapping[str, Any]], accuracy: Any, cosine: Any
 
     accuracy.plot(at, values("fgsm_accuracy"), color="#E69F00", marker="s", lw=2.2, label="FGSM")
     accuracy.plot(at, values("pgd_accuracy"), color="#0072B2", marker="o", lw=2.2, label="PGD-10")
-    accuracy.set_title("pixel accuracy on 8 training images")
+    accuracy.set_title("pixel accuracy on training images")
     accuracy.set_ylim(0, 1.03)
     accuracy.legend(loc="best")
     cosine.plot(at, values("gradient_cosine"), color="#009E73", marker="o", lw=2.2)

@@ -72,7 +72,7 @@ def _check_keys(path: Path, known: Collection[str]) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values such as 'steps: 300', it holds {content!r}")
     if twice := [key for key in content if "." in str(key) and str(key).partition(".")[0] in content]:
-        raise ValueError(f"{path}: {twice[0]} stands beside {twice[0].partition('.')[0]}; write it inside of that")
+        raise ValueError(f"{path}: {twice[0]} is given beside {twice[0].partition('.')[0]}; nest it under that key")
     for key, value in flat(content).items():
         if value is None:
             raise ValueError(f"{path}: {key} has no value")

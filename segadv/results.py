@@ -36,6 +36,8 @@ __all__ = [
 def class_iou(confusion: Tensor) -> Tensor:
     """Intersection over union of each class: float64 [..., C], NaN for a class in neither labels nor predictions.
 
+    IoU_c = M_cc / (sum_k M_kc + sum_k M_ck - M_cc).
+
     Args:
         confusion: [..., C, C] counts, row = label, column = prediction.
     """
@@ -214,7 +216,8 @@ class EvaluationResult:
         rows = []
         for entry in self.measurements:
             row = entry.row
-            rows.append(row | {f"iou_{i}": iou for i, iou in enumerate(row.pop("class_iou"))})
+            iou = row.pop("class_iou")
+            rows.append(row | {f"iou_{i}": value for i, value in enumerate(iou)})
         write_text(path, csv_text(rows))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:

@@ -337,7 +337,7 @@ class Trainer:
                 # in place: on the CPU fresh memory costs more than the comparison
                 skipped = clean.eq_(adversarial).amin((1, 2, 3)).bool()
                 clean.copy_(adversarial)
-            logits = model_logits(self._network(images), None)
+            logits = model_logits(self._network(images))
             if logits.shape[1] > IGNORE_INDEX:  # a class would silently be left out
                 raise ValueError(
                     f"model: it has {logits.shape[1]} classes; at most {IGNORE_INDEX} can be trained here, because "
@@ -365,8 +365,8 @@ class Trainer:
     # --- the run --------------------------------------------------------------------------------------------
 
     def run(self, out_dir: str | os.PathLike[str], *, progress: bool = True) -> None:
-        """Trains up to config.steps, or on from ``out_dir/last.pt`` where that exists: the weights are then those of
-        that file, whatever the model's were, and where that run was finished nothing is trained.
+        """Trains for config.steps steps, or resumes from ``out_dir/last.pt`` if that exists: its weights then replace
+        the model's, and if that run was finished nothing is trained.
 
         Writes to out_dir, each file replaced in one go or appended to:
 
@@ -393,7 +393,7 @@ class Trainer:
 
         Args:
             progress: show a progress bar; a line per minute where the standard error stream is no terminal. A line
-                tells of a run that was finished before.
+                tells if the run was already finished.
 
         Raises:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read; or
@@ -411,7 +411,7 @@ class Trainer:
                 self.load(directory.checkpoint)
                 finished = self.stopped_at is not None or self.steps_done >= self.config.steps
                 if progress and finished and distributed.rank() == 0:
-                    print(f"{directory.checkpoint}: finished before; its weights were taken", file=sys.stderr)
+                    print(f"{directory.checkpoint}: already finished; loaded its weights", file=sys.stderr)
             elif self.steps_done and distributed.from_first(lambda: directory.is_of_another(self._identity())):
                 distributed.from_first(directory.clear)  # these steps were taken elsewhere
             if self.steps_done < self.config.steps and self.stopped_at is None:
@@ -721,7 +721,7 @@ class Trainer:
             )
         elif catastrophic_overfitting(self._probes) and not warned:
             message = (
-                f"catastrophic overfitting: after {self.steps_done} steps the accuracy on {_PROBE_IMAGES} training "
+                f"catastrophic overfitting: after {self.steps_done} steps the accuracy on {len(batch[0])} training "
                 f"images is {found['pgd_accuracy']:.3f} under PGD and {found['fgsm_accuracy']:.3f} under FGSM: the "
                 "network has learnt to withstand a single step only. An arm with several steps (segpgd-3), n-fgsm "
                 "or an earlier checkpoint may help"

@@ -229,7 +229,7 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--config no-parts.yaml", "no-parts.yaml: model consists of model.name, model.pretrained, "),
         ("--config not.yaml", "not.yaml is no YAML file"),
         ("--config no-value.yaml", "no-value.yaml: learning_rate has no value"),
-        ("--config twice.yaml", "twice.yaml: validation.every stands beside validation; write it inside of that"),
+        ("--config twice.yaml", "twice.yaml: validation.every is given beside validation; nest it under that key"),
         ("--config repeated.yaml", "repeated.yaml is no YAML file: validation stands there twice"),
         ("--config empty.yaml", "empty.yaml must hold keys and values such as 'steps: 300', it holds None"),
     ],

@@ -268,7 +268,7 @@ def test_another_cpu(tmp_path: Path) -> None:
     assert [line.strip("| ").split(" | ")[2:] for line in lines] == of_layouts
     assert "step" not in second, "what has no logits"
     words = " ".join(report.another_cpu_in_a_sentence(tmp_path).split())
-    assert "(a machine): 10.0 (upsample + averaged_gain), 12.0 (upsample + cross_entropy)" in words
+    assert "(a machine): at 712² upsample + averaged_gain 10.0 times, upsample + cross_entropy 12.0 times," in words
     told = "-21.0 [-21.5, -20.5] % (small) and -31.0 [-31.5, -30.5] % (segformer-b0) over conventional basic training"
     assert words.endswith(f"training step {told}.")
     assert told in " ".join(report.another_cpu(tmp_path).split())

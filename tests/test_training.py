@@ -1470,7 +1470,7 @@ def test_a_run_that_was_finished_before_is_told(tmp_path: Path, capsys: pytest.C
         trainer = Trainer(config(steps=3), model, Squares())
         trainer.run(tmp_path, progress=progress)
         assert_same_state(trainer, first)
-        told = f"{tmp_path / 'last.pt'}: finished before; its weights were taken\n"
+        told = f"{tmp_path / 'last.pt'}: already finished; loaded its weights\n"
         assert capsys.readouterr().err == told * progress
 
 

@@ -5,10 +5,10 @@
 // projection and clip: every input read once. Both are bound by memory: 1.2 times an addition of two images into fresh
 // memory (benchmarks/ops.py, floor).
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/step.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -36,16 +36,6 @@ SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
 }
 
 template <class A>
-SEGADV_INLINE A sign(A x) {  // sign(0) = 0, and a NaN does not move
-  return static_cast<A>(x > A(0)) - static_cast<A>(x < A(0));
-}
-
-template <class A>
-SEGADV_INLINE A clip(A x, A low, A high) {  // keeps NaN
-  return x < low ? low : (x > high ? high : x);
-}
-
-template <class A>
 SEGADV_CLONES void step(const A* images, const A* grad, A* out, int64_t count, A alpha, A low, A high) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) out[i] = clip(images[i] + alpha * sign(grad[i]), low, high);
@@ -56,11 +46,7 @@ SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origi
                                   A eps, A low, A high) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) {
-    // A NaN radius makes the result NaN: the ball is never dropped silently.
-    const A upper = origin[i] + eps, lower = origin[i] - eps;
-    A x = images[i] + alpha * sign(grad[i]);
-    x = ((x > upper) | (upper != upper)) ? upper : x;
-    x = x < lower ? lower : x;
+    const A x = project(images[i] + alpha * sign(grad[i]), origin[i], eps);
     out[i] = clip(x, low, high);
   }
 }
@@ -92,16 +78,6 @@ const A* data(const TensorView& view) {
   return static_cast<const A*>(view.data);
 }
 
-// eps = gain / norm ([FNM] eq. 18), 0 where that means nothing.
-template <class A>
-A newton_eps(const NewtonStepParams& params, A gain, A norm) {
-  if (!std::isfinite(gain) || !std::isfinite(norm) || norm == A(0)) return A(0);
-  A eps = gain / norm;
-  if (params.clamp_negative) eps = std::max(eps, A(0));
-  if (params.max_eps >= 0) eps = clip(eps, static_cast<A>(-params.max_eps), static_cast<A>(params.max_eps));
-  return std::isfinite(eps) ? eps : A(0);
-}
-
 }  // namespace
 
 int64_t l1_norm(const L1NormParams& params) {
@@ -122,7 +98,7 @@ int64_t newton_step(const NewtonStepParams& params) {
     const std::vector<double> exact = norms(data<A>(params.grad), params.n, params.numel);
     for (int64_t image = 0; image < params.n; ++image) {
       norm[image] = static_cast<A>(exact[image]);
-      eps[image] = newton_eps(params, data<A>(params.gain)[image], norm[image]);
+      eps[image] = newton_eps(data<A>(params.gain)[image], norm[image], params.clamp_negative, params.max_eps);
     }
     advise_huge_pages(out, params.n * params.numel * sizeof(A));
     for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {

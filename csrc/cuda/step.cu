@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "common/dtype.h"
+#include "common/step.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 
@@ -39,21 +40,6 @@ __device__ __forceinline__ void for_each_pack(const Chunks& chunks, int32_t k, F
   for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) f(i);
 }
 
-template <class A>
-__device__ __forceinline__ A sign(A x) {  // sign(0) = 0, and a NaN does not move
-  return static_cast<A>(x > A(0)) - static_cast<A>(x < A(0));
-}
-
-template <class A>
-__device__ __forceinline__ A clip(A x, A low, A high) {  // keeps NaN
-  return x < low ? low : (x > high ? high : x);
-}
-
-template <class A>
-__device__ __forceinline__ bool is_finite(A x) {
-  return x - x == A(0);
-}
-
 template <class S, int V>
 __global__ void __launch_bounds__(kThreads) absolute_sum_kernel(const S* grad, Chunks chunks, Compute<S>* partial) {
   using A = Compute<S>;
@@ -76,16 +62,6 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const A* partial, int32_
   if (threadIdx.x == 0) norm[blockIdx.x] = static_cast<A>(total);
 }
 
-// eps = gain / norm ([FNM] eq. 18), 0 where that means nothing.
-template <class A>
-__device__ __forceinline__ A newton_eps(const NewtonStepParams& params, A gain, A norm) {
-  if (!is_finite(gain) || !is_finite(norm) || norm == A(0)) return A(0);
-  A eps = gain / norm;
-  if (params.clamp_negative && eps < A(0)) eps = A(0);
-  if (params.max_eps >= 0) eps = clip(eps, static_cast<A>(-params.max_eps), static_cast<A>(params.max_eps));
-  return is_finite(eps) ? eps : A(0);
-}
-
 template <class A, int V>
 __global__ void __launch_bounds__(kThreads)
     newton_step_kernel(NewtonStepParams params, Chunks chunks, const A* partial) {
@@ -93,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = block / chunks.count;
   const int32_t k = block % chunks.count;
   const A norm = static_cast<A>(sum_of_partials<double>(partial + n * chunks.count, chunks.count));
-  const A eps = newton_eps(params, static_cast<const A*>(params.gain.data)[n], norm);
+  const A eps =
+      newton_eps(static_cast<const A*>(params.gain.data)[n], norm, params.clamp_negative, params.max_eps);
   if (k == 0 && threadIdx.x == 0) {
     static_cast<A*>(params.eps.data)[n] = eps;
     static_cast<A*>(params.norm.data)[n] = norm;
@@ -134,13 +111,7 @@ __global__ void __launch_bounds__(kThreads) sign_step_kernel(SignStepParams para
     if (origin != nullptr) {
       const Pack<A, V> center = load_pack<V>(origin + n * chunks.numel + i);
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        // A NaN radius makes the result NaN: the ball is never dropped silently.
-        const A upper = center.values[j] + eps, lower = center.values[j] - eps;
-        A& value = x.values[j];
-        value = (value > upper) | (upper != upper) ? upper : value;
-        value = value < lower ? lower : value;
-      }
+      for (int j = 0; j < V; ++j) x.values[j] = project(x.values[j], center.values[j], eps);
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) x.values[j] = clip(x.values[j], low, high);

@@ -175,11 +175,11 @@ def _kind(output: Any) -> str:
 def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     """Inside the block the model is in eval mode and builds no graph for its weights; then it is as before.
 
-    Restored, also after an exception, are the `training` flag of every module, every buffer, `requires_grad` of
-    every parameter, and the weights that hooks compute before each forward (`torch.nn.utils.weight_norm`,
-    `spectral_norm`, `prune`). `.grad` is not touched; what a model's own code or hooks keep elsewhere is theirs.
-    (What a model computes once, for its first or its largest input, and keeps in a buffer is gone then; where an
-    attribute says that it is there, show the model such an input before.)
+    Restored, also after an exception, are the `training` flag of every module, every buffer, `requires_grad` of every
+    parameter, and the weights that hooks compute before each forward (`torch.nn.utils.weight_norm`, `spectral_norm`,
+    `prune`). `.grad` is not touched; what a model's own code or hooks keep elsewhere is theirs. (Buffers that a model
+    fills lazily, at its first or its largest input, are discarded afterwards. If the model records elsewhere that they
+    exist, run it once on such an input before.)
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a

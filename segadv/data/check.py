@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
+from ..progress import progress_bar
 from .files import IGNORE_INDEX, NO_CLASS, Listing, SegmentationFiles, require_pillow, require_same_size
 
 __all__ = ["SplitCheck", "check_files", "format_checks"]
@@ -88,8 +90,6 @@ def check_files(
 def _check_split(
     kind: type[SegmentationFiles], split: str, listing: Listing | Exception, workers: int, progress: bool
 ) -> SplitCheck:
-    from tqdm import tqdm
-
     check = SplitCheck(split)
     if isinstance(listing, Exception):
         check.problems.append(("missing", str(listing)))
@@ -103,15 +103,15 @@ def _check_split(
         collate_fn=_as_it_is,
         num_workers=workers if check.pairs > _FEW else 0,
     )
-    # None: shown on a terminal only, so that log files stay readable
-    for size, pixels, problems in tqdm(
-        loader, desc=split, total=check.pairs, unit="pair", disable=None if progress else True
-    ):
-        if size is not None:
-            check.sizes[size] += 1
-        check.pixels += pixels
-        check.images += pixels > 0
-        check.problems += problems
+    show = progress and sys.stderr.isatty()  # so that log files stay readable
+    with progress_bar(split, total=check.pairs, unit="pair", show=show) as bar:
+        for size, pixels, problems in loader:
+            if size is not None:
+                check.sizes[size] += 1
+            check.pixels += pixels
+            check.images += pixels > 0
+            check.problems += problems
+            bar.update()
     if doubt := kind.doubt(check.pixels):
         check.problems.append(("wrong values", doubt))
     return check

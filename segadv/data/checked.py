@@ -51,7 +51,8 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
             )
         in_range(image, self._named(index))
         if self.num_classes is not None:
-            wrong = label[((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)]
+            values = label.long()  # a comparison would take a number modulo 256 for uint8
+            wrong = values[((values < 0) | (values >= self.num_classes)) & (values != IGNORE_INDEX)]
             if len(wrong):
                 raise ValueError(
                     f"{self._named(index)}: labels must be classes 0 to {self.num_classes - 1} or {IGNORE_INDEX}, "

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import at_least
+from ..progress import progress_bar
 from ..results import atomic_write, is_leftover
 from .files import require_pillow
 from .sampler import seeded
@@ -809,17 +810,6 @@ def _foreign_file(root: Path, expected: set[Path]) -> Path | None:
     return None
 
 
-def _progress(scenes: list[tuple[str, int]]) -> Iterable[tuple[str, int]]:
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return scenes
-        bar: Iterable[tuple[str, int]] = tqdm(scenes, desc="street scenes", unit="image")
-        return bar
-    return scenes
-
-
 def generate_streets(
     root: str | os.PathLike[str],
     *,
@@ -883,10 +873,12 @@ def generate_streets(
                 raise FileExistsError(f"{path} is cut short; delete it, and the same call draws it again")
         if len(present) < 2:
             missing.append(scene)
-    for scene in _progress(missing):
-        for path, picture in zip(paths[scene], _draw_scene((height, width), seed, *scene), strict=True):
-            if not path.exists():
-                _write_png(path, picture, _origin(*scene, (height, width), seed))
+    with progress_bar("street scenes", total=len(missing), unit="image", show=sys.stderr.isatty()) as bar:
+        for scene in missing:
+            for path, picture in zip(paths[scene], _draw_scene((height, width), seed, *scene), strict=True):
+                if not path.exists():
+                    _write_png(path, picture, _origin(*scene, (height, width), seed))
+            bar.update()
     if missing or not (root / _MANIFEST).exists():
         _write_atomically(root / _MANIFEST, (json.dumps(arguments, indent=2) + "\n").encode())
     return root

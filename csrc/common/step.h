@@ -1,0 +1,41 @@
+// The mathematics of the steps in pixel space.
+#pragma once
+
+#include "dtype.h"
+
+namespace segadv {
+
+template <class A>
+SEGADV_INLINE A sign(A x) {  // sign(0) = 0, and a NaN does not move
+  return static_cast<A>(x > A(0)) - static_cast<A>(x < A(0));
+}
+
+template <class A>
+SEGADV_INLINE A clip(A x, A low, A high) {  // keeps NaN
+  return x < low ? low : (x > high ? high : x);
+}
+
+// Onto the max-norm ball around a pixel. A NaN radius makes the result NaN: the ball is never dropped silently.
+template <class A>
+SEGADV_INLINE A project(A x, A origin, A eps) {
+  const A upper = origin + eps, lower = origin - eps;
+  x = ((x > upper) | (upper != upper)) ? upper : x;
+  return x < lower ? lower : x;
+}
+
+template <class A>
+SEGADV_INLINE bool is_finite(A x) {
+  return x - x == A(0);
+}
+
+// eps = gain / norm (Wiens & Hammer 2022, eq. 18), 0 where that means nothing; max_eps < 0: no cap.
+template <class A>
+SEGADV_INLINE A newton_eps(A gain, A norm, bool clamp_negative, double max_eps) {
+  if (!is_finite(gain) || !is_finite(norm) || norm == A(0)) return A(0);
+  A eps = gain / norm;
+  if (clamp_negative && eps < A(0)) eps = A(0);
+  if (max_eps >= 0) eps = clip(eps, static_cast<A>(-max_eps), static_cast<A>(max_eps));
+  return is_finite(eps) ? eps : A(0);
+}
+
+}  // namespace segadv
