@@ -378,6 +378,16 @@ def test_samples_of_a_subclass_are_taken(streets: Path) -> None:
     assert isinstance(checked(dataset, 2), CheckedSamples)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_labels_below_the_number_of_classes_are_right_in_any_type(dtype: torch.dtype) -> None:
+    """PyTorch compares a uint8 label with 256 as with 0, and with 300 as with 44."""
+    label = torch.tensor([[3, 254, 255]], dtype=dtype)
+    for classes in (255, 256, 300):
+        assert torch.equal(CheckedSamples([(torch.rand(3, 1, 3), label)], num_classes=classes)[0][1], label)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"labels must be classes 0 to 253 or 255, found \[254\]"):
+        CheckedSamples([(torch.rand(3, 1, 3), label)], num_classes=254)[0]  # type: ignore[arg-type]
+
+
 def test_stored_pixels_and_floats_give_the_same(streets: Path) -> None:
     dataset = Cityscapes(streets, "train")
     floats = Subset(dataset, range(6))  # does not let the pixels through

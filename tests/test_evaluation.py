@@ -450,12 +450,15 @@ def test_eps_are_stacked_as_far_as_memory_allows(
     arguments = {"attacks": ["pgd"], "eps": [0.01, 0.02, 0.03, 0.04, 0.05], "steps": 3}
     expected = evaluate(model, loader, **arguments)
     genuine, sizes = PGD.outcomes, []
+    failed: list[weakref.ref[Tensor]] = []
 
-    def small_memory(self: PGD, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def small_memory(self: PGD, images: Tensor, *args: Any, noise: Tensor, **kwargs: Any) -> Tensor:
         sizes.append(len(images))
+        assert not any(ref() is not None for ref in failed), "what did not fit takes the memory of what may"
         if len(images) > room:
+            failed.append(weakref.ref(noise))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return genuine(self, images, *args, **kwargs)
+        return genuine(self, images, *args, noise=noise, **kwargs)
 
     monkeypatch.setattr(PGD, "outcomes", small_memory)
     room = 6

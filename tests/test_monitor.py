@@ -105,6 +105,7 @@ def test_an_image_without_a_label_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("pgd", "fgsm", "expected"),
     [
+        ([], [], False),
         ([0.5], [0.5], False),
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.9], True),
         ([0.5, 0.6, 0.31], [0.5, 0.6, 0.9], False),  # not below half
