@@ -1,4 +1,4 @@
-"""Checks of arguments, with the same message everywhere: the argument, what is allowed, and what came."""
+"""Checks of arguments, with the same message everywhere: the argument, what it must be, and what it got."""
 
 from __future__ import annotations
 

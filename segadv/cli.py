@@ -487,7 +487,7 @@ def _evaluate(arguments: Namespace) -> None:
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
     if arguments.steps != "100" and {*attacks} <= {"fgsm", "bim-10"}:
-        raise ValueError("steps has no effect: it is of bim, pgd, segpgd and cospgd, none of which came")
+        raise ValueError("steps has no effect without bim, pgd, segpgd or cospgd among the attacks")
     trained = {name: load_trained(path) for name, path in _arms(arguments.checkpoints).items()}
     models = {name: model.to(device) for name, (model, _) in trained.items()}
     descriptions = [config["description"] for _, config in trained.values()]

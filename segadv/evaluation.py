@@ -234,11 +234,11 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
     came: Any = factory
     if not callable(came) or isinstance(came, Attack) or (isinstance(came, type) and issubclass(came, Attack)):
         told = f"the class {came.__name__}" if isinstance(came, type) else f"a {type(came).__name__}"
-        raise TypeError(f"attacks[{name!r}]: {told} came; a factory is needed: lambda model, eps: FGSM(model, eps=eps)")
+        raise TypeError(f"attacks[{name!r}] must be a factory, lambda model, eps: FGSM(model, eps=eps), got {told}")
     attack = factory(model, eps)
     network = unwrapped(model)
     if isinstance(attack, Attack) and attack.bn == "train" and any(part is network for part in attack.model.modules()):
-        raise ValueError(f'attack {name!r}: bn="train" came, but evaluate runs the model in eval mode; use bn="eval"')
+        raise ValueError(f'attacks[{name!r}] must have bn="eval", as evaluate runs the model in eval mode, got "train"')
     arguments, iterative = [], None
     # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.
     if isinstance(attack, Attack) and type(attack).__module__.startswith("segadv.attacks."):

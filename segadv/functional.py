@@ -304,11 +304,11 @@ def loss_and_grad(
         ValueError: a loss of another name; "segpgd" without step and steps, or not 0 <= step < steps.
     """
     if loss not in ("cross_entropy", "segpgd", "cospgd"):
-        raise ValueError(f"loss: {loss!r} is not one of 'cross_entropy', 'segpgd', 'cospgd'")
+        raise ValueError(f"loss must be one of 'cross_entropy', 'segpgd', 'cospgd', got {loss!r}")
     lam = 0.0
     if loss == "segpgd":
         if step is None or steps is None:
-            raise ValueError("step, steps: loss='segpgd' needs both")
+            raise ValueError(f"step and steps must both be given for loss='segpgd', got step={step} and steps={steps}")
         lam = _segpgd_lambda(step, steps)
     logits4, labels3 = _as_maps(logits, labels, ignore_index)
     logits4 = logits4.detach()
@@ -336,9 +336,9 @@ def l1_norm(grad: Tensor) -> Tensor:
     """
     _check_tensor("grad", grad)
     if grad.dtype not in _FLOATS:
-        raise ValueError(f"grad: dtype {grad.dtype} is not one of {_names(_FLOATS)}")
+        raise ValueError(f"grad must have one of the dtypes {_names(_FLOATS)}, got {_names((grad.dtype,))}")
     if grad.dim() < 1:
-        raise ValueError("grad: a scalar came; [N, ...] is needed")
+        raise ValueError("grad must be [N, ...], got a scalar")
     result: Tensor = library.l1_norm(grad.detach())
     return result
 
@@ -397,11 +397,9 @@ def _newton_step(
     _check_step(images, grad, bounds)
     _check_tensor("gain", gain)
     if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
-        raise ValueError(
-            f"gain: {_describe(gain)} came; a floating point [{images.shape[0]}] on {images.device} is needed"
-        )
+        raise ValueError(f"gain must be a floating point [{images.shape[0]}] on {images.device}, got {_describe(gain)}")
     if max_eps is not None and not max_eps >= 0:
-        raise ValueError(f"max_eps: {max_eps} is not >= 0")
+        raise ValueError(f"max_eps must be at least 0, got {max_eps}")
     result: tuple[Tensor, Tensor, Tensor] = library.newton_step(
         images.detach(), grad.detach(), gain.detach(), *map(float, bounds), clamp_negative, max_eps
     )
@@ -447,17 +445,18 @@ def sign_step(
     """
     _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
-        raise ValueError("origin, eps: they describe the ball together; give both or neither")
+        given = "eps" if origin is None else "origin"
+        raise ValueError(f"origin and eps must both be given, or neither: they describe the ball; got {given} alone")
     if origin is not None:
         _check_tensor("origin", origin)
     if origin is not None and (
         origin.shape != images.shape or origin.dtype != images.dtype or origin.device != images.device
     ):
-        raise ValueError(f"origin: {_describe(origin)} came; like the images, {_describe(images)}, is needed")
+        raise ValueError(f"origin must be like the images, {_describe(images)}, got {_describe(origin)}")
     alpha_number, alpha_per_image = _number_or_vector("alpha", alpha, images)
     eps_number, eps_per_image = (None, None) if eps is None else _number_or_vector("eps", eps, images)
     if eps_number is not None and not eps_number >= 0:
-        raise ValueError(f"eps: {eps_number} is not >= 0")
+        raise ValueError(f"eps must be at least 0, got {eps_number}")
     result: Tensor = library.sign_step(
         images.detach(),
         grad.detach(),
@@ -529,13 +528,13 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
     """
     _check_logits(logits)
     if logits.dim() != 4:
-        raise ValueError(f"logits: {_describe(logits)} came; [N, C, h, w] is needed")
+        raise ValueError(f"logits must be [N, C, h, w], got {_describe(logits)}")
     if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(f"size: {size} is not (H, W)")
+        raise ValueError(f"size must be (H, W), got {size}")
     for side in size:
         _check_whole_number("size", side)
     if min(size) < 1:
-        raise ValueError(f"size: {tuple(size)} is not (H, W) with both at least 1")
+        raise ValueError(f"size must be (H, W) with both at least 1, got {tuple(size)}")
     result: Tensor = library.argmax_labels(logits.detach(), list(size), align_corners)
     return result
 
@@ -553,35 +552,35 @@ def _describe(tensor: Tensor) -> str:
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: a {type(value).__name__} came; a tensor is needed")
+        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
 
 
 def _check_whole_number(name: str, value: object) -> None:
     if torch.compiler.is_compiling():  # where it may be a symbol
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: a {type(value).__name__} came; a whole number is needed")
+        raise TypeError(f"{name} must be a whole number, got a {type(value).__name__}")
 
 
 def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"logits: a {type(logits).__name__} came; a tensor is needed. Take the logits out of the model's output: "
+            f"logits must be a tensor, got a {type(logits).__name__}. Take the logits out of the model's output: "
             'output["out"], output.logits, output[0]'
         )
     if logits.dtype not in _FLOATS:
-        raise ValueError(f"logits: dtype {logits.dtype} is not one of {_names(_FLOATS)}")
+        raise ValueError(f"logits must have one of the dtypes {_names(_FLOATS)}, got {_names((logits.dtype,))}")
     if logits.dim() not in (2, 4):
-        raise ValueError(f"logits: {_describe(logits)} came; [N, C, h, w], or [N, C] for classification, is needed")
+        raise ValueError(f"logits must be [N, C, h, w], or [N, C] for classification, got {_describe(logits)}")
     if logits.shape[1] < 2:
         raise ValueError(
-            f"logits: {logits.shape[1]} class(es) came; at least 2 are needed. Make two channels of a sigmoid "
+            f"logits must have at least 2 classes, got {logits.shape[1]}. Make two channels of a sigmoid "
             "output z: torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if 0 in logits.shape[2:]:
-        raise ValueError(f"logits: {_describe(logits)} came, which has no pixel")
+        raise ValueError(f"logits must have at least 1 pixel, got {_describe(logits)}")
     if logits.shape[1] > _MAX_CLASSES:
-        raise ValueError(f"logits: {logits.shape[1]} classes came; at most {_MAX_CLASSES} are supported")
+        raise ValueError(f"logits must have at most {_MAX_CLASSES} classes, got {logits.shape[1]}")
 
 
 def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -592,13 +591,13 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
         needed = "[N]" if logits.dim() == 2 else "[N, H, W]"
-        if labels.dim() == logits.dim() == 4 and labels.shape[1] == 1:
-            needed = "labels.squeeze(1), [N, H, W],"
+        squeezable = labels.dim() == logits.dim() == 4 and labels.shape[1] == 1
+        remedy = "; labels.squeeze(1) converts" if squeezable else ""
         raise ValueError(
-            f"labels: {_describe(labels)} came with logits {_describe(logits)}; {needed} with the same N is needed"
+            f"labels must be {needed} with the same N as logits {_describe(logits)}, got {_describe(labels)}{remedy}"
         )
     if labels.device != logits.device:
-        raise ValueError(f"labels: they are on {labels.device}, the logits on {logits.device}")
+        raise ValueError(f"labels must be on the logits' device, {logits.device}, got {labels.device}")
     if not torch.compiler.is_compiling() and labels.is_inference() and not torch.is_inference_mode_enabled():
         labels = labels.clone()  # autograd may not save a tensor made under inference_mode
     if logits.dim() == 2:
@@ -621,19 +620,21 @@ def _check_label_type(labels: Tensor) -> None:
     if labels.dtype not in _LABELS:
         scores = labels.is_floating_point() and labels.dim() == 4
         remedy = "labels.argmax(1) makes classes of scores" if scores else "labels.long() converts"
-        raise ValueError(f"labels: dtype {labels.dtype} is not one of {_names(_LABELS)}; {remedy}")
+        raise ValueError(
+            f"labels must have one of the dtypes {_names(_LABELS)}, got {_names((labels.dtype,))}; {remedy}"
+        )
 
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in ("mean", "image", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r} is not one of 'mean', 'image', 'sum', 'none'")
+        raise ValueError(f"reduction must be one of 'mean', 'image', 'sum', 'none', got {reduction!r}")
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
     _check_tensor("weight", weight)
     if weight.shape != logits.shape[1:2] or not weight.is_floating_point() or weight.device != logits.device:
         raise ValueError(
-            f"weight: {_describe(weight)} came; a floating point [{logits.shape[1]}] on {logits.device} is needed"
+            f"weight must be a floating point [{logits.shape[1]}] on {logits.device}, got {_describe(weight)}"
         )
 
 
@@ -641,7 +642,7 @@ def _segpgd_lambda(step: int, steps: int) -> float:
     _check_whole_number("step", step)
     _check_whole_number("steps", steps)
     if not 0 <= step < steps:
-        raise ValueError(f"step, steps: {step}, {steps} do not satisfy 0 <= step < steps")
+        raise ValueError(f"step and steps must satisfy 0 <= step < steps, got {step} and {steps}")
     return step / (2 * steps)
 
 
@@ -650,27 +651,27 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
     _check_tensor("grad", grad)
     if images.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"images: {_describe(images)} came; keep images in float32 and use autocast "
+            f"images must be float32 or float64, got {_describe(images)}; keep images in float32 and use autocast "
             "(a half precision image cannot hold an eps-ball)"
         )
     if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
-        bytes_ = "; of bytes images.float() / 255" if images.dtype is torch.uint8 else ""
-        raise ValueError(f"images: {_describe(images)} came; float32 or float64 [N, ...] is needed{bytes_}")
+        bytes_ = "; images.float() / 255 converts bytes" if images.dtype is torch.uint8 else ""
+        raise ValueError(f"images must be float32 or float64 [N, ...], got {_describe(images)}{bytes_}")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
-        raise ValueError(f"grad: {_describe(grad)} came; like the images, {_describe(images)}, is needed")
+        raise ValueError(f"grad must be like the images, {_describe(images)}, got {_describe(grad)}")
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds: {tuple(bounds)} is not (low, high) with low < high")
+        raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(bounds)}")
 
 
 def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (0.0, tensor [N]) where the value is given per image."""
     if not isinstance(value, Tensor):
         if not math.isfinite(value):
-            raise ValueError(f"{name}: {value} is not finite")
+            raise ValueError(f"{name} must be finite, got {value}")
         return float(value), None
     if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
         raise ValueError(
-            f"{name}: {_describe(value)} came; a number or a floating point [{images.shape[0]}] "
-            f"on {images.device} is needed"
+            f"{name} must be a number or a floating point [{images.shape[0]}] on {images.device}, "
+            f"got {_describe(value)}"
         )
     return 0.0, value.detach().to(images.dtype).contiguous()

@@ -53,15 +53,15 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight: a {type(weight).__name__} came; a tensor [C] is needed")
+            raise TypeError(f"weight must be a tensor [C], got a {type(weight).__name__}")
         if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
             raise ValueError(
-                f"weight: {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)} came; "
-                "a floating point [C] is needed"
+                "weight must be a floating point [C], "
+                f"got {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
             )
         functional._check_whole_number("ignore_index", ignore_index)
         if not isinstance(align_corners, bool):
-            raise TypeError(f"align_corners: a {type(align_corners).__name__} came; True or False is needed")
+            raise TypeError(f"align_corners must be True or False, got a {type(align_corners).__name__}")
         functional._check_reduction(reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = int(ignore_index)

@@ -85,7 +85,7 @@ def masking_checks(
         ValueError: eps outside (0, 0.5], and what `evaluate` raises.
     """
     if not 0 < eps <= LARGE_EPS:
-        raise ValueError(f"eps: {eps} came; more than 0 and at most {LARGE_EPS} is allowed, in the unit of the images")
+        raise ValueError(f"eps must be more than 0 and at most {LARGE_EPS}, in the unit of the images, got {eps}")
     options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
     shared: dict[str, Any] = {**options, "seed": seed, "records": records}
     batches = list(loader)

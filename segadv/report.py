@@ -47,7 +47,7 @@ def write_report(
     _check_alike(result)
     classes = len(result.measurements[0].confusion)
     if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"class_names: {len(class_names)} came, the models have {classes} classes")
+        raise ValueError(f"class_names must be as many as the models' classes, {classes}, got {len(class_names)}")
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     result.to_csv(out / "curves.csv")

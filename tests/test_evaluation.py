@@ -557,7 +557,7 @@ def test_batch_statistics_in_an_attack_of_the_caller(
     def factory(attacked: nn.Module | None) -> Any:
         return lambda network, eps: FGSM(attacked or wrap(network), eps=eps, bn="train")
 
-    with pytest.raises(ValueError, match=r"attack 'mine': bn=\"train\" came, but evaluate runs the model in eval mode"):
+    with pytest.raises(ValueError, match=r"attacks\['mine'\] must have bn=\"eval\", as evaluate .*, got \"train\""):
         evaluate(model, loader, {"mine": factory(None)}, [0.03])
     source = copy.deepcopy(model)
     rows = []
@@ -595,7 +595,7 @@ def test_images_outside_of_0_and_1_are_refused(
 
 def test_factories_are_needed(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     for given, told in ((FGSM, "the class FGSM"), (FGSM(model), "a FGSM"), (0.03, "a float")):
-        with pytest.raises(TypeError, match=rf"attacks\['mine'\]: {told} came; a factory is needed: lambda model, eps"):
+        with pytest.raises(TypeError, match=rf"attacks\['mine'\] must be a factory, lambda model, eps: .*, got {told}"):
             evaluate(model, loader, {"mine": given}, [0.03])  # type: ignore[dict-item]
 
 
@@ -607,7 +607,9 @@ def test_a_folder_for_results_is_made(tmp_path: Path, model: Counting, loader: l
 def test_labels_of_another_size_are_refused(model: Counting) -> None:
     images = torch.rand(2, 3, 8, 12)
     for shape in ((2, 4, 6), (1, 8, 12)):
-        with pytest.raises(ValueError, match=r"labels: .* the same N, H and W are needed. Resize"):
+        with pytest.raises(
+            ValueError, match=rf"labels must have the same N, H and W as .*, got \[{shape[0]}, .*\. Resize"
+        ):
             evaluate(model, [(images, torch.zeros(shape, dtype=torch.uint8))], eps=[0.0])
 
 
@@ -1112,7 +1114,7 @@ def test_a_report_is_of_models_that_were_evaluated_alike(
         merged = EvaluationResult.merge({"a": first, "b": evaluate(model, data, **alike | changes)})
         with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
             report.write_report(tmp_path, merged, {})
-    with pytest.raises(ValueError, match=f"class_names: 2 came, the models have {CLASSES} classes"):
+    with pytest.raises(ValueError, match=f"class_names must be as many as the models' classes, {CLASSES}, got 2"):
         report.write_report(tmp_path, first, class_names=["road", "sky"])
     assert list(tmp_path.iterdir()) == []
 

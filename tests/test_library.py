@@ -230,7 +230,9 @@ def test_torch_func_is_refused(name: str) -> None:
         lambda: torch.func.vmap(lambda y: FUNCTIONS[name](z, y))(y[None]),
         lambda: torch.func.jvp(lambda z: FUNCTIONS[name](z, y), (z,), (z,)),
     ):
-        with pytest.raises(RuntimeError, match=r"logits: they came inside of a torch\.func transform"):
+        with pytest.raises(
+            RuntimeError, match=r"logits must be outside of a torch\.func transform .*, got them inside"
+        ):
             transformed()
 
 
@@ -294,7 +296,7 @@ def test_saved_tensors_that_come_back_with_other_strides(backend: str, name: str
 
 def test_unknown_backend() -> None:
     with (
-        pytest.raises(ValueError, match=r"unknown backend 'fast'; known are native, triton, reference"),
+        pytest.raises(ValueError, match=r"backend must be one of native, triton, reference.*, got 'fast'"),
         segadv.backend("fast"),
     ):
         pass
@@ -314,7 +316,7 @@ def test_explicit_request_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="was requested"):
         F.l1_norm(torch.rand(1, 2))
     monkeypatch.setenv("SEGADV_BACKEND", "none-such")
-    with pytest.raises(ValueError, match="SEGADV_BACKEND: unknown backend 'none-such'"):
+    with pytest.raises(ValueError, match=r"SEGADV_BACKEND must be one of native, triton, .*, got 'none-such'"):
         F.l1_norm(torch.rand(1, 2))
     assert "none-such" in backends.report()
 
@@ -425,81 +427,123 @@ IMAGES = torch.zeros(2, 3, 4, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: F.pixel_margin(Z.int(), Y), "logits: dtype torch.int32 is not one of float32"),
-        (lambda: F.pixel_margin(Z[0], Y), r"logits: float32 \[3, 4, 4\] on cpu came; \[N, C, h, w\]"),
+        (lambda: F.pixel_margin(Z.int(), Y), "logits must have one of the dtypes float32, .*, got int32"),
+        (lambda: F.pixel_margin(Z[0], Y), r"logits must be \[N, C, h, w\], .*, got float32 \[3, 4, 4\] on cpu"),
         (
             lambda: F.cross_entropy(Z[:, :1], Y),
-            "at least 2 are needed. Make two channels of a sigmoid output",
+            "logits must have at least 2 classes, got 1. Make two channels of a sigmoid output",
         ),
-        (lambda: F.cross_entropy(Z, Y.float()), "labels: dtype torch.float32 is not one of int64, .*; labels.long()"),
-        (lambda: F.cross_entropy(Z, Y == 1), "labels: dtype torch.bool is not one of int64, .*; labels.long()"),
-        (lambda: F.cross_entropy(Z, Z), "labels: dtype torch.float32 is not .*; labels.argmax\\(1\\) makes classes"),
+        (
+            lambda: F.cross_entropy(Z, Y.float()),
+            "labels must have one of the dtypes int64, .*, got float32; labels.long()",
+        ),
+        (lambda: F.cross_entropy(Z, Y == 1), "labels must have one of the dtypes int64, .*, got bool; labels.long()"),
+        (lambda: F.cross_entropy(Z, Z), r"labels must have .*, got float32; labels\.argmax\(1\) makes classes"),
         (
             lambda: F.cross_entropy(Z, Y[:, None]),
-            r"labels: .* came with logits .*; labels.squeeze\(1\), \[N, H, W\], with",
+            r"labels must be \[N, H, W\] with .* as logits .*, got int64 \[2, 1, 4, 4\] on cpu; labels.squeeze\(1\)",
         ),
-        (lambda: F.cross_entropy(Z, Y[0]), r"labels: .* came with logits .*; \[N, H, W\] with the same N"),
-        (lambda: F.cross_entropy(Z, Y[:1]), r"\[N, H, W\] with the same N is needed"),
-        (lambda: F.cross_entropy(Z[:, :, 0, 0], Y), r"\[N\] with the same N is needed"),
-        (lambda: F.cross_entropy(Z, Y.to("meta")), "labels: they are on meta, the logits on cpu"),
-        (lambda: F.cross_entropy(Z, Y, reduction="avg"), "reduction: 'avg' is not one of 'mean', 'image'"),
+        (lambda: F.cross_entropy(Z, Y[0]), r"labels must be \[N, H, W\] with .* as logits .*, got int64 \[4, 4\]"),
+        (lambda: F.cross_entropy(Z, Y[:1]), r"\[N, H, W\] with the same N as .*, got int64 \[1, 4, 4\]"),
+        (
+            lambda: F.cross_entropy(Z[:, :, 0, 0], Y),
+            r"labels must be \[N\] with the same N as .*, got int64 \[2, 4, 4\]",
+        ),
+        (lambda: F.cross_entropy(Z, Y.to("meta")), "labels must be on the logits' device, cpu, got meta"),
+        (lambda: F.cross_entropy(Z, Y, reduction="avg"), "reduction must be one of 'mean', 'image', .*, got 'avg'"),
         (
             lambda: F.cross_entropy(Z, Y, weight=torch.ones(4)),
-            r"weight: .*\[4\].* came; a floating point \[3\]",
+            r"weight must be a floating point \[3\] on cpu, got float32 \[4\] on cpu",
         ),
-        (lambda: F.segpgd_loss(Z, Y, 4, 4), "step, steps: 4, 4 do not satisfy 0 <= step < steps"),
-        (lambda: F.loss_and_grad(Z, Y, loss="segpgd"), "step, steps: loss='segpgd' needs both"),
-        (lambda: F.loss_and_grad(Z, Y, loss="dice"), "loss: 'dice' is not one of"),
-        (lambda: F.argmax_labels(Z, (0, 4)), r"size: \(0, 4\) is not"),
-        (lambda: F.argmax_labels(Z[:, :, :0], (4, 4)), r"logits: float32 \[2, 3, 0, 4\] .* has no pixel"),
-        (lambda: F.cross_entropy(Z[..., :0], Y[..., :0]), "which has no pixel"),
-        (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha: inf is not finite"),
-        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(0, 1, 2)), r"bounds: \(0, 1, 2\) is not"),
+        (lambda: F.segpgd_loss(Z, Y, 4, 4), "step and steps must satisfy 0 <= step < steps, got 4 and 4"),
+        (
+            lambda: F.loss_and_grad(Z, Y, loss="segpgd"),
+            "step and steps must both be given for loss='segpgd', got step=None and",
+        ),
+        (lambda: F.loss_and_grad(Z, Y, loss="dice"), "loss must be one of 'cross_entropy', .*, got 'dice'"),
+        (lambda: F.argmax_labels(Z, (0, 4)), r"size must be \(H, W\) with both at least 1, got \(0, 4\)"),
+        (
+            lambda: F.argmax_labels(Z[:, :, :0], (4, 4)),
+            r"logits must have at least 1 pixel, got float32 \[2, 3, 0, 4\]",
+        ),
+        (lambda: F.cross_entropy(Z[..., :0], Y[..., :0]), "logits must have at least 1 pixel, got float32"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha must be finite, got inf"),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(0, 1, 2)),
+            r"bounds must be \(low, high\) .*, got \(0, 1, 2\)",
+        ),
         (
             lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]),
-            "keep images in float32 and use autocast",
+            "images must be float32 or float64, got float16 .*; keep images in float32 and use autocast",
         ),
-        (lambda: F.newton_step(IMAGES, IMAGES[:1], Z[:, 0, 0, 0]), r"grad: .* came; like the images"),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES[:1], Z[:, 0, 0, 0]),
+            r"grad must be like the images, .*\[2, .*, got float32 \[1, ",
+        ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(3)),
-            r"gain: .*\[3\].* came; a floating point \[2\]",
+            r"gain must be a floating point \[2\] on cpu, got float32 \[3\]",
         ),
-        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(1, 0)), r"bounds: \(1, 0\) is not"),
-        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=-1), "max_eps: -1 is not >= 0"),
-        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, eps=0.1), "origin, eps: .* give both or neither"),
-        (lambda: F.sign_step(IMAGES, IMAGES, torch.zeros(3)), r"alpha: .*\[3\].* came"),
-        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=-0.1), "eps: -0.1 is not >= 0"),
-        (lambda: F.sign_step(IMAGES.int(), IMAGES.int(), 0.1), "images: int32 .* float32 or float64"),
-        (lambda: F.l1_norm(Y), "grad: dtype torch.int64"),
-        (lambda: F.cross_entropy({"out": Z}, Y), "logits: a dict came; .* Take the logits out of the model's output"),
-        (lambda: F.gain_and_grad(Z, None), "labels: a NoneType came"),
-        (lambda: F.cross_entropy(Z, Y, weight=[1.0, 1.0, 2.0]), "weight: a list came; a tensor is needed"),
-        (lambda: F.newton_step(IMAGES, IMAGES, 0.5), "gain: a float came; a tensor is needed"),
-        (lambda: F.sign_step(IMAGES, None, 0.1), "grad: a NoneType came"),
-        (lambda: F.sign_step(IMAGES.numpy(), IMAGES, 0.1), "images: a ndarray came"),
-        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=0.5, eps=0.1), "origin: a float came"),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(1, 0)),
+            r"bounds must be .* with low < high, got \(1, 0\)",
+        ),
+        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=-1), "max_eps must be at least 0, got -1"),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, eps=0.1),
+            "origin and eps must both be given, or neither: .*; got eps alone",
+        ),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, torch.zeros(3)),
+            r"alpha must be a number or a floating point \[2\] on cpu, got float32 \[3\]",
+        ),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=-0.1), "eps must be at least 0, got -0.1"),
+        (lambda: F.sign_step(IMAGES.int(), IMAGES.int(), 0.1), "images must be float32 or float64 .*, got int32"),
+        (lambda: F.l1_norm(Y), "grad must have one of the dtypes float32, .*, got int64"),
+        (
+            lambda: F.cross_entropy({"out": Z}, Y),
+            "logits must be a tensor, got a dict. Take the logits out of the model's output",
+        ),
+        (lambda: F.gain_and_grad(Z, None), "labels must be a tensor, got a NoneType"),
+        (lambda: F.cross_entropy(Z, Y, weight=[1.0, 1.0, 2.0]), "weight must be a tensor, got a list"),
+        (lambda: F.newton_step(IMAGES, IMAGES, 0.5), "gain must be a tensor, got a float"),
+        (lambda: F.sign_step(IMAGES, None, 0.1), "grad must be a tensor, got a NoneType"),
+        (lambda: F.sign_step(IMAGES.numpy(), IMAGES, 0.1), "images must be a tensor, got a ndarray"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=0.5, eps=0.1), "origin must be a tensor, got a float"),
         (
             lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES.double(), eps=0.1),
-            r"origin: float64 .* came; like the images, float32",
+            r"origin must be like the images, float32 .*, got float64",
         ),
         (
             lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES[:1], eps=0.1),
-            r"origin: float32 \[1, 3, 4, 4\] .* came",
+            r"origin must be like the images, .*, got float32 \[1, 3, 4, 4\]",
         ),
-        (lambda: F.sign_step(IMAGES, IMAGES, torch.ones(2, dtype=torch.int64)), r"alpha: int64 \[2\] on cpu came"),
-        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(1, 1)), r"bounds: \(1, 1\) is not \(low, high\)"),
-        (lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=torch.nan), "max_eps: nan is not >= 0"),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, torch.ones(2, dtype=torch.int64)),
+            r"alpha must be a number or .*, got int64 \[2\] on cpu",
+        ),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(1, 1)),
+            r"bounds must be \(low, high\) with low < high, got \(1, 1\)",
+        ),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=torch.nan),
+            "max_eps must be at least 0, got nan",
+        ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.ones(2).long()),
-            r"gain: int64 \[2\] on cpu came; a floating point",
+            r"gain must be a floating point .*, got int64 \[2\] on cpu",
         ),
-        (lambda: F.cross_entropy(Z, Y, weight=torch.ones(3).long()), r"weight: int64 \[3\] on cpu came; a floating"),
-        (lambda: F.l1_norm(0.5), "grad: a float came"),
-        (lambda: F.cross_entropy(Z, Y, ignore_index=None), "ignore_index: a NoneType came; a whole number is needed"),
-        (lambda: F.gain_and_grad(Z, Y, ignore_index=255.0), "ignore_index: a float came; a whole number is needed"),
-        (lambda: F.segpgd_loss(Z, Y, 0.5, 2), "step: a float came; a whole number is needed"),
-        (lambda: F.argmax_labels(Z, (4.0, 4)), "size: a float came; a whole number is needed"),
-        (lambda: F.argmax_labels(Z, 4), r"size: 4 is not \(H, W\)"),
+        (
+            lambda: F.cross_entropy(Z, Y, weight=torch.ones(3).long()),
+            r"weight must be a floating point .*, got int64 \[3\] on cpu",
+        ),
+        (lambda: F.l1_norm(0.5), "grad must be a tensor, got a float"),
+        (lambda: F.cross_entropy(Z, Y, ignore_index=None), "ignore_index must be a whole number, got a NoneType"),
+        (lambda: F.gain_and_grad(Z, Y, ignore_index=255.0), "ignore_index must be a whole number, got a float"),
+        (lambda: F.segpgd_loss(Z, Y, 0.5, 2), "step must be a whole number, got a float"),
+        (lambda: F.argmax_labels(Z, (4.0, 4)), "size must be a whole number, got a float"),
+        (lambda: F.argmax_labels(Z, 4), r"size must be \(H, W\), got 4"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:
@@ -517,7 +561,7 @@ def test_bad_labels_are_named_with_their_place(
         monkeypatch.setenv("SEGADV_CHECK", "1")
     y[1, 7, 11] = 77
     y[1, 30, 2] = 78
-    message = r"labels: value 77 at \[n, y, x\] = \[1, 7, 11\] is neither a class index in \[0, 3\).*ignore_index = 255"
+    message = r"labels must be class indices in \[0, 3\).* or ignore_index = 255, got 77 at \[n, y, x\] = \[1, 7, 11\]"
     calls = (
         F.pixel_margin,
         F.averaged_gain,
@@ -531,7 +575,7 @@ def test_bad_labels_are_named_with_their_place(
             call(z, y)
     if dtype is not torch.uint8:
         y[0, 39, 59] = -1
-        with pytest.raises(ValueError, match=r"value -1 at \[n, y, x\] = \[0, 39, 59\]"):
+        with pytest.raises(ValueError, match=r"or ignore_index = 255, got -1 at \[n, y, x\] = \[0, 39, 59\]"):
             F.averaged_gain(z, y)
         assert F.averaged_gain(z, torch.full_like(y, -1), ignore_index=-1).tolist() == [0, 0]
 

@@ -161,7 +161,9 @@ def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], ne
         assert (shown[-1], len(shown)) == (0.5, count)
         assert steps.passed is None  # PGD was judged once
     for eps in (0.0, 0.6, float("nan")):
-        with pytest.raises(ValueError, match=r"eps: .* came; more than 0 and at most 0\.5 is allowed"):
+        with pytest.raises(
+            ValueError, match=r"eps must be more than 0 and at most 0\.5, in the unit of the images, got "
+        ):
             masking_checks(network, data, eps=eps)
 
 

@@ -1398,7 +1398,7 @@ def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, worke
 
 
 def test_images_of_another_precision_than_the_models_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"images: float64 came, which the model does not take"):
+    with pytest.raises(ValueError, match=r"images must be of a dtype that the model takes, got float64; images.float"):
         Trainer(config(), tiny_model(), Squares(torch.float64)).run(tmp_path, progress=False)
 
 

@@ -232,7 +232,7 @@ def test_numbers_reach_the_kernels_in_float64() -> None:
 
 def test_too_large_for_int32_is_refused() -> None:
     z = torch.empty(1, 2, 1, 1, device="meta").expand(1, 2, 40000, 1)
-    with pytest.raises(ValueError, match=r"logits: 40000 x 1 .* to 40001 x 1 is too large"):
+    with pytest.raises(ValueError, match=r"logits must have h \* H and w \* W below .*, got 40000 x 1 .* to 40001 x 1"):
         margin.tiles(z.shape, (40001, 1), False, z.dtype, torch.device("cpu"), [z.stride()])
 
 

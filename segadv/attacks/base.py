@@ -139,7 +139,7 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
         extract: callable from `output` to the logits, instead of all that.
 
     Raises:
-        TypeError: no tensor was found; the message names what came.
+        TypeError: no tensor was found; the message names what there was.
     """
     logits = output
     if extract is not None:
@@ -154,7 +154,7 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
     if isinstance(logits, Tensor):
         return logits
     if extract is not None:
-        raise TypeError(f"output: the callable returned {_kind(logits)}; it has to return a tensor, the logits")
+        raise TypeError(f"output must return a tensor, the logits, got {_kind(logits)}")
     raise TypeError(
         f"model: it returned {_kind(output)}; understood are a tensor, a dict with 'out' or 'logits', an "
         "object with .logits and a tuple whose first entry is the logits. Wrap it: segadv.models.wrap(model, "
@@ -232,7 +232,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError('bn: "train" came with a ScriptModule, whose norm layers cannot be switched; use "eval"')
+            raise ValueError('bn must be "eval" with a ScriptModule, whose norm layers cannot be switched, got "train"')
     # What a model writes to its buffers cannot be told: batch_norm, NumPy and .data leave no trace.
     saved = _SavedBuffers(buffer for own in registered.values() for buffer in own.values() if buffer is not None)
     with ExitStack() as stack:  # whatever the model did, each of these is done
@@ -386,27 +386,27 @@ class Attack(ABC):
         """In every call, too: they may have been set anew."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(
-                f"model: a {type(self.model).__name__} came; an nn.Module is needed, for a function one whose forward "
-                "calls it"
+                f"model must be an nn.Module, got a {type(self.model).__name__}; for a function write a module whose "
+                "forward calls it"
             )
         if self.output is not None and not callable(self.output):
-            raise TypeError(f"output: a {type(self.output).__name__} came; a callable or None is needed")
+            raise TypeError(f"output must be a callable or None, got a {type(self.output).__name__}")
         for entry in fields(self):
             if entry.type == "bool" and not isinstance(value := getattr(self, entry.name), bool):
-                raise TypeError(f"{entry.name}: a {type(value).__name__} came; True or False is needed")
+                raise TypeError(f"{entry.name} must be True or False, got a {type(value).__name__}")
         if self.bn not in ("eval", "train"):
-            raise ValueError(f"bn: {self.bn!r} is not one of 'eval', 'train'")
+            raise ValueError(f"bn must be one of 'eval', 'train', got {self.bn!r}")
         functional._check_whole_number("ignore_index", self.ignore_index)
         self.ignore_index = int(self.ignore_index)
         try:
             low, high = (float(bound) for bound in self.bounds)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"bounds: {self.bounds!r} came; two numbers, (low, high), are needed. For images that were normalised, "
+                f"bounds must be two numbers, (low, high), got {self.bounds!r}. For images that were normalised, "
                 "move mean and std into the model: segadv.models.wrap(model, mean=..., std=...)"
             ) from error
         if not -math.inf < low < high < math.inf:
-            raise ValueError(f"bounds: {self.bounds} is not (low, high) with low < high, both finite")
+            raise ValueError(f"bounds must be (low, high) with low < high, both finite, got {self.bounds}")
         self.bounds = (low, high)
 
     @abstractmethod
@@ -491,23 +491,23 @@ class Attack(ABC):
             functional._check_tensor(name, tensor)
             if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor):
                 raise ValueError(
-                    f"{name}: a tensor inside of a torch.func transform (grad, vmap, jvp) came; an attack takes "
-                    "gradients by itself and cannot be transformed. Call it outside of the transform"
+                    f"{name} must be a plain tensor, got one inside of a torch.func transform (grad, vmap, jvp); an "
+                    "attack takes gradients by itself and cannot be transformed. Call it outside of the transform"
                 )
         functional._check_step(images, images, self.bounds)
         check_sizes(images, labels)
         if labels.dim() < 1 or labels.shape[0] != images.shape[0]:
             raise ValueError(
-                f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N is needed, "
-                "labels [N, H, W] or [N]"
+                f"labels must be [N, H, W] or [N] with the same N as images {list(images.shape)}, "
+                f"got {list(labels.shape)}"
             )
         functional._check_label_type(labels)
         if labels.device != images.device:
-            raise ValueError(f"labels: they are on {labels.device}, the images on {images.device}")
+            raise ValueError(f"labels must be on the images' device, {images.device}, got {labels.device}")
         if self.bn == "train" and images.shape[0] == 1 and any(map(_uses_batch, unwrapped(self.model).modules())):
             warnings.warn(
-                'bn: "train" came with a batch of one image, whose own statistics its norm layers then take (a layer '
-                'with one value per channel cannot even do that); use bn="eval", or more images',
+                'bn should be "eval" with a batch of one image, got "train": norm layers take its own statistics '
+                '(a layer with one value per channel cannot even do that); use bn="eval", or more images',
                 stacklevel=levels_to_the_caller(),
             )
         if _looks_at(images, self.model):
@@ -577,7 +577,7 @@ _NO_GRADIENT = (
 )
 
 
-FLOAT64 = "images: float64 came, which the model does not take; images.float() helps"
+FLOAT64 = "images must be of a dtype that the model takes, got float64; images.float() helps"
 
 
 _IN_PLACE = (
@@ -605,10 +605,10 @@ def levels_to_the_caller() -> int:
 def check_sizes(images: Tensor, labels: Tensor) -> None:
     """ValueError where images [N, ..., H, W] and labels [N, H, W] are of different sizes."""
     if images.dim() == 4 and labels.dim() == 4 and labels.shape[1] == 1:
-        raise ValueError(f"labels: {list(labels.shape)} came; [N, H, W] are needed: labels.squeeze(1)")
+        raise ValueError(f"labels must be [N, H, W], got {list(labels.shape)}; labels.squeeze(1) converts")
     if images.dim() == 4 and labels.dim() == 3 and labels.shape != (len(images), *images.shape[2:]):
         raise ValueError(
-            f"labels: {list(labels.shape)} came with images {list(images.shape)}; the same N, H and W are needed. "
+            f"labels must have the same N, H and W as images {list(images.shape)}, got {list(labels.shape)}. "
             "Resize the labels (nearest neighbour) or the images"
         )
 
@@ -640,11 +640,11 @@ def checked_size(
         outside = value[~((value >= 0) & (value <= width))].tolist() if look else []
     else:
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}: a {type(value).__name__} came; a number, or a tensor [N], is needed")
+            raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
         outside = [] if 0 <= value <= width else [value]
     if outside:
         raise ValueError(
-            f"{name}: {outside[0]} came; [0, {width:g}] is allowed, the width of bounds = {tuple(bounds)}. "
+            f"{name} must be in [0, {width:g}], the width of bounds = {tuple(bounds)}, got {outside[0]}. "
             f"{name} is in the units of the images: 8/255 for images in [0, 1], not 8"
         )
     return value if isinstance(value, Tensor) else float(value)

@@ -38,7 +38,7 @@ class FastNewton(Attack):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if isinstance(self.max_eps, Tensor):
-            raise TypeError("max_eps: a Tensor came; a number or None is needed")
+            raise TypeError("max_eps must be a number or None, got a Tensor")
         if self.max_eps is not None:
             self.max_eps = float(checked_size("max_eps", self.max_eps, self.bounds))
 

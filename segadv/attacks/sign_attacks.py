@@ -120,7 +120,7 @@ class NFGSM(FGSM):
     def _check_arguments(self) -> None:
         super()._check_arguments()
         if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise: {self.noise} came; a finite number of at least 0 is needed, in units of eps")
+            raise ValueError(f"noise must be a finite number of at least 0, in units of eps, got {self.noise}")
         self.noise = float(self.noise)
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
@@ -160,7 +160,7 @@ class CheckpointFGSM(FGSM):
         at_least(1, checkpoints=self.checkpoints)
         self.checkpoints = int(self.checkpoints)
         if self.targeted:
-            raise ValueError("targeted: True came; the search is for misclassification, only False is possible")
+            raise ValueError("targeted must be False, as the search is for misclassification, got True")
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         loss = self._differentiate(images, labels)
@@ -259,7 +259,7 @@ class BIM(_SignAttack):
             confusion matrices, int64 [len(steps), N, C, C], row = label, column = prediction.
         """
         if not steps or list(steps) != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
-            raise ValueError(f"steps: {list(steps)} came; increasing numbers out of 1 ... {self.steps} are needed")
+            raise ValueError(f"steps must be increasing numbers out of 1 ... {self.steps}, got {list(steps)}")
         with self._isolated(images, labels) as (own_images, own_labels):
             _, _, judged = self._run(own_images, own_labels, judge=steps, noise=noise)
         return torch.stack([candidate.confusion for candidate in judged])
@@ -273,7 +273,7 @@ class BIM(_SignAttack):
     ) -> tuple[Tensor, Tensor, list[_Candidate]]:
         """Adversarial images, the last loss [N], and what there was after the steps in `judge`."""
         if noise is not None:
-            raise ValueError("noise: the attack has no random start")
+            raise ValueError("noise must be None, as the attack has no random start")
         return self._iterate(images, labels, images, judge, matrices=bool(judge))
 
     def _iterate(
@@ -343,7 +343,9 @@ class PGD(BIM):
         at_least(1, restarts=self.restarts)
         self.restarts = int(self.restarts)
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"restarts: {self.restarts} came with random_start=False, where all runs are the same")
+            raise ValueError(
+                f"restarts must be 1 with random_start=False, where all runs are the same, got {self.restarts}"
+            )
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
@@ -353,7 +355,7 @@ class PGD(BIM):
         self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[_Candidate]]:
         if noise is not None and (self.restarts > 1 or not self.random_start):
-            raise ValueError("noise: it fits one run with random_start=True only")
+            raise ValueError("noise must be None unless random_start=True and restarts=1")
         if self.restarts == 1:
             return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})
@@ -406,6 +408,6 @@ def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, flo
 
 def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:
     if generator is not None and not hasattr(generator, "device"):
-        raise TypeError(f"generator: a {type(generator).__name__} came; a torch.Generator or None is needed")
+        raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
     if generator is not None and generator.device.type != images.device.type:
-        raise ValueError(f"generator: it is on {generator.device}, the images are on {images.device}")
+        raise ValueError(f"generator must be on the images' device, {images.device}, got {generator.device}")

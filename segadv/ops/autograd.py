@@ -22,9 +22,10 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply; RuntimeError under a torch.func transform, where PyTorch's own tells how to write a function."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "logits: they came inside of a torch.func transform (grad, vmap, jvp), which the fused losses and margins "
-            "do not support. Take the gradient with torch.autograd.grad or segadv.functional.loss_and_grad, or write "
-            "the loss in plain PyTorch there (the docstring's 'Equivalent to')"
+            "logits must be outside of a torch.func transform (grad, vmap, jvp), which the fused losses and margins do "
+            "not support, got them inside of one. Take the gradient with torch.autograd.grad or "
+            "segadv.functional.loss_and_grad, or write the loss in plain PyTorch there (the docstring's "
+            "'Equivalent to')"
         )
     return function.apply(*arguments)  # type: ignore[no-untyped-call]
 

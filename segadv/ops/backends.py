@@ -40,7 +40,7 @@ _warned: set[str] = set()
 
 def _known(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 

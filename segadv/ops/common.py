@@ -87,8 +87,8 @@ def raise_bad_label(labels: Tensor, index: int, num_classes: int, ignore_index: 
         index //= size
     where = tuple(reversed(position))
     raise ValueError(
-        f"labels: value {int(labels[where])} at [n, y, x] = {list(where)} is neither a class index in "
-        f"[0, {num_classes}) (the logits have {num_classes} classes) nor ignore_index = {ignore_index}"
+        f"labels must be class indices in [0, {num_classes}) (the logits have {num_classes} classes) or "
+        f"ignore_index = {ignore_index}, got {int(labels[where])} at [n, y, x] = {list(where)}"
     )
 
 

@@ -424,8 +424,8 @@ def check_sizes(size: Sequence[int], size_out: Sequence[int], stride: Sequence[i
     (h, w), (H, W) = size[-2:], size_out
     if max(h * H, w * W) >= MAX_PRODUCT or h * stride[-2] + w * stride[-1] >= 2**31:
         raise ValueError(
-            f"logits: {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W} is too large for the resampling of "
-            f"the triton backend: h * H and w * W must stay below {MAX_PRODUCT}, a class of an image within 2^31"
+            f"logits must have h * H and w * W below {MAX_PRODUCT}, and a class of an image within 2^31, for the "
+            f"resampling of the triton backend, got {h} x {w} (strides {stride[-2]}, {stride[-1]}) to {H} x {W}"
         )
 
 
