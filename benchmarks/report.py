@@ -311,18 +311,19 @@ def another_cpu(results: Path) -> str:
         ratios = [f"{measured.faster(*key):.1f} x" for measured in (second, first)]
         lines.append([_title(operation, mode), _shape(operation, case), *times, *ratios])
     header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "faster in the README"]
-    notes = paragraph(f"Fast Newton's training step there: {_another_step(results)}. {provenance_of(used)}")
+    steps = _steps_of_another_cpu(results)
+    notes = paragraph(f"Fast Newton's training step there: {_over_conventional(steps)}. {provenance_of(used + steps)}")
     return f"{table(header, lines, text_columns=2)}\n\n{notes}\n\n{_layouts(results)}"
 
 
 def _layouts(results: Path) -> str:
-    records = records_in(results / _ANOTHER)
+    records = comparable(records_in(results / _ANOTHER))
     lines, used = [], []
     for case in ("cityscapes19", "ade150"):
         for operation, mode in dict.fromkeys(key[:2] for key in _SHOWN if key[0] not in PIXEL_SPACE):
             cells = []
             for dtype, suffix in _LAYOUTS.values():
-                key = {"operation": operation, "mode": mode, "case": case + suffix, "dtype": dtype, "thp": 0}
+                key = {"operation": operation, "mode": mode, "case": case + suffix, "dtype": dtype}
                 ways = ("eager", "eager, max") if operation.endswith("averaged_gain") else ("eager",)
                 ours, *usual = (one(records, provider=name, **key) for name in ("segadv", *ways))
                 used += [ours, *usual]
@@ -334,13 +335,17 @@ def _layouts(results: Path) -> str:
     return f"{body}\n\n{paragraph(f'{notes} {provenance_of(used)}')}"
 
 
-def _another_step(results: Path) -> str:
-    """Against conventional basic training, as in the headline."""
+def _steps_of_another_cpu(results: Path) -> list[Record]:
+    """Fast Newton's, on the networks of the headline."""
     records = comparable(records_in(results / _ANOTHER))
-    told = []
-    for network in ("small", "segformer-b0"):
-        found = [record for record in records if record.case.partition(",")[0] == network]
-        told.append(f"{with_interval(one(found, **_NEWTON_OVER_CONVENTIONAL))} % ({network})")
+    return [
+        one([record for record in records if record.case.partition(",")[0] == network], **_NEWTON_OVER_CONVENTIONAL)
+        for network in ("small", "segformer-b0")
+    ]
+
+
+def _over_conventional(steps: Sequence[Record]) -> str:
+    told = [f"{with_interval(step)} % ({step.case.partition(',')[0]})" for step in steps]
     return f"{' and '.join(told)} over conventional basic training"
 
 
@@ -355,7 +360,7 @@ def another_cpu_in_a_sentence(results: Path) -> str:
     return paragraph(
         f"Repeated on [another CPU](benchmarks/README.md#on-another-cpu) ({machine}): at {CASES['cityscapes19'].size}² "
         f"{', '.join(fused)} as fast as the better of eager and `torch.compile`; Fast Newton's training step "
-        f"{_another_step(results)}."
+        f"{_over_conventional(_steps_of_another_cpu(results))}."
     )
 
 
