@@ -67,6 +67,7 @@ def test_memory_that_begins_anywhere(backend: str, moved: int) -> None:
     adversarial, eps = F.newton_step(images, grad, gain)
     torch.testing.assert_close(eps, gain / norm, rtol=1e-6, atol=0)
     torch.testing.assert_close(F.l1_norm(grad), norm, rtol=1e-6, atol=0)
+    assert torch.equal(eps, gain / F.l1_norm(grad))
     expected = (images - eps.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-7)
     expected = torch.clamp(images + 0.1 * grad.sign(), origin - 0.3, origin + 0.3).clamp(0, 1)

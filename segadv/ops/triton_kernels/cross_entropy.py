@@ -32,6 +32,7 @@ from .tiles import (
     load_classes,
     load_labels,
     load_logit,
+    reciprocal,
     taps,
     tile_of,
     tiles,
@@ -141,11 +142,11 @@ def cross_entropy_kernel(
         tl.store(pixel_loss + at, loss, mask=inside)
     if shift is not None:
         tl.store(shift + at, tl.where(is_valid, subtracted, 0.0), mask=inside)
-        tl.store(scale + at, tl.where(is_valid, 1.0 / total, 0.0), mask=inside)
+        tl.store(scale + at, tl.where(is_valid, reciprocal(total), 0.0), mask=inside)
     if pixel_weight is not None:
         tl.store(pixel_weight + at, weight, mask=inside)
     if grad is not None:
-        factor = for_classes(weight / total, GROUP)
+        factor = for_classes(weight * reciprocal(total), GROUP)
         weight, subtracted = for_classes(weight, GROUP), for_classes(subtracted, GROUP)
         label, inside = for_classes(label, GROUP), for_classes(inside, GROUP)
         at = for_classes(o00, GROUP)

@@ -35,6 +35,15 @@ def clip(x, low, high):
 
 
 @triton.jit
+def divide(a, b):
+    """Rounded as in PyTorch; `/` is 2 ulp off in float32."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def is_finite(x):
     return x - x == 0
 
@@ -66,7 +75,7 @@ def newton_step_kernel(
     g = tl.load(gain + n)
     # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
     usable = is_finite(g) & is_finite(length) & (length > 0)
-    step = g / tl.where(usable, length, 1.0)
+    step = divide(g, tl.where(usable, length, 1.0))
     if CLAMP_NEGATIVE:
         step = tl.maximum(step, 0.0)
     if MAX_EPS:

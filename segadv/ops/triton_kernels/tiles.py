@@ -109,6 +109,14 @@ def exp(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of a finite sum of exponentials: the division, which a GPU does 2 ulp off, and one step of Newton's method.
+    The gradient at the label is the result minus 1, where the pixel is clear all rounding, and not of zero mean."""
+    result = 1.0 / x
+    return tl.fma(tl.fma(-x, result, tl.full(x.shape, 1.0, x.dtype)), result, result)
+
+
+@triton.jit
 def mean(a, b, w0, w1):
     """w0 * a + w1 * b. Fused by hand: the compiler would fuse either product, one way here and another there, and what
     the forward kept of a logit (the label's, or the largest one) would differ by its rounding from what the gradient
