@@ -93,4 +93,21 @@ SEGADV_INLINE float log_of_sum(float x) {
 }
 SEGADV_INLINE double log_of_sum(double x) { return std::log(x); }
 
+// SegPGD's weights of a pixel whose largest logit is the label's, and of any other.
+template <class A>
+struct SegPGDWeights {
+  A correct, wrong;
+  SEGADV_INLINE SegPGDWeights(double lambda, bool targeted)
+      : correct(static_cast<A>(targeted ? lambda : 1.0 - lambda)),
+        wrong(static_cast<A>(targeted ? 1.0 - lambda : lambda)) {}
+};
+
+// CosPGD's: the cosine of softmax and one-hot label. `above` is the label's logit above what is subtracted from all
+// logits, `squares` the sum of the squared exponentials.
+template <class A>
+SEGADV_INLINE A cospgd_weight(A above, A squares, bool targeted) {
+  const A cosine = exp_nonpositive(above) / std::sqrt(squares);
+  return targeted ? A(1) - cosine : cosine;
+}
+
 }  // namespace segadv

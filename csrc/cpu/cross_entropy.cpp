@@ -32,14 +32,10 @@ SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, co
     best[p] -= own[p];
   }
   if (params.loss == Loss::kSegPGD) {
-    const A correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
-    const A wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
-    for (int p = 0; p < count; ++p) weight[p] = best_class[p] == y[p] ? correct : wrong;
+    const SegPGDWeights<A> of(params.lambda, params.targeted);
+    for (int p = 0; p < count; ++p) weight[p] = best_class[p] == y[p] ? of.correct : of.wrong;
   } else if (params.loss == Loss::kCosPGD) {
-    for (int p = 0; p < count; ++p) {
-      const A c = exp_nonpositive(-best[p]) / std::sqrt(squares[p]);
-      weight[p] = params.targeted ? A(1) - c : c;
-    }
+    for (int p = 0; p < count; ++p) weight[p] = cospgd_weight(-best[p], squares[p], params.targeted);
   } else if (class_weight) {
     for (int p = 0; p < count; ++p) weight[p] = class_weight[y[p] >= 0 ? y[p] : 0];
   } else {

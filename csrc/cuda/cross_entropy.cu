@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename 
       total[i] = is_known ? total[i] : kNaN<A>;
     }
   }
-  const A of_correct = static_cast<A>(params.targeted ? params.lambda : 1.0 - params.lambda);
-  const A of_wrong = static_cast<A>(params.targeted ? 1.0 - params.lambda : params.lambda);
+  const SegPGDWeights<A> of(params.lambda, params.targeted);
   A loss[P], weight[P], scale[P];
   A loss_sum = 0, weight_sum = 0;
 #pragma unroll
@@ -105,10 +104,9 @@ __global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename 
     const bool valid = label[i] >= 0;
     const A above_shift = own[i] - shift[i];
     if constexpr (kLoss == Loss::kSegPGD) {
-      weight[i] = prediction[i] == label[i] ? of_correct : of_wrong;
+      weight[i] = prediction[i] == label[i] ? of.correct : of.wrong;
     } else if constexpr (kLoss == Loss::kCosPGD) {
-      const A cosine = exp_nonpositive(above_shift) / sqrt(squares[i]);
-      weight[i] = params.targeted ? A(1) - cosine : cosine;
+      weight[i] = cospgd_weight(above_shift, squares[i], params.targeted);
     }
     weight[i] = valid ? weight[i] : A(0);
     loss[i] = valid ? (log_of_sum(total[i]) - above_shift) * weight[i] : A(0);
