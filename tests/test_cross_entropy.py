@@ -98,6 +98,16 @@ def test_pixels_that_are_clear(backend: str, size: tuple[int, int], margin: floa
         oracle.assert_accurate(ours, grad_eager, grad64, "gradient")
 
 
+@pytest.mark.parametrize("logit", [0.7, 0.498878479])
+@pytest.mark.parametrize("own", [(64, 64), (8, 8)], ids=str)
+def test_the_mean_of_like_losses(backend: str, own: tuple[int, int], logit: float) -> None:
+    z, y = torch.zeros(1, 2, *own), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    z[:, 0] = logit
+    weight = torch.full((2,), 0.3)  # sums of weights are such sums, too
+    mean, each = F.cross_entropy(z, y, weight=weight), F.cross_entropy(z, y, reduction="none")
+    torch.testing.assert_close(mean, each[0, 0, 0], rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("size", [(24, 24), (7, 5)], ids=str)
 @pytest.mark.parametrize("factor", [3e9, 1e37])
 def test_resampled_logits_as_large_as_can_be(backend: str, factor: float, size: tuple[int, int]) -> None:

@@ -188,6 +188,15 @@ def test_many_pixels(backend: str) -> None:
     assert torch.equal(F.gain_and_grad(z, y)[2], expected)
 
 
+@pytest.mark.parametrize("margin", [0.7, 0.498878479])
+@pytest.mark.parametrize("own", [(64, 64), (8, 8)], ids=str)
+def test_the_mean_of_like_margins(backend: str, own: tuple[int, int], margin: float) -> None:
+    """Rounding errors of like numbers are alike, too: they must not add up."""
+    z, y = torch.zeros(1, 2, *own), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    z[:, 0] = margin
+    torch.testing.assert_close(F.averaged_gain(z, y), z[:, 0, 0, 0], rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_half_precision(interpreted: bool, dtype: torch.dtype) -> None:
     """As a logit; and what lies between two of them, as a gradient: rounded to nearest, ties to even."""

@@ -115,6 +115,14 @@ def test_newton_step_beyond_the_largest_number(backend: str) -> None:
     torch.testing.assert_close(F.newton_step(images, grad, gain, max_eps=0.1)[1], torch.tensor([0.1, -0.1]))
 
 
+@pytest.mark.parametrize("value", [0.7, -0.498878479])
+def test_the_norm_of_like_numbers(backend: str, value: float) -> None:
+    """Rounding errors of like numbers are alike, too: they must not add up."""
+    grad = torch.full((1, 3, 65, 67), value)
+    expected = grad.double().abs().sum()[None].float()
+    torch.testing.assert_close(F.l1_norm(grad), expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_scale_freedom(backend: str) -> None:
     """The same bits when gain and gradient are multiplied by a power of two."""
     images, grad = images_and_grad("contiguous")

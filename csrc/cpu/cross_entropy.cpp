@@ -93,14 +93,8 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTile
     }
     for (int p = 0; p < tile.count; ++p) own[p] = tile.z(y[p] >= 0 ? y[p] : 0, p);
     finish_pixels(params, tile.count, y, best_class, own, sum, squares, best, shift, scale, weight);
-    A loss_sum = 0, weight_sum = 0;
-#pragma omp simd reduction(+ : loss_sum, weight_sum)
-    for (int p = 0; p < tile.count; ++p) {
-      loss_sum += best[p];
-      weight_sum += weight[p];
-    }
-    partial.loss_sum += loss_sum;
-    partial.weight_sum += weight_sum;
+    partial.loss_sum += sum_of(best, tile.count);
+    partial.weight_sum += sum_of(weight, tile.count);
     if (params.pixel_loss) std::copy_n(best, tile.count, at<A>(params.pixel_loss, tile.n, tile.y, tile.x));
     if (params.shift) std::copy_n(shift, tile.count, at<A>(params.shift, tile.n, tile.y, tile.x));
     if (params.scale) {
@@ -170,7 +164,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
-    A loss_sum[kLanes] = {}, weight_sum[kLanes] = {};
+    double loss_sum[kLanes] = {}, weight_sum[kLanes] = {};
     for (int b = 0; b < tile.blocks(); ++b) {
       const int p0 = b * kLanes;
       Rows<A> best[kRows / kTogether], own[kRows / kTogether];
@@ -242,10 +236,8 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
         }
       }
     }
-    A loss_of_tile = 0, weight_of_tile = 0;
-    for (int p = 0; p < kLanes; ++p) loss_of_tile += loss_sum[p], weight_of_tile += weight_sum[p];
-    partial.loss_sum += loss_of_tile;
-    partial.weight_sum += weight_of_tile;
+    partial.loss_sum += sum_of(loss_sum, kLanes);
+    partial.weight_sum += sum_of(weight_sum, kLanes);
     if (params.pixel_loss) store_map(params.pixel_loss, tile, loss);
     if (params.shift) store_map(params.shift, tile, shift);
     if (params.scale) store_map(params.scale, tile, scale);

@@ -192,16 +192,14 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
         runner_up[p] = select(takes, k, old_class);
       }
     }
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
+    SEGADV_SIMD
     for (int p = 0; p < tile.count; ++p) {
       const bool valid = y[p] >= 0;
       const A margin = tile.z(valid ? y[p] : 0, p) - best[p];
       value[p] = valid ? margin : A(0);
       runner_up[p] = valid ? runner_up[p] : 0;
-      sum += value[p];
     }
-    partial.gain_sum += sum;
+    partial.gain_sum += sum_of(value, tile.count);
     if (params.margin) {
       A* out = at<A>(params.margin, tile.n, tile.y, tile.x);
       for (int p = 0; p < tile.count; ++p) out[p] = value[p];
@@ -226,7 +224,7 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, 
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
-    A sums[kLanes] = {};
+    double sums[kLanes] = {};
     for (int b = 0; b < tile.blocks(); ++b) {
       tile.begin(b);
       const int p0 = tile.p0;
@@ -249,9 +247,7 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, 
       }
       if (problem.grad) add_margin_gradient<decltype(tile), A>(tile, y, runner_up, nullptr);
     }
-    A sum = 0;
-    for (int p = 0; p < kLanes; ++p) sum += sums[p];
-    partial.gain_sum += sum;
+    partial.gain_sum += sum_of(sums, kLanes);
     if (params.margin) store_map(params.margin, tile, margin);
     if (params.runner_up) {
       for (int r = 0; r < tile.rows; ++r)

@@ -24,3 +24,16 @@
 #endif
 
 #define SEGADV_SIMD _Pragma("omp simd")
+
+namespace segadv::cpu {
+
+// In float64: the errors of sums of like numbers in float32 are alike, and add up.
+template <class A>
+SEGADV_INLINE double sum_of(const A* values, int count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int p = 0; p < count; ++p) sum += values[p];
+  return sum;
+}
+
+}  // namespace segadv::cpu

@@ -15,23 +15,31 @@
 namespace segadv::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;         // elements whose absolute values are added in the compute type
-constexpr int64_t kItem = 64 * kBlock;   // elements of an item
+constexpr int64_t kItem = 64 << 10;  // elements of an item
 
+template <class A, class S>
+SEGADV_INLINE A absolute(S value) {
+  const A a = to_compute(value);
+  return a < A(0) ? -a : a;
+}
+
+// Of eight numbers in the compute type, of those sums in float64.
 template <class S>
 SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
   using A = Compute<S>;
+  constexpr int64_t kSums = 32, kBlock = 8 * kSums;
+  const int64_t end = count / kBlock * kBlock;
   double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, count);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      const A g = to_compute(grad[i]);
-      sum += g < A(0) ? -g : g;
+  for (int64_t i = 0; i < end; i += kBlock) {
+#pragma omp simd reduction(+ : total)
+    for (int64_t p = i; p < i + kSums; ++p) {
+      A sum = 0;
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kBlock; r += kSums) sum += absolute<A>(grad[p + r]);
+      total += sum;
     }
-    total += sum;
   }
+  for (int64_t i = end; i < count; ++i) total += absolute<A>(grad[i]);
   return total;
 }
 
