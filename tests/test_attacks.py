@@ -238,6 +238,21 @@ def test_more_classes_than_pixels_are_judged_without_matrices(
     assert torch.equal(matrices.diagonal(dim1=1, dim2=2).sum(1), expected)
 
 
+def test_the_first_of_many_classes_is_judged_as_the_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 30, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].bias[0] += 1
+        for ours, theirs in zip(turned.parameters(), model.parameters(), strict=True):
+            ours.copy_(theirs.flip(0))
+    images, labels = torch.rand(20, 3, 5, 4, dtype=torch.float64), torch.zeros(20, dtype=torch.int64)
+    results = [
+        BIM(net, eps=0.4, alpha=0.1, steps=4, best=True)(images, y)
+        for net, y in ((model, labels), (turned, labels + 29))
+    ]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("classes", [200, 256, 300])
 def test_labels_of_any_type_are_judged_alike(classes: int) -> None:
     """PyTorch compares a uint8 label with 256 as with 0, and with -100 as with 156."""
@@ -342,6 +357,8 @@ def test_checkpoint_fgsm_takes_the_smallest_part_of_the_step_that_fools() -> Non
     adversarial, info = CheckpointFGSM(model, eps=full, checkpoints=4)(images, labels, return_info=True)
     torch.testing.assert_close(adversarial, torch.stack(expected), rtol=0, atol=1e-9)
     torch.testing.assert_close(info.eps, torch.tensor(chosen, dtype=torch.float64))
+    expected_loss = plain_loss(model(images), labels, "cross_entropy", 0, 1, False)
+    torch.testing.assert_close(info.loss, expected_loss.detach())
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -383,6 +400,10 @@ def test_outcomes_with_restarts_judge_each_images_best_run() -> None:
     assert all(
         torch.equal(outcomes[1, i], plain_confusion(model, adversarial[i : i + 1], labels[i : i + 1])) for i in range(3)
     )
+    attack.steps = 8
+    both = run_with_seed(attack.outcomes, images, labels, [1, 8])
+    assert torch.equal(run_with_seed(attack.outcomes, images, labels, [1]), both[:1])
+    assert not torch.equal(both[0], both[1])
 
 
 def test_noise_given_is_the_random_start() -> None:
@@ -1023,6 +1044,7 @@ def test_repr_and_arguments_for_result_files() -> None:
     assert arguments["eps"] == pytest.approx([0.1, 0.2])
     assert arguments["generator"] == "Generator"
     assert arguments["steps"] == 10
+    assert arguments["output"] is None
     assert "model" not in arguments
 
 
@@ -1450,6 +1472,7 @@ BUFFERS = {
     "float8": lambda: VALUES.to(torch.float8_e4m3fn),
     "bool": lambda: VALUES > 1,
     "empty": lambda: VALUES[:0],
+    "expanded": lambda: VALUES.expand(2, 4),
     "meta": lambda: VALUES.to("meta"),
     "mkldnn": lambda: VALUES.to_mkldnn(),
     "sub-class": lambda: torch.masked.masked_tensor(VALUES, VALUES > 1),
@@ -1601,6 +1624,22 @@ def test_buffers_of_a_script_module_are_restored(kind: str) -> None:
         with pytest.raises(ValueError, match=r'bn must be "eval" with a ScriptModule, .*, got "train"'):
             FGSM(model, bn="train")(IMAGES, LABELS)
         assert_same(before, state(model))
+
+
+def test_a_buffer_that_a_script_module_sets_anew_is_restored() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.detach().sum()
+            return self.conv(x)
+
+    model = torch.jit.script(Remembers())
+    FGSM(model)(IMAGES, LABELS)
+    assert model.seen == 0
 
 
 def test_a_buffer_that_a_pending_backward_needs_stays_valid() -> None:
