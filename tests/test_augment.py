@@ -499,6 +499,7 @@ def test_label_of_another_size_is_refused() -> None:
         ({"rotation": -1.0}, r"rotation must be in \[0, 180\] degrees, got -1.0"),
         ({"rotation": 181.0}, "rotation must be"),
         ({"rotation": math.nan}, "rotation must be"),
+        ({"rotation": True}, "rotation must be"),
         ({"blur": -0.1}, "blur must be a finite number of pixels, at least 0, got -0.1"),
         ({"blur": math.inf}, "blur must be"),
         ({"blur": "1"}, "blur must be"),

@@ -377,6 +377,9 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
     assert not any(e.attack == "worst-case" for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements)
     two = evaluate(model, loader, ["fgsm", "bim-10"], [0.04], worst_case=False)
     assert [row["attack"] for row in two.rows] == ["fgsm", "bim-10"]
+    on_the_way = evaluate(model, loader, ["fgsm", "bim"], [0.04], steps=4)
+    steps = [(entry.attack, entry.steps) for entry in on_the_way.measurements]
+    assert steps == [("fgsm", 1), ("bim", 3), ("bim", 4), ("worst-case", 4)]
 
 
 def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:

@@ -480,6 +480,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
             lambda: F.newton_step(IMAGES, IMAGES[:1], Z[:, 0, 0, 0]),
             r"grad must be like the images, .*\[2, .*, got float32 \[1, ",
         ),
+        (lambda: F.sign_step(IMAGES, IMAGES.double(), 0.1), "grad must be like the images, float32 .*, got float64 "),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(3)),
             r"gain must be a floating point \[2\] on cpu, got float32 \[3\]",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from segadv import functional, masking, report
+from segadv.attacks import FGSM
 from segadv.evaluation import EvaluationResult, Measurement, evaluate
 from segadv.masking import Check, masking_checks
 
@@ -151,6 +152,16 @@ def test_figures_are_the_measured_ones(data: list[Batch], network: nn.Module) ->
         for images, labels in data:
             losses += functional.cross_entropy(network.eval()(images), labels, reduction="image").tolist()
     assert f"{sum(losses) / len(losses):.3f} at 0" in checks[5].finding
+    along = torch.stack([losses_under_fgsm(network, data, 0.05 * i / 10) for i in range(11)])
+    assert f"{along[-1].mean():.3f} at 0.05; " in checks[5].finding
+    rising = (along.diff(dim=0) >= 0).all(0).double().mean()
+    assert f"only rises for {rising:.0%} of the images" in checks[5].finding
+
+
+def losses_under_fgsm(network: nn.Module, data: list[Batch], eps: float) -> Tensor:
+    attack = FGSM(network, eps=eps)
+    with torch.no_grad():
+        return torch.cat([functional.cross_entropy(network(attack(x, y)), y, reduction="image") for x, y in data])
 
 
 def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], network: nn.Module) -> None:
