@@ -24,6 +24,7 @@ from test_training import FILES, Squares, assert_same_state, config, metrics_of,
 from torch import nn
 
 from segadv import checkpoints, run_directory, training
+from segadv.checkpoints import whole_lines
 from segadv.results import is_leftover
 from segadv.training import Trainer, Validation
 
@@ -291,6 +292,11 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
         training.load_model(folder, nn.Linear(2, 3))
     with pytest.raises(ValueError, match="holds weights only, to continue a run"):
         trainer().load(folder / "model.safetensors")
+
+
+def test_lines_end_before_one_that_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n7\n{"step": 2}\n')
+    assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_shared_weights_of_someone_else_are_named(tmp_path: Path) -> None:
