@@ -19,9 +19,10 @@ fit together or are on different devices, and any other argument that is out of 
 nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the stream, it makes the floating
 results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend was asked for that cannot run.
 
-None of the operations has a second derivative: a backward under create_graph=True raises RuntimeError (inside
-torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins and gains under a
-torch.func transform (grad, vmap, jvp) raise RuntimeError too.
+No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError (inside
+torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins, averaged_gain and
+l1_norm under a torch.func transform (grad, vmap, jvp) raise RuntimeError too. All else is detached: constants, for
+autograd and for torch.func.
 """
 
 from __future__ import annotations
@@ -322,7 +323,7 @@ def loss_and_grad(
 
 
 def l1_norm(grad: Tensor) -> Tensor:
-    """Sum of absolute values of each image's gradient.
+    """Sum of absolute values of each image's gradient. Differentiable, as often as wanted.
 
     Args:
         grad: [N, ...], float32, bfloat16, float16 or float64.
@@ -339,7 +340,7 @@ def l1_norm(grad: Tensor) -> Tensor:
         raise ValueError(f"grad must have one of the dtypes {_names(_FLOATS)}, got {_names((grad.dtype,))}")
     if grad.dim() < 1:
         raise ValueError("grad must be [N, ...], got a scalar")
-    result: Tensor = library.l1_norm(grad.detach())
+    result: Tensor = autograd.apply(autograd.L1Norm, grad)
     return result
 
 
@@ -368,7 +369,7 @@ def newton_step(
         max_eps: caps |eps|. The paper has no cap.
 
     Returns:
-        adversarial, like the images; eps [N], in the units of `bounds`.
+        adversarial, like the images; eps [N], in the units of `bounds`. Both are detached.
 
     Equivalent to::
 
@@ -428,7 +429,7 @@ def sign_step(
         bounds: lowest and highest pixel value.
 
     Returns:
-        like the images.
+        like the images, detached.
 
     Equivalent to::
 
@@ -560,6 +561,8 @@ def _check_whole_number(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got a {type(value).__name__}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} must be a whole number of 64 bits, got {value}")
 
 
 def _check_logits(logits: Tensor) -> None:

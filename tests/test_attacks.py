@@ -1588,15 +1588,16 @@ def test_statistics_that_a_model_writes_into_its_norm_layers_are_restored(how: s
     assert_same(before, state(model))
 
 
-def test_a_logit_of_more_pixels_than_float16_can_count() -> None:
+@pytest.mark.parametrize(("own", "side", "align_corners"), [(1, 320, False), (3, 528, True)])
+def test_a_logit_of_more_pixels_than_float16_can_count(own: int, side: int, align_corners: bool) -> None:
     class Coarse(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(nn.functional.adaptive_avg_pool2d(x, 1)).half()
+            return super().forward(nn.functional.adaptive_avg_pool2d(x, own)).half()
 
     torch.manual_seed(0)
-    model, images = Coarse(3, 3, 1), torch.rand(1, 3, 320, 320)
-    labels = torch.zeros(1, 320, 320, dtype=torch.uint8)
-    adversarial, info = FastNewton(model)(images, labels, return_info=True)
+    model, images = Coarse(3, 3, 1), torch.rand(1, 3, side, side)
+    labels = torch.zeros(1, side, side, dtype=torch.uint8)
+    adversarial, info = FastNewton(model, align_corners=align_corners)(images, labels, return_info=True)
     assert info.grad_norm.item() > 0
     torch.testing.assert_close(info.eps, info.gain / info.grad_norm)
     assert not torch.equal(adversarial, images)

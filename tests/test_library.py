@@ -231,9 +231,11 @@ def test_torch_func_is_refused(name: str) -> None:
         lambda: torch.func.jvp(lambda z: FUNCTIONS[name](z, y), (z,), (z,)),
     ):
         with pytest.raises(
-            RuntimeError, match=r"logits must be outside of a torch\.func transform .*, got them inside"
+            RuntimeError, match=r"tensors must be outside of a torch\.func transform .*, got them inside"
         ):
             transformed()
+    with pytest.raises(RuntimeError, match="tensors must be outside"):
+        torch.func.grad(lambda z: F.l1_norm(z).sum())(z)
 
 
 # --- backends ---------------------------------------------------------------------------------------------------
@@ -500,6 +502,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         ),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=-0.1), "eps must be at least 0, got -0.1"),
         (lambda: F.sign_step(IMAGES.int(), IMAGES.int(), 0.1), "images must be float32 or float64 .*, got int32"),
+        (lambda: F.cross_entropy(Z, Y, ignore_index=2**63), "ignore_index must be a whole number of 64 bits, got 92"),
         (lambda: F.l1_norm(Y), "grad must have one of the dtypes float32, .*, got int64"),
         (
             lambda: F.cross_entropy({"out": Z}, Y),

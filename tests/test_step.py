@@ -115,6 +115,28 @@ def test_newton_step_beyond_the_largest_number(backend: str) -> None:
     torch.testing.assert_close(F.newton_step(images, grad, gain, max_eps=0.1)[1], torch.tensor([0.1, -0.1]))
 
 
+def test_the_gradient_of_the_norm(backend: str) -> None:
+    """As of its "Equivalent to", twice: a penalty on a gradient must not come to nothing unseen."""
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(F.l1_norm, x)
+    results = []
+    for norm in (F.l1_norm, lambda grad: grad.abs().flatten(1).sum(1)):
+        (grad,) = torch.autograd.grad(x.tanh().pow(2).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(norm(grad)[0], x, create_graph=True)[0])
+        results.append(torch.autograd.grad(results[-1].square().sum(), x)[0])
+    torch.testing.assert_close(results[:2], results[2:])
+    half = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.l1_norm(half).sum(), half)
+    assert torch.equal(grad, half.sign())
+
+
+def test_steps_are_constants(backend: str) -> None:
+    images, grad = torch.rand(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    gain = torch.ones(2, requires_grad=True)
+    for result in (*F.newton_step(images, grad, gain), F.sign_step(images, grad, 0.1, origin=images, eps=0.1)):
+        assert not result.requires_grad
+
+
 @pytest.mark.parametrize("value", [0.7, -0.498878479])
 def test_the_norm_of_like_numbers(backend: str, value: float) -> None:
     """Rounding errors of like numbers are alike, too: they must not add up."""

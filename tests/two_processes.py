@@ -138,7 +138,8 @@ def validated(out: Path) -> list[Any]:
         own = batches[distributed.rank() :: distributed.world_size()]
         loader = [(data.images[indices], data.labels[indices]) for indices in own]
         result = evaluate(model, loader, ["fgsm", "segpgd"], [0.0, 0.03], steps=4, sharded=True)
-        found.append([entry.row | {"confusion": entry.confusion.tolist()} for entry in result.measurements])
+        also = {"batch_size": result.run["batch_size"]}
+        found.append([entry.row | also | {"confusion": entry.confusion.tolist()} for entry in result.measurements])
     return found
 
 

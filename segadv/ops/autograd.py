@@ -22,8 +22,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply; RuntimeError under a torch.func transform, where PyTorch's own tells how to write a function."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "logits must be outside of a torch.func transform (grad, vmap, jvp), which the fused losses and margins do "
-            "not support, got them inside of one. Take the gradient with torch.autograd.grad or "
+            "tensors must be outside of a torch.func transform (grad, vmap, jvp), which the fused losses, margins and "
+            "norms do not support, got them inside of one. Take the gradient with torch.autograd.grad or "
             "segadv.functional.loss_and_grad, or write the loss in plain PyTorch there (the docstring's "
             "'Equivalent to')"
         )
@@ -257,3 +257,19 @@ def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
             grad_loss, logits, labels, shift, scale, weight, pixel_weight, *ctx.options
         )
     return grad
+
+
+class L1Norm(torch.autograd.Function):
+    """grad [N, ...] -> norm [N]. Its backward is plain PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        norm: Tensor = library.l1_norm(grad)
+        ctx.save_for_backward(grad)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, grad_norm: Tensor) -> Tensor:
+        (grad,) = ctx.saved_tensors
+        result: Tensor = grad_norm.view(-1, *[1] * (grad.dim() - 1)) * grad.sign()
+        return result.to(grad.dtype)
