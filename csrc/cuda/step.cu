@@ -44,14 +44,15 @@ template <class S, int V>
 __global__ void __launch_bounds__(kThreads) absolute_sum_kernel(const S* grad, Chunks chunks, Compute<S>* partial) {
   using A = Compute<S>;
   const int64_t n = blockIdx.x / chunks.count;
-  A sum = 0;
+  A sums[V] = {};  // several: of few numbers each, and none waits for the addition before
   for_each_pack<V>(chunks, blockIdx.x % chunks.count, [&](int64_t i) {
     const Pack<S, V> g = load_pack<V>(grad + n * chunks.numel + i);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      sum += std::fabs(to_compute(g.values[j]));
-    }
+    for (int j = 0; j < V; ++j) sums[j] += std::fabs(to_compute(g.values[j]));
   });
+  A sum = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) sum += sums[j];
   sum = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
