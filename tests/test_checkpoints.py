@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from test_training import FILES, Squares, assert_same_state, config, metrics_of,
 from torch import nn
 
 from segadv import checkpoints, run_directory, training
-from segadv.checkpoints import whole_lines
+from segadv.checkpoints import drop_lines_after, whole_lines
 from segadv.results import is_leftover
 from segadv.training import Trainer, Validation
 
@@ -220,6 +222,18 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(
     assert_same_run(tmp_path, whole)  # the lock was given back
 
 
+@pytest.mark.parametrize(("code", "refused"), [(errno.EACCES, True), (errno.ENOLCK, False)])
+def test_a_lock_may_be_refused_in_two_ways_or_not_exist(
+    code: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", lockf)
+    with pytest.raises(ValueError, match="another process is training there") if refused else nullcontext():
+        run_directory.RunDirectory(tmp_path).prepare()
+
+
 # --- full disks ---------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +279,8 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, whole: tuple[
     with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
         trainer().run(tmp_path, progress=False)
     assert not any(map(is_leftover, tmp_path.iterdir()))
+    with pytest.raises(OSError, match=r"give the same command again$"), checkpoints.replacing(tmp_path / file) as there:
+        there.touch()  # and no checkpoint is promised where there is none
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -281,6 +297,7 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
     assert configs[0] == configs[1]
     assert configs[0]["description"] == {"model": {"name": "tiny"}}
     assert configs[0]["crop"] == [16, 24]
+    assert checkpoints.read_checkpoint(folder / "model.safetensors")["steps_done"] == 14
     assert (folder / "model.safetensors").stat().st_mode == (folder / "last.pt").stat().st_mode
     for name in ("last.pt", "model.safetensors"):
         model = training.load_model(folder / name, nn.Sequential(*tiny_model().children()))
@@ -294,9 +311,12 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
         trainer().load(folder / "model.safetensors")
 
 
-def test_lines_end_before_one_that_is_no_object(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n7\n{"step": 2}\n')
+@pytest.mark.parametrize("line", [b"7", b'{"loss": 1}', b'{"st', b"\xff"])
+def test_lines_end_before_one_that_is_no_object(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    drop_lines_after(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_shared_weights_of_someone_else_are_named(tmp_path: Path) -> None:
@@ -371,6 +391,7 @@ def test_every_start_is_in_run_json(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert (found["torch"], found["device"]) == (torch.__version__, "cpu")
         assert found["threads"] == torch.get_num_threads()
         assert start["time"].endswith("+00:00")
+        assert start["git_commit"] == run_directory.git_commit()
     # with nothing left to do nothing is started
     trainer().run(tmp_path, progress=False)
     assert json.loads((tmp_path / "run.json").read_text()) == content

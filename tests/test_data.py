@@ -469,6 +469,9 @@ def test_seeds_give_other_orders() -> None:
         ({"batch_size": 11}, "batch_size must be at most the data set's length 10, got 11"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"start_step": 6}, "steps must be a whole number of at least 6, got 5"),
+        ({"rank": -1}, "rank must be a whole number of at least 0, got -1"),
+        ({"rank": 2, "processes": 2}, "rank must be less than processes, got 2 and 2"),
+        ({"batch_size": 6, "processes": 2, "accumulation": 2}, "divisible by processes x accumulation = 2 x 2, got 6"),
     ],
 )
 def test_sampler_arguments(arguments: dict[str, int], message: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 import math
 import operator
+import os
 import re
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -289,8 +292,9 @@ def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -
     assert len(merged.confusion) == 12
 
 
-def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
-    path = tmp_path / "curves.csv"
+@pytest.mark.parametrize("name", ["curves.csv", "curves"])
+def test_interrupted_write_leaves_the_previous_file(name: str, tmp_path) -> None:
+    path = tmp_path / name
     path.write_text("previous")
 
     def write_half() -> None:
@@ -305,6 +309,9 @@ def test_interrupted_write_leaves_the_previous_file(tmp_path) -> None:
     with path.open() as reader:
         with results.atomic_write(path) as temporary:
             temporary.write_text("whole")
+            assert f".{os.getpid()}.{threading.get_ident()}." in temporary.name, "that of another writer, too"
+            assert results.is_leftover(temporary)
+            assert not results.is_leftover(temporary.with_name(temporary.name[1:]))
         assert reader.read() == "previous", "written in place"
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
@@ -725,6 +732,8 @@ def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
         path.write_bytes([b"", content[: len(content) // 2], b"PK" + content[2:][::-1]][i % 3])
     assert evaluate(model, loader, **ARGUMENTS, records=tmp_path).rows == expected.rows
     assert {path: path.read_bytes() for path in tmp_path.iterdir()}.keys() == whole.keys()
+    next(tmp_path.glob("pgd-0.03-*")).unlink()  # that of the smaller eps is there
+    assert evaluate(model, loader, **ARGUMENTS, records=tmp_path).rows == expected.rows
     with np.load(next(iter(whole))) as content:
         assert content["outcomes"].dtype == np.int64
 
@@ -734,8 +743,8 @@ def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
 
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space"):
-        evaluate(model, loader, **ARGUMENTS, seed=5, records=tmp_path / "full")
-    assert list((tmp_path / "full").iterdir()) == []
+        evaluate(model, loader, **ARGUMENTS, seed=5, records=tmp_path / "disk" / "full")
+    assert list((tmp_path / "disk" / "full").iterdir()) == []
 
 
 def test_bad_labels_are_never_recorded(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +769,7 @@ def test_a_compiled_model_is_called_by_its_own_class(loader: list[tuple[Tensor, 
 
 
 def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
-    first = records.model_hash(model)
+    first = records.model_hash(model.eval())
     assert records.model_hash(model.train()) == first
     for tensor in (model.conv.weight, model.norm.running_var, model.norm.num_batches_tracked):
         with torch.no_grad():
@@ -769,13 +778,15 @@ def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
         with torch.no_grad():
             tensor.view(-1)[-1] -= 1
     assert records.content_hash(torch.zeros(2, 3)) != records.content_hash(torch.zeros(3, 2))
+    turned = torch.arange(6).view(2, 3).T
+    assert records.content_hash(turned) == records.content_hash(turned.contiguous())
     assert records.content_hash(torch.zeros(2)) != records.content_hash(torch.zeros(2, dtype=torch.int32))
 
 
 class Scaled(nn.Module):
     """Prints neither its scale nor its code."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float | str) -> None:
         super().__init__()
         self.scale, self.calls = scale, 0
 
@@ -792,8 +803,10 @@ ScaledOtherwise.__name__ = ScaledOtherwise.__qualname__ = "Scaled"
 
 
 def test_model_hash_sees_which_module_stands_there_again() -> None:
-    one, two = Scaled(1.0), Scaled(2.0)
-    assert records.model_hash(nn.Sequential(one, two, one)) != records.model_hash(nn.Sequential(one, two, two))
+    buffers = nn.BatchNorm1d(1, affine=False), nn.BatchNorm1d(1, affine=False)
+    buffers[1].running_mean.fill_(1)
+    for one, two in ((Scaled(1.0), Scaled(2.0)), (nn.Linear(1, 1), nn.Linear(1, 1)), buffers):
+        assert records.model_hash(nn.Sequential(one, two, one)) != records.model_hash(nn.Sequential(one, two, two))
 
 
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
@@ -818,6 +831,8 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     scaled[0].calls = 5
     assert records.model_hash(scaled[0]) == hashes[0], "a counter"
     assert records.model_hash(ScaledOtherwise(1.0)) != hashes[0]
+    assert records.model_hash(Scaled("a")) != records.model_hash(Scaled("b"))
+    assert records.model_hash(nn.MaxPool2d(2)) != records.model_hash(nn.MaxPool2d(3))
     assert records.model_hash(network(nn.Dropout(0.1), 1.0)) != records.model_hash(network(nn.Dropout(0.2), 1.0))
     assert records.model_hash(network(nn.Upsample(2), 1.0)) == records.model_hash(network(nn.Upsample(2), 1.0))
     resized = [network(nn.Upsample(2, mode="bilinear", align_corners=value), 1.0) for value in (False, True)]
@@ -849,7 +864,9 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
             return output[self.key]
 
     different += [operator.itemgetter("a"), operator.itemgetter("b"), Entry("a"), Entry("b"), Entry("a").taken]
-    different += [torch.tanh, torch.sigmoid]
+    different += [torch.tanh, torch.sigmoid, Entry("b").taken, partial(torch.add, 1), partial(torch.add, 2)]
+    different += [lambda output: output[0], lambda output: output[1], lambda output: output.a, lambda output: output.b]
+    different += [lambda output, key="a": output[key], lambda output, key="b": output[key]]
     hashes = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in different]
     assert len({*hashes}) == len(different)
     assert records.model_hash(wrap(nn.ReLU(), output=entry("a"))) == hashes[1]
@@ -1175,6 +1192,14 @@ def test_every_flipped_bit_of_a_record_is_survived(tmp_path: Path) -> None:
         np.savez_compressed(path, outcomes=other.numpy())
         assert records._read(path) is None
 
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "executed",))
+
+    np.savez_compressed(path, outcomes=np.array([Payload()], dtype=object))
+    assert records._read(path) is None
+    assert not (tmp_path / "executed").exists()
+
 
 def test_everything_to_repeat_it_is_in_the_files(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
@@ -1184,12 +1209,16 @@ def test_everything_to_repeat_it_is_in_the_files(
     content = json.loads((tmp_path / "result.json").read_text())
     run = content["run"]
     assert run["model_sha256"] == records.model_hash(model)
+    assert records.versions().keys() == {"segadv", "torch", "numpy", "python"}
     assert (run["seed"], run["images"], run["eps"], run["ignore_index"]) == (3, 6, [0.0, 0.02], 255)
     assert run["versions"]["torch"] == torch.__version__
     segpgd = run["attacks"]["segpgd"][0]
     assert (segpgd["attack"], segpgd["eps"], segpgd["steps"], segpgd["best"]) == ("SegPGD", 0.02, 4, True)
     last = content["measurements"][-1]
     assert last["class_iou"] == [None if math.isnan(v) else v for v in class_iou(result.confusion[-1]).tolist()]
+    assert last["image_miou"] == result.measurements[-1].image_miou != last["miou"]
+    absent = dataclasses.replace(result.measurements[-1], confusion=torch.tensor([[1, 0], [0, 0]]))
+    assert absent.row["class_iou"] == [1.0, None]
     back = EvaluationResult.from_json(tmp_path / "result.json")
     assert back.run == result.run
     assert [entry.row for entry in back.measurements] == [entry.row for entry in result.measurements]
@@ -1209,6 +1238,7 @@ def test_everything_to_repeat_it_is_in_the_files(
     ]
     ious = class_iou(result.measurements[-1].confusion).tolist()
     assert [rows[-1][f"iou_{i}"] for i in range(CLASSES)] == ["" if math.isnan(v) else str(v) for v in ious]
+    assert results.csv_text([{"a": 1}, {"b": 0.1}]) == "a,b\n1,\n,0.1\n"
 
 
 def test_progress_bar_counts_passes(

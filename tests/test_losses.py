@@ -79,3 +79,7 @@ def test_bad_arguments_are_named() -> None:
         segadv.CrossEntropyLoss(reduction="average")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="align_corners must be True or False, got a str"):
         segadv.CrossEntropyLoss(align_corners="false")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"weight must be a tensor \[C\], got a list"):
+        segadv.CrossEntropyLoss(weight=[1.0, 2.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight must be a floating point \[C\], got float32 \[1, 2\]"):
+        segadv.CrossEntropyLoss(weight=torch.ones(1, 2))

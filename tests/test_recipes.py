@@ -232,6 +232,10 @@ def test_names_may_be_written_with_dashes_and_values_keep_theirs() -> None:
         ("--config twice.yaml", "twice.yaml: validation.every is given beside validation; nest it under that key"),
         ("--config repeated.yaml", "repeated.yaml is no YAML file: validation stands there twice"),
         ("--config empty.yaml", "empty.yaml must hold keys and values such as 'steps: 300', it holds None"),
+        ("--config list.yaml", "list.yaml must hold keys and values such as 'steps: 300', it holds [3]"),
+        ("--config number.yaml", "number.yaml: there is no option '3'"),
+        ("--config latin.yaml", "latin.yaml is no YAML file"),
+        ("--config .", "config must be a YAML file or a recipe"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_what_is_right(
@@ -242,10 +246,10 @@ def test_what_is_wrong_is_named_with_what_is_right(
         "wrong-key": "stepz: 7", "wrong-part": "augmentation:\n  rot: 3", "wrong-type": "steps: many",
         "no-parts": "model: pspnet50", "not": "a: [", "empty": "# nothing", "no-value": "steps: 3\nlearning_rate:",
         "repeated": "validation: {every: 2}\nvalidation: {batch_size: 1}",
-        "twice": "validation.every: 5\nvalidation:\n  images: 2",
+        "twice": "validation.every: 5\nvalidation:\n  images: 2", "list": "[3]", "number": "3: 4", "latin": "arm: \xe9",
     }  # fmt: skip
     for name, text in files.items():
-        Path(f"{name}.yaml").write_text(text)
+        Path(f"{name}.yaml").write_text(text, encoding="latin-1")
     assert message in failure(f"train --data . --out out {options}", capsys)
     assert not Path("out").exists()
 

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segadv import models, training
 from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
-from segadv.data import Augmented, EpochSampler
+from segadv.data import Augmentation, Augmented, EpochSampler
 from segadv.evaluation import EvaluationResult, evaluate
 from segadv.training import TrainConfig, Trainer, Validation
 
@@ -347,17 +347,18 @@ def test_positions_that_are_none_are_refused(chosen: list[int]) -> None:
 
 
 def test_basic_arm_is_the_plain_training_loop(tmp_path: Path) -> None:
-    settings = config(steps=10, weight_decay=0.01)
+    unflipped = Augmentation(flip=False)
+    settings = config(steps=10, weight_decay=0.01, momentum=0.8, power=0.7, augmentation=unflipped)
     plain, ours = tiny_model(dropout=0).double(), tiny_model(dropout=0).double()
     trainer = Trainer(settings, ours, Squares(torch.float64))
     trainer.run(tmp_path, progress=False)
-    data = Augmented(Squares(torch.float64), crop=(16, 24), seed=7)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    data = Augmented(Squares(torch.float64), crop=(16, 24), seed=7, augmentation=unflipped)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.8, weight_decay=0.01)
     losses = []
     for step, keys in enumerate(EpochSampler(SAMPLES, batch_size=4, seed=7, steps=10)):
         images = torch.stack([data[key][0] for key in keys])
         labels = torch.stack([data[key][1] for key in keys]).long()
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 10) ** 0.9
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 10) ** 0.7
         logits = F.interpolate(plain(images), size=(16, 24), mode="bilinear", align_corners=False)
         loss = F.cross_entropy(logits, labels, ignore_index=255)
         optimizer.zero_grad()
@@ -603,6 +604,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in larger.model.state_dict().items())
     with pytest.raises(ValueError, match=r"2.weight has shape none there"):
         training.load_model(tmp_path / "last.pt", nn.Sequential(*tiny_model()[:2], nn.BatchNorm2d(8)))
+    with pytest.raises(ValueError, match=r"4.weight has shape \[5, 8, 1, 1\] there and none in the model"):
+        training.load_model(tmp_path / "last.pt", tiny_model()[:4])
 
 
 def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
@@ -613,8 +616,12 @@ def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
             training.load_model(path, tiny_model())
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="holds something else"):
+    for other in ([1, 2], {"model": tiny_model().state_dict()}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="holds something else"):
+            training.load_model(path, tiny_model())
+    torch.save({"config": {}, "model": tiny_model(), "steps_done": 4}, path)  # what it would execute is the file's
+    with pytest.raises(ValueError, match=r"something else \(UnpicklingError\)"):
         training.load_model(path, tiny_model())
     with pytest.raises(FileNotFoundError):
         training.load_model(tmp_path / "other.pt", tiny_model())
@@ -1224,7 +1231,7 @@ def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> N
         eps = torch.arange(4.0) + len(results)
         results.append(eps)
         adversarial = torch.cat([images[:1], 1 - images[1:]])
-        return adversarial, AttackInfo(eps=eps, gain=torch.tensor([float("nan"), -1, -1, 2]))
+        return adversarial, AttackInfo(eps=eps, gain=torch.tensor([float("nan"), -1, -1, 0]))
 
     trainer.attack = attack  # type: ignore[assignment]
     with pytest.warns(RuntimeWarning, match=r"left 25\.0% of its images as they were in the steps up to 3") as told:
@@ -1425,7 +1432,8 @@ def test_trainer_names_what_is_wrong() -> None:
         ({"validation": Validation(every=2)}, "validation.every needs a validation_dataset"),
     ):
         with pytest.raises(ValueError, match=message):
-            Trainer(config(**changes), tiny_model(), Squares())
+            Trainer(config(**changes), tiny_model(), Squares(), validation_dataset=[])  # type: ignore[arg-type]
+    Trainer(config(batch_size=13), tiny_model(), Squares())  # one batch
     for model, data, message in (
         (models.SmallBackbone, Squares(), "model must be an nn.Module, got the class SmallBackbone; give an instance"),
         (lambda x: x, Squares(), "model must be an nn.Module, got function"),
@@ -1457,6 +1465,12 @@ def test_a_trainer_half_way_leaves_nothing_of_another_run_there(tmp_path: Path) 
     trainer, data = Trainer(config(), tiny_model(), Squares()), Squares()
     for _ in range(4):
         trainer.step(data.images[:4], data.labels[:4], [])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "curves.csv").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_train", lambda *_: None)
+        trainer.run(tmp_path / "new", progress=False)
+    assert (tmp_path / "new" / "curves.csv").read_text() == "mine"
     trainer.run(tmp_path, progress=False)
     assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 7
     assert [line["step"] for line in metrics_of(tmp_path)] == [6, 9, 12, 14]
