@@ -87,6 +87,10 @@ SignStepParams sign_step(int64_t n, int64_t numel, Tensor images, Tensor grad, T
           view(eps_per_image), low, high};
 }
 
+ScaleGradientParams scale_gradient(int64_t n, int64_t numel, Tensor grad, Tensor factor, Tensor scaled) {
+  return {n, numel, view(grad), view(factor), view(scaled)};
+}
+
 ConfusionParams confusion(Tensor logits, Tensor labels, int64_t ignore_index, bool align_corners, Tensor prediction,
                           Tensor matrix, bool per_image, Tensor counts, Tensor invalid) {
   return {problem(logits, labels, py::none(), ignore_index, align_corners), view(prediction), view(matrix), per_image,
@@ -155,6 +159,7 @@ void define_cuda(py::module_ m) {
   define(m, "l1_norm", l1_norm, cuda::l1_norm);
   define(m, "newton_step", newton_step, cuda::newton_step);
   define(m, "sign_step", sign_step, cuda::sign_step);
+  define(m, "scale_gradient", scale_gradient, cuda::scale_gradient);
   define(m, "confusion", confusion, cuda::confusion);
 }
 #endif
@@ -194,6 +199,7 @@ PYBIND11_MODULE(_segadv_native, m) {
   define(m, "l1_norm", l1_norm, cpu::l1_norm);
   define(m, "newton_step", newton_step, cpu::newton_step);
   define(m, "sign_step", sign_step, cpu::sign_step);
+  define(m, "scale_gradient", scale_gradient, cpu::scale_gradient);
   define(m, "confusion", confusion, cpu::confusion);
 #if defined(SEGADV_CUDA)
   py::module_ gpu = m.def_submodule("cuda");

@@ -17,7 +17,7 @@
 namespace segadv {
 
 // The Python side refuses an extension with another number.
-constexpr int kInterfaceVersion = 5;
+constexpr int kInterfaceVersion = 6;
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
 
@@ -83,7 +83,7 @@ struct CrossEntropyBackwardParams {
   TensorView pixel_weight;    // [N, H, W], or none
 };
 
-// --- steps in pixel space (cpu/step.cpp) ---
+// --- steps in pixel space, and what else takes images as rows (cpu/step.cpp) ---
 
 // Images as N rows of `numel` elements, all dense in the same order.
 struct L1NormParams {
@@ -114,6 +114,14 @@ struct SignStepParams {
   double low = 0.0, high = 1.0;
 };
 
+// What a backward makes of a gradient that came with the value.
+struct ScaleGradientParams {
+  int64_t n = 0, numel = 0;
+  TensorView grad;    // any floating type
+  TensorView factor;  // [N] of the compute type, any stride
+  TensorView scaled;  // like grad
+};
+
 // --- predictions (cpu/confusion.cpp) ---
 
 // Serves confusion_matrix and argmax_labels.
@@ -137,6 +145,7 @@ int64_t cross_entropy_backward(const CrossEntropyBackwardParams& params);
 int64_t l1_norm(const L1NormParams& params);
 int64_t newton_step(const NewtonStepParams& params);
 int64_t sign_step(const SignStepParams& params);
+int64_t scale_gradient(const ScaleGradientParams& params);
 int64_t confusion(const ConfusionParams& params);
 
 // The instruction set that the kernels run with on this machine: "x86-64-v4", "x86-64-v3" or "baseline".
@@ -170,8 +179,9 @@ Error cross_entropy(const CrossEntropyParams& params, void* workspace, int64_t s
 Error cross_entropy_backward(const CrossEntropyBackwardParams& params, void* workspace, int64_t stream);
 Error l1_norm(const L1NormParams& params, void* workspace, int64_t stream);
 Error newton_step(const NewtonStepParams& params, void* workspace, int64_t stream);
-Error sign_step(const SignStepParams& params, void* workspace, int64_t stream);  // no workspace
-Error confusion(const ConfusionParams& params, void* workspace, int64_t stream);  // no workspace
+Error sign_step(const SignStepParams& params, void* workspace, int64_t stream);            // no workspace
+Error scale_gradient(const ScaleGradientParams& params, void* workspace, int64_t stream);  // no workspace
+Error confusion(const ConfusionParams& params, void* workspace, int64_t stream);           // no workspace
 
 }  // namespace cuda
 }  // namespace segadv

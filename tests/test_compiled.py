@@ -65,7 +65,7 @@ def test_traffic() -> None:
 
     with ThreadPoolExecutor() as pool:
         for lines in pool.map(run, ["triton", "cuda"] if compiled.nvcc() else ["triton"]):
-            assert len(lines) == 24
+            assert len(lines) == 26
             for backend, what, moved, access in lines:
                 # cross-entropy reads logits, newton_step the gradient twice, from the cache where that holds them
                 times = {"loss_and_grad": 3 / 2, "newton_step": 4 / 3}.get(what.split()[0], 1.0)

@@ -49,6 +49,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "l1_norm": (grad,),
         "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),
         "sign_step": (images, grad, 0.1, None, images.clone(), 0.1, None, 0.0, 1.0),
+        "scale_gradient": (z, torch.rand(2, dtype=wide)),
         "confusion_matrix": (z, y, 255, False, True),
         "argmax_labels": (z, [6, 8], False),
     }

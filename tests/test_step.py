@@ -1,4 +1,4 @@
-"""l1_norm, newton_step and sign_step against closed forms and plain PyTorch, on every backend."""
+"""l1_norm, newton_step, sign_step and scale_gradient against closed forms and plain PyTorch, on every backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import segadv
 from segadv import functional as F
-from segadv.ops import backends
+from segadv.ops import backends, library
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 
@@ -246,3 +246,47 @@ def test_radius_without_meaning(backend: str) -> None:
     result = F.sign_step(images, torch.ones_like(images), 0.3, origin=images, eps=eps)
     assert result[0].isnan().all()
     torch.testing.assert_close(result[1:, 0, 0, 0], torch.tensor([0.6, 0.6]))
+
+
+def scaled_by(grad: Tensor, factor: Tensor, interpreted: bool) -> Tensor:
+    """grad [N, C, h, w] * factor [N] in eager PyTorch; 0 where grad is 0."""
+    product = torch.where(grad == 0, 0.0, grad.to(factor.dtype) * factor.view(-1, 1, 1, 1))
+    if interpreted and grad.dtype is torch.bfloat16:  # tl.store in the interpreter cuts float32 off, not rounding it
+        product = (product.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return product.to(grad.dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scale_gradient(backend: str, interpreted: bool, dtype: torch.dtype, layout: str) -> None:
+    """Rounded once; 0 (and -0) stays 0 under an infinite factor, NaN stays NaN under 0; factors of any stride."""
+    grad = torch.randn(6, 5, 7, 9).to(dtype)
+    grad[:, :, 0], grad[:, :, 1] = 0.0, -0.0
+    grad[5, 2, 3, 4] = float("nan")
+    grad = oracle.in_layout(grad, layout)
+    before = grad.clone()
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    factor = torch.tensor([1 / 3, -2e-5, 0.0, float("inf"), float("nan"), 0.7, 1.0], dtype=wide)
+    for factors in (factor[:6], factor.repeat_interleave(3)[:16:3], factor[:1].expand(6)):
+        scaled = library.scale_gradient(grad, factors)
+        assert scaled.dtype is dtype
+        expected = scaled_by(grad, factors, interpreted)
+        torch.testing.assert_close(scaled, expected, rtol=0, atol=0, equal_nan=True)
+        assert not scaled[:, :, :2].signbit().any()
+        assert scaled.is_contiguous(
+            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
+    torch.testing.assert_close(grad, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("numel", [1, 17, 4096, 70000])
+def test_scale_gradient_of_any_size(backend: str, interpreted: bool, numel: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        grad = torch.randn(3, 1, 1, numel).to(dtype)
+        shifted = torch.empty(3 * numel + 1, dtype=dtype)[1:].view(3, 1, 1, numel).copy_(grad)  # not aligned
+        factor = torch.tensor([3.0, -0.1, 1.0])
+        expected = scaled_by(grad, factor, interpreted)
+        assert torch.equal(library.scale_gradient(grad, factor), expected)
+        assert torch.equal(library.scale_gradient(shifted, factor), expected)
+    for shape in ((0, 3, 2, 2), (2, 3, 0, 2)):
+        assert library.scale_gradient(torch.empty(shape), torch.ones(shape[0])).shape == shape

@@ -24,7 +24,7 @@ import compiled
 import ptx
 
 from segadv import functional as F
-from segadv.ops import backends
+from segadv.ops import backends, library
 
 counts: Counter[str] = Counter()
 
@@ -66,6 +66,10 @@ def operations() -> Iterator[tuple[str, int, Callable[[], Any]]]:
     images, grad = torch.rand(2, 3, 128, 256), torch.randn(2, 3, 128, 256)
     gain, one = torch.ones(2), images.nbytes
     yield "l1_norm", one, lambda: F.l1_norm(grad)
+    for dtype in (torch.float32, torch.bfloat16):
+        small = grad.to(dtype)
+        name = f"scale_gradient {str(dtype).removeprefix('torch.')}"
+        yield name, 2 * small.nbytes, lambda small=small: library.scale_gradient(small, gain)
     yield "newton_step", 3 * one, lambda: F.newton_step(images, grad, gain)
     yield "sign_step", 4 * one, lambda: F.sign_step(images, grad, 0.1, origin=images.clone(), eps=0.2)
 

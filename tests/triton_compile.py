@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 sys.path.append(str(Path(__file__).parents[1]))  # behind the installed packages
 
 from benchmarks.instructions import cuobjdump, loops_of
+from segadv.ops.common import compute_dtype
 from segadv.ops.triton_kernels import (
     configs,
     confusion,
@@ -110,6 +111,8 @@ def operations(few: bool) -> Iterator[tuple[str, Any]]:
             yield f"argmax_labels {name}", lambda z=z, size=size, a=align: confusion.argmax_labels(z, [*size], a)
         x = torch.rand(2, 3, 256, 256).to(dtype)
         yield f"l1_norm {str(dtype)[6:]}", lambda x=x: step.l1_norm(x)
+        factor = torch.ones(2, dtype=compute_dtype(dtype))
+        yield f"scale_gradient {str(dtype)[6:]}", lambda x=x, f=factor: step.scale_gradient(x, f)
         if dtype in (torch.float32, torch.float64):
             gain, name = torch.ones(2, dtype=dtype), str(dtype)[6:]
             yield f"newton_step {name}", lambda x=x, g=gain: step.newton_step(x, x, g, 0.0, 1.0, True, 0.5)

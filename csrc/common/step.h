@@ -1,4 +1,4 @@
-// The mathematics of the steps in pixel space.
+// The mathematics of the steps in pixel space, and of scaling a gradient.
 #pragma once
 
 #include "dtype.h"
@@ -21,6 +21,12 @@ SEGADV_INLINE A project(A x, A origin, A eps) {
   const A upper = origin + eps, lower = origin - eps;
   x = ((x > upper) | (upper != upper)) ? upper : x;
   return x < lower ? lower : x;
+}
+
+// What has no gradient keeps none, also where an overflow makes the factor infinite.
+template <class A>
+SEGADV_INLINE A scale(A grad, A factor) {
+  return grad == A(0) ? A(0) : grad * factor;
 }
 
 template <class A>

@@ -3,7 +3,7 @@
 // newton_step fuses the L1 norm, eps = gain / norm, the sign, the step and the clip: the gradient is read twice (the
 // second time from the cache, where it fits), the images once, the result written once. sign_step fuses step,
 // projection and clip: every input read once. Both are bound by memory: 1.2 times an addition of two images into fresh
-// memory (benchmarks/ops.py, floor).
+// memory (benchmarks/ops.py, floor). scale_gradient, with which a backward ends, reads and writes once too.
 #include <algorithm>
 #include <vector>
 
@@ -57,6 +57,12 @@ SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origi
     const A x = project(images[i] + alpha * sign(grad[i]), origin[i], eps);
     out[i] = clip(x, low, high);
   }
+}
+
+template <class S>
+SEGADV_CLONES void scale_row(const S* grad, S* scaled, int64_t count, Compute<S> factor) {
+  SEGADV_SIMD
+  for (int64_t i = 0; i < count; ++i) scaled[i] = from_compute<S>(scale(to_compute(grad[i]), factor));
 }
 
 // Calls f(image, item, begin, count) in parallel; items of an image are numbered from 0.
@@ -134,6 +140,20 @@ int64_t sign_step(const SignStepParams& params) {
       } else {
         step(data<A>(params.images) + i, data<A>(params.grad) + i, out + i, count, alpha, low, high);
       }
+    });
+  });
+  return -1;
+}
+
+int64_t scale_gradient(const ScaleGradientParams& params) {
+  dispatch_floating(params.grad.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    S* scaled = static_cast<S*>(params.scaled.data);
+    advise_huge_pages(scaled, params.n * params.numel * sizeof(S));
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
+      const int64_t i = image * params.numel + begin;
+      const Compute<S> factor = data<Compute<S>>(params.factor)[image * params.factor.stride[0]];
+      scale_row(data<S>(params.grad) + i, scaled + i, count, factor);
     });
   });
   return -1;

@@ -61,11 +61,12 @@ def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
     )
 
 
-def _scale(grad: Tensor, grad_sum: Tensor) -> Tensor:
+def _one_pass_backward(ctx: Any, grad_sum: Tensor) -> Tensor:
     """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
-    scaled: Tensor = (grad * grad_sum.view(-1, 1, 1, 1)).to(grad.dtype)
-    # What has no gradient keeps none, also where an overflow sends in an infinity.
-    return scaled.masked_fill_(grad == 0, 0.0)
+    (grad,) = ctx.saved_tensors
+    with _remembered_backend(ctx):
+        scaled: Tensor = library.scale_gradient(grad, grad_sum)
+    return scaled
 
 
 class PixelMargin(torch.autograd.Function):
@@ -131,13 +132,14 @@ class AveragedGainInOnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         gain_sum, n_valid, grad = library.gain_and_grad(logits, labels, ignore_index, align_corners)
         ctx.save_for_backward(grad)
+        _remember_backend(ctx)
         ctx.mark_non_differentiable(n_valid)
         return gain_sum, n_valid
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivative("averaged_gain")
-        return _scale(ctx.saved_tensors[0], grad_sum), None, None, None
+        return _one_pass_backward(ctx, grad_sum), None, None, None
 
 
 def averaged_gain(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
@@ -189,13 +191,14 @@ class CrossEntropyInOnePass(torch.autograd.Function):
             logits, labels, weight, "cross_entropy", 0.0, False, ignore_index, align_corners
         )
         ctx.save_for_backward(grad)
+        _remember_backend(ctx)
         ctx.mark_non_differentiable(weight_sum)
         return loss_sum, weight_sum
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivative("cross_entropy")
-        return _scale(ctx.saved_tensors[0], grad_sum), None, None, None, None
+        return _one_pass_backward(ctx, grad_sum), None, None, None, None
 
 
 def cross_entropy(

@@ -313,7 +313,7 @@ class Kernels:
         )  # fmt: skip
         return grad
 
-    # --- steps in pixel space ---
+    # --- steps in pixel space, and what else takes images as rows ---
 
     def l1_norm(self, grad: Tensor) -> Tensor:
         norm = empty_vector(grad)
@@ -366,6 +366,12 @@ class Kernels:
             None if eps_per_image is None else row(eps_per_image), low, high,
         )  # fmt: skip
         return adversarial
+
+    def scale_gradient(self, grad: Tensor, factor: Tensor) -> Tensor:
+        scaled = gradient_like(grad)
+        grad = ordered_like(grad, scaled)
+        self._images(self.core.scale_gradient, grad, row(grad), view(factor), row(scaled))
+        return scaled
 
     # --- predictions ---
 

@@ -139,7 +139,7 @@ def loss_and_grad(  # type: ignore[no-untyped-def]
     return empty_vector(logits), empty_vector(logits, torch.int64), empty_vector(logits), gradient_like(logits)
 
 
-# Steps in pixel space: csrc/cpu/step.cpp
+# Steps in pixel space, and what else takes images as rows: csrc/cpu/step.cpp
 
 
 @_define("(Tensor grad) -> Tensor")
@@ -163,6 +163,11 @@ def sign_step(  # type: ignore[no-untyped-def]
     images, grad, alpha, alpha_per_image, origin, eps, eps_per_image, low, high
 ):
     return empty_images(images)
+
+
+@_define("(Tensor grad, Tensor factor) -> Tensor")
+def scale_gradient(grad, factor):  # type: ignore[no-untyped-def]
+    return gradient_like(grad)
 
 
 # Predictions: csrc/cpu/confusion.cpp

@@ -18,6 +18,7 @@ from .common import (
     compute_dtype,
     empty_gradient,
     empty_images,
+    gradient_like,
     is_channels_last,
     synchronous_checks,
 )
@@ -308,6 +309,12 @@ def sign_step(
         radius = eps if eps_per_image is None else _per_image(eps_per_image, images)
         x = x.minimum(origin + radius).maximum(origin - radius)
     return empty_images(images).copy_(x.clamp(low, high))
+
+
+def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
+    scaled = grad.to(factor.dtype) * factor.view(-1, 1, 1, 1)
+    # What has no gradient keeps none, also where an overflow makes the factor infinite.
+    return gradient_like(grad).copy_(scaled.masked_fill(grad == 0, 0.0))
 
 
 def confusion_matrix(

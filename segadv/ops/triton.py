@@ -29,6 +29,7 @@ _FILE = {
     "l1_norm": "step",
     "newton_step": "step",
     "sign_step": "step",
+    "scale_gradient": "step",
     "confusion_matrix": "confusion",
     "argmax_labels": "confusion",
 }

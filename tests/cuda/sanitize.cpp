@@ -114,6 +114,7 @@ void run_steps(DType dtype, DType wide, int64_t n, int64_t numel, bool aligned) 
   void* workspace = memory.workspace(cuda::image_workspace(n, numel));
   const std::string what = std::to_string(n) + " x " + std::to_string(numel);
   check(cuda::l1_norm({n, numel, grad, norm}, workspace, 0), what);
+  check(cuda::scale_gradient({n, numel, grad, norm, memory.tensor(dtype, {n, numel})}, nullptr, 0), what);
   if constexpr (std::is_same_v<S, Compute<S>>) {
     const TensorView images = memory.tensor(dtype, {n, numel}), out = memory.tensor(dtype, {n, numel});
     const TensorView gain = memory.tensor(dtype, {n}), eps = memory.tensor(dtype, {n});

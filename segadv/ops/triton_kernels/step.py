@@ -4,6 +4,7 @@ newton_step, two kernels: absolute sums of groups of blocks; then the norm (each
 eps = gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
 reading of the gradient goes backwards, so that it starts with what the cache still holds, and images and result do not
 push that out. sign_step fuses step, projection and clip: every input read once. Both are bound by memory.
+scale_gradient, with which a backward ends, reads and writes a gradient once.
 
 Fraction of the limit reached: not yet measured (python -m benchmarks.device).
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import compute_dtype, empty_images, is_channels_last, numel_per_image, ordered_like
+from ..common import compute_dtype, empty_images, gradient_like, is_channels_last, numel_per_image, ordered_like
 from .configs import config
 from .scalars import bits, scalar
 from .tiles import UNALIGNED, launch, power_of_two, total_of, triton_dtype
@@ -120,6 +121,16 @@ def sign_step_kernel(
     tl.store(adversarial + at, clip(x, scalar(low_bits, A), scalar(high_bits, A)), mask=mask)
 
 
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=UNALIGNED)
+def scale_gradient_kernel(grad, factor, scaled, numel, blocks, stride, A: tl.constexpr, BLOCK: tl.constexpr):
+    n, k = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
+    i = k * BLOCK + tl.arange(0, BLOCK)
+    at, mask = n * numel + i, i < numel
+    g = tl.load(grad + at, mask=mask, other=0, eviction_policy="evict_first").to(A)
+    # What has no gradient keeps none, also where an overflow makes the factor infinite.
+    tl.store(scaled + at, tl.where(g == 0, 0.0, g * tl.load(factor + n * stride)), mask=mask)
+
+
 def _absolute_sums(grad: Tensor) -> Tensor:
     """[N, at most _MOST_PARTIALS], sums of absolute values of every image's blocks."""
     numel, tuned = numel_per_image(grad), config("step", grad.device)
@@ -195,3 +206,16 @@ def sign_step(
         A=triton_dtype(images.dtype), BLOCK=block, num_warps=tuned.num_warps,
     )  # fmt: skip
     return adversarial
+
+
+def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
+    scaled = gradient_like(grad)
+    grad = ordered_like(grad, scaled)
+    numel, tuned = numel_per_image(grad), config("step", grad.device)
+    block = min(power_of_two(numel), tuned.block)
+    blocks = triton.cdiv(numel, block)
+    launch(
+        scale_gradient_kernel, grad.shape[0] * blocks, grad, grad, factor, scaled, numel, blocks, factor.stride(0),
+        A=triton_dtype(factor.dtype), BLOCK=block, num_warps=tuned.num_warps,
+    )  # fmt: skip
+    return scaled
