@@ -477,6 +477,8 @@ def decode(kernel: Kernel, opcode: str, operands: Sequence[str]) -> Run:
         return _apply(kernel, operands[0], lambda u, v: _joined(u, v), upper, lower)
     if name == "cvt":
         return _apply(kernel, operands[0], lambda a: a, _convert(kernel, parts[-2], kind, parts, operands[1]))
+    if name == "setp" and kind in ("bf16", "bf16x2", "f16x2"):
+        return _compare_halves(kernel, _comparison(parts[1]), kind, operands)
     if name == "setp":
         operation: Callable[..., Array] = _comparison(parts[1])
         kinds = [kind] * 2
@@ -549,6 +551,25 @@ def _comparison(name: str) -> Callable[[Array, Array], Array]:
     if name == "ne":
         return lambda a, b: (a != b) & (a == a) & (b == b)
     return _COMPARE[name]
+
+
+def _compare_halves(kernel: Kernel, compare: Callable[..., Array], kind: str, operands: Sequence[str]) -> Run:
+    """setp of numbers of 16 bits; of two at once, the first predicate is of the lower ones."""
+    targets = operands[0].split("|")
+    readers = [reader(kernel, operand, f"b{16 * len(targets)}") for operand in operands[1:]]
+
+    def number(a: Array, shift: int) -> Array:
+        half = (a >> a.dtype.type(shift)).astype(np.uint16)
+        return half.view(np.float16) if kind == "f16x2" else (half.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+    runs = [_apply(kernel, target, lambda a, b, s=16 * i: compare(number(a, s), number(b, s)), *readers)
+            for i, target in enumerate(targets)]  # fmt: skip
+
+    def run(machine: Machine, mask: Array) -> None:
+        for one in runs:
+            one(machine, mask)
+
+    return run
 
 
 _COMPARE: dict[str, Callable[[Array, Array], Array]] = {
