@@ -642,7 +642,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     cases: dict[str, list[Record]] = {}
     for record in [record for record in records if record.thp == 0] or records:
         cases.setdefault(record.case, []).append(record)
-    tables = {case: Table(of_case) for case, of_case in cases.items()}
+    # A file may hold rows of other benchmarks too.
+    tables = {case: table for case, of_case in cases.items() if (table := Table(of_case)).columns()}
     shares = sorted({mode.partition(" p = ")[2] for table in tables.values() for mode in table.modes()})
     colors = dict(zip(COLUMNS, ("#999999", "#56B4E9", "#D55E00"), strict=True))
     figure, panels = pyplot.subplots(

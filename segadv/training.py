@@ -372,7 +372,7 @@ class Trainer:
 
         * ``last.pt``, the checkpoint, complete; in the end also ``model.safetensors``, the weights to be shared.
         * ``metrics.jsonl``, one JSON object every config.log_every steps, about the steps since the line before:
-          step (number of steps done), epoch, loss (mean), learning_rate (of the last step), share_adversarial (of
+          step (number of steps done), epoch, loss (mean), learning_rate (of the last step), adversarial_share (of
           all samples), and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
           share_skipped (left as they were), each null where there is none; steps_per_s. Every config.monitor_every
           steps it also has what `segadv.monitor.probe` finds on eight fixed training images; a RuntimeWarning tells
@@ -686,7 +686,7 @@ class Trainer:
             "epoch": epoch,
             "loss": _mean(losses),
             "learning_rate": self._learning_rate(self.steps_done - 1),
-            "share_adversarial": len(eps) / (len(losses) * self.config.batch_size),
+            "adversarial_share": len(eps) / (len(losses) * self.config.batch_size),
             "eps_median": median,
             "eps_p10": p10,
             "eps_p90": p90,
@@ -896,7 +896,7 @@ class _Interrupts:
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:
-    parts = [f"loss {metrics['loss']:.3f}", f"adversarial {metrics['share_adversarial']:.0%}"]
+    parts = [f"loss {metrics['loss']:.3f}", f"adversarial {metrics['adversarial_share']:.0%}"]
     if metrics["eps_median"] is not None:
         parts.append(f"median eps {metrics['eps_median']:.4f}")
     return ", ".join(parts)

@@ -539,6 +539,6 @@ def test_training_and_continuing(
     ]
     for one, other in zip(*lines, strict=True):
         assert (one["step"], one["learning_rate"]) == (other["step"], other["learning_rate"])
-        assert one["share_adversarial"] == other["share_adversarial"]
+        assert one["adversarial_share"] == other["adversarial_share"]
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05)  # atomic additions of cuDNN and of half precision
         assert math.isfinite(one["loss"])

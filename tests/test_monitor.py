@@ -294,7 +294,7 @@ def test_share_of_adversarial_samples_is_an_option_of_every_arm(tmp_path: Path, 
     shares = {}
     for share in (0.0, 0.5, 1.0):
         run(tmp_path / f"{share}", arm=arm, steps=3, adversarial_share=share)
-        shares[share] = metrics_of(tmp_path / f"{share}")[0]["share_adversarial"]
+        shares[share] = metrics_of(tmp_path / f"{share}")[0]["adversarial_share"]
     assert (shares[0.0], shares[1.0]) == (0, 1)
     assert 0 < shares[0.5] < 1
 

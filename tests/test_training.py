@@ -213,8 +213,8 @@ def test_the_same_samples_are_chosen_in_every_arm_and_only_they_are_attacked(
         assert means == torch.stack([data[key][0] for key in order]).mean((1, 2, 3)).tolist()
         assert len(set(means)) == 4
     line = metrics_of(tmp_path / "fgsm")[0]
-    assert line["share_adversarial"] == sum(counts[0] for counts, _ in seen["basic"][:3]) / 12
-    assert metrics_of(tmp_path / "basic")[0]["share_adversarial"] == 0
+    assert line["adversarial_share"] == sum(counts[0] for counts, _ in seen["basic"][:3]) / 12
+    assert metrics_of(tmp_path / "basic")[0]["adversarial_share"] == 0
 
 
 def test_attack_gets_the_chosen_samples_and_the_model_their_adversarial_versions() -> None:
@@ -1245,7 +1245,7 @@ def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> N
         assert line["eps_median"] == pytest.approx(np.median(eps))
         assert line["eps_p10"] == pytest.approx(np.quantile(eps, 0.1))
         assert line["eps_p90"] == pytest.approx(np.quantile(eps, 0.9))
-        assert line["share_adversarial"] == 1
+        assert line["adversarial_share"] == 1
         assert line["share_negative_gain"] == 0.5
         assert line["share_skipped"] == 0.25
         assert line["steps_per_s"] > 0

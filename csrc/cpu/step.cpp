@@ -1,4 +1,5 @@
-// The steps of the attacks in pixel space. Each image is a row of `numel` elements in whatever dense order.
+// The steps of the attacks in pixel space, and the scaling of a gradient. Each image is a row of `numel` elements in
+// whatever dense order.
 //
 // newton_step fuses the L1 norm, eps = gain / norm, the sign, the step and the clip: the gradient is read twice (the
 // second time from the cache, where it fits), the images once, the result written once. sign_step fuses step,

@@ -1,16 +1,17 @@
-// The steps of the attacks in pixel space. Each image is a row of `numel` elements in whatever dense order.
+// The steps of the attacks in pixel space, and the scaling of a gradient. Each image is a row of `numel` elements in
+// whatever dense order.
 //
 // newton_step, two kernels: the absolute sums of chunks; then the norm (each block adds up its image's chunks), eps =
 // gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
 // reading of the gradient goes backwards, so that it starts with what the cache still holds, and images and result do
 // not push that out. sign_step fuses step, projection and clip: every input read once. Both are bound by memory.
 //
-// scale_gradient, with which a backward ends, reads and writes a gradient once; the network's backward reads it next, so
-// that it is left in the cache.
+// scale_gradient, with which a backward ends, reads and writes a gradient once; the result is left in the cache, since
+// the network's backward reads it next.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 24 to 34 registers, 75
 // to 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an
-// origin. Fraction of the limit reached: not yet measured.
+// origin; scale_gradient 8. Fraction of the limit reached: not yet measured.
 #include <cmath>
 
 #include "common/dtype.h"

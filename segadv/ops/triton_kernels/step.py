@@ -1,4 +1,5 @@
-"""The steps of the attacks in pixel space. Each image is a row of `numel` elements in whatever dense order.
+"""The steps of the attacks in pixel space, and the scaling of a gradient. Each image is a row of `numel` elements in
+whatever dense order.
 
 newton_step, two kernels: absolute sums of groups of blocks; then the norm (each program adds up its image's sums),
 eps = gain / norm, sign, step and clip. Fewest bytes: gradient and images read once, the result written once. The second
