@@ -318,15 +318,34 @@ struct Pixels {
     static_assert(!kUp);
     const int64_t stride = grad.stride[1];
     S* to = at<S>(grad, offset(grad, 2) + scaled(classes - 1, stride));
-#pragma unroll kUnroll
-    for (int32_t c = classes - 1; c >= 0; --c, to -= stride) {
-      A z[P] = {}, g[P];
-      if constexpr (kReads) load(c, z);
+    const auto store = [&](int32_t c, const Pack<S, P>& logits) {
+      A z[P], g[P];
+#pragma unroll
+      for (int i = 0; i < P; ++i) z[i] = to_compute(logits.values[i]);
       f(c, z, g);
       Pack<S, P> pack;
 #pragma unroll
       for (int i = 0; i < P; ++i) pack.values[i] = from_compute<S>(g[i]);
       if (count > 0) store_pack_once(to, pack);  // the logits may be read a second time
+      to -= stride;
+    };
+    int32_t c = classes - 1;
+    if constexpr (kReads) {
+      // Several classes are loaded before the first one is stored. The compiler moves no load ahead of a store, and one
+      // under way for each thread would not keep the memory busy.
+      const S* from = tap[0] + scaled(c, stride_c);
+      for (; c >= kUnroll - 1; c -= kUnroll) {
+        Pack<S, P> logits[kUnroll];
+#pragma unroll
+        for (int j = 0; j < kUnroll; ++j, from -= stride_c) logits[j] = load_pack<P>(from);
+#pragma unroll
+        for (int j = 0; j < kUnroll; ++j) store(c - j, logits[j]);
+      }
+#pragma unroll 1
+      for (; c >= 0; --c, from -= stride_c) store(c, load_pack<P>(from));
+    } else {
+#pragma unroll kUnroll
+      for (; c >= 0; --c) store(c, {});
     }
   }
 };
