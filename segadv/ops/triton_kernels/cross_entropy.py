@@ -23,11 +23,9 @@ from .scalars import bits, scalar
 from .tiles import (
     UNALIGNED,
     UNSPECIALIZED,
-    classes_from,
     exp,
     find_largest,
     finish,
-    for_classes,
     launch,
     load_classes,
     load_labels,
@@ -146,21 +144,11 @@ def cross_entropy_kernel(
     if pixel_weight is not None:
         tl.store(pixel_weight + at, weight, mask=inside)
     if grad is not None:
-        factor = for_classes(weight * reciprocal(total), GROUP)
-        weight, subtracted = for_classes(weight, GROUP), for_classes(subtracted, GROUP)
-        label, inside = for_classes(label, GROUP), for_classes(inside, GROUP)
-        at = for_classes(o00, GROUP)
-        at_grad = for_classes(n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x, GROUP)
-        # Backwards: where the cache does not hold all logits of the programs at work, it holds those read last.
-        last = (C - 1) // GROUP * GROUP
-        for k in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
-            c, exists = classes_from(last - k, C, GROUP)
-            plane = logits + n * stride_n + tl.cast(c, tl.int64) * stride_c
-            z = tl.load(plane + at, mask=inside & exists, other=0).to(A)
-            g = gradient.cross_entropy_gradient(c, label, exp(z - subtracted), factor, weight)
-            # The logits are read a second time: the gradient should not push them out of the cache.
-            to = grad + at_grad + tl.cast(c, tl.int64) * grad_c
-            tl.store(to, g, mask=inside & exists, eviction_policy="evict_first")
+        at_grad = n * grad_n + y.to(tl.int64) * grad_y + x.to(tl.int64) * grad_x
+        gradient.store_cross_entropy_gradient(
+            grad, at_grad, grad_c, logits + n * stride_n, o00, stride_c, C, label, subtracted,
+            weight * reciprocal(total), weight, inside, A, GROUP, UNROLL,
+        )  # fmt: skip
 
 
 def _cross_entropy(

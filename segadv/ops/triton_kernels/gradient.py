@@ -55,6 +55,36 @@ def cross_entropy_gradient(c, label, e, factor, value):
 
 
 @triton.jit
+def store_cross_entropy_gradient(grad, at_grad, grad_c, logits, at, stride_c, C, label, shift, factor, value, inside,
+                                 A: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """The gradients of all classes at a tile's pixels, whose logits have the labels' size.
+
+    UNROLL groups of classes are loaded before the first one is stored: no load is moved ahead of a store, and one under
+    way for each thread would not keep the memory busy. Backwards: where the cache does not hold all logits of the
+    programs at work, it holds those read last; nor should the gradient push them out.
+    """
+    label, shift, inside = for_classes(label, GROUP), for_classes(shift, GROUP), for_classes(inside, GROUP)
+    factor, value = for_classes(factor, GROUP), for_classes(value, GROUP)
+    at, at_grad = for_classes(at, GROUP), for_classes(at_grad, GROUP)
+    last = (C - 1) // GROUP * GROUP
+    for k in tl.range(0, C, GROUP * UNROLL):
+        loaded = ()
+        for j in tl.static_range(UNROLL):
+            first = last - k - j * GROUP
+            c, exists = classes_from(first, C, GROUP)
+            # The interpreter takes no mask of a number's comparison.
+            mask = inside & exists & (tl.full(inside.shape, first, tl.int32) >= 0)
+            z = tl.load(logits + at + tl.cast(c, tl.int64) * stride_c, mask=mask, other=0)
+            loaded = loaded + ((z, mask),)  # noqa: RUF005  (Triton unpacks no tuple into another)
+        for j in tl.static_range(UNROLL):
+            c, _ = classes_from(last - k - j * GROUP, C, GROUP)
+            z, mask = loaded[j]
+            g = cross_entropy_gradient(c, label, exp(z.to(A) - shift), factor, value)
+            to = grad + at_grad + tl.cast(c, tl.int64) * grad_c
+            tl.store(to, g, mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
 def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside, A: tl.constexpr):
     """What a pixel's gradient is multiplied with: incoming gradient, weight of its class, weight of the pixel."""
     value = tl.full(inside.shape, 1.0, A)
@@ -84,24 +114,22 @@ def gradient_kernel(
     value = load_value(
         grad_loss, n * loss_n + y * loss_y + x * loss_x, class_weight, pixel_weight, at, label, inside, A
     )
+    at_grad = n * grad_n + y * grad_y + x * grad_x
     if runner_up is not None:
         runner = tl.where(label >= 0, tl.load(runner_up + at, mask=inside, other=0).to(tl.int32), -1)
-        runner = for_classes(runner, GROUP)
-    else:
-        subtracted = for_classes(tl.load(shift + at, mask=inside, other=0), GROUP)
-        factor = for_classes(value * tl.load(scale + at, mask=inside, other=0), GROUP)
-    label, value, inside = for_classes(label, GROUP), for_classes(value, GROUP), for_classes(inside, GROUP)
-    at_grad = for_classes(n * grad_n + y * grad_y + x * grad_x, GROUP)
-    at_logits = for_classes(n * stride_n + y * stride_y + x * stride_x, GROUP)
-    for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
-        c, exists = classes_from(first, C, GROUP)
-        if runner_up is not None:
+        label, runner, value = for_classes(label, GROUP), for_classes(runner, GROUP), for_classes(value, GROUP)
+        at_grad, inside = for_classes(at_grad, GROUP), for_classes(inside, GROUP)
+        for first in tl.range(0, C, GROUP, loop_unroll_factor=UNROLL):
+            c, exists = classes_from(first, C, GROUP)
             g = margin_gradient(c, label, runner, value)
-        else:
-            plane = logits + tl.cast(c, tl.int64) * stride_c
-            z = tl.load(plane + at_logits, mask=inside & exists, other=0).to(A)
-            g = cross_entropy_gradient(c, label, exp(z - subtracted), factor, value)
-        tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside & exists)
+            tl.store(grad + at_grad + tl.cast(c, tl.int64) * grad_c, g, mask=inside & exists)
+    else:
+        subtracted = tl.load(shift + at, mask=inside, other=0)
+        factor = value * tl.load(scale + at, mask=inside, other=0)
+        at = n * stride_n + y * stride_y + x * stride_x
+        store_cross_entropy_gradient(
+            grad, at_grad, grad_c, logits, at, stride_c, C, label, subtracted, factor, value, inside, A, GROUP, UNROLL
+        )
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
