@@ -639,11 +639,12 @@ def plot(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    ours = {record.case for record in records if record.operation == "training step"}
+    records = [record for record in records if record.case in ours]  # a file may hold rows of other benchmarks too
     cases: dict[str, list[Record]] = {}
     for record in [record for record in records if record.thp == 0] or records:
         cases.setdefault(record.case, []).append(record)
-    # A file may hold rows of other benchmarks too.
-    tables = {case: table for case, of_case in cases.items() if (table := Table(of_case)).columns()}
+    tables = {case: Table(of_case) for case, of_case in cases.items()}
     shares = sorted({mode.partition(" p = ")[2] for table in tables.values() for mode in table.modes()})
     colors = dict(zip(COLUMNS, ("#999999", "#56B4E9", "#D55E00"), strict=True))
     figure, panels = pyplot.subplots(

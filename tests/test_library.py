@@ -265,15 +265,28 @@ def test_backend_is_per_thread_and_restored() -> None:
     assert backends.requested() is None
 
 
-def test_backward_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        backends.BACKENDS["native"], "margin_backward", lambda *_: pytest.fail("the native backward ran")
-    )
-    z, y = torch.randn(1, 3, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, dtype=torch.long)
+@pytest.mark.parametrize("size", [2, 8])  # of 8, in one pass
+@pytest.mark.parametrize("function", [F.averaged_gain, F.cross_entropy])
+def test_backward_uses_the_backend_of_the_forward(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor, Tensor], Tensor], size: int
+) -> None:
+    for name in ("margin_backward", "cross_entropy_backward", "scale_gradient"):
+        monkeypatch.setattr(backends.BACKENDS["native"], name, lambda *_: pytest.fail("the native backward ran"))
+    z, y = torch.randn(1, 3, 2, 2, requires_grad=True), torch.zeros(1, size, size, dtype=torch.long)
     with segadv.backend("reference"):
-        gain = F.averaged_gain(z, y)
-    gain.sum().backward()
+        value = function(z, y)
+    value.sum().backward()
     assert z.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_saved_gradient_may_come_back_in_another_precision(backend: str, dtype: torch.dtype) -> None:
+    z, y = torch.randn(2, 3, 2, 2, dtype=dtype, requires_grad=True), torch.randint(0, 3, (2, 8, 8))
+    (expected,) = torch.autograd.grad(F.cross_entropy(z, y), z)
+    other = torch.float64 if dtype is torch.float32 else torch.float32
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(other), lambda t: t):
+        (grad,) = torch.autograd.grad(F.cross_entropy(z, y), z)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("own", SIZES.values(), ids=SIZES)

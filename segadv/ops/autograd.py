@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import backends, library
-from .common import is_channels_last
+from .common import compute_dtype, is_channels_last
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -63,9 +63,9 @@ def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
 
 def _one_pass_backward(ctx: Any, grad_sum: Tensor) -> Tensor:
     """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
-    (grad,) = ctx.saved_tensors
+    (grad,) = ctx.saved_tensors  # to which a hook may have given another precision
     with _remembered_backend(ctx):
-        scaled: Tensor = library.scale_gradient(grad, grad_sum)
+        scaled: Tensor = library.scale_gradient(grad, grad_sum.to(compute_dtype(grad.dtype)))
     return scaled
 
 

@@ -75,7 +75,7 @@ def store_cross_entropy_gradient(grad, at_grad, grad_c, logits, at, stride_c, C,
             # The interpreter takes no mask of a number's comparison.
             mask = inside & exists & (tl.full(inside.shape, first, tl.int32) >= 0)
             z = tl.load(logits + at + tl.cast(c, tl.int64) * stride_c, mask=mask, other=0)
-            loaded = loaded + ((z, mask),)  # noqa: RUF005  (Triton unpacks no tuple into another)
+            loaded = loaded + ((z, mask),)  # type: ignore[assignment]  # noqa: RUF005
         for j in tl.static_range(UNROLL):
             c, _ = classes_from(last - k - j * GROUP, C, GROUP)
             z, mask = loaded[j]
