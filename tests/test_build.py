@@ -79,6 +79,30 @@ def narrow_gradient_stores(extension: Path, arch: str) -> list[str]:
     return [line for code in codes for line in code.splitlines() if re.search(r"STG\.E(\.EF)?\s", line)]
 
 
+def loads_ahead(extension: Path, arch: str) -> dict[str, int]:
+    """How many loads of 16 bytes stand before the first store in a loop, of kernels that read and write as they go.
+
+    The compiler moves none ahead of a store that might change what it loads: then one is under way for each thread, and
+    a GPU waits for memory instead of keeping it busy.
+    """
+    kernels = instructions.kernels_of(extension, arch)
+    pixels = ("Pixels<float, 4, false>", "Pixels<BFloat16, 8, false>", "Pixels<Half, 8, false>")
+    names = {"scale_gradient_kernel<float, 4>", "scale_gradient_kernel<BFloat16, 8>", "scale_gradient_kernel<Half, 8>"}
+    names |= {f"gradient_kernel<{those}, false>" for those in pixels}
+    names |= {f"cross_entropy_kernel<{those}, {loss}>" for those in pixels for loss in range(3)}
+    code = instructions.code_of(extension, arch, [kernels[name][0] for name in names])
+    found = {}
+    for name in names:
+        found[name] = 0
+        for loop in instructions.loops_of(code[kernels[name][0]]):
+            before, store, _ = "\n".join(loop.instructions).partition(
+                "STG.E.EF.128" if "scale" not in name else "STG.E.128"
+            )
+            if store:
+                found[name] = max(found[name], before.count("LDG.E.128"))
+    return found
+
+
 def test_what_the_compiler_made_of_cuda_kernels() -> None:
     """Registers suffice; where not, on other GPUs than sm_90, for 16 bytes that no innermost loop touches."""
     if not segadv.build_info()["cuda"]:
@@ -97,6 +121,8 @@ def test_what_the_compiler_made_of_cuda_kernels() -> None:
             assert innermost
             assert not [line for loop in innermost for line in loop.instructions if re.search(r"\b(LDL|STL)\b", line)]
         assert narrow_gradient_stores(extension, arch) == []
+        ahead = loads_ahead(extension, arch)
+        assert min(ahead.values()) >= 4, ahead
 
 
 def test_instructions_of_a_loop_are_its_own() -> None:
