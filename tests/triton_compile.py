@@ -170,7 +170,7 @@ def target(name: str) -> GPUTarget:
 
 def resources(cubin: bytes) -> str:
     """Registers; bytes of the stack, to which registers that do not fit are spilled; barriers in innermost loops,
-    which move values between layouts through shared memory."""
+    which move values between layouts through shared memory; most loads of 16 bytes before the first store of a loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -178,7 +178,9 @@ def resources(cubin: bytes) -> str:
         loops = loops_of(cuobjdump("-sass", file.name))
     barriers = sum("BAR.SYNC" in what for loop in loops if loop.is_innermost for what in loop.instructions)
     sizes = " ".join(str(len(loop.instructions)) for loop in loops)
-    return f"registers {registers} stack {stack} barriers {barriers} | loops {sizes}"
+    before = ["\n".join(loop.instructions).partition("STG") for loop in loops]
+    ahead = max((loads.count("LDG.E.128") for loads, store, _ in before if store), default=0)
+    return f"registers {registers} stack {stack} barriers {barriers} ahead {ahead} | loops {sizes}"
 
 
 def conversions_in_loops(ttgir: str) -> int:
