@@ -136,6 +136,14 @@ def test_nan_stays_in_its_pixels_and_its_image(backend: str, where: str, own: tu
     assert F.gain_and_grad(z, y)[2].isfinite().all()
 
 
+def test_the_runner_up_of_a_label_that_is_nan(backend: str) -> None:
+    z, y = torch.randn(1, 4, 3, 5), torch.ones(1, 3, 5, dtype=torch.long)
+    z[0, 1, 1, 2] = torch.nan
+    z_eager = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.pixel_margin(z_eager, y).sum(), z_eager)
+    assert torch.equal(F.gain_and_grad(z, y)[2], expected)
+
+
 def test_all_ignored_and_empty(backend: str) -> None:
     z = torch.randn(2, 3, 4, 5, requires_grad=True)
     y = torch.full((2, 8, 10), 255)
@@ -343,6 +351,18 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
     expected = everything(z, y, outgoing)
     given = {"logits": z.detach(), "labels": y, "outgoing gradient": outgoing}
     results = everything(*(oracle.shifted(t) if name == moved else t for name, t in given.items()))
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("own", [(4, 6), (3, 4)])
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_labels_of_any_strides(backend: str, layout: str, own: tuple[int, int]) -> None:
+    z, outgoing = torch.randn(2, 4, *own), torch.randn(2, 4, 6)
+    wide = torch.randint(0, 4, (2, 6, 13))
+    y = wide[:, 1:5, 1::2] if layout == "sliced" else wide[:, :, 1:5].transpose(1, 2)
+    y[0, 2, 3:5] = 255
+    results, expected = everything(z, y, outgoing), everything(z, y.contiguous(), outgoing)
     for result, other in zip(results, expected, strict=True):
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
