@@ -199,6 +199,13 @@ def test_sign_step_stays_in_ball_and_box(seed: int, eps: float, alpha: float, lo
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-6)
 
 
+def test_a_gradient_of_nan_moves_no_pixel(backend: str) -> None:
+    images, grad = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    grad[0, 1, 2, 3] = torch.nan
+    expected = (images + 0.1 * grad.nan_to_num().sign()).clamp(0, 1)
+    torch.testing.assert_close(F.sign_step(images, grad, 0.1), expected, rtol=0, atol=1e-7)
+
+
 def test_what_is_given_per_image_may_have_any_strides_and_precision(backend: str) -> None:
     images, grad = torch.rand(3, 3, 4, 5), torch.randn(3, 3, 4, 5)
     wide = torch.tensor([[0.02, 9.0], [0.01, 9.0], [0.03, 9.0]])
