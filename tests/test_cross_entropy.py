@@ -156,6 +156,75 @@ def test_logits_that_are_all_minus_infinity_make_their_pixel_nan(backend: str, l
     assert torch.equal(grad.isnan(), z.isinf())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("masked", [0, 2])
+def test_a_class_of_minus_infinity(backend: str, masked: int, layout: str, loss: str) -> None:
+    """The usual mask of a class that no pixel may have."""
+    z, y = torch.randn(2, 3, 5, 8), torch.ones(2, 5, 8, dtype=torch.long)
+    z[:, masked] = -torch.inf
+    leaf = z.clone().requires_grad_()
+    plain = {"cross_entropy": oracle.cross_entropy_map, "cospgd": oracle.cospgd_map}.get(loss)
+    expected = (plain(leaf, y) if plain else oracle.segpgd_map(leaf, y, 1 / 8)).sum((1, 2))
+    (grad_expected,) = torch.autograd.grad(expected.sum(), leaf)
+    loss_sum, _, grad = F.loss_and_grad(oracle.in_layout(z, layout), y, loss=loss, step=1, steps=4)
+    torch.testing.assert_close(loss_sum, expected.detach())
+    torch.testing.assert_close(grad, grad_expected)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 15)], ids=str)
+@pytest.mark.parametrize("label", [0, 1])
+def test_of_equal_logits_the_lowest_class_is_predicted(backend: str, label: int, size: tuple[int, int]) -> None:
+    """SegPGD takes a pixel for right where the label is that class."""
+    z, y = torch.randn(1, 1, 4, 6).repeat(1, 3, 1, 1), torch.full((1, *size), label)
+    weight = 1 / 8 if label else 7 / 8
+    expected = torch.full((1,), weight * y.numel()) * torch.tensor(3.0).log()
+    torch.testing.assert_close(F.loss_and_grad(z, y, loss="segpgd", step=1, steps=4)[0], expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("own", [(4, 6), (2, 3)], ids=str)
+def test_nan_under_void_pixels_reaches_nothing(backend: str, own: tuple[int, int], loss: str) -> None:
+    z, y = torch.randn(2, 3, *own), torch.zeros(2, 4, 6, dtype=torch.long)
+    z[0, 2, 0, 0] = torch.nan
+    y[0, :3, :4] = 255
+    for value in F.loss_and_grad(z, y, loss=loss, step=1, steps=4):
+        assert value.isfinite().all()
+    z.requires_grad_()
+    value = {
+        "cross_entropy": lambda: F.cross_entropy(z, y, reduction="none"),
+        "segpgd": lambda: F.segpgd_loss(z, y, 1, 4),
+        "cospgd": lambda: F.cospgd_loss(z, y),
+    }[loss]()
+    assert value.isfinite().all()
+    assert torch.autograd.grad(value.sum(), z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "image", "sum", "none"])
+@pytest.mark.parametrize("own", [(6, 8), (4, 5), (3, 4)], ids=str)
+def test_the_gradient_is_weighted_by_the_class(backend: str, own: tuple[int, int], reduction: str) -> None:
+    """However the forward computes it."""
+    z, y = torch.randn(2, 3, *own, requires_grad=True), torch.randint(0, 3, (2, 6, 8))
+    y[0, 1] = 255
+    weight = torch.tensor([0.1, 1.0, 7.0])
+    values = oracle.cross_entropy_map(z, y, weight)
+    expected = reduce(values, torch.where(y == 255, 0, weight[y % 3]), reduction)
+    (grad,) = torch.autograd.grad(F.cross_entropy(z, y, weight=weight, reduction=reduction).sum(), z)
+    (grad_expected,) = torch.autograd.grad(expected.sum(), z)
+    torch.testing.assert_close(grad, grad_expected)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 5)], ids=str)
+def test_small_outgoing_gradients_of_large_losses(backend: str, size: tuple[int, int]) -> None:
+    """Divided by the sum of exponentials relative to the label's they would be subnormal."""
+    z, y = torch.randn(1, 4, 4, 4), torch.ones(1, *size, dtype=torch.long)
+    z[:, 1] -= 60
+    z.requires_grad_()
+    value = F.cross_entropy(z, y, reduction="sum")
+    small, expected = (torch.autograd.grad(factor * value, z, retain_graph=True)[0] for factor in (1e-20, 1.0))
+    torch.testing.assert_close(small * 1e20, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cosine_where_the_labels_class_is_masked_out(backend: str) -> None:
     z, y = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 24, 40))
     z[:, 3] = torch.finfo(torch.float32).min
@@ -185,6 +254,15 @@ def test_smooth_logits(backend: str, seed: int) -> None:
         (grad64,) = torch.autograd.grad(truth.sum(), z64)
         oracle.assert_accurate(grad, grad_eager, grad64, f"gradient of {name}")
         oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("at", [(2, 0), (2, 4), (0, 2), (4, 2)], ids=str)
+def test_nan_at_an_edge_does_not_reach_its_neighbours_in_memory(backend: str, at: tuple[int, int]) -> None:
+    z, y = torch.randn(1, 3, 5, 5), torch.randint(0, 3, (1, 10, 10))
+    z[(0, 1, *at)] = torch.nan
+    z_eager = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.cross_entropy_map(z_eager, y).sum(), z_eager)
+    torch.testing.assert_close(F.loss_and_grad(z, y)[2], expected, equal_nan=True)
 
 
 def test_nan_reaches_the_gradient_of_its_neighbours_alone(backend: str) -> None:
