@@ -230,10 +230,20 @@ def test_numbers_reach_the_kernels_in_float64() -> None:
     torch.testing.assert_close(loss, images.new_tensor([2.0]).log() / 6, rtol=1e-14, atol=0)
 
 
-def test_too_large_for_int32_is_refused() -> None:
-    z = torch.empty(1, 2, 1, 1, device="meta").expand(1, 2, 40000, 1)
-    with pytest.raises(ValueError, match=r"logits must have h \* H and w \* W below .*, got 40000 x 1 .* to 40001 x 1"):
-        margin.tiles(z.shape, (40001, 1), False, z.dtype, torch.device("cpu"), [z.stride()])
+@pytest.mark.parametrize(
+    ("size", "stride", "size_out", "named"),
+    [
+        ((40000, 1), (0, 0), (40001, 1), r"40000 x 1 .* to 40001 x 1"),
+        ((1, 40000), (0, 0), (1, 40001), r"1 x 40000 .* to 1 x 40001"),
+        ((2, 2), (2**30, 1), (3, 3), rf"2 x 2 \(strides {2**30}, 1\) to 3 x 3"),
+    ],
+)
+def test_too_large_for_int32_is_refused(
+    size: tuple[int, int], stride: tuple[int, int], size_out: tuple[int, int], named: str
+) -> None:
+    strides = [(0, 0, *stride)]
+    with pytest.raises(ValueError, match=rf"logits must have h \* H and w \* W below .*, got {named}"):
+        margin.tiles((1, 2, *size), size_out, False, torch.float32, torch.device("cpu"), strides)
 
 
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
