@@ -7,6 +7,7 @@ else is said: batch normalisation over several processes exists on GPUs only.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
@@ -216,6 +217,7 @@ def test_a_step_communicates_gradients_and_a_count(out: Path) -> None:
     """The small network's gradients fit one bucket of DistributedDataParallel."""
     for found in of(out, "collectives"):
         assert found.pop("attack") == {}
+        assert found.pop("with buffers") == {"gloo:all_reduce": 1}
         assert len(found) == 4
         assert all(names == {"gloo:all_reduce": 2} for names in found.values()), found
 
@@ -333,6 +335,71 @@ def test_a_single_process_leaves_as_usual() -> None:
     with pytest.raises(SystemExit) as exit_of_one:
         distributed.leave(3)
     assert exit_of_one.value.code == 3
+
+
+def test_one_of_several_leaves_at_once_with_all_it_has_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err))
+    left = []
+    monkeypatch.setattr(os, "_exit", lambda status: left.append((status, out.getvalue(), err.getvalue())))
+    print("trained")
+    print("slowly", file=sys.stderr)
+    with pytest.raises(SystemExit):  # as os._exit came back
+        distributed.leave(3)
+    assert left == [(3, b"trained\n", b"slowly\n")]
+
+
+def test_who_takes_which_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GPUs and a group that are not there."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, timeout: called.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: called.append("left"))
+    for device, expected in {"auto": [1, "nccl"], "cuda": [1, "nccl"], "cpu": ["gloo"]}.items():
+        with distributed.process_group(device):
+            assert called == expected
+        assert called == [*expected, "left"]
+        called.clear()
+    with pytest.raises(KeyError), distributed.process_group("cpu"):
+        raise KeyError
+    assert called == ["gloo"]  # leaving would wait for the others
+    called.clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine finds no GPU of its own, there are 1"):
+        distributed.process_group("auto").__enter__()
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    with distributed.process_group("auto"):  # inside of another one
+        pass
+    assert called == []
+
+
+def test_a_number_of_processes_without_torchrun_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers set it, too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.started() == 1
+
+
+def test_only_errors_of_the_communication_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError) as raised, distributed.explained("nothing"):
+        raise error
+    assert raised.value is error
+    for error in (
+        torch.distributed.DistBackendError("NCCL error"),
+        RuntimeError("[gloo/transport/tcp/pair.cc] closed"),
+    ):
+        message = r"process 0 of 2 stops: another process ended .*; it goes on"
+        with pytest.raises(RuntimeError, match=message), distributed.explained("it goes on"):
+            raise error
 
 
 def test_processes_without_a_group_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

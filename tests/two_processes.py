@@ -114,6 +114,9 @@ def collectives(out: Path) -> dict[str, Any]:
                 tried.step(images, labels, chosen)
             found[f"{arm}, {accumulation}"] = communicated(lambda: tried.step(images, labels, chosen))  # noqa: B023
     found["attack"] = communicated(lambda: tried.attack(images[:1], labels[:1]))
+    with_buffers = distributed.averaging_gradients(network(norm="batch"))
+    for _ in range(3):
+        found["with buffers"] = communicated(lambda: with_buffers(images).sum().backward())
     return found
 
 
