@@ -214,6 +214,7 @@ def test_what_is_given_per_image_may_have_any_strides_and_precision(backend: str
     for sized in (wide, wide.double()):
         for one, other in zip(F.newton_step(images, grad, sized[:, 0]), newton, strict=True):
             assert torch.equal(one, other)
+            assert one.dtype is torch.float32
         half = sized / 2
         assert torch.equal(F.sign_step(images, grad, sized[:, 0], origin=images, eps=half[:, 0]), sign)
 
