@@ -66,13 +66,13 @@ SEGADV_CLONES void scale_row(const S* grad, S* scaled, int64_t count, Compute<S>
   for (int64_t i = 0; i < count; ++i) scaled[i] = from_compute<S>(scale(to_compute(grad[i]), factor));
 }
 
-// Calls f(image, item, begin, count) in parallel; items of an image are numbered from 0.
+// Calls f(image, item, first element, count) in parallel; items and elements are numbered over all images.
 template <class F>
 void for_each_item(int64_t n, int64_t numel, F&& f) {
   const int64_t per_image = (numel + kItem - 1) / kItem;
   parallel_for(n * per_image, [&](int64_t i) {
     const int64_t begin = i % per_image * kItem;
-    f(i / per_image, i, begin, std::min(kItem, numel - begin));
+    f(i / per_image, i, i / per_image * numel + begin, std::min(kItem, numel - begin));
   });
 }
 
@@ -80,8 +80,8 @@ template <class S>
 std::vector<double> norms(const S* grad, int64_t n, int64_t numel) {
   const int64_t per_image = (numel + kItem - 1) / kItem;
   std::vector<double> partial(n * per_image), norm(n, 0.0);
-  for_each_item(n, numel, [&](int64_t image, int64_t item, int64_t begin, int64_t count) {
-    partial[item] = absolute_sum(grad + image * numel + begin, count);
+  for_each_item(n, numel, [&](int64_t, int64_t item, int64_t i, int64_t count) {
+    partial[item] = absolute_sum(grad + i, count);
   });
   for (int64_t image = 0; image < n; ++image)
     for (int64_t i = 0; i < per_image; ++i) norm[image] += partial[image * per_image + i];
@@ -116,8 +116,7 @@ int64_t newton_step(const NewtonStepParams& params) {
       eps[image] = newton_eps(data<A>(params.gain)[image], norm[image], params.clamp_negative, params.max_eps);
     }
     advise_huge_pages(out, params.n * params.numel * sizeof(A));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
-      const int64_t i = image * params.numel + begin;
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
       step(data<A>(params.images) + i, data<A>(params.grad) + i, out + i, count, -eps[image],
            static_cast<A>(params.low), static_cast<A>(params.high));
     });
@@ -130,8 +129,7 @@ int64_t sign_step(const SignStepParams& params) {
     using A = typename decltype(tag)::type;
     A* out = static_cast<A*>(params.adversarial.data);
     advise_huge_pages(out, params.n * params.numel * sizeof(A));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
-      const int64_t i = image * params.numel + begin;
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
       const A alpha = params.alpha_per_image ? data<A>(params.alpha_per_image)[image] : static_cast<A>(params.alpha);
       const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
       if (params.origin) {
@@ -151,8 +149,7 @@ int64_t scale_gradient(const ScaleGradientParams& params) {
     using S = typename decltype(tag)::type;
     S* scaled = static_cast<S*>(params.scaled.data);
     advise_huge_pages(scaled, params.n * params.numel * sizeof(S));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t begin, int64_t count) {
-      const int64_t i = image * params.numel + begin;
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
       const Compute<S> factor = data<Compute<S>>(params.factor)[image * params.factor.stride[0]];
       scale_row(data<S>(params.grad) + i, scaled + i, count, factor);
     });

@@ -14,10 +14,10 @@
 // Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: at full resolution 40
 // (margin) or 48 registers, 75 % or 62 % occupancy; with 19 classes 76 bytes per pixel for a margin, 152 for
 // cross-entropy, besides labels and maps; four loads of 16 bytes of a thread under way, on a multiprocessor of H100 or
-// H200 80 KB, where bandwidth times latency (0.7 us) asks for 9 to 13 KB of reads. Resampled, eightfold: cross-entropy takes about 105 instructions for a
-// class of 8 pixels, 150 where it may be one's label; a class of a logit, which gathers 16 columns, about 130; a
-// column's beginning and end about 500. That is some 20 per class and pixel, with 19 classes, and for a margin 7. 117
-// registers, 25 % (margin: 88, 31 %). Fraction of the limit reached: not yet measured.
+// H200 80 KB, where bandwidth times latency (0.7 us) asks for 9 to 13 KB of reads. Resampled, eightfold: cross-entropy
+// takes about 105 instructions for a class of 8 pixels, 150 where it may be one's label; a class of a logit, which
+// gathers 16 columns, about 130; a column's beginning and end about 500. That is some 20 per class and pixel, with 19
+// classes, and for a margin 7. 117 registers, 25 % (margin: 88, 31 %). Fraction of the limit reached: not yet measured.
 #include <type_traits>
 
 #include "cuda/gradient.cuh"
