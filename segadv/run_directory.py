@@ -44,6 +44,7 @@ class RunDirectory:
         self.curves = self.path / "curves.csv"
         self.run = self.path / "run.json"
         self.pictures = (self.path / "training.png", self.path / "robustness.png")
+        self._written = (self.model, self.metrics, self.validation, self.curves, *self.pictures)
         self._lock: IO[str] | None = None
 
     def prepare(self) -> bool:
@@ -51,13 +52,20 @@ class RunDirectory:
         written. Returns whether there is a checkpoint.
 
         Raises:
-            ValueError: another process is training there.
+            ValueError: another process is training there, or files of a run's names are no run's.
         """
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._keep_others_out()
         with explained(self.path):
             remove_leftovers(self.path)
+        is_a_run = self.run.exists() or self.checkpoint.exists()
+        if not is_a_run and (foreign := [path.name for path in self._written if path.exists()]):
+            self.close()
+            raise ValueError(
+                f"{self.path} holds {', '.join(foreign)}, but neither {self.run.name} nor {self.checkpoint.name}: no "
+                "training run left it, and this one would overwrite it; give another folder"
+            )
         return self.checkpoint.exists()
 
     def _keep_others_out(self) -> None:
@@ -123,7 +131,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Removes what another run has left, but for a checkpoint."""
-        for path in (self.model, self.metrics, self.validation, self.curves, self.run, *self.pictures):
+        for path in (*self._written, self.run):  # last, what tells that these are a run's
             path.unlink(missing_ok=True)
 
     def _previous(self) -> dict[str, Any]:

@@ -272,15 +272,59 @@ def test_a_limit_on_files_leaves_the_previous_ones(tmp_path: Path, limit: int) -
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "validation.jsonl", "curves.csv", "last.pt"])
-def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, whole: tuple[Path, Trainer], file: str) -> None:
-    """A folder of that name in its place stands for whatever keeps it from being written."""
-    (tmp_path / file).mkdir()
-    (tmp_path / file / "in the way").touch()
+def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """A folder of that name, made when the run has begun, stands for whatever keeps it from being written."""
+    prepare = run_directory.RunDirectory.prepare
+
+    def then_in_the_way(directory: run_directory.RunDirectory) -> bool:
+        found = prepare(directory)
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "in the way").touch()
+        return found
+
+    monkeypatch.setattr(run_directory.RunDirectory, "prepare", then_in_the_way)
     with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
         trainer().run(tmp_path, progress=False)
     assert not any(map(is_leftover, tmp_path.iterdir()))
     with pytest.raises(OSError, match=r"give the same command again$"), checkpoints.replacing(tmp_path / file) as there:
         there.touch()  # and no checkpoint is promised where there is none
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "metrics.jsonl", "validation.jsonl", "curves.csv", "training.png", "robustness.png"]
+)
+def test_files_that_no_run_left_are_kept(tmp_path: Path, file: str) -> None:
+    """Others use these names, too: Hugging Face's weights are a model.safetensors."""
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds {file}, but neither run.json nor last.pt: no training run"):
+        trainer().run(tmp_path, progress=False)
+    assert (tmp_path / file).read_text() == "mine"
+    (tmp_path / file).unlink()
+    trainer().run(tmp_path, progress=False)  # and nobody is kept out
+
+
+@pytest.mark.parametrize("moment", range(7))
+def test_a_run_killed_while_it_clears_its_folder_is_still_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """What tells that the files are a run's goes last."""
+    directory = run_directory.RunDirectory(tmp_path)
+    for path in (*directory._written, directory.run):
+        path.touch()
+    unlink, left = Path.unlink, iter(range(moment))
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        directory.clear()
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 7 - moment
+    assert not directory.prepare()
+    directory.close()
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -301,6 +345,9 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
     assert (folder / "model.safetensors").stat().st_mode == (folder / "last.pt").stat().st_mode
     for name in ("last.pt", "model.safetensors"):
         model = training.load_model(folder / name, nn.Sequential(*tiny_model().children()))
+        compiled = training.load_model(folder / name, torch.compile(tiny_model()))  # type: ignore[arg-type]
+        for one, other in zip(model.parameters(), compiled.parameters(), strict=True):
+            assert torch.equal(one, other)
         for key, value in trained.model.state_dict().items():
             assert torch.equal(model.state_dict()[key], value)
     with pytest.raises(ValueError, match="another architecture"):
