@@ -33,17 +33,20 @@ def write_report(
         folder: made where it does not exist.
         result: of one model, as `segadv.evaluation.evaluate` gives it, or of several, after `EvaluationResult.merge`.
         checks: name in the report -> what `segadv.masking.masking_checks` found; None: it was not asked. A single
-            model is called by its class.
+            model is called by its class. Of one that no check could be made of, the report says so.
         class_names: those of the data set, for ``per_class.png``; None: numbers.
         command: what repeats it, for the reader.
 
     Raises:
         ValueError: the models were put under different attacks, eps or steps, on different images, or have different
-            numbers of classes; class_names of another number.
+            numbers of classes; class_names of another number; checks of a model that is not in the result.
     """
     if "model_sha256" in result.run:  # not merged yet
         result = EvaluationResult.merge({result.run["model"]: result})
     checks = checks or {}
+    arms = list(dict.fromkeys(entry.arm for entry in result.measurements))
+    if unknown := [name for name in checks if name not in arms]:
+        raise ValueError(f"checks must be of models in the result, {', '.join(arms)}; got {', '.join(unknown)}")
     _check_alike(result)
     classes = len(result.measurements[0].confusion)
     if class_names is not None and len(class_names) != classes:
@@ -112,8 +115,11 @@ def _with_steps(result: EvaluationResult, eps: float) -> bool:
 
 
 def _strongest(result: EvaluationResult) -> str:
-    """The worst case, or the only attack there is."""
-    return result.measurements[-1].attack
+    """The worst case, or where it was not taken the attack that leaves least of the mIoU, over all models and eps."""
+    left: dict[str, float] = {}
+    for entry in result.final:
+        left[entry.attack] = left.get(entry.attack, 0.0) + entry.row["miou"]
+    return "worst-case" if "worst-case" in left else min(left, key=lambda attack: left[attack])
 
 
 def _plot_per_class(result: EvaluationResult, shown: float, path: Path, class_names: Sequence[str] | None) -> None:
@@ -149,7 +155,16 @@ def _lines(
             f"{title}, {_steps(final[arms[0], name, shown])}" for title, name in zip(titles, attacks, strict=True)
         ]
     run = result.run[arms[0]]
-    failed = [(arm, check) for arm in arms for check in checks.get(arm, ()) if check.passed is False]
+    failed = [f"{arm} ({check.name})" for arm in arms for check in checks.get(arm, ()) if check.passed is False]
+    unchecked = [arm for arm in arms if all(check.passed is None for check in checks.get(arm, ()))]
+    if failed:
+        masking = f"FAILED gradient masking checks: {', '.join(failed)}."
+    elif len(unchecked) == len(arms):
+        masking = "Gradient masking was not looked for."
+    else:
+        masking = "No sign of gradient masking was found."
+    if unchecked and len(unchecked) < len(arms):
+        masking += f" It was not looked for in {', '.join(unchecked)}."
     lines = [
         "# Robustness report",
         "",
@@ -162,10 +177,7 @@ def _lines(
             else ""
         ),
         "",
-        f"{'FAILED' if failed else 'No sign of'} gradient masking"
-        + (f" checks: {', '.join(f'{arm} ({check.name})' for arm, check in failed)}." if failed else " was found.")
-        if checks
-        else "Gradient masking was not looked for.",
+        masking,
         "",
         f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
         "",

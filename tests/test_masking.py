@@ -326,3 +326,39 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         assert "steps.png" not in text
         assert "other numbers of steps" not in text
         assert not (tmp_path / "steps.png").exists()
+
+
+def test_a_report_says_of_which_models_the_checks_were(
+    tmp_path: Path, data: list[Batch], network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_plot_per_class", lambda *arguments: None)
+    monkeypatch.setattr(EvaluationResult, "plot", lambda *arguments: None)
+    alone = evaluate(network, data, ["fgsm"], [0.0, 0.03])
+    both = EvaluationResult.merge({"one": alone, "two": alone})
+    passed, unknown, failed = Check("a", True, "1"), Check("b", None, "2"), Check("c", False, "3")
+    for checks, told in (
+        ({"one": [passed], "two": [unknown, passed]}, "No sign of gradient masking was found."),
+        ({"one": [passed], "two": [unknown]}, "No sign of gradient masking was found. It was not looked for in two."),
+        ({"two": [passed]}, "No sign of gradient masking was found. It was not looked for in one."),
+        ({"two": [failed, passed]}, "FAILED gradient masking checks: two (c). It was not looked for in one."),
+        ({"one": [unknown], "two": [unknown]}, "Gradient masking was not looked for."),
+        ({"one": []}, "Gradient masking was not looked for."),
+    ):
+        assert f"\n{told}\n" in report.write_report(tmp_path, both, checks)
+    name = type(network).__name__
+    assert "FAILED gradient masking checks" in report.write_report(tmp_path, alone, {name: [failed]})
+    with pytest.raises(ValueError, match=f"checks must be of models in the result, {name}; got mine"):
+        report.write_report(tmp_path / "not made", alone, {"mine": [failed]})
+    assert not (tmp_path / "not made").exists()
+
+
+@pytest.mark.parametrize("attacks", [["pgd", "fgsm"], ["fgsm", "pgd"]])
+def test_without_a_worst_case_the_report_shows_the_strongest_attack(
+    tmp_path: Path, data: list[Batch], network: nn.Module, attacks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_plot_per_class", lambda *arguments: None)
+    monkeypatch.setattr(EvaluationResult, "plot", lambda *arguments: None)
+    result = evaluate(network, data, attacks, [0.0, 0.03], steps=10, worst_case=False)
+    left = {entry.attack: entry.row["miou"] for entry in result.final if entry.eps}
+    assert left["pgd"] < left["fgsm"]
+    assert "pixel accuracy: PGD" in report.write_report(tmp_path, result)
