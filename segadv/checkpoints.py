@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .attacks.base import unwrapped
 from .results import atomic_write
 
 __all__ = [
@@ -149,11 +150,14 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Puts the weights of ``last.pt`` or ``model.safetensors`` into a model of the same architecture; returns it.
 
+    A compiled model, or one wrapped in DistributedDataParallel, takes them as the model inside of it would.
+
     Raises:
         ValueError: the file belongs to another architecture, or cannot be read; the model is unchanged then.
         FileNotFoundError: there is no such file.
     """
-    load_weights(model, read_checkpoint(path)["model"], path)
+    inner = unwrapped(model)
+    load_weights(getattr(inner, "_orig_mod", inner), read_checkpoint(path)["model"], path)
     return model
 
 

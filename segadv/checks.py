@@ -7,18 +7,50 @@ import math
 from collections.abc import Collection
 from numbers import Integral
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["at_least", "did_you_mean", "in_range", "one_of"]
+__all__ = ["LABEL_TYPES", "a_module", "at_least", "did_you_mean", "in_range", "one_of", "true_or_false", "whole_number"]
+
+LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 _OVERSHOOT = 0.1  # of the range: what resampling with a cubic kernel may add
 
 
-def at_least(minimum: int, **arguments: int) -> None:
-    """ValueError where an argument is not a whole number, or less than the minimum."""
+def a_module(model: object) -> None:
+    """TypeError where it is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got a {type(model).__name__}; for a function write a module whose forward "
+            "calls it"
+        )
+
+
+def true_or_false(**arguments: object) -> None:
+    """TypeError where an argument is neither: the word "False" would be taken for True."""
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-            raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got a {type(value).__name__}")
+
+
+def whole_number(**arguments: object) -> None:
+    """TypeError where an argument is no whole number, ValueError where 64 bits do not hold it."""
+    if torch.compiler.is_compiling():  # where it may be a symbol
+        return
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got a {type(value).__name__}")
+        if not -(2**63) <= int(value) < 2**63:
+            raise ValueError(f"{name} must be a whole number of 64 bits, got {value}")
+
+
+def at_least(minimum: int, **arguments: int) -> None:
+    """TypeError where an argument is no whole number, ValueError where it is less than the minimum."""
+    for name, value in arguments.items():
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_whole or int(value) < minimum:
+            error = ValueError if is_whole else TypeError
+            raise error(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
 
 def one_of(known: Collection[str], **arguments: str) -> None:

@@ -43,7 +43,7 @@ from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
 
-_RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data")
+_RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data generate-streets")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _termination_interrupts():
             options = _arranged(sys.argv[1:] if argv is None else argv)
             arguments = _parser().parse_args(options)
-            command = arguments.command
+            name = arguments.command
+            command = f"data {arguments.data.kind}" if name == "data" else name
             _refuse_idle(options, arguments)
             _require_folder(arguments)
-            commands[command](arguments[command])
+            commands[name](arguments[name])
             sys.stdout.flush()
     except KeyboardInterrupt:
         continues = "; the same command continues" if command in _RESUMABLE else ""
@@ -372,7 +373,7 @@ register_type(
 def _numbers(name: str, value: str) -> list[float]:
     try:
         return [float(Fraction(part)) for part in value.split(",")]
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise ValueError(
             f"{name} must be numbers with commas between them, such as 0,0.01,8/255, got {value!r}"
         ) from None
@@ -381,7 +382,7 @@ def _numbers(name: str, value: str) -> list[float]:
 def _number(name: str, value: str) -> float:
     try:
         return float(Fraction(value))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise ValueError(f"{name} must be a number, such as 0.03 or 8/255, got {value!r}") from None
 
 
@@ -554,7 +555,7 @@ def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:
         try:
             named = float(Fraction(at)) if at else None
             steps |= dict.fromkeys(eps if named is None else [named], int(count))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             raise ValueError(f"steps must be like 100, or like 20,0.03:100 with eps 0.03, got {value!r}") from None
         if named in seen:
             raise ValueError(f"steps gives {f'eps {at}' if at else 'the number without an eps'} twice: {value!r}")

@@ -98,7 +98,8 @@ def run_demo(
     """Generates data, trains all arms, evaluates them, measures their overhead, draws and prints the result.
 
     All arms of a seed start from the same weights and see the same data in the same order. Called again with the
-    same arguments, it continues where it stopped; with more `seeds`, it adds to what is there.
+    same arguments, it continues where it stopped; with more `seeds`, it adds to what is there, and with fewer it shows
+    those, the trainings of the others staying for the next call.
 
     Several seeds share the scenes, which are those of the first: they differ in initialisation, order of the data,
     augmentation, dropout, coins and random attacks. So their range is that of training, not of data.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -26,7 +25,7 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
-from .checks import at_least, did_you_mean, in_range
+from .checks import a_module, at_least, did_you_mean, in_range, true_or_false, whole_number
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -343,8 +342,7 @@ def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> di
         raise ValueError(f"steps must have an entry for every eps, there is none for {missing}")
     counts = {value: steps[value] if isinstance(steps, Mapping) else steps for value in eps}
     for count in counts.values():
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
-            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+        at_least(1, steps=count)
     return {value: int(count) for value, count in counts.items()}
 
 
@@ -442,14 +440,18 @@ def evaluate(
             counts twice: a `DistributedSampler` repeats some, ``batches[rank::processes]`` does not.
 
     Raises:
-        TypeError: an attack that is neither a name nor a factory, a loader that gives no tensors.
+        TypeError: a model that is no nn.Module, an attack that is neither a name nor a factory, a loader that gives no
+            tensors, an argument of another type.
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled pixel, images
             that are clearly not in [0, 1], labels of another size than the images, labels that are neither a class nor
             `ignore_index`, an attack of the caller's that gives something else than finite images of the same shape, or
             has bn="train" with the evaluated model, which runs in eval mode.
     """
+    a_module(model)
     at_least(0, seed=seed)
-    seed, ignore_index, align_corners = int(seed), operator.index(ignore_index), bool(align_corners)
+    whole_number(ignore_index=ignore_index)
+    true_or_false(worst_case=worst_case, align_corners=align_corners, progress=progress, sharded=sharded)
+    seed, ignore_index = int(seed), int(ignore_index)
     values = _checked_eps(eps)
     positive = tuple(value for value in values if value > 0)
     judge = _Judge(model, ignore_index, align_corners)

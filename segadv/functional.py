@@ -29,12 +29,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .checks import LABEL_TYPES, whole_number
 from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LABELS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _MAX_CLASSES = 32767
 
 Reduction = Literal["mean", "image", "sum", "none"]
@@ -225,7 +224,7 @@ def segpgd_loss(
 
         lam = step / (2 * steps)
         w = torch.where((z.argmax(1) == labels) != targeted, 1 - lam, lam).to(z)   # z: logits at the labels' size
-        (w * F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
+        (w * F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
 
     Source: Gu et al. 2022 (arXiv 2207.12391), eq. 5, where it is (t - 1) / (2 T) with t = 1 ... T.
     """
@@ -258,9 +257,11 @@ def cospgd_loss(
 
     Equivalent to::
 
-        p = z.softmax(1).detach()                                             # z: logits at the labels' size
+        y = labels.long().masked_fill(labels == ignore_index, 0).unsqueeze(1)  # any class, at void pixels
+        p = z.softmax(1).detach()                                              # z: logits at the labels' size
         c = p.gather(1, y).squeeze(1) / p.norm(dim=1)
-        (c * F.cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
+        c = 1 - c if targeted else c
+        (c * F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
 
     Source: Agnihotri, Jung, Keuper 2024 (arXiv 2302.02213).
     """
@@ -533,7 +534,7 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size must be (H, W), got {size}")
     for side in size:
-        _check_whole_number("size", side)
+        whole_number(size=side)
     if min(size) < 1:
         raise ValueError(f"size must be (H, W) with both at least 1, got {tuple(size)}")
     result: Tensor = library.argmax_labels(logits.detach(), list(size), align_corners)
@@ -554,15 +555,6 @@ def _describe(tensor: Tensor) -> str:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
-
-
-def _check_whole_number(name: str, value: object) -> None:
-    if torch.compiler.is_compiling():  # where it may be a symbol
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got a {type(value).__name__}")
-    if not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"{name} must be a whole number of 64 bits, got {value}")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -589,7 +581,7 @@ def _check_logits(logits: Tensor) -> None:
 def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
-    _check_whole_number("ignore_index", ignore_index)
+    whole_number(ignore_index=ignore_index)
     _check_tensor("labels", labels)
     _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
@@ -620,11 +612,11 @@ def _quotient(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _check_label_type(labels: Tensor) -> None:
-    if labels.dtype not in _LABELS:
+    if labels.dtype not in LABEL_TYPES:
         scores = labels.is_floating_point() and labels.dim() == 4
         remedy = "labels.argmax(1) makes classes of scores" if scores else "labels.long() converts"
         raise ValueError(
-            f"labels must have one of the dtypes {_names(_LABELS)}, got {_names((labels.dtype,))}; {remedy}"
+            f"labels must have one of the dtypes {_names(LABEL_TYPES)}, got {_names((labels.dtype,))}; {remedy}"
         )
 
 
@@ -642,8 +634,8 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
 
 
 def _segpgd_lambda(step: int, steps: int) -> float:
-    _check_whole_number("step", step)
-    _check_whole_number("steps", steps)
+    whole_number(step=step)
+    whole_number(steps=steps)
     if not 0 <= step < steps:
         raise ValueError(f"step and steps must satisfy 0 <= step < steps, got {step} and {steps}")
     return step / (2 * steps)

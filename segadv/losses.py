@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
+from .checks import true_or_false, whole_number
 
 __all__ = ["CrossEntropyLoss"]
 
@@ -59,9 +60,8 @@ class CrossEntropyLoss(nn.Module):
                 "weight must be a floating point [C], "
                 f"got {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
             )
-        functional._check_whole_number("ignore_index", ignore_index)
-        if not isinstance(align_corners, bool):
-            raise TypeError(f"align_corners must be True or False, got a {type(align_corners).__name__}")
+        whole_number(ignore_index=ignore_index)
+        true_or_false(align_corners=align_corners)
         functional._check_reduction(reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = int(ignore_index)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks.base import model_logits
-from .checks import at_least, one_of
+from .checks import a_module, at_least, one_of
 from .compat import import_torchvision
 
 __all__ = [
@@ -384,10 +384,12 @@ def wrap(
     Raises:
         ValueError: mean and std of different lengths, a mean outside of [0, 1], a std that is not positive or not
             finite; in the forward pass images with another number of channels. (A single entry fits any number.)
-        TypeError: ``model`` is no nn.Module; in the forward pass an output that is not understood.
+        TypeError: ``model`` is no nn.Module, ``output`` no callable; in the forward pass an output that is not
+            understood.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    a_module(model)
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be a callable or None, got a {type(output).__name__}")
     for name, values in (("mean", mean), ("std", std)):
         if isinstance(values, (int, float)):
             raise TypeError(f"{name} must be a sequence, one number per channel, got {values}; [{values}] fits all")

@@ -74,6 +74,8 @@ class Evaluation:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
+        if isinstance(self.stronger, str):
+            object.__setattr__(self, "stronger", (self.stronger,))
         if unknown := [name for name in self.stronger if name not in ATTACKS]:
             raise ValueError(f"evaluation.stronger must be names out of {', '.join(ATTACKS)}, got {unknown}")
         at_least(0, **{"evaluation.images": self.images})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack
-from .checks import at_least, one_of
+from .checks import at_least, one_of, true_or_false
 from .data import Augmentation
 from .data.sampler import COINS, seeded
 from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
@@ -56,12 +56,13 @@ class Validation:
     Args:
         every: steps between evaluations, and one after the last step; 0 makes none.
         images: the first so many of the validation data set; 0: all.
-        attacks: names out of `segadv.evaluation.ATTACKS`.
+        attacks: names out of `segadv.evaluation.ATTACKS`; bim, pgd, segpgd and cospgd take 100 steps every time.
         eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
         batch_size: images at once; they are taken whole, so that 1 is needed where their sizes differ.
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: a value of another type.
     """
 
     every: int = 0
@@ -71,7 +72,9 @@ class Validation:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attacks", tuple(self.attacks))
+        if isinstance(self.eps, (str, Real)):
+            raise TypeError(f"validation.eps must be a sequence of numbers, such as (0, 0.01), got {self.eps!r}")
+        object.__setattr__(self, "attacks", (self.attacks,) if isinstance(self.attacks, str) else tuple(self.attacks))
         object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
         at_least(0, **{"validation.every": self.every, "validation.images": self.images})
         at_least(1, **{"validation.batch_size": self.batch_size})
@@ -128,7 +131,7 @@ class TrainConfig:
 
     Raises:
         ValueError: a value outside its range.
-        TypeError: an augmentation or a validation of another type.
+        TypeError: a value of another type.
     """
 
     arm: str = "fast-newton"
@@ -162,6 +165,7 @@ class TrainConfig:
             raise ValueError(f"crop must be (height, width), got {self.crop!r}")
         if not isinstance(self.augmentation, Augmentation) or not isinstance(self.validation, Validation):
             raise TypeError("augmentation must be a segadv.data.Augmentation, validation a segadv.training.Validation")
+        true_or_false(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.type == "bool"})
         at_least(0, seed=self.seed, workers=self.workers)
         at_least(1, steps=self.steps, accumulation=self.accumulation)
         at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every)

@@ -415,6 +415,9 @@ def test_noise_given_is_the_random_start() -> None:
     for other in (BIM(model, steps=1, eps=0.0), PGD(model, restarts=2), PGD(model, random_start=False)):
         with pytest.raises(ValueError, match="noise must be None"):
             other.outcomes(images, labels, [1], noise=noise)
+    for other in (noise[0], noise[:, :1], noise[..., :1]):
+        with pytest.raises(ValueError, match=r"noise must be \[.*\] as the images, got \["):
+            attack.outcomes(images, labels, [2], noise=other)
     for steps in ([], [0], [3], [2, 1], [1, 1]):
         with pytest.raises(ValueError, match=r"steps must be increasing numbers out of 1 \.\.\. 2, got "):
             attack.outcomes(images, labels, steps)
@@ -1144,7 +1147,7 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
         ),
         (lambda m: BIM(m, alpha=2), ValueError, r"alpha must be in \[0, 1\], .*, got 2\."),
         (lambda m: BIM(m, steps=0), ValueError, "steps must be a whole number of at least 1, got 0"),
-        (lambda m: BIM(m, steps=2.0), ValueError, r"steps must be a whole number of at least 1, got 2\.0"),
+        (lambda m: BIM(m, steps=2.0), TypeError, r"steps must be a whole number of at least 1, got 2\.0"),
         (lambda m: PGD(m, restarts=0), ValueError, "restarts must be a whole number of at least 1, got 0"),
         (
             lambda m: PGD(m, restarts=2, random_start=False),
@@ -1588,6 +1591,25 @@ def test_statistics_that_a_model_writes_into_its_norm_layers_are_restored(how: s
     assert_same(before, state(model))
 
 
+def test_statistics_that_are_no_buffers_are_a_models_own() -> None:
+    """Such a layer only looks like PyTorch's, which keep theirs in buffers."""
+
+    class Norm(nn.Module):
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__()
+            self.track_running_stats = True
+            vars(self).update(attributes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x - vars(self).get("running_mean", 0)
+
+    for attributes in ({"running_mean": torch.full((3, 1, 1), 0.5)}, {}):
+        norm = Norm(**attributes)
+        before = dict(vars(norm))
+        FGSM(nn.Sequential(norm, nn.Conv2d(3, 3, 1)), bn="train")(IMAGES, LABELS)
+        assert vars(norm) == before
+
+
 @pytest.mark.parametrize(("own", "side", "align_corners"), [(1, 320, False), (3, 528, True)])
 def test_a_logit_of_more_pixels_than_float16_can_count(own: int, side: int, align_corners: bool) -> None:
     class Coarse(nn.Conv2d):
@@ -1731,7 +1753,7 @@ def test_images_on_a_gpu_are_looked_at_in_the_first_call_with_a_model(monkeypatc
     ("kind", "name", "value", "error"),
     [
         (BIM, "steps", 0, ValueError),
-        (BIM, "steps", 2.5, ValueError),
+        (BIM, "steps", 2.5, TypeError),
         (PGD, "restarts", 0, ValueError),
         (FGSM, "eps", 8, ValueError),
         (FGSM, "bn", "foo", ValueError),

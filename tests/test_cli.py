@@ -151,6 +151,11 @@ def test_termination_is_like_an_interrupt(
             else:
                 patched.setattr(demo, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
             assert run("demo --out x" if name == "run_demo" else command) == 130
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "_check_data", lambda arguments: signal.raise_signal(signal.SIGTERM))
+        assert run("data check streets") == 130
+    assert capsys.readouterr().err == "\nsegadv: interrupted\n"  # it begins anew
 
 
 def test_termination_of_all_processes_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +336,7 @@ def test_data_train_evaluate(
     capsys.readouterr()
     assert "eps must be numbers with commas" in failure(f"{command} --eps 0;1", capsys)
     assert "such as 0,0.01,8/255, got '8/0'" in failure(f"{command} --eps 8/0", capsys)
+    assert "such as 0,0.01,8/255, got '1e400'" in failure(f"{command} --eps 1e400", capsys)
     assert cli._numbers("eps", "0,8/255,1e-2") == [0.0, 8 / 255, 0.01]
     for given in ("20,8/255:100", "8/255:100,20"):
         assert cli._steps(given, [0.0, 8 / 255]) == {0.0: 20, 8 / 255: 100}

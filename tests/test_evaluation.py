@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -626,8 +627,7 @@ def test_labels_of_another_size_are_refused(model: Counting) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attacks": ["pgd"], "steps": 0}, "steps must be whole numbers of at least 1, got 0"),
-        ({"attacks": ["pgd"], "steps": True}, "steps must be whole numbers"),
+        ({"attacks": ["pgd"], "steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"attacks": ["pgd"], "eps": [0.0, 0.1, 0.2], "steps": {0.1: 3}}, r"entry for every eps.*\[0.2\]"),
         ({"attacks": {"clean": None}}, "other names than clean"),
     ],
@@ -983,7 +983,6 @@ def test_numbers_of_numpy_are_numbers(model: Counting, loader: list[tuple[Tensor
         "steps": np.int64(3),
         "seed": np.int64(3),
         "ignore_index": np.uint8(255),
-        "align_corners": np.False_,
     }
     assert evaluate(model, loader, ["pgd"], np.array([0.1]), **arguments).run == plain.run
 
@@ -994,7 +993,12 @@ def test_numbers_of_numpy_are_numbers(model: Counting, loader: list[tuple[Tensor
         ({"eps": 0.1}, TypeError, r"eps must be a sequence of numbers, such as \(0, 0\.01\), got 0\.1"),
         ({"eps": "0.1"}, TypeError, "eps must be a sequence of numbers"),
         ({"seed": -1}, ValueError, "seed must be a whole number of at least 0, got -1"),
-        ({"seed": None}, ValueError, "seed must be a whole number of at least 0, got None"),
+        ({"seed": None}, TypeError, "seed must be a whole number of at least 0, got None"),
+        ({"attacks": ["pgd"], "steps": True}, TypeError, "steps must be a whole number of at least 1, got True"),
+        ({"ignore_index": 2.0}, TypeError, "ignore_index must be a whole number, got a float"),
+        ({"align_corners": "False"}, TypeError, "align_corners must be True or False, got a str"),
+        ({"worst_case": 1}, TypeError, "worst_case must be True or False, got a int"),
+        ({"model": len}, TypeError, r"model must be an nn\.Module, got a builtin_function_or_method; for a function"),
         ({"loader": [{"images": 1, "labels": 2}]}, TypeError, r"a batch with the keys \['images', 'labels'\]; a tuple"),
         ({"loader": [("images", "labels")]}, TypeError, "a batch that begins with str and str; two tensors"),
         ({"loader": [(np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8)))]}, TypeError, "begins with ndarray and ndarray"),
@@ -1008,7 +1012,7 @@ def test_arguments_of_a_wrong_kind(
     loader: list[tuple[Tensor, Tensor]],
 ) -> None:
     with pytest.raises(error, match=message):
-        evaluate(model, arguments.pop("loader", loader), ["fgsm"], **arguments)
+        evaluate(**({"model": model, "loader": loader, "attacks": ["fgsm"]} | arguments))
 
 
 @pytest.mark.parametrize(
@@ -1309,3 +1313,23 @@ def test_images_made_under_inference_mode_stay_as_they_are() -> None:
         before = batch[0].clone()
         evaluate(Shifting(), [batch], {"mine": lambda model, eps: lambda images, labels: images}, [0.0, 0.1])
     assert torch.equal(batch[0], before)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        torch.Tensor.to_mkldnn,
+        lambda eye: torch.complex(eye, eye).conj(),
+    ],
+    ids=["sparse", "sparse_csr", "mkldnn", "conjugated"],
+)
+def test_buffers_of_any_kind_tell_models_apart(
+    kind: Callable[[Tensor], Tensor], model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    hashes = []
+    for size in (1.0, 1.0, 2.0):
+        model.register_buffer("own", kind(size * torch.eye(3)))
+        hashes.append(evaluate(model, loader, ["fgsm"], [0.0]).run["model_sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -179,7 +179,7 @@ def test_wrap_adapts_the_output(adapt: object, output: object) -> None:
 
 def test_wrap_names_what_is_wrong() -> None:
     model = nn.Identity()
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got a function"):
         models.wrap(lambda images: images)
     with pytest.raises(ValueError, match=r"one entry per channel each, got mean=\[0.5, 0.5\] and std=\[1.0\]"):
         models.wrap(model, mean=[0.5, 0.5], std=[1.0])
@@ -202,6 +202,8 @@ def test_wrap_names_what_is_wrong() -> None:
 
     with pytest.raises(TypeError, match="output="):
         models.wrap(Strange())(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(TypeError, match="output must be a callable or None, got a str"):
+        models.wrap(model, output="out")
 
 
 def test_wrap_normalises_where_the_model_is() -> None:

@@ -922,6 +922,7 @@ def test_evaluation_checks_its_values() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.images must be a whole number of at least 0, got -1"):
         Evaluation(images=-1)
     assert Evaluation(stronger=("pgd", "fgsm")).attacks == ["fgsm", "bim-10", "pgd"]
+    assert Evaluation(stronger="pgd") == Evaluation(stronger=("pgd",))  # type: ignore[arg-type]
 
 
 # --- what reproduce hands on, keeps and shows ----------------------------------------------------------------------

@@ -886,7 +886,7 @@ def test_norm_layers_of_ones_own_are_saved(tmp_path: Path) -> None:
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
-    mine = ("curves.csv", "robustness.png", ".package-1.2.3.json", ".backup.2024.11.tar")
+    mine = ("notes.csv", ".package-1.2.3.json", ".backup.2024.11.tar")
     for name in mine:
         (tmp_path / name).write_text("mine")
     trainer = run(tmp_path, steps=2)
@@ -1315,13 +1315,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"adversarial_share": 1.5}, r"adversarial_share must be a finite number in \[0.0, 1.0\], got 1.5"),
         ({"adversarial_share": float("nan")}, "adversarial_share"),
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
-        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
         ({"crop": (128, 4)}, "crop width must be a whole number of at least 8, got 4"),
         ({"crop": (128,)}, r"crop must be \(height, width\)"),
         ({"crop": 32}, r"crop must be \(height, width\), got 32"),
         ({"arm": None}, "arm must be one of .*; got None"),
-        ({"steps": True}, "steps must be a whole number of at least 1, got True"),
         ({"learning_rate": "1e-3"}, r"learning_rate must be a finite number in .*, got '1e-3'"),
         ({"learning_rate": -0.1}, "learning_rate"),
         ({"momentum": 1.1}, "momentum"),
@@ -1345,8 +1343,23 @@ def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"steps": True}, "steps must be a whole number of at least 1, got True"),
+        ({"channels_last": "no"}, "channels_last must be True or False, got a str"),
+        ({"compile": 0}, "compile must be True or False, got a int"),
+        ({"allow_other_split": None}, "allow_other_split must be True or False, got a NoneType"),
+        ({"augmentation": {}}, "augmentation must be a segadv.data.Augmentation"),
+    ],
+)
+def test_config_names_what_is_of_another_type(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"every": -1}, "validation.every must be a whole number of at least 0, got -1"),
-        ({"images": 1.5}, "validation.images"),
         ({"batch_size": 0}, "validation.batch_size"),
         ({"attacks": ("fgsm", "bmi")}, "validation.attacks must be names out of fgsm, bim-10, .*, got .*bmi"),
         ({"attacks": ()}, "validation.attacks"),
@@ -1358,6 +1371,15 @@ def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> No
 def test_validation_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Validation(**changes)
+
+
+def test_types_of_a_validation() -> None:
+    assert Validation(attacks="fgsm") == Validation(attacks=("fgsm",))  # type: ignore[arg-type]
+    for eps in (0.03, "0.03"):
+        with pytest.raises(TypeError, match=rf"validation.eps must be a sequence of numbers, .*, got {eps!r}"):
+            Validation(eps=eps)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"validation.images must be a whole number of at least 0, got 1\.5"):
+        Validation(images=1.5)  # type: ignore[arg-type]
 
 
 class Files(Squares):
@@ -1379,6 +1401,8 @@ class Files(Squares):
             label = label[:-1]
         if index == 9 and self.wrong == "type":
             image = (image * 255).to(torch.uint8)
+        if index == 9 and self.wrong == "label's type":
+            label = label.float()
         return image, label
 
 
@@ -1392,6 +1416,7 @@ class Files(Squares):
             r"sample 9 \(/data/label 9.png\): .* of the same size are needed, got float32 \[3, 20, 28\] and \[19, 28\]",
         ),
         ("type", r"sample 9 \(.*got uint8"),
+        ("label's type", r"sample 9 \(/data/label 9.png\): a label of whole numbers is needed, got torch.float32"),
     ],
 )
 def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, workers: int) -> None:
@@ -1465,12 +1490,6 @@ def test_a_trainer_half_way_leaves_nothing_of_another_run_there(tmp_path: Path) 
     trainer, data = Trainer(config(), tiny_model(), Squares()), Squares()
     for _ in range(4):
         trainer.step(data.images[:4], data.labels[:4], [])
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "curves.csv").write_text("mine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_train", lambda *_: None)
-        trainer.run(tmp_path / "new", progress=False)
-    assert (tmp_path / "new" / "curves.csv").read_text() == "mine"
     trainer.run(tmp_path, progress=False)
     assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 7
     assert [line["step"] for line in metrics_of(tmp_path)] == [6, 9, 12, 14]

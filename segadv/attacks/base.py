@@ -39,7 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..checks import in_range
+from ..checks import a_module, in_range, true_or_false, whole_number
 from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
@@ -340,8 +340,13 @@ def _require_grad(required: Iterable[tuple[Tensor, bool]]) -> None:
 
 
 def _uses_batch(module: nn.Module) -> bool:
-    """Whether it is a norm layer (batch, instance, SyncBatchNorm, timm's) with running statistics, in train mode."""
-    return getattr(module, "training", False) and bool(getattr(module, "track_running_stats", False))
+    """Whether it is a norm layer (batch, instance, SyncBatchNorm, timm's) with running statistics, in train mode.
+
+    They are buffers in each of these; attributes of another kind are a module's own, whatever it does with them.
+    """
+    if not getattr(module, "training", False) or not getattr(module, "track_running_stats", False):
+        return False
+    return "running_mean" in module._buffers and "running_var" in module._buffers
 
 
 @dataclass(kw_only=True, eq=False)
@@ -384,19 +389,13 @@ class Attack(ABC):
 
     def _check_arguments(self) -> None:
         """In every call, too: they may have been set anew."""
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(
-                f"model must be an nn.Module, got a {type(self.model).__name__}; for a function write a module whose "
-                "forward calls it"
-            )
+        a_module(self.model)
         if self.output is not None and not callable(self.output):
             raise TypeError(f"output must be a callable or None, got a {type(self.output).__name__}")
-        for entry in fields(self):
-            if entry.type == "bool" and not isinstance(value := getattr(self, entry.name), bool):
-                raise TypeError(f"{entry.name} must be True or False, got a {type(value).__name__}")
+        true_or_false(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.type == "bool"})
         if self.bn not in ("eval", "train"):
             raise ValueError(f"bn must be one of 'eval', 'train', got {self.bn!r}")
-        functional._check_whole_number("ignore_index", self.ignore_index)
+        whole_number(ignore_index=self.ignore_index)
         self.ignore_index = int(self.ignore_index)
         try:
             low, high = (float(bound) for bound in self.bounds)

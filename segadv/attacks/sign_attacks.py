@@ -249,7 +249,7 @@ class BIM(_SignAttack):
         lambda goes on being step / (2 * self.steps): there it is a long run seen on its way.
 
         Args:
-            images, labels: as in the call, at least one image.
+            images, labels: as in the call.
             steps: increasing numbers out of 1 ... self.steps. Judging the last step costs a forward pass, the
                 others none.
             noise: [N, ...] like the images, in [-1, 1]: the random start in units of eps, instead of one that
@@ -356,6 +356,8 @@ class PGD(BIM):
     ) -> tuple[Tensor, Tensor, list[_Candidate]]:
         if noise is not None and (self.restarts > 1 or not self.random_start):
             raise ValueError("noise must be None unless random_start=True and restarts=1")
+        if noise is not None and noise.shape != images.shape:
+            raise ValueError(f"noise must be {list(images.shape)} as the images, got {list(noise.shape)}")
         if self.restarts == 1:
             return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import at_least
+from ..checks import at_least, true_or_false
 from .files import IGNORE_INDEX, reads_files
 from .sampler import AUGMENTATION, seeded
 
@@ -35,6 +35,7 @@ class Augmentation:
 
     Raises:
         ValueError: a value outside its range.
+        TypeError: a flip that is neither True nor False.
     """
 
     flip: bool = True
@@ -43,8 +44,9 @@ class Augmentation:
     blur: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be true or false, got {self.flip!r}")
+        true_or_false(flip=self.flip)
+        if isinstance(self.scale, list):
+            object.__setattr__(self, "scale", tuple(self.scale))
         if not (isinstance(self.scale, tuple) and len(self.scale) == 2 and all(map(_is_number, self.scale))) or not (
             0 < self.scale[0] <= self.scale[1] < math.inf
         ):
