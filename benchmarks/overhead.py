@@ -43,8 +43,8 @@ from segadv.attacks.base import model_logits
 from segadv.comparison import PAPER_OVERHEAD
 from segadv.compat import import_torchvision
 from segadv.models import ModelConfig, build_model
-from segadv.results import atomic_write
 from segadv.training import ARMS as TRAINING_ARMS
+from segadv.writing import atomic_write
 
 from .cases import random_regions
 from .measure import Samples, in_rounds, milliseconds_of, peak_memory, synchronize

@@ -16,7 +16,8 @@ import torch
 
 import segadv
 from segadv.ops import backends
-from segadv.results import csv_text, write_text
+from segadv.results import csv_text
+from segadv.writing import write_text
 
 from .measure import Samples, commit, device_name, driver_version, machine, package_version, peak_memory, slug
 

@@ -24,8 +24,9 @@ from typing import Any
 
 from segadv import plots
 from segadv.comparison import PAPER_ARMS, PAPER_OVERHEAD
-from segadv.results import EvaluationResult, atomic_write, csv_text, write_text
+from segadv.results import EvaluationResult, csv_text
 from segadv.training import TrainConfig
+from segadv.writing import atomic_write, write_text
 
 from . import attacks, device, overhead, peers, scaling, trainer
 from .cases import CASES

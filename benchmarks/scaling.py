@@ -30,7 +30,7 @@ from torch import Tensor
 
 from segadv import functional as F
 from segadv.ops import library, native
-from segadv.results import atomic_write
+from segadv.writing import atomic_write
 
 from .cases import Case
 from .measure import in_rounds, milliseconds_of, peak_bytes

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .attacks.base import unwrapped
-from .results import atomic_write
+from .writing import atomic_write
 
 __all__ = [
     "drop_lines_after",

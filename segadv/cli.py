@@ -423,7 +423,7 @@ def _train(arguments: Namespace) -> None:
 
 def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpoint: Path) -> None:
     """config.yaml; ValueError where the run began with other initial weights than these options name."""
-    from .results import write_text
+    from .writing import write_text
 
     if checkpoint.exists() and path.exists():
         try:

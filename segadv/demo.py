@@ -28,9 +28,10 @@ from .comparison import PAPER_ARMS, PAPER_OVERHEAD, SHOWN_EPS, describe, example
 from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
-from .results import csv_text, is_leftover, read_rows, remove_leftovers, write_text
+from .results import csv_text, read_rows
 from .run_directory import processor_name
 from .training import TrainConfig, Trainer
+from .writing import is_leftover, remove_leftovers, write_text
 
 __all__ = ["FULL", "QUICK", "DemoSizes", "run_demo"]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .data import CLASSES, COLORS
-from .results import atomic_write
+from .writing import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks.base import unwrapped
-from .results import atomic_write
+from .writing import atomic_write
 
 _DEEPEST = 8
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from . import plots
 from .masking import Check
-from .results import EvaluationResult, Measurement, write_text
+from .results import EvaluationResult, Measurement
+from .writing import write_text
 
 __all__ = ["require_report_folder", "write_report"]
 

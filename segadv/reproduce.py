@@ -36,10 +36,11 @@ from .models import ModelConfig, build_model
 from .recipes import recipe_file
 from .records import model_hash
 from .report import table
-from .results import csv_text, is_leftover, remove_leftovers, write_text
+from .results import csv_text
 from .run_directory import environment
 from .train_config import flat
 from .training import FREE_TO_CHANGE, TrainConfig, Trainer, resolve_device
+from .writing import is_leftover, remove_leftovers, write_text
 
 __all__ = ["SETTINGS", "Claim", "Evaluation", "claims", "reproduce"]
 

@@ -7,10 +7,7 @@ import io
 import json
 import math
 import os
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .writing import write_text
+
 __all__ = [
     "EvaluationResult",
     "Measurement",
-    "atomic_write",
     "class_iou",
     "csv_text",
-    "is_leftover",
     "miou",
     "pixel_accuracy",
     "read_rows",
-    "remove_leftovers",
-    "write_text",
 ]
 
 
@@ -62,42 +57,6 @@ def pixel_accuracy(confusion: Tensor) -> float:
 def wrong_pixels(confusion: Tensor) -> Tensor:
     """Number of counted pixels that are predicted wrongly: [..., C, C] -> int64 [...]."""
     return confusion.sum((-2, -1)) - confusion.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, made where it is missing, which replaces `path` when the block ends
-    without error.
-
-    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
-    try:
-        yield temporary
-        if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether it is what an `atomic_write` leaves that was killed."""
-    return re.fullmatch(r"\..+\.\d+\.\d+\.segadv(\.\w+)?", path.name) is not None
-
-
-def remove_leftovers(folder: Path) -> None:
-    for path in folder.iterdir():
-        if is_leftover(path) and path.is_file():
-            path.unlink()
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

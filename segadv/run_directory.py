@@ -19,7 +19,8 @@ import torch
 from .checkpoints import drop_lines_after, explained, replacing, whole_lines
 from .ops.native import build_info
 from .records import versions
-from .results import read_rows, remove_leftovers
+from .results import read_rows
+from .writing import remove_leftovers
 
 if sys.platform != "win32":
     import fcntl

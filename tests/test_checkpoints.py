@@ -27,8 +27,8 @@ from torch import nn
 
 from segadv import checkpoints, run_directory, training
 from segadv.checkpoints import drop_lines_after, whole_lines
-from segadv.results import is_leftover
 from segadv.training import Trainer, Validation
+from segadv.writing import is_leftover
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the other processes: so come the same bits
 

@@ -26,7 +26,7 @@ from test_attacks import StaticMemory
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from segadv import evaluation, functional, records, results
+from segadv import evaluation, functional, records, results, writing
 from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet, wrap
@@ -299,7 +299,7 @@ def test_interrupted_write_leaves_the_previous_file(name: str, tmp_path) -> None
     path.write_text("previous")
 
     def write_half() -> None:
-        with results.atomic_write(path) as temporary:
+        with writing.atomic_write(path) as temporary:
             temporary.write_text("hal")
             raise OSError("disk full")
 
@@ -308,11 +308,11 @@ def test_interrupted_write_leaves_the_previous_file(name: str, tmp_path) -> None
     assert path.read_text() == "previous"
 
     with path.open() as reader:
-        with results.atomic_write(path) as temporary:
+        with writing.atomic_write(path) as temporary:
             temporary.write_text("whole")
             assert f".{os.getpid()}.{threading.get_ident()}." in temporary.name, "that of another writer, too"
-            assert results.is_leftover(temporary)
-            assert not results.is_leftover(temporary.with_name(temporary.name[1:]))
+            assert writing.is_leftover(temporary)
+            assert not writing.is_leftover(temporary.with_name(temporary.name[1:]))
         assert reader.read() == "previous", "written in place"
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]

@@ -21,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results
+from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results, writing
 from segadv.cli import main
 from segadv.data import DATASETS, open_dataset
 from segadv.evaluation import ATTACKS
@@ -677,7 +677,7 @@ def test_reproduce_writes_whole_files(streets: Path, tmp_path: Path, monkeypatch
             genuine(source, target)
 
         with monkeypatch.context() as patched:
-            patched.setattr(results.os, "replace", replace)
+            patched.setattr(writing.os, "replace", replace)
             assert run(command) == 2
         assert content(tmp_path).keys() == before.keys(), "a half-written file stayed"
         assert (tmp_path / name).read_bytes() == before[name]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..checks import at_least
 from ..progress import progress_bar
-from ..results import atomic_write, is_leftover
+from ..writing import atomic_write, is_leftover
 from .files import require_pillow
 from .sampler import seeded
 
