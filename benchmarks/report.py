@@ -5,7 +5,8 @@ here. `--check` writes nothing, says what is out of step, and fails then. A tabl
 A picture carries the hash of the file that it was drawn from.
 
 `--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote, `--robustness RESULTS_JSON ...`
-results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times.
+results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times, and
+`--robustness-longer` results/robustness-longer.csv from what it wrote about longer trainings.
 """
 
 from __future__ import annotations
@@ -769,7 +770,7 @@ def demo_outcome(results: Path) -> str:
     return f"{table(header, lines)}\n\n{notes}"
 
 
-# --- how robust its networks are: robustness.csv ------------------------------------------------------------------
+# --- how robust its networks are: robustness.csv, robustness-longer.csv -------------------------------------------
 
 UNDER_ATTACK = "mIoU under attack"
 _UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
@@ -798,18 +799,16 @@ def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record
     return records
 
 
-def robustness(results: Path) -> str:
+def robustness(results: Path, name: str = "robustness.csv") -> str:
     """Attack by attack at one eps, the worst case at others."""
-    records = records_in(results / "robustness.csv")
+    records = records_in(results / name)
     found: dict[tuple[str, str, float], list[float]] = {}
     steps: dict[float, int] = {}
     images, trainings = set(), set()
     for record in records:
         match = _UNDER_ATTACK_CASE.fullmatch(record.case)
         if match is None:
-            raise ReportError(
-                f"robustness.csv: {record.case!r} is not like 'eps 0.03, 20 steps, 32 images, training 0'"
-            )
+            raise ReportError(f"{name}: {record.case!r} is not like 'eps 0.03, 20 steps, 32 images, training 0'")
         eps = float(match[1])
         found.setdefault((record.provider, record.mode, eps), []).append(record.p50)
         steps[eps] = max(steps.get(eps, 0), int(match[2]))
@@ -825,17 +824,18 @@ def robustness(results: Path) -> str:
             values = found.get((arm, attack, eps), [])
             if len(values) != len(trainings):
                 raise ReportError(
-                    f"robustness.csv: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(trainings)} trainings"
+                    f"{name}: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(trainings)} trainings"
                 )
             cells.append(mean_and_range(values))
         lines.append([arm, *cells])
     titles = ["clean", *(plots.attack_title(attack) for attack in attacks), "worst case"]
     titles += [f"worst case at {eps:g}" for eps in _OTHER_EPS]
     how = f"mean and range of {len(trainings)} trainings" if len(trainings) > 1 else "one training"
-    others = " and ".join(f"{eps:g}" for eps in _OTHER_EPS)
+    most = max(steps[eps] for eps in _OTHER_EPS)
+    at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != steps[_ROBUST_EPS] else ""
     notes = paragraph(
         f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, "
-        f"the others have {steps[_ROBUST_EPS]}, {max(steps[eps] for eps in _OTHER_EPS)} at {others}. "
+        f"the others have {steps[_ROBUST_EPS]}{at_others}. "
         f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
@@ -866,6 +866,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "calls": call_ladder,
     "demo": demo_outcome,
     "robustness": robustness,
+    "robustness-longer": lambda results: robustness(results, "robustness-longer.csv"),
 }
 
 
@@ -980,21 +981,22 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of step")
     parser.add_argument("--demo", type=Path, metavar="RESULTS_JSON", help="a demo's results.json, for demo.csv")
-    parser.add_argument(
-        "--robustness",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS_JSON",
-        help="evaluations' results.json, for robustness.csv",
-    )
+    for name in ("robustness", "robustness-longer"):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            nargs="+",
+            metavar="RESULTS_JSON",
+            help=f"evaluations' results.json, for {name}.csv",
+        )
     parser.add_argument("--commit", help="the commit that ran these; the clone's unless given")
     options = parser.parse_args(arguments)
     try:
         if options.demo:
             write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit or commit()))
-        if options.robustness:
-            records = robustness_records(options.robustness, options.commit or commit())
-            write_anew(root / RESULTS / "robustness.csv", records)
+        for name in ("robustness", "robustness-longer"):
+            if evaluations := getattr(options, name.replace("-", "_")):
+                write_anew(root / RESULTS / f"{name}.csv", robustness_records(evaluations, options.commit or commit()))
         stale = outdated(root) if options.check else regenerate(root)
     except (ReportError, OSError, ValueError, KeyError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)

@@ -445,6 +445,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[Record]]]] = {
     "calls": ("scaling-cpu.csv", ladder_rows),
     "demo": ("demo.csv", demo_rows),
     "robustness": ("robustness.csv", robust_rows),
+    "robustness-longer": ("robustness-longer.csv", robust_rows),
     "trainer": ("trainer-cpu.csv", trainer_rows),
 }
 
@@ -951,15 +952,15 @@ def evaluated(path: Path, shift: float) -> Path:
     return path
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_evaluations_become_rows_and_a_table(count: int, root: Path, tmp_path: Path) -> None:
-    with_block(root, "robustness")
+@pytest.mark.parametrize(("name", "count"), [("robustness", 1), ("robustness", 3), ("robustness-longer", 2)])
+def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, tmp_path: Path) -> None:
+    with_block(root, name)
     shifts = [0.0, 0.05, 0.01][:count]
     files = [evaluated(tmp_path / f"{i}.json", shift) for i, shift in enumerate(shifts)]
     for _ in range(2):  # rows of an earlier evaluation do not stay
-        assert report.main(["--robustness", *map(str, files), "--commit", "c0ffee"], root) == 0
+        assert report.main([f"--{name}", *map(str, files), "--commit", "c0ffee"], root) == 0
     assert report.main(["--check"], root) == 0
-    rows = read_records(root / report.RESULTS / "robustness.csv")
+    rows = read_records(root / report.RESULTS / f"{name}.csv")
     assert len(rows) == count * len(ROBUST_ARMS) * 4 * 4  # eps, attacks; what was judged on the way is left out
     assert {row.commit for row in rows} == {"c0ffee"}
 
@@ -971,11 +972,11 @@ def test_evaluations_become_rows_and_a_table(count: int, root: Path, tmp_path: P
         mean = f"{np.mean(values):.3f}"
         return mean if count == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
 
-    text = report.robustness(root / report.RESULTS)
+    text = report.BLOCKS[name](root / report.RESULTS)
     for i, arm in enumerate(ROBUST_ARMS):
         wanted = [(3, 0.0), (1, 0.03), (2, 0.03), (3, 0.03), (3, 0.02), (3, 0.04)]
         assert cells(text, arm) == [arm, *(miou(i, attack, eps) for attack, eps in wanted)]
-    assert "mean and range of 3 trainings" in text or count == 1
+    assert f"mean and range of {count} trainings" in text or count == 1
     assert "32 validation scenes" in text
     assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in text.replace("\n", " ")
 
