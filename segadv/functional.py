@@ -634,8 +634,7 @@ def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
 
 
 def _segpgd_lambda(step: int, steps: int) -> float:
-    whole_number(step=step)
-    whole_number(steps=steps)
+    whole_number(step=step, steps=steps)
     if not 0 <= step < steps:
         raise ValueError(f"step and steps must satisfy 0 <= step < steps, got {step} and {steps}")
     return step / (2 * steps)

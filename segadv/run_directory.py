@@ -57,16 +57,16 @@ class RunDirectory:
         """
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._keep_others_out()
-        with explained(self.path):
-            remove_leftovers(self.path)
-        is_a_run = self.run.exists() or self.checkpoint.exists()
-        if not is_a_run and (foreign := [path.name for path in self._written if path.exists()]):
-            self.close()
+            is_a_run = self.run.exists() or self.checkpoint.exists()
+            foreign = [path.name for path in self._written if path.exists()]
+        if foreign and not is_a_run:
             raise ValueError(
                 f"{self.path} holds {', '.join(foreign)}, but neither {self.run.name} nor {self.checkpoint.name}: no "
                 "training run left it, and this one would overwrite it; give another folder"
             )
+        self._keep_others_out()
+        with explained(self.path):
+            remove_leftovers(self.path)
         return self.checkpoint.exists()
 
     def _keep_others_out(self) -> None:
