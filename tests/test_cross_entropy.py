@@ -182,6 +182,24 @@ def test_of_equal_logits_the_lowest_class_is_predicted(backend: str, label: int,
     torch.testing.assert_close(F.loss_and_grad(z, y, loss="segpgd", step=1, steps=4)[0], expected)
 
 
+@pytest.mark.parametrize("own", [(4, 6), (2, 3)], ids=str)
+def test_what_is_kept_of_a_pixel_is_zero_where_it_is_not_valid(backend: str, own: tuple[int, int]) -> None:
+    """So that a backward on another backend may read it, also of logits that are NaN."""
+    z, y = torch.randn(1, 3, *own), torch.full((1, 4, 6), 255)
+    z[0, 2, 0, 0] = torch.nan
+    y[0, 3, 5] = 1
+    ops = torch.ops.segadv
+    kept = [
+        *ops.cross_entropy(z, y, None, 255, False, True, True)[2:],
+        *ops.segpgd_loss(z, y, 0.25, False, 255, False, True)[2:],
+        *ops.cospgd_loss(z, y, False, 255, False, True)[2:],
+    ]
+    assert len(kept) == 8
+    for values in kept:
+        assert (values.flatten()[:-1] == 0).all()
+        assert values[0, 3, 5].isfinite()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("own", [(4, 6), (2, 3)], ids=str)
 def test_nan_under_void_pixels_reaches_nothing(backend: str, own: tuple[int, int], loss: str) -> None:
