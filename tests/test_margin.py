@@ -355,6 +355,40 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has as many elements")
+@pytest.mark.parametrize(
+    ("moved", "dim", "own"),
+    [
+        ("logits", 0, (8, 6)),
+        ("logits", 1, (8, 6)),
+        ("logits", 2, (8, 6)),
+        ("logits", 0, (2, 3)),
+        ("logits", 1, (2, 3)),
+        ("labels", 0, (8, 6)),
+        ("labels", 1, (8, 6)),
+        ("labels", 1, (2, 3)),
+    ],
+)
+def test_offsets_of_more_than_32_bits(backend: str, moved: str, dim: int, own: tuple[int, int]) -> None:
+    """Index and stride fit, their product does not. Of the memory between only what is written to is taken.
+
+    Nor is there memory so far before it, for one who reads the class -1 of a pixel that is not valid."""
+    z, y = torch.randn(3, 3, *own).half(), torch.randint(0, 3, (3, 8, 6)).to(torch.uint8)
+    outgoing = torch.randn(3, 8, 6)
+    y[0, 3:5] = 255
+    expected = everything(z, y, outgoing)
+    given = {"logits": z.detach(), "labels": y}
+    near = given[moved]
+    far = 2**31 // (near.shape[dim] - 1) + 1
+    strides = [far if d == dim else stride for d, stride in enumerate(near.stride())]
+    last = sum((size - 1) * stride for size, stride in zip(near.shape, strides, strict=True))
+    assert last >= 2**31
+    given[moved] = near.new_empty(last + 1).as_strided(near.shape, strides).copy_(near)
+    for result, other in zip(everything(*given.values(), outgoing), expected, strict=True):
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if result.dtype is torch.float32 else {}
+        torch.testing.assert_close(result, other, **tolerance)
+
+
 @pytest.mark.parametrize("own", [(4, 6), (3, 4)])
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
 def test_labels_of_any_strides(backend: str, layout: str, own: tuple[int, int]) -> None:
