@@ -39,6 +39,7 @@ SMALL = {
         ((4, 5), True),
         ((3, 4), False),
         ((1, 2), True),
+        ((2, 3), True),  # five rows of a quad: the last of their tiles is not full
         ((1, 1), False),
         ((9, 3), True),
         ((8, 9), False),
