@@ -15,6 +15,7 @@ import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime import interpreter
 
 import segadv
 from segadv import functional as F
@@ -70,6 +71,34 @@ def test_tiles_do_not_change_the_result(
             )
     for native, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours.cpu(), native, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(not configs.INTERPRETED, reason="a GPU's programs run in no order")
+@pytest.mark.parametrize("own", [(6, 7), (4, 5), (2, 3)], ids=str)
+def test_programs_in_another_order(monkeypatch: pytest.MonkeyPatch, own: tuple[int, int]) -> None:
+    """None writes what another one has written: the interpreter runs them in order, which would hide it."""
+    monkeypatch.setattr(configs, "_INTERPRETED", configs._INTERPRETED | SMALL)
+    z, y = torch.randn(2, 3, *own), torch.randint(0, 3, (2, 6, 7))
+    builder = interpreter.interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+
+    def everything() -> list[Tensor]:
+        with segadv.backend("triton"):
+            return [
+                *F.gain_and_grad(z, y),
+                *F.loss_and_grad(z, y),
+                F.pixel_margin(z, y),
+                F.confusion_matrix(z, y),
+                F.argmax_labels(z, (6, 7)),
+            ]
+
+    def backwards(*at: int) -> None:
+        set_grid_idx(*(size - 1 - i for size, i in zip(builder.grid_dim, at, strict=True)))
+
+    expected = everything()
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    for ours, forwards in zip(everything(), expected, strict=True):
+        assert torch.equal(ours, forwards)
 
 
 @triton.jit
