@@ -319,6 +319,17 @@ def test_a_logit_that_is_not_finite_reaches_its_pixels_alone(
     assert torch.equal(matrix, expected)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_infinity_at_the_last_logit(backend: str, align_corners: bool) -> None:
+    """Pixels on it or behind it read it twice. Of weights 1 and 0, as in eager PyTorch, those on it would be NaN."""
+    if backend == "reference":
+        pytest.skip("it is eager PyTorch")
+    z, y = torch.randn(1, 3, 5, 7), torch.zeros(1, 25, 35, dtype=torch.long)
+    z[0, 0, -1, -1] = torch.inf
+    last = 1 if align_corners else 3
+    assert (F.pixel_margin(z, y, align_corners=align_corners)[0, -last:, -last:] == torch.inf).all()
+
+
 @pytest.mark.parametrize("own", [(6, 7), (3, 4)])
 def test_outgoing_gradients_of_any_strides(backend: str, own: tuple[int, int]) -> None:
     """As the backward of a transpose and of sums and means along one dimension or another gives them."""
