@@ -30,7 +30,7 @@ def true_or_false(**arguments: object) -> None:
     """TypeError where an argument is neither: the word "False" would be taken for True."""
     for name, value in arguments.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got a {type(value).__name__}")
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def whole_number(**arguments: object) -> None:

@@ -297,7 +297,8 @@ def _reproduce_parser(setting: str) -> ArgumentParser:
         default_config_files=[str(recipe_file(recipe))],
     )
     _add_training_options(parser, without={"arm"})
-    parser.add_argument("--arms", default=",".join(PAPER_ARMS), help="those to train now, with commas between them")
+    every = ",".join(PAPER_ARMS)
+    parser.add_argument("--arms", type=str, default=every, help="those to train now, with commas between them")
     parser.add_class_arguments(Evaluation, "evaluation")
     parser.add_argument("--overhead_steps", type=int, default=25, help="timed steps of each arm")
     parser.add_argument(

@@ -88,7 +88,11 @@ def content_hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.layout is not torch.strided:  # a sparse one's entries may stand in any order
+        if tensor.layout is torch.sparse_coo:  # its entries may stand in any order; memory may not hold them all
+            entries = tensor.detach().coalesce()
+            digest.update(content_hash(entries.indices(), entries.values()).encode())
+            continue
+        if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         digest.update(tensor.detach().cpu().resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -161,7 +161,7 @@ def _lines(
     if failed:
         masking = f"FAILED gradient masking checks: {', '.join(failed)}."
     elif len(unchecked) == len(arms):
-        masking = "Gradient masking was not looked for."
+        masking = f"Gradient masking {'could not be' if any(checks.values()) else 'was not'} looked for."
     else:
         masking = "No sign of gradient masking was found."
     if unchecked and len(unchecked) < len(arms):
@@ -210,7 +210,7 @@ def _lines(
             "",
         ]
     lines += ["## Classes", "", "![IoU of the classes](per_class.png)", ""]
-    if checks:
+    if any(checks.values()):
         lines += ["## Signs of gradient masking", "", "Accuracy is pixel accuracy on a few of the images.", ""]
         verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
         lines += table(

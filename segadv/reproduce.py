@@ -76,7 +76,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if isinstance(self.stronger, str):
-            object.__setattr__(self, "stronger", (self.stronger,))
+            object.__setattr__(self, "stronger", (self.stronger,) if self.stronger else ())
         if unknown := [name for name in self.stronger if name not in ATTACKS]:
             raise ValueError(f"evaluation.stronger must be names out of {', '.join(ATTACKS)}, got {unknown}")
         at_least(0, **{"evaluation.images": self.images})

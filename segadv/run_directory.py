@@ -57,12 +57,12 @@ class RunDirectory:
         """
         with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            is_a_run = self.run.exists() or self.checkpoint.exists()
-            foreign = [path.name for path in self._written if path.exists()]
+            is_a_run = self.checkpoint.exists() or bool(self._previous())
+            foreign = [path.name for path in (*self._written, self.run) if path.exists()]
         if foreign and not is_a_run:
             raise ValueError(
-                f"{self.path} holds {', '.join(foreign)}, but neither {self.run.name} nor {self.checkpoint.name}: no "
-                "training run left it, and this one would overwrite it; give another folder"
+                f"{self.path} holds {', '.join(foreign)}, but neither {self.checkpoint.name} nor a run's "
+                f"{self.run.name}: no training run left it, and this one would overwrite it; give another folder"
             )
         self._keep_others_out()
         with explained(self.path):

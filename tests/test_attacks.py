@@ -1352,8 +1352,8 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
         ({"ignore_index": None}, "ignore_index must be a whole number, got a NoneType"),
         ({"ignore_index": 255.0}, "ignore_index must be a whole number, got a float"),
         ({"ignore_index": True}, "ignore_index must be a whole number, got a bool"),
-        ({"targeted": "yes"}, "targeted must be True or False, got a str"),
-        ({"align_corners": 1}, "align_corners must be True or False, got a int"),
+        ({"targeted": "yes"}, "targeted must be True or False, got 'yes'"),
+        ({"align_corners": 1}, "align_corners must be True or False, got 1"),
     ],
 )
 def test_arguments_of_a_wrong_kind(arguments: dict[str, Any], message: str) -> None:

@@ -510,6 +510,6 @@ def test_fields_outside_their_range(arguments: dict[str, object], message: str) 
 
 
 def test_types_of_fields() -> None:
-    with pytest.raises(TypeError, match="flip must be True or False, got a int"):
+    with pytest.raises(TypeError, match="flip must be True or False, got 1"):
         Augmentation(flip=1)  # type: ignore[arg-type]
     assert Augmentation(scale=[0.5, 2.0]) == Augmentation(scale=(0.5, 2.0))  # type: ignore[arg-type]

@@ -291,12 +291,21 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "metrics.jsonl", "validation.jsonl", "curves.csv", "training.png", "robustness.png"]
+    "file",
+    [
+        "run.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "validation.jsonl",
+        "curves.csv",
+        "training.png",
+        "robustness.png",
+    ],
 )
 def test_files_that_no_run_left_are_kept(tmp_path: Path, file: str) -> None:
     """Others use these names, too: Hugging Face's weights are a model.safetensors."""
     (tmp_path / file).write_text("mine")
-    with pytest.raises(ValueError, match=f"{tmp_path} holds {file}, but neither run.json nor last.pt: no training run"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds {file}, but neither last.pt nor a run's run.json: no"):
         trainer().run(tmp_path, progress=False)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
     (tmp_path / file).unlink()
@@ -311,6 +320,7 @@ def test_a_run_killed_while_it_clears_its_folder_is_still_a_run(
     directory = run_directory.RunDirectory(tmp_path)
     for path in (*directory._written, directory.run):
         path.touch()
+    directory.run.write_text('{"config": {}, "starts": []}')
     unlink, left = Path.unlink, iter(range(moment))
 
     def killed(path: Path, missing_ok: bool = False) -> None:

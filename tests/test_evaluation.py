@@ -996,8 +996,8 @@ def test_numbers_of_numpy_are_numbers(model: Counting, loader: list[tuple[Tensor
         ({"seed": None}, TypeError, "seed must be a whole number of at least 0, got None"),
         ({"attacks": ["pgd"], "steps": True}, TypeError, "steps must be a whole number of at least 1, got True"),
         ({"ignore_index": 2.0}, TypeError, "ignore_index must be a whole number, got a float"),
-        ({"align_corners": "False"}, TypeError, "align_corners must be True or False, got a str"),
-        ({"worst_case": 1}, TypeError, "worst_case must be True or False, got a int"),
+        ({"align_corners": "False"}, TypeError, "align_corners must be True or False, got 'False'"),
+        ({"worst_case": 1}, TypeError, "worst_case must be True or False, got 1"),
         ({"model": len}, TypeError, r"model must be an nn\.Module, got a builtin_function_or_method; for a function"),
         ({"loader": [{"images": 1, "labels": 2}]}, TypeError, r"a batch with the keys \['images', 'labels'\]; a tuple"),
         ({"loader": [("images", "labels")]}, TypeError, "a batch that begins with str and str; two tensors"),
@@ -1333,3 +1333,8 @@ def test_buffers_of_any_kind_tell_models_apart(
         model.register_buffer("own", kind(size * torch.eye(3)))
         hashes.append(evaluate(model, loader, ["fgsm"], [0.0]).run["model_sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_sparse_buffer_that_dense_would_not_fit_into_memory() -> None:
+    first, other = ([torch.sparse_coo_tensor([[0], [7]], [value], (10**7, 10**6))] for value in (1.0, 2.0))
+    assert records.content_hash(*first) == records.content_hash(*first) != records.content_hash(*other)

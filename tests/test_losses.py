@@ -77,7 +77,7 @@ def test_bad_arguments_are_named() -> None:
             segadv.CrossEntropyLoss(ignore_index=given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'image', 'sum', 'none', got 'average'"):
         segadv.CrossEntropyLoss(reduction="average")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="align_corners must be True or False, got a str"):
+    with pytest.raises(TypeError, match="align_corners must be True or False, got 'false'"):
         segadv.CrossEntropyLoss(align_corners="false")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"weight must be a tensor \[C\], got a list"):
         segadv.CrossEntropyLoss(weight=[1.0, 2.0])  # type: ignore[arg-type]

@@ -341,7 +341,7 @@ def test_a_report_says_of_which_models_the_checks_were(
         ({"one": [passed], "two": [unknown]}, "No sign of gradient masking was found. It was not looked for in two."),
         ({"two": [passed]}, "No sign of gradient masking was found. It was not looked for in one."),
         ({"two": [failed, passed]}, "FAILED gradient masking checks: two (c). It was not looked for in one."),
-        ({"one": [unknown], "two": [unknown]}, "Gradient masking was not looked for."),
+        ({"one": [unknown], "two": [unknown]}, "Gradient masking could not be looked for."),
         ({"one": []}, "Gradient masking was not looked for."),
     ):
         assert f"\n{told}\n" in report.write_report(tmp_path, both, checks)

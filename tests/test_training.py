@@ -1345,9 +1345,9 @@ def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> No
     [
         ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
         ({"steps": True}, "steps must be a whole number of at least 1, got True"),
-        ({"channels_last": "no"}, "channels_last must be True or False, got a str"),
-        ({"compile": 0}, "compile must be True or False, got a int"),
-        ({"allow_other_split": None}, "allow_other_split must be True or False, got a NoneType"),
+        ({"channels_last": "no"}, "channels_last must be True or False, got 'no'"),
+        ({"compile": 0}, "compile must be True or False, got 0"),
+        ({"allow_other_split": None}, "allow_other_split must be True or False, got None"),
         ({"augmentation": {}}, "augmentation must be a segadv.data.Augmentation"),
     ],
 )
@@ -1416,7 +1416,10 @@ class Files(Squares):
             r"sample 9 \(/data/label 9.png\): .* of the same size are needed, got float32 \[3, 20, 28\] and \[19, 28\]",
         ),
         ("type", r"sample 9 \(.*got uint8"),
-        ("label's type", r"sample 9 \(/data/label 9.png\): a label of whole numbers is needed, got torch.float32"),
+        (
+            "label's type",
+            r"sample 9 \(/data/label 9.png\): a label of int64, int32, int16, uint8 is needed, got torch.float32",
+        ),
     ],
 )
 def test_a_wrong_sample_is_named(tmp_path: Path, wrong: str, message: str, workers: int) -> None:

@@ -25,8 +25,8 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
 
     Raises:
         TypeError: a sample that is not two tensors.
-        ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no whole
-            number or no class, an image that is clearly not in [0, 1], to which attacks clip (upon indexing).
+        ValueError: image and label that are not [3, H, W] floating point and [H, W], a label that is no class, or not
+            int64, int32, int16 or uint8, an image that is clearly not in [0, 1], to which attacks clip (upon indexing).
     """
 
     def __init__(self, dataset: Dataset[tuple[Tensor, Tensor]], *, num_classes: int | None = None) -> None:
@@ -50,7 +50,8 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
                 f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
             )
         if label.dtype not in LABEL_TYPES:
-            raise ValueError(f"{self._named(index)}: a label of whole numbers is needed, got {label.dtype}")
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABEL_TYPES)
+            raise ValueError(f"{self._named(index)}: a label of {known} is needed, got {label.dtype}")
         in_range(image, self._named(index))
         if self.num_classes is not None:
             values = label.long()  # a comparison would take a number modulo 256 for uint8
