@@ -366,7 +366,7 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py has as many elements")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken; test_gpu.py takes it")
 @pytest.mark.parametrize(
     ("moved", "dim", "own"),
     [
