@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", metavar="CSV", nargs="?", const="")
     options = parser.parse_args(arguments)
-    require_native_core()
+    require_native_core(CPU)
     path = destination("attacks", options.write, CPU, quick=False)
     rows = measured(options.images, tuple(options.size), options.rounds)
     print(

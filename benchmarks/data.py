@@ -20,7 +20,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 from segadv.compat import import_torchvision
 from segadv.data import IGNORE_INDEX, Augmentation, Augmented, Cityscapes, augment, generate_streets
 
-from .measure import commit, machine, milliseconds_of
+from .measure import K, commit, machine, milliseconds_of
 from .ops import CPU, RESULTS
 from .records import Where, write_records
 
@@ -205,14 +205,23 @@ def measure(dataset: Cityscapes, options: argparse.Namespace) -> None:
         require_same(ours, chains.whole(*pair, draw))
         require_same(ours, chains.whole(*pair, draw, blur_last=True))
 
+    def each(sample: Callable[[K], object], of: Sequence[K]) -> Callable[[], None]:
+        """One after the other, as in `all_of`: none is kept."""
+
+        def call() -> None:
+            for which in of:
+                sample(which)
+
+        return call
+
     decode = "decode"
     providers: dict[str, Callable[[], object]] = {
-        "fused": lambda: [fused[key] for key in keys],
+        "fused": each(fused.__getitem__, keys),
         "v2": all_of(chains.whole),
         "v2, blur last": all_of(chains.whole, blur_last=True),
         "v2, crop first": all_of(chains.crop_first),
-        decode: lambda: [dataset.pixels(index) for _, index in keys],
-        "decode + fused": lambda: [total[key] for key in keys],
+        decode: each(dataset.pixels, [index for _, index in keys]),
+        "decode + fused": each(total.__getitem__, keys),
     }
     for call in providers.values():
         call()

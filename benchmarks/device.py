@@ -422,8 +422,8 @@ def part_tests(run: Run) -> None:
 
 
 def _side_by_side(run: Run, commands: Mapping[str, list[str]], name: str, environment: Mapping[str, str]) -> None:
-    """Runs all commands at once, until the time is up. What they print goes, one after the other, into a file beside
-    the rows, and the end of it to the screen."""
+    """Runs all commands at once, until the time is up; what is still running then has failed: it may hang. What they
+    print goes, one after the other, into a file beside the rows, and the end of it to the screen."""
     whole = run.path.with_name(f"{run.path.stem}-{name}.log")
     whole.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, whole.open("w") as everything:
@@ -443,7 +443,7 @@ def _side_by_side(run: Run, commands: Mapping[str, list[str]], name: str, enviro
             process.wait()
         for what, process, log in started:
             if process in running:
-                run.left_out.append(f"{what}: stopped, the time was up")
+                run.failed.append(f"{what}: stopped, the time was up")
             elif process.returncode:
                 run.failed.append(f"{what}: exit status {process.returncode}")
             text = log.read_text(errors="replace")
@@ -534,10 +534,8 @@ def part_launch(run: Run) -> None:
 def _measure_launch(run: Run, operation: str, mode: str, case: Case) -> None:
     arguments = arguments_of(operation, case, torch.float32, run.device, full_resolution=False)
     calls = providers_of(run, operation, mode, arguments, torch.float32, compiled=False)
-    batches = 2 if run.dry else 30
     where = run.where(case.name, torch.float32)
-    for provider, call in calls.items():
-        milliseconds = host_milliseconds(call, run.device, batches=batches)
+    for provider, milliseconds in host_milliseconds(calls, run.device, rounds=2 if run.dry else 30).items():
         run.add([where.record(f"{ENQUEUEING} {operation}", provider, mode, [milliseconds], unit="ms")])
 
 
@@ -578,7 +576,6 @@ def segformer_b0() -> tuple[str, nn.Module]:
 
 
 def part_glue(run: Run) -> None:
-    torch.backends.cudnn.benchmark = True
     for network in (pspnet50, segformer_b0):
         run.attempt(f"fast_newton_step, {network.__name__}", partial(_measure_glue, run, network))
 
@@ -594,8 +591,36 @@ def _measure_glue(run: Run, network: Callable[[], tuple[str, nn.Module]]) -> Non
         torch.cuda.empty_cache()
 
 
+def _right_backends(run: Run, name: str, model: nn.Module, side: int) -> list[str]:
+    """Those whose adversarial images are the reference backend's; of two images, in float64, as in `overhead.check`."""
+    from .overhead import check_same_images
+
+    images = torch.rand(2, 3, side, side, dtype=torch.float64, device=run.device)
+    labels = random_regions(2, 19, (side, side), device=run.device)
+    right = []
+    torch.backends.cudnn.benchmark = False
+    model.double()
+    try:
+        with segadv.backend("reference"):
+            expected = segadv.fast_newton_step(model, images, labels)
+        for backend in run.backends:
+            try:
+                with segadv.backend(backend):
+                    found = segadv.fast_newton_step(model, images, labels)
+                check_same_images(f"{name}, {backend} against reference", found, expected, images, share=0.9999)
+                right.append(backend)
+            except RuntimeError:
+                run.failed.append(f"{name}: {backend}")
+                traceback.print_exc()
+    finally:
+        model.float()
+        torch.backends.cudnn.benchmark = True
+    return right
+
+
 def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
     side = 64 if run.dry else 712
+    names = _right_backends(run, name, model, side)
     images = torch.rand(count, 3, side, side, device=run.device).contiguous(memory_format=torch.channels_last)
     labels = random_regions(count, 19, (side, side), device=run.device)
     labels[:, : side // 50] = 255
@@ -616,7 +641,7 @@ def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
             adversarial: Tensor = segadv.fast_newton_step(model, images, labels)
         return adversarial
 
-    calls: dict[str, Call] = {"bare": bare, **{backend: partial(total, backend) for backend in run.backends}}
+    calls: dict[str, Call] = {"bare": bare, **{backend: partial(total, backend) for backend in names}}
     for call in (*calls.values(), *calls.values()):
         call()
     effort = run.effort or {"rounds": 25, "seconds": max(5.0, run.seconds_left / 3), "head_start_ms": 60.0}
@@ -809,6 +834,10 @@ PARTS: Mapping[str, Callable[[Run], None]] = {
 }
 
 
+LEFT_OUT, FAILED = 3, 4
+"""Exit statuses of a part, beside 0. The worse is the larger, and neither is Python's own."""
+
+
 def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
     run = Run(device, path, dry)
     print(f"\n=== {part}: {device_name(device)}; segadv backends: {', '.join(run.backends) or 'none'}", flush=True)
@@ -821,23 +850,24 @@ def run_here(part: str, device: torch.device, path: Path, *, dry: bool) -> int:
     for title, names in (("failed", run.failed), ("left out", run.left_out)):
         if names:
             print(f"\n{title}:\n  " + "\n  ".join(names))
-    print(f"=== {part}: {time.monotonic() - begin:.0f} s, {len(run.failed)} failed", flush=True)
-    return 1 if run.failed else 0
+    counts = f"{len(run.failed)} failed, {len(run.left_out)} left out"
+    print(f"=== {part}: {time.monotonic() - begin:.0f} s, {counts}", flush=True)
+    return FAILED if run.failed else LEFT_OUT if run.left_out else 0
 
 
-def run_apart(part: str, directory: Path, *, dry: bool) -> str | None:
-    """The part in a process of its own; None, or what went wrong."""
+def run_apart(part: str, directory: Path, *, dry: bool) -> tuple[int, str]:
+    """The part in a process of its own; its exit status, and in words what went wrong, if anything."""
     command = [sys.executable, "-m", "benchmarks.device", "--here", "--only", part, "--results", str(directory)]
     process = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], cwd=ROOT, process_group=0)
     try:
         status = process.wait(PART_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"ended after {PART_SECONDS} s"
+        return FAILED, f"ended after {PART_SECONDS} s"
     finally:  # what it has started, too: it would disturb the next part
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return f"exit status {status}" if status else None
+    return status, {0: "ok", LEFT_OUT: "something was left out", FAILED: "failed"}.get(status, f"exit status {status}")
 
 
 def install_native_core() -> None:
@@ -882,8 +912,8 @@ def main(arguments: list[str] | None = None) -> int:
                 (directory / file).with_suffix(".md").write_text(markdown(rows) + "\n")
         if not options.dry_run:
             print(f"\n{directory / file}\n\n{markdown(rows)}\n")
-    print("\n".join(f"{part}: {problem or 'ok'}" for part, problem in outcomes.items()))
-    return 1 if any(outcomes.values()) else 0
+    print("\n".join(f"{part}: {told}" for part, (_, told) in outcomes.items()))
+    return 0 if all(status in (0, LEFT_OUT) for status, _ in outcomes.values()) else 1
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import triton
 
 from segadv import build_info
 
@@ -46,7 +45,12 @@ def loops_of(sass: str) -> list[Loop]:
 
 
 def cuobjdump(*arguments: str | Path) -> str:
-    command = (triton.knobs.nvidia.cuobjdump.path, *arguments)
+    program = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if program is None:  # Triton brings one
+        import triton
+
+        program = triton.knobs.nvidia.cuobjdump.path
+    command = (program, *arguments)
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -16,7 +16,9 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -175,6 +177,8 @@ def times_on_device(
     """
     if device.type == "cpu":  # a dry run
         return milliseconds_of(calls, device, rounds=rounds)
+    for call in calls.values():
+        call()  # what the call takes its memory from may have been given back since it was warm
 
     def measure(key: K) -> float:
         # Read, not written: lines to be written back would cost the call bandwidth.
@@ -212,16 +216,20 @@ def peak_bytes_on_device(call: Callable[[], object], device: torch.device) -> tu
     return float(peak), float(peak - kept)
 
 
-def host_milliseconds(call: Callable[[], object], device: torch.device, *, batches: int = 30) -> Samples:
-    """Time of the CPU to enqueue one call, the mean of each batch of ten: so few that no queue is full."""
-    milliseconds = []
-    for _ in range(batches):
+def host_milliseconds(
+    calls: Mapping[K, Callable[[], object]], device: torch.device, *, rounds: int
+) -> dict[K, Samples]:
+    """Time of the CPU to enqueue one call, the mean of ten in every round: so few that no queue is full. A call that
+    waits for the GPU, such as eager's bincount, waits here too."""
+
+    def measure(key: K) -> float:
         synchronize(device)
         begin = time.perf_counter()
         for _ in range(10):
-            call()
-        milliseconds.append(1e2 * (time.perf_counter() - begin))
-    return np.array(milliseconds)
+            calls[key]()
+        return 1e2 * (time.perf_counter() - begin)
+
+    return {key: np.array(values) for key, values in in_rounds(measure, list(calls), rounds=rounds).items()}
 
 
 def copy_milliseconds(device: torch.device, size: int) -> Samples:
@@ -236,8 +244,11 @@ def copy_milliseconds(device: torch.device, size: int) -> Samples:
 def package_version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    except PackageNotFoundError:  # it may come under another name: pytorch-triton
+        if find_spec(name) is None:
+            return "not installed"
+        found: str = getattr(import_module(name), "__version__", "unknown")
+        return found
 
 
 @cache

@@ -159,9 +159,10 @@ def providers_of(
             name: partial(value_and_gradient, function, leaf, *arguments[1:]) for name, function in functions.items()
         }
         providers["segadv one pass"] = partial(ONE_PASS[operation], *arguments)
-    if operation in PIXEL_SPACE:
-        # Reads two, writes one; the second reading of the gradient is the cache's.
+    if operation == "newton_step":  # reads two, writes one; the second reading of the gradient is the cache's
         providers["floor"] = lambda: torch.add(first, arguments[1], out=advise_huge_pages(torch.empty_like(first)))
+    elif operation == "sign_step":  # reads three, writes one
+        providers["floor"] = lambda: torch.addcmul(*arguments, out=advise_huge_pages(torch.empty_like(first)))
     elif full_resolution and mode != "forward":
         providers["floor"] = lambda: advise_huge_pages(torch.empty_like(first)).copy_(first)
     return providers
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--write", metavar="CSV", nargs="?", const=str(RESULTS))
     options = parser.parse_args(arguments)
-    require_native_core()
+    require_native_core(CPU)
     thp = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, THP_MEM_ALLOC_ENABLE={thp}")
     for case_name, dtype_name in product(options.cases, options.dtypes):

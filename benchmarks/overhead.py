@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -698,6 +699,23 @@ def plot(records: Sequence[Record], path: Path) -> None:
 # --- command line -------------------------------------------------------------------------------------------------
 
 
+def measure(model: Model, path: Path | None, options: argparse.Namespace) -> None:
+    """One network, from its weights to its report."""
+    device = options.device
+    training = Training(model, device, quick=options.quick)
+    where = Where(model.case(device, quick=options.quick), training.dtype, device, ("timm", "transformers"))
+    torch.backends.cudnn.benchmark = False  # the check runs everything once, and in float64
+    check(training, options.arms, options.columns)
+    torch.backends.cudnn.benchmark = True
+    steps = steps_of(options.columns, options.arms, options.shares)
+    records = []
+    for found in measured(training, where, steps, rounds=3 if options.quick else options.rounds):
+        records += found
+        if path is not None:  # at once: what comes after may be cut off
+            write_records(path, found)
+    print(report(where.case, records), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -713,28 +731,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds: its figures mean nothing")
     options = parser.parse_args(arguments)
-    require_native_core()
+    require_native_core(options.device)
     device = options.device
     path = destination("overhead", options.write, device, quick=options.quick)
+    failed = []
     for name in options.models:
-        model = MODELS[name]
-        training = Training(model, device, quick=options.quick)
-        where = Where(model.case(device, quick=options.quick), training.dtype, device, ("timm", "transformers"))
-        torch.backends.cudnn.benchmark = False  # the check runs everything once, and in float64
-        check(training, options.arms, options.columns)
-        torch.backends.cudnn.benchmark = True
-        steps = steps_of(options.columns, options.arms, options.shares)
-        records = []
-        for found in measured(training, where, steps, rounds=3 if options.quick else options.rounds):
-            records += found
-            if path is not None:  # at once: what comes after may be cut off
-                write_records(path, found)
-        del training
-        print(report(where.case, records), flush=True)
-        if path is not None:
+        try:
+            measure(MODELS[name], path, options)
+        except Exception:  # the next network may fit into the memory, or need another package
+            failed.append(name)
+            traceback.print_exc()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if path is not None and path.exists():
+        print(f"\nin {path}")
+        try:
             plot(read_records(path), path.with_suffix(".png"))
-            print(f"\nin {path} and {path.with_suffix('.png').name}")
-    return 0
+        except ImportError as error:
+            print(f"no picture of them: {error}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -64,10 +64,8 @@ def percent_over(samples: Samples, base: Samples) -> Samples:
     return 100 * (median(samples) / median(base) - 1)
 
 
-def interval(
-    statistic: Callable[..., Samples], *samples: Samples, resamples: int = 4000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979) of a statistic of one or more series measured in the same rounds.
+def interval(statistic: Callable[..., Samples], *samples: Samples, resamples: int = 4000) -> tuple[float, float]:
+    """95 % percentile bootstrap (Efron 1979) of a statistic of one or more series measured in the same rounds.
 
     Whole rounds are drawn with replacement: what the series of a round share, such as a machine that is slow just
     then, stays shared. The rounds have to be independent of one another.
@@ -76,13 +74,11 @@ def interval(
         statistic: takes arrays [..., rounds], as many as there are samples, and gives [...].
         samples: arrays [rounds].
         resamples: number of draws.
-        level: of the interval.
-        seed: of the draws.
     """
     rounds = len(samples[0])
-    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    drawn = np.random.default_rng(0).integers(rounds, size=(resamples, rounds))
     values = statistic(*(np.asarray(series)[drawn] for series in samples))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -140,8 +136,9 @@ class Where:
     def time_and_memory(
         self, operation: str, provider: str, mode: str, milliseconds: Samples, call: Callable[[], object]
     ) -> list[Record]:
-        """The rows of the times [rounds] and of the peak of the memory in one more call."""
-        megabytes = np.array([peak_memory(call, self.device) / 1e6])
+        """The rows of the times [rounds] and of the peak of the memory in five more calls, which may differ by a whole
+        buffer: whether one is freed before the next is taken is chance where threads are."""
+        megabytes = np.array([peak_memory(call, self.device) / 1e6 for _ in range(5)])
         return [
             self.record(operation, provider, mode, [milliseconds], unit="ms"),
             self.record(f"{operation}, {PEAK_MEMORY}", provider, mode, [megabytes], unit="MB"),
@@ -196,6 +193,9 @@ def destination(name: str, write: str | None, device: torch.device, *, quick: bo
     return Path(write) if write else results_file(name, device)
 
 
-def require_native_core() -> None:
+def require_native_core(device: torch.device) -> None:
+    """Ends the program where calls on that device would not run on the compiled core: what is called segadv is it."""
     if not segadv.build_info()["native"] or (backends.requested() or "native") != "native":
         sys.exit("the benchmarks need the compiled core: pip install ., without SEGADV_BACKEND (see segadv doctor)")
+    if reason := backends.BACKENDS["native"].unavailable(device.type):
+        sys.exit(f"the benchmarks need the compiled core on {device}: {reason} (see segadv doctor)")

@@ -112,6 +112,12 @@ def one(records: Sequence[Record], **key: Any) -> Record:
     return found[0]
 
 
+def none_or_one(records: Sequence[Record], **key: Any) -> Record | None:
+    """As `one`, but there may be none."""
+    found = [record for record in records if all(getattr(record, name) == value for name, value in key.items())]
+    return one(found, **key) if found else None
+
+
 # --- operations on the CPU: cpu.csv -------------------------------------------------------------------------------
 
 VALUE, BOTH = "forward", "forward + backward"
@@ -437,7 +443,7 @@ _SHOWN_ARMS = ("fgsm", "fast-newton", "bim-3", "segpgd-3")
 
 
 def training_overhead(results: Path) -> str:
-    """p = 0.5, beside the paper: one table for a device."""
+    """p = 0.5, beside the paper: one table for a device. What a GPU's time did not suffice for may be missing there."""
     return "\n\n".join(filter(None, map(_overhead_on_a_device, files(results, "overhead"))))
 
 
@@ -447,7 +453,9 @@ def _overhead_on_a_device(path: Path) -> str:
         overhead.EFFICIENT: "efficient eager",
         overhead.OURS: "segadv",
     }
-    lines, steps, glue, shown = [], [], [], []
+    lines: list[list[str]] = []
+    steps, glue, shown = [], [], []
+    get = one if path.name == "overhead-cpu.csv" else none_or_one
     for case, records in _by_case(path).items():
         if not columns.keys() <= {record.provider for record in records}:
             continue  # measured for its parts alone, which are among the details
@@ -455,36 +463,48 @@ def _overhead_on_a_device(path: Path) -> str:
         key = {"operation": "overhead", "case": case}
         for arm in _SHOWN_ARMS:
             mode = f"{arm}, p = 0.5"
-            cells = [with_interval(one(records, provider=column, mode=mode, **key)) + " %" for column in columns]
-            against = one(records, operation="over conventional basic", provider=overhead.OURS, mode=mode)
-            passes = one(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
+            over = [get(records, provider=column, mode=mode, **key) for column in columns]
+            over.append(get(records, operation="over conventional basic", provider=overhead.OURS, mode=mode))
+            if over == [None] * len(over):
+                continue
+            cells = ["" if record is None else f"{with_interval(record)} %" for record in over]
+            passes = get(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
             papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
-            lines.append([network, arm, *cells, f"{with_interval(against)} %", f"{passes.p50:.1f} %", *papers])
+            lines.append([network, arm, *cells, "" if passes is None else f"{passes.p50:.1f} %", *papers])
         basic = [one(records, operation="training step", provider=column, mode="basic") for column in columns]
-        peaks = [one(records, operation=PEAK_MEMORY, provider=column, mode="basic") for column in columns]
-        times, peak = ([three_digits(record.p50) for record in measured] for measured in (basic, peaks))
-        told = f"{', '.join(times[:-1])} and {times[-1]} ms, {', '.join(peak[:-1])} and {peak[-1]} MB"
+        peaks = [get(records, operation=PEAK_MEMORY, provider=column, mode="basic") for column in columns]
+        times = [three_digits(record.p50) for record in basic]
+        told = f"{', '.join(times[:-1])} and {times[-1]} ms"
+        if all(peaks):
+            peak = [three_digits(record.p50) for record in peaks if record is not None]
+            told += f", {', '.join(peak[:-1])} and {peak[-1]} MB"
         steps.append(f"{case}: {told} ({basic[0].rounds} rounds)")
-        glue.append(one(records, operation=overhead.GLUE_SHARE, provider=overhead.OURS, mode="fast-newton, p = 0.5"))
+        own = get(records, operation=overhead.GLUE_SHARE, provider=overhead.OURS, mode="fast-newton, p = 0.5")
+        glue += [(network, own)] * (own is not None)
         shown += [record for record in records if record.mode == "basic" or record.mode.endswith("p = 0.5")]
     if not lines:
         return ""
     header = ["network", "arm", *columns.values(), "segadv over conventional basic", "cost model"]
     header += ["paper, Cityscapes", "paper, VOC"]
-    shares = [f"{with_interval(record)} % ({record.rounds} rounds)" for record in glue]
+    shares = [f"{with_interval(record)} % on {network} ({record.rounds} rounds)" for network, record in glue]
     counted = (overhead.COST_MODEL, PEAK_MEMORY)  # in one round
-    fewest = min(record.rounds for record in (*shown, *glue) if record.operation not in counted)
+    measured = (*shown, *(record for _, record in glue))
+    fewest = min(record.rounds for record in measured if record.operation not in counted)
+    of_glue = (
+        "What is neither the network's forward nor its backward pass takes of Fast Newton's attack with segadv "
+        f"{', '.join(shares)}. "
+    )
     notes = paragraph(
         f"A basic step takes, and has at its peak, in these three columns, on {'; '.join(steps)}. "
-        "What is neither the network's forward nor its backward pass takes of Fast Newton's attack with segadv, "
-        f"in the same order, {', '.join(shares)}. Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
+        f"{of_glue if shares else ''}Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
     )
     return f"{table(header, lines, text_columns=2)}\n\n{notes}"
 
 
 def _few(rounds: int) -> str:
-    """What bootstrap intervals of few rounds are worth: a simulation of medians of normal numbers."""
-    return "" if rounds >= 10 else "Of 3 rounds such an interval holds the median in 76 % of cases, of 7 in 87 %. "
+    """What bootstrap intervals of few rounds are worth: of 3 they reach from the least to the largest, of 7 from the
+    second least to the second largest."""
+    return "" if rounds >= 10 else "Of 3 rounds such an interval holds the median in 75 % of cases, of 7 in 87.5 %. "
 
 
 def headline(results: Path) -> str:
@@ -502,7 +522,7 @@ def headline(results: Path) -> str:
         own = one(cases[name], operation="overhead", provider=overhead.OURS, mode=_NEWTON_OVER_CONVENTIONAL["mode"])
         over_fused.append(f"{own.p50:.0f} %")
     large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
-    cpus_only = [path.name for path in files(results, "overhead")] == ["overhead-cpu.csv"]
+    cpus_only = not any(map(_overhead_on_a_device, files(results, "overhead")[1:]))
     return paragraph(
         "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
         f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
@@ -549,8 +569,9 @@ _PEERS_TITLES = {
 
 
 def other_packages(results: Path) -> str:
-    """A row for every comparison; that a package's or eager's row is missing is an error, compile's may be."""
-    return "\n\n".join(_peers_on_a_device(path) for path in files(results, "peers"))
+    """A row for every comparison; that a package's or eager's row is missing is an error, compile's may be. On a GPU
+    comparisons may be missing."""
+    return "\n\n".join(filter(None, map(_peers_on_a_device, files(results, "peers"))))
 
 
 def other_packages_in_a_sentence(results: Path) -> str:
@@ -581,6 +602,8 @@ def _peers_on_a_device(path: Path) -> str:
     lines = []
     for operation in peers.COMPARISONS:
         of_operation = [record for record in records if record.operation == operation]
+        if path.name != "peers-cpu.csv" and {record.provider for record in of_operation} <= {*_OWN}:
+            continue
         package = _package(path, records, operation)
         cells = []
         for provider in (package, *_OWN):
@@ -594,6 +617,8 @@ def _peers_on_a_device(path: Path) -> str:
         mode = of_operation[0].mode and f", {of_operation[0].mode}"
         title = f"{_PEERS_TITLES[operation]}{mode}"
         lines.append([title, of_operation[0].case, package, *cells, f"{with_interval(by_ours, 2)} x"])
+    if not lines:
+        return ""
     header = ["what", "on", "package", "the package", "eager", "eager, compiled", "segadv", "segadv, compiled network"]
     notes = paragraph(f"Medians; intervals 95 %. {provenance_of(records)}")
     return f"{table([*header, 'the package / segadv'], lines, text_columns=3)}\n\n{notes}"
@@ -643,9 +668,9 @@ def trainer_cost(results: Path) -> str:
     every = TrainConfig.monitor_every
     notes = paragraph(
         f"{share.mode}, {share.case}; medians with 95 % intervals. The trainer takes {with_interval(share, 2)} % of "
-        "the work of a step. Not in it: the probe for catastrophic overfitting (PGD with 10 steps and FGSM on 8 "
-        f"images), by default every {every} steps and then {100 * probe / work / every:.1f} % of their work; "
-        f"`--monitor-every 0` leaves it out. {provenance_of(records)}"
+        "the work of a step. Not in it: reading the batch, the checkpoint, and the probe for catastrophic overfitting "
+        f"(PGD with 10 steps and FGSM on 8 images), by default every {every} steps and then "
+        f"{100 * probe / work / every:.1f} % of their work; `--monitor-every 0` leaves it out. {provenance_of(records)}"
     )
     return f"{table(['part of a step', 'time'], lines)}\n\n{notes}"
 

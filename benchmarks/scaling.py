@@ -256,15 +256,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quick = options.quick
     path = destination("scaling", options.write, CPU, quick=quick)
-    require_native_core()
-    rows: list[Record] = []
+    require_native_core(CPU)
+
+    def keep(rows: list[Record]) -> None:
+        """At once: what comes after may fail."""
+        if path is not None:
+            write_records(path, rows)
+
     for axis in options.axes:
         values = QUICK[axis] if quick else AXES[axis][0]
-        rows += measure_axis(axis, values, 2 if quick else options.rounds, copied=1 << 16 if quick else 64 << 20)
+        keep(measure_axis(axis, values, 2 if quick else options.rounds, copied=1 << 16 if quick else 64 << 20))
     if not options.no_ladder:
-        rows += measure_ladder(rounds=3 if quick else 51, calls=3 if quick else 200)
+        keep(measure_ladder(rounds=3 if quick else 51, calls=3 if quick else 200))
     if path is not None:
-        write_records(path, rows)
         plot(read_records(path), path.with_suffix(".png"))
     return 0
 

@@ -139,8 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, nargs=2, default=[128, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--write", metavar="CSV", nargs="?", const="", help="adds the rows to a file")
     options = parser.parse_args(arguments)
-    require_native_core()
     cpu = torch.device("cpu")
+    require_native_core(cpu)
     path = destination("trainer", options.write, cpu, quick=False)
     config = TrainConfig(
         arm=options.arm,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,8 +128,8 @@ def measure_overhead(
     dataset: Dataset[tuple[Tensor, Tensor]],
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn: one batch, models of their own. Of the batch the configs'
-    `attacked_positions` are chosen.
+    """Times the arms' training steps in turn, in an order drawn anew for every round, because what one leaves behind
+    meets the next: one batch, models of their own. Of the batch the configs' `attacked_positions` are chosen.
 
     With several processes all call it; each has its part of the batch.
 
@@ -153,8 +154,12 @@ def measure_overhead(
     labels = torch.stack([label for _, label, _ in samples]).to(basic.device)
     chosen = [i - own.start for i in attacked_positions(basic.config) if i in own]
     milliseconds: dict[str, list[float]] = {arm: [] for arm in trainers}
+    order = list(trainers)
+    shuffle = random.Random(0).shuffle  # the same order in all processes
     for _ in range(_WARM_UP_STEPS + steps):
-        for arm, trainer in trainers.items():
+        shuffle(order)
+        for arm in order:
+            trainer = trainers[arm]
             _synchronize(trainer.device)
             start = time.perf_counter()
             trainer.step(images, labels, chosen)

@@ -183,7 +183,7 @@ def reproduce(
             distributed.from_first(lambda: _write_json(out / "overhead.json", measured))
         first = distributed.rank() == 0
     # What follows needs one process, and may take longer than the others would wait for it
-    return _attack_and_report(setting, config, dataset, val, out, arms, evaluation, command) if first else {}
+    return _attack_and_report(setting, config, val, out, arms, evaluation, command) if first else {}
 
 
 def _is_measured(path: Path, steps: int) -> bool:
@@ -233,7 +233,6 @@ def _write_options(out: Path, options: str) -> None:
 def _attack_and_report(
     setting: str,
     config: TrainConfig,
-    dataset: str,
     val: Any,
     out: Path,
     arms: Sequence[str],
@@ -452,7 +451,7 @@ def _report(
             "",
         ]
     device, processes = overhead["environment"]["device"], overhead["processes"]
-    references = reference_overhead(overhead["attacked"])
+    references = content["overhead_references"]
     lines += [
         "## Tables 1 and 2: additional training time",
         "",

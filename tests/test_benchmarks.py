@@ -25,6 +25,7 @@ from benchmarks.cases import Case
 from benchmarks.measure import in_rounds
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Passes, Step, Training
 from benchmarks.records import Record, Where
+from segadv.ops import backends
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,12 @@ def test_the_time_of_the_host_is_that_of_one_call(monkeypatch: pytest.MonkeyPatc
     def call() -> None:
         clock[0] += 0.003
 
-    assert measure.host_milliseconds(call, CPU, batches=4).tolist() == pytest.approx([3.0] * 4)
+    def longer() -> None:
+        clock[0] += 0.005
+
+    found = measure.host_milliseconds({"call": call, "longer": longer}, CPU, rounds=4)
+    assert found["call"].tolist() == pytest.approx([3.0] * 4)
+    assert found["longer"].tolist() == pytest.approx([5.0] * 4)
 
 
 def test_rounds_end_early_but_not_before_the_fifth() -> None:
@@ -138,10 +144,16 @@ def test_every_provider_of_an_operation_is_checked(operation: str, full: bool) -
 
 
 def test_another_backend_is_not_measured_as_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    records.require_native_core()
+    records.require_native_core(CPU)
+    monkeypatch.setattr(
+        backends.BACKENDS["native"], "unavailable", lambda device_type: "no CUDA" if device_type == "cuda" else None
+    )
+    records.require_native_core(CPU)
+    with pytest.raises(SystemExit, match="need the compiled core on cuda: no CUDA"):  # Triton would run there
+        records.require_native_core(torch.device("cuda"))
     monkeypatch.setenv("SEGADV_BACKEND", "reference")
     with pytest.raises(SystemExit, match="without SEGADV_BACKEND"):
-        records.require_native_core()
+        records.require_native_core(CPU)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -356,6 +368,29 @@ def test_overhead_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_network_that_fails_does_not_take_the_others_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a missing matplotlib."""
+    path = tmp_path / "overhead.csv"
+
+    def without_weights(num_classes: int) -> torch.nn.Module:
+        raise ImportError("No module named 'transformers'")
+
+    broken = replace(overhead.MODELS["segformer-b0"], build=without_weights)
+    monkeypatch.setitem(overhead.MODELS, "segformer-b0", broken)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    few = ["--arms", "fgsm", "--columns", OURS, "--shares", "1"]
+    models = ["--models", "segformer-b0", "small"]
+    assert overhead.main(["--quick", "--device", "cpu", *models, *few, "--write", str(path)]) == 1
+    assert {row.case.partition(",")[0] for row in records.read_records(path)} == {"small"}
+    printed = capsys.readouterr()
+    assert "No module named 'transformers'" in printed.err
+    assert printed.out.endswith("failed: segformer-b0\n")
+    assert "no picture of them: " in printed.out
+    assert not path.with_suffix(".png").exists()
+
+
 def record_of(operation: str, column: str, mode: str, value: float, low: float, high: float) -> Record:
     (row, _) = rows()
     return replace(row, operation=operation, provider=column, mode=mode, p50=value, low=low, high=high, unit="%")
@@ -430,14 +465,17 @@ def test_peers_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_peer_with_other_images_is_not_timed() -> None:
     compared = peers.comparison("pgd", CPU, quick=True, steps=3, compiled=False)
-    (right,) = compared.calls["eager"]()
-    images = peers.Attacks.on(CPU, quick=True, steps=3).images
-    for wrong in (images, images + 0.9 * (right - images), right * math.nan, right.double(), right[:1]):
+    with compared.checking():
+        (right,) = compared.calls["eager"]()
+    assert right.dtype is torch.float64
+    images = peers.Attacks.on(CPU, quick=True, steps=3).images.double()
+    for wrong in (images, images + 0.9 * (right - images), right * math.nan, right.float(), right[:1]):
         checked = replace(compared, calls={**compared.calls, "wrong": lambda wrong=wrong: (wrong,)}).checked()
         assert checked.calls.keys() == compared.calls.keys()
         assert "pgd, wrong against eager" in checked.differing[0]
-    with pytest.raises(RuntimeError, match="pgd, segadv against eager"):
-        replace(compared, calls={**compared.calls, "segadv": lambda: (images,)}).checked()
+    checked = replace(compared, calls={**compared.calls, "segadv": lambda: (images,)}).checked()
+    assert not checked.calls
+    assert "pgd, segadv against eager" in checked.differing[0]
 
 
 def test_a_metric_that_differs_is_not_timed(
@@ -505,7 +543,7 @@ def test_commands_side_by_side_keep_all_that_they_print(
     monkeypatch.setattr(device, "_wait", lambda processes, _: wait(processes[:2], 60) + wait(processes[2:], 0))
     run = device.Run(CPU, tmp_path / "new" / "gpu.csv")
     device._side_by_side(run, commands, "tests", {"GIVEN": "told"})
-    assert (run.failed, run.left_out) == (["bad: exit status 1"], ["slow: stopped, the time was up"])
+    assert (run.failed, run.left_out) == (["bad: exit status 1", "slow: stopped, the time was up"], [])
     kept = (tmp_path / "new" / "gpu-tests.log").read_text()
     assert all(f"line {i} {'x' * 300}\n" in kept for i in range(100))
     assert kept.index("line 99") < kept.index("\nbad\nwent wrong") < kept.index("\nslow\ntold")
@@ -546,6 +584,23 @@ def test_rows_of_a_device_and_their_table(tmp_path: Path, monkeypatch: pytest.Mo
     assert [(line[0], line[4]) for line in shown if line[4] == "native"] == [(n, "native") for n in sorted(named)]
     assert {line[9] for line in shown if line[4] == "native"} == {"1.00"}
     assert {len(line) for line in shown} == {11}
+
+
+def test_glue_times_no_backend_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = segadv.models.small_pspnet(19).eval().requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(device, "our_backends", lambda device: ["native", "triton"])
+    genuine = segadv.fast_newton_step
+
+    def wrong(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        assert images.dtype is torch.float64
+        return images if backends.requested() == "triton" else genuine(model, images, labels)
+
+    monkeypatch.setattr(segadv, "fast_newton_step", wrong)
+    run = device.Run(CPU, tmp_path / "gpu.csv", dry=True)
+    assert device._right_backends(run, "small", model, 64) == ["native"]
+    assert run.failed == ["small: triton"]
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_operations_on_a_cpu_write_what_their_table_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,10 +657,17 @@ def test_nothing_runs_on_after_a_part(tmp_path: Path, monkeypatch: pytest.Monkey
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "open('child', 'w').write(str(child.pid))\n"
         "time.sleep(60 if 'tune' in sys.argv else 0)\n"
+        "sys.exit(3 if 'glue' in sys.argv else 1 if 'compile' in sys.argv else 0)\n"
     )
     monkeypatch.setattr(device, "ROOT", tmp_path)
     monkeypatch.setattr(device, "PART_SECONDS", 8)
-    for part, outcome in (("launch", None), ("tune", "ended after 8 s")):
+    outcomes = {
+        "launch": (0, "ok"),
+        "tune": (device.FAILED, "ended after 8 s"),
+        "glue": (device.LEFT_OUT, "something was left out"),
+        "compile": (1, "exit status 1"),
+    }
+    for part, outcome in outcomes.items():
         assert device.run_apart(part, tmp_path, dry=False) == outcome
         child = int((tmp_path / "child").read_text())
         for _ in range(200):  # it dies soon, not at once

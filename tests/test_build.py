@@ -214,12 +214,21 @@ def test_architectures(tmp_path: Path, environment: dict[str, str], architecture
         assert re.search(f"segadv: CUDA kernels for {architectures}\n", result.stdout)
 
 
-def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize(("package", "message"), [("Python", "python3-dev"), ("OpenMP", "clang needs libomp-dev")])
+def test_what_the_build_needs_is_named(tmp_path: Path, package: str, message: str) -> None:
+    result = configure(tmp_path, f"-DCMAKE_DISABLE_FIND_PACKAGE_{package}=ON", SEGADV_CUDA="OFF")
+    assert result.returncode != 0
+    words = " ".join(result.stderr.split())
+    assert message in words
+    assert "SEGADV_NATIVE=OFF pip install" in words
+
+
+def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     cmake = pytest.importorskip("cmake", reason="the cmake package is not installed")
     pybind11 = pytest.importorskip("pybind11", reason="the pybind11 package is not installed")
     return run(
         Path(cmake.CMAKE_BIN_DIR) / "cmake", ROOT, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DPython_EXECUTABLE={sys.executable}", cwd=folder, **environment,
+        f"-DPython_EXECUTABLE={sys.executable}", *options, cwd=folder, **environment,
     )  # fmt: skip
 
 
@@ -241,6 +250,11 @@ def test_pure_python_install_falls_back_and_says_so(tmp_path: Path) -> None:
     first, second = result.stdout.splitlines()
     assert first.startswith(f"1 False {tmp_path}")
     assert "backend 'native' was requested for cpu tensors but cannot run" in second
+
+
+def test_core_and_package_tell_the_same_version() -> None:
+    """CMakeLists.txt and pyproject.toml."""
+    assert segadv.build_info()["native_version"] == segadv.__version__
 
 
 def test_core_of_another_version_is_refused(tmp_path: Path) -> None:

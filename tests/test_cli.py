@@ -64,6 +64,7 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("trian", "invalid choice: 'trian'"),
         ("train --out x", "arguments are required: --data ("),
         ("train --data x --out y --stepz 3", "--stepz"),
+        ("train --data x --out y --config", "argument --config: expected one argument"),
         ("train --data x --out y --steps few", '"steps"'),
         ("train --data x --out y --steps 0", "got 0"),
         ("train --data x --out y --arm newton", "did you mean"),

@@ -772,6 +772,23 @@ def test_overhead_is_measured_without_validation(streets: Path) -> None:
     assert rows[1]["overhead_percent"] == pytest.approx(expected, abs=0.1)
 
 
+def test_the_arms_whose_steps_are_timed_follow_one_another_in_changing_order(
+    streets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once a round; the same order in every process."""
+    config = TrainConfig(arm="basic", steps=3, batch_size=2, crop=(32, 32), device="cpu")
+    configs = {arm: dataclasses.replace(config, arm=arm) for arm in ("basic", "fgsm", "fast-newton")}
+    dataset = open_dataset("cityscapes", streets, "train")
+    taken: list[str] = []
+    monkeypatch.setattr(Trainer, "step", lambda self, images, labels, chosen: taken.append(self.config.arm))
+    for _ in range(2):
+        comparison.measure_overhead(configs, small_pspnet, dataset, 10)
+    assert taken[: len(taken) // 2] == taken[len(taken) // 2 :]
+    rounds = [tuple(taken[i : i + 3]) for i in range(0, len(taken), 3)]
+    assert all(set(arms) == set(configs) for arms in rounds)
+    assert len(set(rounds)) > 3
+
+
 @pytest.mark.parametrize(
     ("share", "processes", "expected"),
     [

@@ -508,12 +508,12 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     assert cells(text, "small | segpgd-3")[-2:] == ["", ""]
     words = " ".join(text.split())
     assert "on small, 8 x 3 x 256 x 512, 19 classes: 100, 101 and 102 ms, 500, 501 and 502 MB (9 rounds). What" in words
-    assert "of Fast Newton's attack with segadv, in the same order, 60.0 [59.5, 60.5] % (9 rounds)" in words
-    assert "of 7 in 87 %" in words
+    assert "of Fast Newton's attack with segadv 60.0 [59.5, 60.5] % on small (9 rounds)." in words
+    assert "in 75 % of cases, of 7 in 87.5 %" in words
 
 
 def test_networks_of_the_overhead(tmp_path: Path) -> None:
-    """In one table, in the order of benchmarks.overhead; what the notes say is in the same order."""
+    """In one table, in the order of benchmarks.overhead; the notes name them."""
     rows = overhead_rows()
     other = "pspnet50, 2 x 3 x 192 x 192, 19 classes"
     parts_alone = [record(overhead.GLUE_SHARE, overhead.OURS, "fast-newton, p = 0.5", "segformer-b0, 4", 30.0)]
@@ -528,7 +528,7 @@ def test_networks_of_the_overhead(tmp_path: Path) -> None:
     assert re.search(
         r"on small, .*: 100, 101 and 102 ms, .* MB \(9 rounds\); pspnet50, .*: 300, 301 and 302 ms, .* MB \(20", words
     )
-    assert re.search(r"in the same order, 60\.0 .* \(9 rounds\), 260\.0 .* \(20 rounds\)", words)
+    assert re.search(r"segadv 60\.0 .* % on small \(9 rounds\), 260\.0 .* % on pspnet50 \(20 rounds\)", words)
     write_records(tmp_path / "overhead-cpu.csv", [replace(row, rounds=10) for row in rows])
     assert "9 rounds" not in report.training_overhead(tmp_path)
 
@@ -573,7 +573,9 @@ def test_the_headline(tmp_path: Path) -> None:
     assert "a small part of a step, 33 % more than in conventional code" in words
     assert words.endswith("Measured on CPUs only: GPUs are [still to come](#limits).")
     on_gpu = tmp_path / "overhead-nvidia-x1.csv"
-    write_records(on_gpu, [small])
+    write_records(on_gpu, [replace(small, device="cuda", threads=0)])  # of which no table can be made
+    assert " ".join(report.headline(tmp_path).split()) == words
+    write_records(on_gpu, [replace(row, device="cuda", threads=0) for row in overhead_rows()])
     assert report.headline(tmp_path).endswith("GPUs are in the table there.")
     on_gpu.unlink()
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
@@ -623,6 +625,43 @@ def test_a_gpu_has_a_table_of_its_own(name: str, tmp_path: Path) -> None:
     both = report.BLOCKS[name](tmp_path)
     assert both.startswith(cpu)
     assert "another machine" in both.removeprefix(cpu)
+
+
+def test_what_a_gpus_time_did_not_suffice_for_is_left_out_of_its_table(tmp_path: Path) -> None:
+    """Arms, what is measured after the times, other packages that are missing there; of the CPU all is needed."""
+    made = [replace(row, device="cuda", threads=0) for row in overhead_rows()]
+    late = (overhead.COST_MODEL, PEAK_MEMORY, overhead.GLUE_SHARE)
+    some = [row for row in made if row.operation not in late and not row.mode.startswith(("fgsm", "segpgd"))]
+    path = tmp_path / "overhead-nvidia-x1.csv"
+    write_records(path, some)
+    text = report._overhead_on_a_device(path)
+    assert [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| small")] == [
+        "fast-newton",
+        "bim-3",
+    ]
+    whole = tmp_path / "overhead-nvidia-x2.csv"
+    write_records(whole, made)
+    shown = cells(report._overhead_on_a_device(whole), "small | bim-3")
+    assert shown[6] == f"{50 + overhead.ARMS.index('bim-3'):.1f} %"
+    assert cells(text, "small | bim-3") == [*shown[:6], "", *shown[7:]]
+    words = " ".join(text.split())
+    assert "19 classes: 100, 101 and 102 ms (9 rounds). Medians" in words
+    alone = [row for row in made if row.provider != overhead.EFFICIENT]  # --columns conventional segadv
+    path.unlink()
+    write_records(path, alone)
+    assert report._overhead_on_a_device(path) == ""
+
+    made = [replace(row, device="cuda", threads=0) for row in peer_rows()]
+    path = tmp_path / "peers-nvidia-x1.csv"
+    write_records(path, [row for row in made if row.provider != "package 1"])
+    whole = tmp_path / "peers-nvidia-x2.csv"
+    write_records(whole, made)
+    missing = report._PEERS_TITLES[peers.COMPARISONS[1]]
+    expected = [line for line in report._peers_on_a_device(whole).splitlines() if not line.startswith(f"| {missing}")]
+    assert report._peers_on_a_device(path).splitlines() == expected
+    path.unlink()
+    write_records(path, [row for row in made if not row.provider.startswith("package")])
+    assert report._peers_on_a_device(path) == ""
 
 
 # --- the demo -----------------------------------------------------------------------------------------------------
