@@ -130,7 +130,7 @@ class Where:
             rounds=rounds,
             commit=commit(),
             versions=_versions(self.packages),
-            machine=_machine(self.device),
+            machine=machine_of(self.device),
         )
 
     def time_and_memory(
@@ -154,7 +154,8 @@ def _versions(packages: tuple[str, ...]) -> str:
 
 
 @cache
-def _machine(device: torch.device) -> str:
+def machine_of(device: torch.device) -> str:
+    """This machine, by what the device is."""
     return f"{device_name(device)}, driver {driver_version()}" if device.type == "cuda" else machine()
 
 

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from segadv import plots
 from segadv.comparison import PAPER_ARMS, PAPER_OVERHEAD
 from segadv.results import EvaluationResult, csv_text
@@ -31,9 +33,9 @@ from segadv.writing import atomic_write, write_text
 
 from . import attacks, device, overhead, peers, scaling, trainer
 from .cases import CASES
-from .measure import commit, machine, slug
+from .measure import commit, slug
 from .ops import PIXEL_SPACE
-from .records import PEAK_MEMORY, Record, read_records
+from .records import PEAK_MEMORY, Record, machine_of, read_records
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/evaluation.md", "benchmarks/README.md")
@@ -810,15 +812,15 @@ def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record
         result = EvaluationResult.from_json(path)
         for entry in result.final:
             run = result.run[entry.arm]
-            versions = run["versions"]
+            versions, device = run["versions"], torch.device(run["device"])
             case = f"eps {entry.eps:g}, {entry.steps} steps, {run['images']} images, training {training}"
             records.append(
                 Record(
                     operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
-                    device=run["device"], threads=0, thp=0, p20=_NAN, p50=entry.row["miou"], p80=_NAN, low=_NAN,
+                    device=device.type, threads=0, thp=0, p20=_NAN, p50=entry.row["miou"], p80=_NAN, low=_NAN,
                     high=_NAN, unit="", rounds=1, commit=commit,
                     versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
-                    machine=machine(),
+                    machine=machine_of(device),
                 )
             )  # fmt: skip
     return records

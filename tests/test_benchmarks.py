@@ -169,7 +169,7 @@ def rows() -> list[Record]:
 
 def test_rows_of_a_gpu_belong_to_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one replaces the other, whatever the host was set to."""
-    monkeypatch.setattr(records, "_machine", lambda device: "a GPU")
+    monkeypatch.setattr(records, "machine_of", lambda device: "a GPU")
     row = Where("case", torch.float32, torch.device("cuda")).record("step", "segadv", "fgsm", ([1.0],), unit="ms")
     assert (row.device, row.threads) == ("cuda", 0)
     assert rows()[0].threads == torch.get_num_threads()

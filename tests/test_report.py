@@ -1020,6 +1020,17 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
     assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in text.replace("\n", " ")
 
 
+def test_rows_of_an_evaluation_on_a_gpu_name_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = evaluated(tmp_path / "0.json", 0.0)
+    content = json.loads(path.read_text())
+    for run in content["run"].values():
+        run["device"] = "cuda:1"
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(report, "machine_of", lambda device: f"that of {device}")
+    rows = report.robustness_records([path], "c0ffee")
+    assert {(row.device, row.machine) for row in rows} == {("cuda", "that of cuda:1")}
+
+
 def test_what_is_no_evaluation_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows_file = root / report.RESULTS / "robustness.csv"
     before = rows_file.read_bytes() if rows_file.exists() else None
