@@ -400,6 +400,34 @@ def test_offsets_of_more_than_32_bits(backend: str, moved: str, dim: int, own: t
         torch.testing.assert_close(result, other, **tolerance)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken")
+@pytest.mark.parametrize("own", [(8, 6), (2, 3)], ids=str)
+def test_classes_more_than_32_bits_apart(backend: str, own: tuple[int, int]) -> None:
+    """The stride itself does not fit."""
+    z, y = torch.randn(2, 2, *own).half(), torch.randint(0, 2, (2, 8, 6))
+    outgoing = torch.randn(2, 8, 6)
+    expected = everything(z, y, outgoing)
+    strides = (z.stride(0), 2**31 + 1, *z.stride()[2:])
+    far = torch.empty(2**31 + 1 + z.numel(), dtype=z.dtype).as_strided(z.shape, strides).copy_(z.detach())
+    for result, other in zip(everything(far, y, outgoing), expected, strict=True):
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if result.dtype is torch.float32 else {}
+        torch.testing.assert_close(result, other, **tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken")
+def test_pixels_more_than_32_bits_apart(backend: str) -> None:
+    """The classes are neighbours, as in channels_last."""
+    z, y = torch.randn(2, 3, 2, 5).half(), torch.randint(0, 3, (2, 2, 5))
+    outgoing = torch.randn(2, 2, 5)
+    expected = everything(z, y, outgoing)
+    far = 2**31 // 9 + 1  # the last of ten pixels
+    memory = torch.empty(9 * far + 6, dtype=z.dtype)
+    other = memory.as_strided(z.shape, (3, 1, 5 * far, far)).copy_(z.detach())
+    for result, near in zip(everything(other, y, outgoing), expected, strict=True):
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if result.dtype is torch.float32 else {}
+        torch.testing.assert_close(result, near, **tolerance)
+
+
 @pytest.mark.parametrize("own", [(4, 6), (3, 4)])
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])
 def test_labels_of_any_strides(backend: str, layout: str, own: tuple[int, int]) -> None:
@@ -409,6 +437,22 @@ def test_labels_of_any_strides(backend: str, layout: str, own: tuple[int, int]) 
     y[0, 2, 3:5] = 255
     results, expected = everything(z, y, outgoing), everything(z, y.contiguous(), outgoing)
     for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("moved", ["logits", "labels", "both"])
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(32, slice(13)), (32, slice(None, None, 2)), (33, slice(16))],
+    ids=["13 of 32", "every second", "16 of 33"],
+)
+def test_columns_of_wider_rows(backend: str, width: int, columns: slice, moved: str) -> None:
+    """Where rows begin at a multiple of 16 bytes, but do not end at one or have gaps; and where they do not begin."""
+    z, y = torch.randn(2, 4, 4, width)[..., columns], torch.randint(0, 4, (2, 4, width))[..., columns]
+    outgoing = torch.randn(y.shape)
+    expected = everything(z.contiguous(), y.contiguous(), outgoing)
+    given = z if moved != "labels" else z.contiguous(), y if moved != "logits" else y.contiguous()
+    for result, other in zip(everything(*given, outgoing), expected, strict=True):
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
@@ -422,6 +466,7 @@ def test_labels_of_any_strides(backend: str, layout: str, own: tuple[int, int]) 
         pytest.param((2, 6, 12), 19, 0, 1, torch.float32, id="not at a multiple of 16 bytes"),
         pytest.param((2, 6, 12), 16, 0, 0, torch.float32, id="pixels a multiple of 32 bytes apart"),
         pytest.param((2, 6, 12), 19, 3, 0, torch.bfloat16, id="some channels of more"),
+        pytest.param((2, 6, 12), 19, 4, 0, torch.float32, id="some channels of more from 16 bytes on"),
         pytest.param((1, 5, 13), 70, 0, 0, torch.float32, id="more than 128 bytes a pixel"),
         pytest.param((1, 5, 13), 70, 0, 0, torch.bfloat16, id="more than 128 bytes a pixel of bfloat16"),
         pytest.param((1, 3, 7), 300, 0, 0, torch.float16, id="classes of 16 bits"),
@@ -513,8 +558,9 @@ def test_integers_resampled_without_rounding(backend: str, scale: int) -> None:
     assert torch.equal(F.argmax_labels(z, size).long(), full.argmax(1))
 
 
-def test_labels_without_pixels(backend: str) -> None:
-    z, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, 0, 5, dtype=torch.long)
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)], ids=str)
+def test_labels_without_pixels(backend: str, size: tuple[int, int]) -> None:
+    z, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(2, *size, dtype=torch.long)
     gain = F.averaged_gain(z, y)
     assert gain.tolist() == [0, 0]
     assert (torch.autograd.grad(gain.sum(), z)[0] == 0).all()
