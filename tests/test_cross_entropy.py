@@ -124,6 +124,18 @@ def test_resampled_logits_as_large_as_can_be(backend: str, factor: float, size: 
         assert ours.isfinite().all()
 
 
+def test_neighbouring_logits_as_far_apart_as_can_be(backend: str) -> None:
+    """Between them there is no number beyond the largest one; in line with them, a few pixels on, there is."""
+    z = 1.69e38 * torch.tensor([1.0, -1.0, 1.0]).view(1, 1, 3, 1) * torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    z, y = z.repeat(1, 1, 1, 3), torch.randint(0, 2, (1, 30, 30))
+    z64 = z.double().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.cross_entropy_map(z64, y).sum(), z64)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="none").sum(), z)
+    for ours in (grad, F.loss_and_grad(z.detach(), y)[2]):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("of_label", [False, True])
 @pytest.mark.parametrize("size", [(5, 5), (10, 15)])
@@ -201,11 +213,15 @@ def test_what_is_kept_of_a_pixel_is_zero_where_it_is_not_valid(backend: str, own
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("corner", ["first", "last"])
 @pytest.mark.parametrize("own", [(4, 6), (2, 3)], ids=str)
-def test_nan_under_void_pixels_reaches_nothing(backend: str, own: tuple[int, int], loss: str) -> None:
+def test_nan_under_void_pixels_reaches_nothing(backend: str, own: tuple[int, int], corner: str, loss: str) -> None:
     z, y = torch.randn(2, 3, *own), torch.zeros(2, 4, 6, dtype=torch.long)
     z[0, 2, 0, 0] = torch.nan
     y[0, :3, :4] = 255
+    if corner == "last":
+        z, y = z.flip(2, 3), y.flip(1, 2)
+        y[0, 0, 2:] = 255  # eager PyTorch, and native, multiply the last of two rows there by the weight 0
     for value in F.loss_and_grad(z, y, loss=loss, step=1, steps=4):
         assert value.isfinite().all()
     z.requires_grad_()
@@ -216,6 +232,20 @@ def test_nan_under_void_pixels_reaches_nothing(backend: str, own: tuple[int, int
     }[loss]()
     assert value.isfinite().all()
     assert torch.autograd.grad(value.sum(), z)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("own", [(4, 6), (2, 3)], ids=str)
+def test_void_pixels_of_logits_far_from_zero(backend: str, own: tuple[int, int], dtype: torch.dtype) -> None:
+    """Whose exponential is infinite."""
+    z, y = 1000 + torch.randn(2, 3, *own).to(dtype), torch.randint(0, 3, (2, 4, 6))
+    y[0, :3, :4] = 255
+    z64 = z.double().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.cross_entropy_map(z64, y).sum(), z64)
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="none").sum(), z)
+    for ours in (grad, F.loss_and_grad(z.detach(), y)[2]):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "image", "sum", "none"])
