@@ -994,6 +994,7 @@ def report(setting: str = "cityscapes", evaluation: Evaluation | None = None, **
             {"text": "d", "holds": None, "finding": reproduce._NOT_MEASURED},
         ],
         "overhead": overhead,
+        "overhead_references": comparison.reference_overhead(overhead["attacked"]),
         "step_ms_as_trained": {"basic": 8.0, "bim-3": 9.0},
         "evaluations": dict.fromkeys(arms, run),
     }
