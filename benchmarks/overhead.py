@@ -738,7 +738,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.models:
         try:
             measure(MODELS[name], path, options)
-        except Exception:  # the next network may fit into the memory, or need another package
+        # Told, and the exit status is 1; the next network may fit into the memory, or do without a package.
+        except Exception:
             failed.append(name)
             traceback.print_exc()
         if device.type == "cuda":

@@ -366,7 +366,14 @@ def test_memory_that_begins_anywhere(backend: str, own: tuple[int, int], moved: 
         torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken; test_gpu.py takes it")
+ADDRESSES = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="4 GiB for a few numbers: on a CPU they are addresses without memory, on a GPU each process that runs tests "
+    "would take all of it; offsets above 32 bits are then those of test_gpu.py, in tensors that are so large",
+)
+
+
+@ADDRESSES
 @pytest.mark.parametrize(
     ("moved", "dim", "own"),
     [
@@ -400,7 +407,7 @@ def test_offsets_of_more_than_32_bits(backend: str, moved: str, dim: int, own: t
         torch.testing.assert_close(result, other, **tolerance)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken")
+@ADDRESSES
 @pytest.mark.parametrize("own", [(8, 6), (2, 3)], ids=str)
 def test_classes_more_than_32_bits_apart(backend: str, own: tuple[int, int]) -> None:
     """The stride itself does not fit."""
@@ -414,7 +421,7 @@ def test_classes_more_than_32_bits_apart(backend: str, own: tuple[int, int]) -> 
         torch.testing.assert_close(result, other, **tolerance)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there all the memory is taken")
+@ADDRESSES
 def test_pixels_more_than_32_bits_apart(backend: str) -> None:
     """The classes are neighbours, as in channels_last."""
     z, y = torch.randn(2, 3, 2, 5).half(), torch.randint(0, 3, (2, 2, 5))
