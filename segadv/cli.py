@@ -39,6 +39,7 @@ from .models import MODELS, ModelConfig
 from .ops import backends
 from .recipes import ConfigFile, recipe_file, recipes
 from .reproduce import SETTINGS, Evaluation
+from .run_directory import RunDirectory
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
@@ -399,7 +400,6 @@ def _train(arguments: Namespace) -> None:
     from .comparison import describe, untrained
     from .data import open_dataset
     from .distributed import from_first, process_group, rank
-    from .run_directory import RunDirectory
     from .training import Trainer
 
     config, model_config = _configs(arguments)
@@ -413,7 +413,7 @@ def _train(arguments: Namespace) -> None:
         with closing(RunDirectory(out)) as directory:  # no other run may write there, until the trainer's has ended
             if from_first(directory.prepare):
                 trainer.load(directory.checkpoint)  # refuses another run's before anything is written
-            from_first(lambda: _write_options(out / "config.yaml", arguments, model_config, directory.checkpoint))
+            from_first(lambda: _write_options(out / "config.yaml", arguments, model_config, directory))
             trainer.run(out)
         if rank() != 0:
             return
@@ -422,11 +422,16 @@ def _train(arguments: Namespace) -> None:
     print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps{drawn}")
 
 
-def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpoint: Path) -> None:
-    """config.yaml; ValueError where the run began with other initial weights than these options name."""
+def _write_options(path: Path, arguments: Namespace, model: ModelConfig, directory: RunDirectory) -> None:
+    """config.yaml; ValueError where the run began with other initial weights than these options name, or where the file
+    is no run's."""
     from .writing import write_text
 
-    if checkpoint.exists() and path.exists():
+    options, there = _effective(arguments), path.exists()
+    if there and not (directory.checkpoint.exists() or directory.run.exists()):
+        if path.read_bytes() != options.encode():  # what a run killed at its start left is the same
+            raise ValueError(f"{path} is no run's, and this one would overwrite it; give another output folder")
+    elif there and directory.checkpoint.exists():
         try:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
             differing = [name for name in ("pretrained", "backbone") if before[name] != getattr(model, name)]
@@ -437,10 +442,10 @@ def _write_options(path: Path, arguments: Namespace, model: ModelConfig, checkpo
                 f"model.{name} {before[name]!r} there, {getattr(model, name)!r} here" for name in differing
             )
             raise ValueError(
-                f"{checkpoint.parent} holds a run that began with other weights ({told}): a run that goes on "
+                f"{directory.path} holds a run that began with other weights ({told}): a run that goes on "
                 "has its own; name them as there, or give another output folder"
             )
-    write_text(path, _effective(arguments))
+    write_text(path, options)
 
 
 def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:

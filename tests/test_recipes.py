@@ -299,6 +299,32 @@ def test_out_of_another_run_is_left_as_it_is(streets: Path, tmp_path: Path, caps
     assert run(f"{command} --arm basic --log-every 9 --workers 0") == 0, "what changes no number may change"
 
 
+def test_a_config_that_is_no_runs_is_left_as_it_is(
+    streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the one that the options come from; one that a run killed at its start left is no obstacle."""
+    command = f"train {SMALL} --data {streets} --steps 2 --arm basic --out {tmp_path}"
+    for written in (b"# mine\nsteps: 2\n", b"\xff"):
+        (tmp_path / "config.yaml").write_bytes(written)
+        assert f"{tmp_path}/config.yaml is no run's, and this one would overwrite it" in failure(command, capsys)
+        found = content(tmp_path)
+        assert found.pop("config.yaml") == written
+        assert found.keys() == {".lock"}
+    (tmp_path / "config.yaml").unlink()
+
+    def killed(self: Trainer, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "run", killed)
+        assert run(command) == 130
+    assert (tmp_path / "config.yaml").exists()
+    assert not (tmp_path / "run.json").exists()
+    assert run(command) == 0
+    (tmp_path / "config.yaml").write_bytes(b"# nobody's")
+    assert run(command) == 0, "of a run's folder"
+
+
 def test_interrupted_training_continues_to_the_same_weights(
     streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
