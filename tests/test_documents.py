@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from segadv.models import small_pspnet
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
