@@ -62,8 +62,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+def paragraph(text: str, *, bullet: str = "") -> str:
+    indents = {"initial_indent": bullet, "subsequent_indent": " " * len(bullet)}
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False, **indents)
 
 
 def three_digits(value: float) -> str:
@@ -77,9 +78,13 @@ def with_interval(record: Record, digits: int = 1) -> str:
 
 def provenance(machines: Iterable[str], versions: Iterable[str], commits: Iterable[str]) -> str:
     """Where and with what the rows of a table were measured."""
-    told = [", ".join(sorted(set(values))) for values in (machines, versions, commits)]
-    several = "s" if "," in told[2] else ""
-    return f"({told[0]}; {told[1]}; commit{several} {told[2]})"
+    told = [", ".join(sorted(set(values))) for values in (machines, versions)]
+    return f"({told[0]}; {told[1]}; {named(commits)})"
+
+
+def named(commits: Iterable[str]) -> str:
+    different = sorted(set(commits))
+    return f"commit{'s' * (len(different) > 1)} {', '.join(different)}"
 
 
 def provenance_of(records: Sequence[Record]) -> str:
@@ -138,14 +143,14 @@ _SHOWN = [
 
 
 class Operations:
-    """The rows of cpu.csv, or of another machine's: float32 and `THREADS` threads."""
+    """The rows of cpu.csv, or of another machine's: contiguous logits in float32, `THREADS` threads."""
 
     def __init__(self, results: Path, name: str = "cpu.csv") -> None:
         self.path = results / name
         self.records = {
             (record.operation, record.mode, record.case, record.provider, record.thp): record
             for record in records_in(self.path)
-            if (record.dtype, record.threads) == ("float32", THREADS)
+            if (record.dtype, record.threads) == ("float32", THREADS) and record.case in CASES
         }
 
     def get(self, operation: str, mode: str, case: str, provider: str, *, thp: int = 0) -> Record:
@@ -173,6 +178,13 @@ class Operations:
         """Of writing it: the runner-up of the averaged gain is found with amax or with max."""
         providers = (name, f"{name}, max") if operation.endswith("averaged_gain") else (name,)
         return [self.get(operation, mode, case, provider, thp=thp) for provider in providers]
+
+    def less_memory(self, operation: str, mode: str, case: str) -> float:
+        """By how much ours takes less than the way of eager or torch.compile that takes least. Below a megabyte, which
+        counts as one, a peak is as noisy as what else is in the process."""
+        key = (operation, mode, case)
+        least = min(self.megabytes(time) for name in ("eager", "compile") for time in self.ways(name, *key))
+        return least / max(self.megabytes(self.get(*key, "segadv")), 1)
 
     def faster(self, operation: str, mode: str, case: str, *, thp: int = 0) -> float:
         """By how much ours is faster than the better of eager and torch.compile."""
@@ -207,10 +219,8 @@ def operations(results: Path) -> str:
         key = (operation, mode, case)
         three = measured.eager(*key), measured.compiled(*key), measured.get(*key, "segadv")
         used += three
-        least = min(measured.megabytes(time) for name in ("eager", "compile") for time in measured.ways(name, *key))
-        own = measured.megabytes(three[2])
-        # Below a megabyte a peak is as noisy as what else is in the process.
-        less = f"{three_digits(least / own)} x" if own >= 1 else f"> {math.floor(least)} x"
+        ratio = measured.less_memory(*key)
+        less = f"{three_digits(ratio)} x" if measured.megabytes(three[2]) >= 1 else f"> {math.floor(ratio)} x"
         cells = [_title(operation, mode), _shape(operation, case), *map(cell, three)]
         lines.append([*cells, f"{measured.faster(*key):.1f} x", less])
     header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "less memory"]
@@ -243,14 +253,15 @@ def all_operations(results: Path) -> str:
         [
             record.case, record.operation, "value" if record.mode == VALUE else "value and gradient",
             "yes" * record.thp, record.provider, f"{three_digits(record.p50)} {_spread(record)}",
-            three_digits(measured.megabytes(record)), record.commit,
+            three_digits(measured.megabytes(record)),
         ]
         for record in sorted(
             times, key=lambda r: (list(CASES).index(r.case), r.operation, r.mode, r.thp, order.index(r.provider))
         )
     ]  # fmt: skip
-    header = ["case", "operation", "mode", "huge pages", "provider", "ms, p50 [p20, p80]", "peak MB", "commit"]
-    return f"{paragraph(_ways_and_floors(measured))}\n\n{table(header, lines, text_columns=5)}"
+    header = ["case", "operation", "mode", "huge pages", "provider", "ms, p50 [p20, p80]", "peak MB"]
+    body = table(header, lines, text_columns=5)
+    return f"{paragraph(_ways_and_floors(measured))}\n\n{body}\n\n{paragraph(provenance_of(times))}"
 
 
 def _ways_and_floors(measured: Operations) -> str:
@@ -267,6 +278,34 @@ def _ways_and_floors(measured: Operations) -> str:
         f"{amax[0]} with `max` on cityscapes19, resampled, and {amax[1]} at full resolution. There memory decides: "
         f"ours take {' and '.join(floors)} times the floor."
     )
+
+
+_LAYOUTS = {  # title -> (dtype, what follows the name of a case)
+    "float32": ("float32", ""),
+    "float32, channels_last": ("float32", ", channels_last"),
+    "bfloat16": ("bfloat16", ""),
+    "bfloat16, channels_last": ("bfloat16", ", channels_last"),
+}
+
+
+def layouts(results: Path) -> str:
+    """Logits as networks in channels_last and autocast leave them, of cpu.csv."""
+    records = comparable(records_in(results / "cpu.csv"))
+    lines, used = [], []
+    for case in ("cityscapes19", "ade150"):
+        for operation, mode in dict.fromkeys(key[:2] for key in _SHOWN if key[0] not in PIXEL_SPACE):
+            cells = []
+            for dtype, suffix in _LAYOUTS.values():
+                key = {"operation": operation, "mode": mode, "case": case + suffix, "dtype": dtype}
+                ways = ("eager", "eager, max") if operation.endswith("averaged_gain") else ("eager",)
+                ours, *usual = (one(records, provider=name, **key) for name in ("segadv", *ways))
+                used += [ours, *usual]
+                ratio = min(way.p50 for way in usual) / ours.p50
+                cells.append(f"{three_digits(ours.p50)} ms, {ratio:.1f} x")
+            lines.append([_title(operation, mode), _shape(operation, case), *cells])
+    notes = "Time of segadv, and by how much it is faster than eager code with the same logits."
+    body = table(["operation", "logits → labels", *_LAYOUTS], lines, text_columns=2)
+    return f"{body}\n\n{paragraph(f'{notes} {provenance_of(used)}')}"
 
 
 def _spread(record: Record) -> str:
@@ -298,20 +337,14 @@ def training_samples(results: Path) -> str:
     return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
 
 
-# --- the same on another machine: cpu-xeon.csv --------------------------------------------------------------------
+# --- repeated, each on the machine of the other: cpu-repeated.csv -------------------------------------------------
 
-_ANOTHER = "cpu-xeon.csv"
-_LAYOUTS = {  # title -> (dtype, what follows the name of a case)
-    "float32": ("float32", ""),
-    "float32, channels_last": ("float32", ", channels_last"),
-    "bfloat16": ("bfloat16", ""),
-    "bfloat16, channels_last": ("bfloat16", ", channels_last"),
-}
+_REPEATED = "cpu-repeated.csv"
 
 
-def another_cpu(results: Path) -> str:
-    """What the README shows of the operations, beside its ratios; and logits of other layouts."""
-    first, second = Operations(results), Operations(results, _ANOTHER)
+def repeated(results: Path) -> str:
+    """What the README shows of the operations, beside its ratios, and of Fast Newton's step."""
+    first, second = Operations(results), Operations(results, _REPEATED)
     lines, used = [], []
     for operation, mode, case in _SHOWN:
         key = (operation, mode, case)
@@ -321,33 +354,17 @@ def another_cpu(results: Path) -> str:
         ratios = [f"{measured.faster(*key):.1f} x" for measured in (second, first)]
         lines.append([_title(operation, mode), _shape(operation, case), *times, *ratios])
     header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "faster in the README"]
-    steps = _steps_of_another_cpu(results)
-    notes = paragraph(f"Fast Newton's training step there: {_over_conventional(steps)}. {provenance_of(used + steps)}")
-    return f"{table(header, lines, text_columns=2)}\n\n{notes}\n\n{_layouts(results)}"
+    steps = _repeated_steps(results)
+    notes = (
+        paragraph(provenance_of(used)),
+        paragraph(f"Fast Newton's training step: {_over_conventional(steps)}. {provenance_of(steps)}"),
+    )
+    return "\n\n".join([table(header, lines, text_columns=2), *notes])
 
 
-def _layouts(results: Path) -> str:
-    records = comparable(records_in(results / _ANOTHER))
-    lines, used = [], []
-    for case in ("cityscapes19", "ade150"):
-        for operation, mode in dict.fromkeys(key[:2] for key in _SHOWN if key[0] not in PIXEL_SPACE):
-            cells = []
-            for dtype, suffix in _LAYOUTS.values():
-                key = {"operation": operation, "mode": mode, "case": case + suffix, "dtype": dtype}
-                ways = ("eager", "eager, max") if operation.endswith("averaged_gain") else ("eager",)
-                ours, *usual = (one(records, provider=name, **key) for name in ("segadv", *ways))
-                used += [ours, *usual]
-                ratio = min(way.p50 for way in usual) / ours.p50
-                cells.append(f"{three_digits(ours.p50)} ms, {ratio:.1f} x")
-            lines.append([_title(operation, mode), _shape(operation, case), *cells])
-    notes = "Time of segadv, and by how much it is faster than eager code with the same logits."
-    body = table(["operation", "logits → labels", *_LAYOUTS], lines, text_columns=2)
-    return f"{body}\n\n{paragraph(f'{notes} {provenance_of(used)}')}"
-
-
-def _steps_of_another_cpu(results: Path) -> list[Record]:
+def _repeated_steps(results: Path) -> list[Record]:
     """Fast Newton's, on the networks of the headline."""
-    records = comparable(records_in(results / _ANOTHER))
+    records = comparable(records_in(results / _REPEATED))
     return [
         one([record for record in records if record.case.partition(",")[0] == network], **_NEWTON_OVER_CONVENTIONAL)
         for network in ("small", "segformer-b0")
@@ -359,19 +376,21 @@ def _over_conventional(steps: Sequence[Record]) -> str:
     return f"{' and '.join(told)} over conventional basic training"
 
 
-def another_cpu_in_a_sentence(results: Path) -> str:
-    second = Operations(results, _ANOTHER)
-    fused = [
-        f"{operation} {second.faster(operation, mode, case):.1f} times"
-        for operation, mode, case in _SHOWN
-        if operation.startswith("upsample") and case == "cityscapes19"
-    ]
-    machine = second.get(*_SHOWN[0], "segadv").machine
+def repeated_in_a_sentence(results: Path) -> str:
+    second = Operations(results, _REPEATED)
+    fused = [key for key in _SHOWN if key[0].startswith("upsample") and key[2] == "cityscapes19"]
+    times = ", ".join(f"{key[0]} {second.faster(*key):.1f} times" for key in fused)
+    ours = [second.get(*key, "segadv") for key in fused]
+    steps = _repeated_steps(results)
     return paragraph(
-        f"Repeated on [another CPU](benchmarks/README.md#on-another-cpu) ({machine}): at {CASES['cityscapes19'].size}² "
-        f"{', '.join(fused)} as fast as the better of eager and `torch.compile`; Fast Newton's training step "
-        f"{_over_conventional(_steps_of_another_cpu(results))}."
+        "Repeated, [each on the machine of the other](benchmarks/README.md#on-another-cpu): at "
+        f"{CASES['cityscapes19'].size}² {times} as fast as the better of eager and `torch.compile` ({_where(ours)}); "
+        f"Fast Newton's training step {_over_conventional(steps)} ({_where(steps)})."
     )
+
+
+def _where(records: Sequence[Record]) -> str:
+    return f"{records[0].machine}; {named(record.commit for record in records)}"
 
 
 # --- operations on a GPU: <gpu>.csv -------------------------------------------------------------------------------
@@ -510,7 +529,8 @@ def _few(rounds: int) -> str:
 
 
 def headline(results: Path) -> str:
-    """Fast Newton with segadv against conventional basic training, where the loss is a visible part of a step."""
+    """The fused operations, and Fast Newton with segadv against conventional basic training, where the loss is a
+    visible part of a step."""
     cases = {case.partition(",")[0]: records for case, records in _by_case(results / "overhead-cpu.csv").items()}
     told, huge, over_fused = [], [], []
     for name, title in (("small", "a small PSPNet"), ("segformer-b0", "SegFormer-B0 with 150 classes")):
@@ -525,16 +545,26 @@ def headline(results: Path) -> str:
         over_fused.append(f"{own.p50:.0f} %")
     large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
     cpus_only = not any(map(_overhead_on_a_device, files(results, "overhead")[1:]))
-    return paragraph(
-        "On two CPU cores a Fast Newton training step, half of the samples attacked, takes, against a *basic* step in "
-        f"conventional eager code, {' and '.join(told)}: the fused loss pays for the attack "
-        "([what it costs](#what-it-costs)). Against basic training with the same fused loss it takes "
-        f"{' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, {large.p50:.0f} % "
-        "more than in conventional code. Part of that code's time is page faults of its large buffers: with "
-        "`THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the differences are "
-        f"{' and '.join(huge)}. "
-        + ("Measured on CPUs only: GPUs are [still to come](#limits)." if cpus_only else "GPUs are in the table there.")
+    measured = Operations(results)
+    gain, loss = ((f"upsample + {name}", BOTH, "cityscapes19") for name in ("averaged_gain", "cross_entropy"))
+    faster = [f"{measured.faster(*key):.0f}" for key in (gain, loss)]
+    less = [f"{measured.less_memory(*key):.0f}" for key in (gain, loss)]
+    on_huge_pages = [f"{measured.faster(*key, thp=1):.0f}" for key in (gain, loss)]
+    points = (
+        f"**Operations**: value and gradient of the averaged gain of logits upsampled to {CASES[gain[2]].size}² are "
+        f"{faster[0]} times as fast as the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; "
+        f"cross-entropy {faster[1]} times, in 1/{less[1]}.",
+        "**Training**: a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
+        f"eager code, {' and '.join(told)}: the fused loss pays for the attack. Against basic training with the same "
+        f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
+        f"{large.p50:.0f} % more than in conventional code.",
+        "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
+        f"switch for huge pages, on both sides, the operations are {' and '.join(on_huge_pages)} times as fast, and "
+        f"the training steps differ by {' and '.join(huge)}.",
     )
+    where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
+    listed = "\n".join(paragraph(point, bullet="* ") for point in points)
+    return f"On two CPU cores ([tables and commands](#what-it-costs)); {where}:\n\n{listed}"
 
 
 _NEWTON_OVER_CONVENTIONAL = {
@@ -879,8 +909,9 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "headline": headline,
     "operations": operations,
     "operations-all": all_operations,
-    "another-cpu": another_cpu,
-    "another-cpu-in-a-sentence": another_cpu_in_a_sentence,
+    "layouts": layouts,
+    "repeated": repeated,
+    "repeated-in-a-sentence": repeated_in_a_sentence,
     "data": training_samples,
     "gpu": gpus,
     "overhead": training_overhead,

@@ -196,8 +196,8 @@ def test_a_missing_row_of_the_operations_is_an_error(
 ) -> None:
     path = root / report.RESULTS / "cpu.csv"
     rows = read_records(path)
-    key = (operation, mode, case, provider, thp)
-    kept = [row for row in rows if (row.operation, row.mode, row.case, row.provider, row.thp) != key]
+    key = (operation, mode, case, provider, thp, "float32")
+    kept = [row for row in rows if (row.operation, row.mode, row.case, row.provider, row.thp, row.dtype) != key]
     assert len(kept) == len(rows) - 1
     path.unlink()
     write_records(path, kept)
@@ -233,7 +233,7 @@ def test_ways_and_floors(tmp_path: Path) -> None:
             report.all_operations(tmp_path)
 
 
-def rows_of_another_cpu() -> list[Record]:
+def rows_of_layouts() -> list[Record]:
     """Eager with max is its faster way; each layout has a time of its own."""
     layouts = [("float32", "", 10.0), ("float32", ", channels_last", 20.0)]
     layouts += [("bfloat16", "", 5.0), ("bfloat16", ", channels_last", 4.0)]
@@ -249,36 +249,44 @@ def rows_of_another_cpu() -> list[Record]:
         for provider, p50 in (times | {"segadv": ms}).items()
         if name.endswith("averaged_gain") or "max" not in provider
     ]
-    key = ("over conventional basic", overhead.OURS, "fast-newton, p = 0.5")
-    steps = [record(*key, f"{name}, a size", p50) for name, p50 in (("small", -21.0), ("segformer-b0", -31.0))]
-    return [*rows, *steps, replace(steps[0], thp=1, p50=77.0), *(replace(row, thp=1, p50=77.0) for row in rows)]
+    return [*rows, *(replace(row, thp=1, p50=77.0) for row in rows)]
 
 
-def test_another_cpu(tmp_path: Path) -> None:
-    rows = rows_of_another_cpu()
-    write_records(tmp_path / "cpu-xeon.csv", rows)
-    own = [replace(row, p50=40.0, machine="own") if row.provider == "segadv" else row for row in rows]
-    write_records(tmp_path / "cpu.csv", own)
-    first, second = re.findall(r"(?:^\|.*\n)+", report.another_cpu(tmp_path), flags=re.MULTILINE)
-    title = "averaged_gain, value and gradient"
-    assert cells(first, title)[1:] == ["2 x 19 x 712²", "200 ms", "100 ms", "10.0 ms", "10.0 x", "2.5 x"]
-    assert cells(first, "sign_step")[1:] == ["2 x 3 x 712²", "300 ms", "120 ms", "10.0 ms", "12.0 x", "3.0 x"]
+def test_layouts(tmp_path: Path) -> None:
+    rows = rows_of_layouts()
+    write_records(tmp_path / "cpu.csv", rows)
+    text = report.layouts(tmp_path)
     of_layouts = [["10.0 ms, 20.0 x", "20.0 ms, 10.0 x", "5.0 ms, 40.0 x", "4.0 ms, 50.0 x"]] * 2
-    lines = [line for line in second.splitlines() if line.startswith(f"| {title}")]
+    lines = [line for line in text.splitlines() if line.startswith("| averaged_gain, value and gradient")]
     assert [line.strip("| ").split(" | ")[2:] for line in lines] == of_layouts
-    assert "step" not in second, "what has no logits"
-    words = " ".join(report.another_cpu_in_a_sentence(tmp_path).split())
-    assert "(a machine): at 712² upsample + averaged_gain 10.0 times, upsample + cross_entropy 12.0 times," in words
-    told = "-21.0 [-21.5, -20.5] % (small) and -31.0 [-31.5, -30.5] % (segformer-b0) over conventional basic training"
-    assert words.endswith(f"training step {told}.")
-    assert told in " ".join(report.another_cpu(tmp_path).split())
+    assert "step" not in text, "what has no logits"
     key = ("confusion_matrix", "eager", "bfloat16", 0)
     needed = [row for row in rows if (row.operation, row.provider, row.dtype, row.thp) == key]
     for missing in (row for row in needed if "noise" not in row.case):
-        (tmp_path / "cpu-xeon.csv").unlink()
-        write_records(tmp_path / "cpu-xeon.csv", [row for row in rows if row is not missing])
+        (tmp_path / "cpu.csv").unlink()
+        write_records(tmp_path / "cpu.csv", [row for row in rows if row is not missing])
         with pytest.raises(report.ReportError, match="0 rows of provider 'eager'"):
-            report.another_cpu(tmp_path)
+            report.layouts(tmp_path)
+
+
+def test_repeated(tmp_path: Path) -> None:
+    key = ("over conventional basic", overhead.OURS, "fast-newton, p = 0.5")
+    steps = [record(*key, f"{name}, a size", p50) for name, p50 in (("small", -21.0), ("segformer-b0", -31.0))]
+    rows = rows_of_layouts()
+    steps = [replace(step, machine="another", commit="decade") for step in steps]
+    write_records(tmp_path / "cpu-repeated.csv", [*rows, *steps, replace(steps[0], thp=1, p50=77.0)])
+    own = [replace(row, p50=40.0, machine="own") if row.provider == "segadv" else row for row in rows]
+    write_records(tmp_path / "cpu.csv", own)
+    text = report.repeated(tmp_path)
+    title = "averaged_gain, value and gradient"
+    assert cells(text, title)[1:] == ["2 x 19 x 712²", "200 ms", "100 ms", "10.0 ms", "10.0 x", "2.5 x"]
+    assert cells(text, "sign_step")[1:] == ["2 x 3 x 712²", "300 ms", "120 ms", "10.0 ms", "12.0 x", "3.0 x"]
+    words = " ".join(report.repeated_in_a_sentence(tmp_path).split())
+    assert ": at 712² upsample + averaged_gain 10.0 times, upsample + cross_entropy 12.0 times, upsample" in words
+    assert "better of eager and `torch.compile` (a machine; commit c0ffee); Fast Newton's" in words
+    told = "-21.0 [-21.5, -20.5] % (small) and -31.0 [-31.5, -30.5] % (segformer-b0) over conventional basic training"
+    assert words.endswith(f"training step {told} (another; commit decade).")
+    assert told in " ".join(text.split())
 
 
 def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
@@ -552,6 +560,25 @@ def test_overhead_of_two_runs_is_refused(tmp_path: Path) -> None:
                 report.training_overhead(tmp_path)
 
 
+def rows_of_fused_operations() -> list[Record]:
+    """Of the headline: the fastest is eager with max and torch.compile, the least memory is torch.compile's."""
+    rows = []
+    for name, ms, huge in (("averaged_gain", 10.0, 30.0), ("cross_entropy", 17.0, 40.0)):
+        ways = {"eager": 200.0, "eager, max": 120.0, "compile": 120.0, "compile, max": 150.0, "segadv": ms}
+        megabytes = {"eager": 400.0, "eager, max": 300.0, "compile": 200.0, "compile, max": 100.0, "segadv": 2.0}
+        if name == "cross_entropy":
+            ways, megabytes = (
+                {key: value for key, value in of.items() if "max" not in key} for of in (ways, megabytes)
+            )
+            megabytes["segadv"] = 10.0
+        key = ("forward + backward", "cityscapes19")
+        for provider, p50 in ways.items():
+            rows.append(record(f"upsample + {name}", provider, *key, p50))
+            rows.append(record(f"upsample + {name}", provider, *key, huge if provider == "segadv" else p50, thp=1))
+            rows.append(record(f"upsample + {name}, {PEAK_MEMORY}", provider, *key, megabytes[provider]))
+    return rows
+
+
 def test_the_headline(tmp_path: Path) -> None:
     """Shows both networks; more time is called more, and what is not known is not told."""
     path = tmp_path / "overhead-cpu.csv"
@@ -564,19 +591,25 @@ def test_the_headline(tmp_path: Path) -> None:
     ]
     large = record(*key, "pspnet50, 2 x 3 x 192 x 192, 19 classes", 32.8)
     over_fused.append(large)
+    write_records(tmp_path / "cpu.csv", rows_of_fused_operations())
     write_records(path, [small, other, *huge, *over_fused])
     words = " ".join(report.headline(tmp_path).split())
     assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
-    assert "on both sides the differences are -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %" in words
+    assert "712² are 12 times as fast as the better of eager PyTorch" in words
+    assert "and `torch.compile`, in 1/50 of the memory;" in words
+    assert "cross-entropy 7 times, in 1/20." in words
+    assert "the operations are 4 and 3 times as fast, and the training steps differ by" in words
+    assert words.endswith("steps differ by -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %.")
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
     assert "with the same fused loss it takes 28 % and 36 % more, and on PSPNet50" in words
     assert "a small part of a step, 33 % more than in conventional code" in words
-    assert words.endswith("Measured on CPUs only: GPUs are [still to come](#limits).")
+    assert words.startswith("On two CPU cores ([")
+    assert "; GPUs are [still to come](#limits): * **Operations**" in words
     on_gpu = tmp_path / "overhead-nvidia-x1.csv"
     write_records(on_gpu, [replace(small, device="cuda", threads=0)])  # of which no table can be made
     assert " ".join(report.headline(tmp_path).split()) == words
     write_records(on_gpu, [replace(row, device="cuda", threads=0) for row in overhead_rows()])
-    assert report.headline(tmp_path).endswith("GPUs are in the table there.")
+    assert "; GPUs are in the tables there:" in report.headline(tmp_path)
     on_gpu.unlink()
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
     assert " ".join(report.headline(tmp_path).split()) == words
