@@ -237,10 +237,11 @@ def _operations_notes(measured: Operations) -> str:
     return (
         "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and what is less than "
         "a megabyte counts as one. *Faster* is against the better of eager and `torch.compile`, whose averaged gain is "
-        "the faster of two; *less memory* against the way that takes least. Logits and labels are smooth, as a trained "
-        "network's; in *noise* every one is a random number of its own, which is the worst case. Part of eager's time "
-        "is page faults of its large buffers: with `THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both "
-        f"sides the ratios at {CASES['cityscapes19'].size}² are {', '.join(huge)}."
+        "the faster of two; *less memory* against the way that takes least, of the averaged gain also the slower one. "
+        "Logits and labels are smooth, as a trained network's; in *noise* every one is a random number of its own, the "
+        "worst case of margins and of counting. Part of eager's time is page faults of its large buffers: with "
+        "`THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the ratios at "
+        f"{CASES['cityscapes19'].size}² are {', '.join(huge)}."
     )
 
 
@@ -551,9 +552,10 @@ def headline(results: Path) -> str:
     less = [f"{measured.less_memory(*key):.0f}" for key in (gain, loss)]
     on_huge_pages = [f"{measured.faster(*key, thp=1):.0f}" for key in (gain, loss)]
     points = (
-        f"**Operations**: value and gradient of the averaged gain of logits upsampled to {CASES[gain[2]].size}² are "
-        f"{faster[0]} times as fast as the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; "
-        f"cross-entropy {faster[1]} times, in 1/{less[1]}.",
+        "**Operations**: value and gradient of the averaged gain (an image's mean margin between the right class and "
+        f"the best other one) of logits upsampled to {CASES[gain[2]].size}² are {faster[0]} times as "
+        f"fast as the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; cross-entropy "
+        f"{faster[1]} times, in 1/{less[1]}.",
         "**Training**: a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
         f"eager code, {' and '.join(told)}: the fused loss pays for the attack. Against basic training with the same "
         f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
@@ -564,7 +566,7 @@ def headline(results: Path) -> str:
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
-    return f"On two CPU cores ([tables and commands](#what-it-costs)); {where}:\n\n{listed}"
+    return f"On two cores of a CPU, named at the [tables](#what-it-costs); {where}:\n\n{listed}"
 
 
 _NEWTON_OVER_CONVENTIONAL = {

@@ -603,7 +603,7 @@ def test_the_headline(tmp_path: Path) -> None:
     assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
     assert "with the same fused loss it takes 28 % and 36 % more, and on PSPNet50" in words
     assert "a small part of a step, 33 % more than in conventional code" in words
-    assert words.startswith("On two CPU cores ([")
+    assert words.startswith("On two cores of a CPU, named at the [tables](")
     assert "; GPUs are [still to come](#limits): * **Operations**" in words
     on_gpu = tmp_path / "overhead-nvidia-x1.csv"
     write_records(on_gpu, [replace(small, device="cuda", threads=0)])  # of which no table can be made
