@@ -355,38 +355,50 @@ def repeated(results: Path) -> str:
         ratios = [f"{measured.faster(*key):.1f} x" for measured in (second, first)]
         lines.append([_title(operation, mode), _shape(operation, case), *times, *ratios])
     header = ["operation", "logits → labels", "eager", "torch.compile", "segadv", "faster", "faster in the README"]
-    steps = _repeated_steps(results)
+    steps, glue = _repeated_steps(results), _repeated_steps(results, operation=overhead.GLUE_SHARE)
     notes = (
         paragraph(provenance_of(used)),
-        paragraph(f"Fast Newton's training step: {_over_conventional(steps)}. {provenance_of(steps)}"),
+        paragraph(
+            f"Fast Newton's training step: {_of_networks(results)}; of its attack {_each(glue)} are neither the "
+            f"network's forward nor its backward pass. {provenance_of([*steps, *glue])}"
+        ),
     )
     return "\n\n".join([table(header, lines, text_columns=2), *notes])
 
 
-def _repeated_steps(results: Path) -> list[Record]:
-    """Fast Newton's, on the networks of the headline."""
+def _repeated_steps(results: Path, **key: str) -> list[Record]:
+    """Fast Newton's over conventional basic training, or another row of its, on the networks of the headline."""
     records = comparable(records_in(results / _REPEATED))
     return [
-        one([record for record in records if record.case.partition(",")[0] == network], **_NEWTON_OVER_CONVENTIONAL)
+        one([row for row in records if row.case.partition(",")[0] == network], **_NEWTON_OVER_CONVENTIONAL | key)
         for network in ("small", "segformer-b0")
     ]
 
 
-def _over_conventional(steps: Sequence[Record]) -> str:
-    told = [f"{with_interval(step)} % ({step.case.partition(',')[0]})" for step in steps]
-    return f"{' and '.join(told)} over conventional basic training"
+def _each(rows: Sequence[Record]) -> str:
+    return " and ".join(f"{with_interval(row)} % ({row.case.partition(',')[0]})" for row in rows)
+
+
+def _of_networks(results: Path) -> str:
+    over_fused = _repeated_steps(results, operation="overhead")
+    return (
+        f"{_each(_repeated_steps(results))} over conventional basic training, {_each(over_fused)} over basic training "
+        "with the same fused loss"
+    )
 
 
 def repeated_in_a_sentence(results: Path) -> str:
     second = Operations(results, _REPEATED)
     fused = [key for key in _SHOWN if key[0].startswith("upsample") and key[2] == "cityscapes19"]
     times = ", ".join(f"{key[0]} {second.faster(*key):.1f} times" for key in fused)
+    huge = [f"{second.faster(*key, thp=1):.1f}" for key in fused]
     ours = [second.get(*key, "segadv") for key in fused]
     steps = _repeated_steps(results)
     return paragraph(
         "Repeated, [each on the machine of the other](benchmarks/README.md#on-another-cpu): at "
-        f"{CASES['cityscapes19'].size}² {times} as fast as the better of eager and `torch.compile` ({_where(ours)}); "
-        f"Fast Newton's training step {_over_conventional(steps)} ({_where(steps)})."
+        f"{CASES['cityscapes19'].size}² {times} as fast as the better of eager and `torch.compile`, with huge pages on "
+        f"both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step {_of_networks(results)} "
+        f"({_where(steps)})."
     )
 
 
@@ -552,21 +564,27 @@ def headline(results: Path) -> str:
     less = [f"{measured.less_memory(*key):.0f}" for key in (gain, loss)]
     on_huge_pages = [f"{measured.faster(*key, thp=1):.0f}" for key in (gain, loss)]
     points = (
-        "**Operations**: value and gradient of the averaged gain (an image's mean margin between the right class and "
+        f"**Operations** ({_short_machine(measured.get(*gain, 'segadv'))}): "
+        "value and gradient of the averaged gain (an image's mean margin between the right class and "
         f"the best other one) of logits upsampled to {CASES[gain[2]].size}² are {faster[0]} times as "
         f"fast as the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; cross-entropy "
         f"{faster[1]} times, in 1/{less[1]}.",
-        "**Training**: a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
+        f"**Training** ({_short_machine(large)}): "
+        "a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
         f"eager code, {' and '.join(told)}: the fused loss pays for the attack. Against basic training with the same "
         f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
         f"{large.p50:.0f} % more than in conventional code.",
         "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
-        f"switch for huge pages, on both sides, the operations are {' and '.join(on_huge_pages)} times as fast, and "
-        f"the training steps differ by {' and '.join(huge)}.",
+        f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast, "
+        f"and these training steps differ by {' and '.join(huge)}.",
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
-    return f"On two cores of a CPU, named at the [tables](#what-it-costs); {where}:\n\n{listed}"
+    return f"On two cores of a CPU ([tables and commands](#what-it-costs)); {where}:\n\n{listed}"
+
+
+def _short_machine(record: Record) -> str:
+    return record.machine.partition(",")[0]
 
 
 _NEWTON_OVER_CONVENTIONAL = {
