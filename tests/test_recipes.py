@@ -321,11 +321,11 @@ def test_a_config_that_is_no_runs_is_left_as_it_is(
     assert (tmp_path / "config.yaml").exists()
     assert not (tmp_path / "run.json").exists()
     assert run(command) == 0
-    (tmp_path / "config.yaml").write_bytes(b"# nobody's")
-    (tmp_path / "run.json").unlink()
-    assert run(command) == 0, "of a run's folder, which a checkpoint says alone"
     (tmp_path / "last.pt").unlink()
     assert run(f"{command} --seed 1") == 0, "of a run that was killed before its first checkpoint"
+    (tmp_path / "config.yaml").write_bytes(b"# nobody's")
+    (tmp_path / "run.json").unlink()
+    assert run(f"{command} --seed 1") == 0, "of a run's folder, as the checkpoint says"
 
 
 def test_interrupted_training_continues_to_the_same_weights(
