@@ -102,9 +102,12 @@ ConfusionParams confusion(Tensor logits, Tensor labels, int64_t ignore_index, bo
 #if !defined(SEGADV_EMULATED)
 template <class Params, class... Arguments>
 void define(py::module_& m, const char* name, Params (*params)(Arguments...), int64_t (*kernel)(const Params&)) {
-  m.def(name, [=](Arguments... arguments) {
+  m.def(name, [=](Arguments... arguments, int threads) {
     const Params given = params(arguments...);
     py::gil_scoped_release released;
+    // Differs from torch's own only in a thread where torch has not run in parallel yet, or where OpenMP is not torch's
+    // library (clang's).
+    if (omp_get_max_threads() != threads) omp_set_num_threads(threads);
     return kernel(given);
   });
 }
@@ -190,7 +193,6 @@ PYBIND11_MODULE(_segadv_native, m) {
   m.attr("sources") = SEGADV_SOURCES;
   m.attr("compiler") = SEGADV_COMPILER;
   m.attr("openmp") = _OPENMP;
-  m.def("max_threads", [] { return omp_get_max_threads(); });
   m.def("instruction_set", [] { return cpu::instruction_set(); });
   define(m, "margin", margin, cpu::margin);
   define(m, "margin_backward", margin_backward, cpu::margin_backward);

@@ -17,7 +17,7 @@
 namespace segadv {
 
 // The Python side refuses an extension with another number.
-constexpr int kInterfaceVersion = 6;
+constexpr int kInterfaceVersion = 7;
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
 
@@ -148,7 +148,8 @@ int64_t sign_step(const SignStepParams& params);
 int64_t scale_gradient(const ScaleGradientParams& params);
 int64_t confusion(const ConfusionParams& params);
 
-// The instruction set that the kernels run with on this machine: "x86-64-v4", "x86-64-v3" or "baseline".
+// The instruction set that the kernels run with on this machine: "x86-64-v4", "x86-64-v3" or "baseline" (SSE2; on ARM
+// Neon).
 const char* instruction_set();
 
 }  // namespace cpu

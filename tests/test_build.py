@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -223,6 +225,14 @@ def test_what_the_build_needs_is_named(tmp_path: Path, package: str, message: st
     assert "SEGADV_NATIVE=OFF pip install" in words
 
 
+def test_a_compiler_without_clones_is_told(tmp_path: Path) -> None:
+    flags = "-Dtarget_clones=no_such_attribute -Werror=attributes"
+    result = configure(tmp_path, SEGADV_CUDA="OFF", CXXFLAGS=flags)
+    assert result.returncode == 0, result.stderr
+    told = "the kernels will use the baseline instruction set only" in " ".join(result.stderr.split())
+    assert told == (platform.machine() == "x86_64")
+
+
 def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     cmake = pytest.importorskip("cmake", reason="the cmake package is not installed")
     pybind11 = pytest.importorskip("pybind11", reason="the pybind11 package is not installed")
@@ -250,6 +260,50 @@ def test_pure_python_install_falls_back_and_says_so(tmp_path: Path) -> None:
     first, second = result.stdout.splitlines()
     assert first.startswith(f"1 False {tmp_path}")
     assert "backend 'native' was requested for cpu tensors but cannot run" in second
+
+
+THREADS = """
+import os, sys, threading, time, torch, segadv.functional as F
+
+logits, labels = torch.randn(8, 19, 64, 64), torch.randint(0, 19, (8, 64, 64))
+
+def started():
+    time.sleep(0.2)  # threads that have ended are gone
+    before = len(os.listdir("/proc/self/task"))
+    F.averaged_gain(logits, labels)
+    return len(os.listdir("/proc/self/task")) - before
+
+def in_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(started()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+torch.set_num_threads(1)
+print(started(), in_a_new_thread(), end=" ")
+torch.set_num_threads(3)
+print(in_a_new_thread(), sys.modules["_segadv_native"].compiler.split()[0])
+"""
+
+
+def test_the_kernels_run_on_as_many_threads_as_torch() -> None:
+    """In a thread where torch has not run anything yet, too."""
+    places = (ROOT, Path(sys.modules["_segadv_native"].__file__ or "").parent)
+    result = run(sys.executable, "-c", THREADS, OMP_NUM_THREADS="4", PYTHONPATH=os.pathsep.join(map(str, places)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:3] == ["0", "0", "2"]
+
+
+def test_clang(tmp_path: Path) -> None:
+    """It compiles no clones of templates, and its OpenMP is not torch's."""
+    if not shutil.which("clang++") or configure(tmp_path, CXX="clang++", SEGADV_CUDA="OFF").returncode != 0:
+        pytest.skip("no clang++ with OpenMP (libomp-dev) is installed")
+    python = fresh_environment(tmp_path / "environment")
+    install(python, ROOT, "-C", "cmake.build-type=Debug", SEGADV_CUDA="OFF", CC="clang", CXX="clang++")
+    result = run(python, "-c", THREADS, OMP_NUM_THREADS="4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0", "0", "2", "Clang"]
 
 
 def test_core_and_package_tell_the_same_version() -> None:

@@ -165,6 +165,10 @@ const char* instruction_set() {
     return "x86-64-v4";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return "x86-64-v3";
+#elif defined(__AVX512VL__)  // -march=native
+  return "x86-64-v4";
+#elif defined(__AVX2__)
+  return "x86-64-v3";
 #endif
   return "baseline";
 }

@@ -27,7 +27,7 @@ except ImportError as error:
     )
 
 # csrc/segadv.h, kInterfaceVersion
-_INTERFACE_VERSION = 6
+_INTERFACE_VERSION = 7
 if core is not None and core.interface_version != _INTERFACE_VERSION:
     raise ImportError(
         f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "
@@ -120,7 +120,7 @@ def build_info() -> dict[str, Any]:
         "compiler": core.compiler,
         "instruction_set": core.instruction_set(),
         "openmp": core.openmp,
-        "threads": core.max_threads(),
+        "threads": torch.get_num_threads(),
         "cuda": f"nvcc {cuda_core.compiler} for {cuda_core.architectures}" if cuda_core is not None else None,
     }
 
@@ -132,16 +132,16 @@ class CpuKernels(Kernels):
         return unavailable(device_type)
 
     def _launch(self, kernel: Any, like: Tensor, *arguments: Any) -> Any:
-        return kernel(*arguments)
+        return kernel(*arguments, torch.get_num_threads())
 
     def _pixels(
         self, kernel: Any, size: Any, labels: Tensor, ignore_index: int, align_corners: bool, *arguments: Any
     ) -> None:
-        if (bad := kernel(*arguments)) >= 0:
+        if (bad := self._launch(kernel, labels, *arguments)) >= 0:
             raise_bad_label(labels, bad, size[1], ignore_index)
 
     def _images(self, kernel: Any, images: Tensor, *arguments: Any, sums: bool = False) -> None:
-        kernel(images.shape[0], numel_per_image(images), *arguments)
+        self._launch(kernel, images, images.shape[0], numel_per_image(images), *arguments)
 
     def confusion_matrix(
         self, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool, per_image: bool
