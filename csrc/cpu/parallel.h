@@ -17,7 +17,7 @@
 
 namespace segadv::cpu {
 
-// Calls f(item) for every item on the OpenMP threads that binding.cpp has set. An exception is carried out of the region.
+// Calls f(item) for every item, on as many OpenMP threads as binding.cpp has set. An exception is carried out of it.
 template <class F>
 void parallel_for(int64_t items, F&& f) {
   std::exception_ptr error;
