@@ -49,6 +49,14 @@ def test_contract() -> None:
     assert of_cuda == sum(numbers) > 150
 
 
+def test_traffic_of_cuda_needs_nvcc() -> None:
+    command = [sys.executable, "tests/traffic.py", "cuda"]
+    environment = {**os.environ, "PATH": "", "CUDACXX": ""}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "kernels: cuda came, and needs an nvcc on the PATH" in result.stderr
+
+
 def test_traffic() -> None:
     """At full resolution memory decides: everything is moved once, 16 bytes for each thread.
 

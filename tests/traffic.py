@@ -9,6 +9,7 @@ result written once), and bytes of an access of a warp, 512 at most. What a cach
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,7 +76,11 @@ def operations() -> Iterator[tuple[str, int, Callable[[], Any]]]:
 
 
 def main() -> int:
-    name = sys.argv[1]
+    parser = argparse.ArgumentParser(description="Memory traffic of compiled kernels, against the fewest bytes.")
+    parser.add_argument("kernels", choices=("triton", "cuda"))
+    name = parser.parse_args().kernels
+    if name == "cuda" and not compiled.nvcc():
+        parser.error("kernels: cuda came, and needs an nvcc on the PATH, or CUDACXX=/path/to/nvcc")
     ptx.Machine.watch = staticmethod(watch)
     backends.BACKENDS[name] = compiled.CompiledTriton() if name == "triton" else compiled.CompiledCuda()
     with backends.backend(name):
