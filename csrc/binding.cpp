@@ -193,7 +193,13 @@ PYBIND11_MODULE(_segadv_native, m) {
   m.attr("sources") = SEGADV_SOURCES;
   m.attr("compiler") = SEGADV_COMPILER;
   m.attr("openmp") = _OPENMP;
-  m.def("instruction_set", [] { return cpu::instruction_set(); });
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const std::string& name : cpu::instruction_sets()) names.append(name);
+    return names;
+  });
+  m.def("instruction_set", cpu::instruction_set);
+  m.def("use_instruction_set", cpu::use_instruction_set);
   define(m, "margin", margin, cpu::margin);
   define(m, "margin_backward", margin_backward, cpu::margin_backward);
   define(m, "cross_entropy", cross_entropy, cpu::cross_entropy);

@@ -13,6 +13,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace segadv {
 
@@ -148,9 +150,12 @@ int64_t sign_step(const SignStepParams& params);
 int64_t scale_gradient(const ScaleGradientParams& params);
 int64_t confusion(const ConfusionParams& params);
 
-// The instruction set that the kernels run with on this machine: "x86-64-v4", "x86-64-v3" or "baseline" (SSE2; on ARM
-// Neon).
-const char* instruction_set();
+// The instruction sets that the kernels can run with on this machine, the best first: "x86-64-v4", "x86-64-v3" and
+// "baseline" (what the compiler takes by default: SSE2, Neon); the one they run with, the best; and another one, for
+// tests: never beside a running kernel.
+std::vector<std::string> instruction_sets();
+std::string instruction_set();
+void use_instruction_set(const std::string& name);
 
 }  // namespace cpu
 

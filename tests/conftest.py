@@ -33,7 +33,7 @@ import interpreter  # noqa: E402
 
 import segadv  # noqa: E402
 from segadv.compat import import_torchvision  # noqa: E402
-from segadv.ops import backends  # noqa: E402
+from segadv.ops import backends, native  # noqa: E402
 
 if not (GPU or COMPILED):
     interpreter.make_faster()
@@ -50,6 +50,10 @@ else:
     if compiled.nvcc():
         backends.BACKENDS["cuda-emulated"] = compiled.CompiledCuda()
 NATIVE_ON_GPU = "native-on-gpu"
+# The native backend with the instructions of lesser machines: not everywhere, its other code is the same.
+LESSER = {f"native-{name}": name for name in ([] if COMPILED or not native.core else native.core.instruction_sets()[1:])}
+BACKENDS += tuple(LESSER)
+OF_INSTRUCTIONS = ("test_margin.py", "test_cross_entropy.py", "test_confusion.py", "test_step.py")
 ON_GPU = ("triton", NATIVE_ON_GPU) if GPU else ()
 if GPU and backends.BACKENDS["native"].unavailable("cuda") is None:
     BACKENDS += (NATIVE_ON_GPU,)
@@ -65,7 +69,7 @@ SLOW_SIZE = 12
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in set(BACKENDS) - {NATIVE_ON_GPU}:
+    for name in set(BACKENDS) - {NATIVE_ON_GPU, *LESSER}:
         reason = backends.BACKENDS[name].unavailable("cuda" if name in ON_GPU else "cpu")
         if reason is not None:
             raise pytest.UsageError(f"the tests need the backend {name!r}, they never fall back: {reason}")
@@ -74,6 +78,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def too_many(item: pytest.Item) -> bool:
         parameters = getattr(item, "callspec", None)
+        if parameters is not None and parameters.params.get("backend") in LESSER:
+            return item.path.name not in OF_INSTRUCTIONS
         if parameters is None or parameters.params.get("backend") not in FEW:
             return False
         seed, dtype = parameters.params.get("seed"), parameters.params.get("dtype")
@@ -92,13 +98,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend; its tensors are made on the GPU where the backend runs there."""
-    name = "native" if request.param == NATIVE_ON_GPU else request.param
+    name = "native" if request.param in {NATIVE_ON_GPU, *LESSER} else request.param
     torch.set_default_device("cuda" if request.param in ON_GPU else None)
+    best = native.core.instruction_set() if native.core else None
     try:
+        if request.param in LESSER:
+            native.core.use_instruction_set(LESSER[request.param])
         with segadv.backend(name):
             yield name
     finally:
         torch.set_default_device(None)
+        if best:
+            native.core.use_instruction_set(best)
 
 
 @pytest.fixture

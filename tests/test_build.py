@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -225,14 +224,6 @@ def test_what_the_build_needs_is_named(tmp_path: Path, package: str, message: st
     assert "SEGADV_NATIVE=OFF pip install" in words
 
 
-def test_a_compiler_without_clones_is_told(tmp_path: Path) -> None:
-    flags = "-Dtarget_clones=no_such_attribute -Werror=attributes"
-    result = configure(tmp_path, SEGADV_CUDA="OFF", CXXFLAGS=flags)
-    assert result.returncode == 0, result.stderr
-    told = "the kernels will use the baseline instruction set only" in " ".join(result.stderr.split())
-    assert told == (platform.machine() == "x86_64")
-
-
 def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     cmake = pytest.importorskip("cmake", reason="the cmake package is not installed")
     pybind11 = pytest.importorskip("pybind11", reason="the pybind11 package is not installed")
@@ -283,7 +274,8 @@ def in_a_new_thread():
 torch.set_num_threads(1)
 print(started(), in_a_new_thread(), end=" ")
 torch.set_num_threads(3)
-print(in_a_new_thread(), sys.modules["_segadv_native"].compiler.split()[0])
+core = sys.modules["_segadv_native"]
+print(in_a_new_thread(), core.compiler.split()[0], *core.instruction_sets())
 """
 
 
@@ -295,15 +287,16 @@ def test_the_kernels_run_on_as_many_threads_as_torch() -> None:
     assert result.stdout.split()[:3] == ["0", "0", "2"]
 
 
-def test_clang(tmp_path: Path) -> None:
-    """It compiles no clones of templates, and its OpenMP is not torch's."""
-    if not shutil.which("clang++") or configure(tmp_path, CXX="clang++", SEGADV_CUDA="OFF").returncode != 0:
-        pytest.skip("no clang++ with OpenMP (libomp-dev) is installed")
+@pytest.mark.parametrize(("compiler", "name"), [("clang++", "Clang"), ("g++-11", "GNU")])
+def test_other_compilers(tmp_path: Path, compiler: str, name: str) -> None:
+    """clang, whose OpenMP is not torch's, and the g++ of Ubuntu 22.04."""
+    if not shutil.which(compiler) or configure(tmp_path, CXX=compiler, SEGADV_CUDA="OFF").returncode != 0:
+        pytest.skip(f"no {compiler} with OpenMP is installed")
     python = fresh_environment(tmp_path / "environment")
-    install(python, ROOT, "-C", "cmake.build-type=Debug", SEGADV_CUDA="OFF", CC="clang", CXX="clang++")
+    install(python, ROOT, "-C", "cmake.build-type=Debug", SEGADV_CUDA="OFF", CXX=compiler)
     result = run(python, "-c", THREADS, OMP_NUM_THREADS="4", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["0", "0", "2", "Clang"]
+    assert result.stdout.split() == ["0", "0", "2", name, *sys.modules["_segadv_native"].instruction_sets()]
 
 
 def test_core_and_package_tell_the_same_version() -> None:

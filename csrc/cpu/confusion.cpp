@@ -29,7 +29,7 @@ struct Counts {
 };
 
 template <class S>
-SEGADV_CLONES void confusion_item(const ConfusionParams& params, FullTiles<S>& tiles, int64_t item,
+SEGADV_INLINE void confusion_item(const ConfusionParams& params, FullTiles<S>& tiles, int64_t item,
                                   const Counts& counts, int64_t* bad) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -49,7 +49,7 @@ SEGADV_CLONES void confusion_item(const ConfusionParams& params, FullTiles<S>& t
 }
 
 template <class S>
-SEGADV_CLONES void confusion_item(const ConfusionParams& params, UpTiles<S>& tiles, int64_t item,
+SEGADV_INLINE void confusion_item(const ConfusionParams& params, UpTiles<S>& tiles, int64_t item,
                                   const Counts& counts, int64_t* bad) {
   using A = Compute<S>;
   TileMap<int32_t> y, best_class;
@@ -92,7 +92,7 @@ int64_t confusion(const ConfusionParams& params) {
       int64_t* to = matrix + (params.per_image ? item / tiles.items_per_image() * cells : 0);
       int64_t item_bad = kNoBadLabel;
       const Counts counts{shared ? to : own.data(), params.problem.logits.size[1], shared};
-      confusion_item(params, tiles, item, counts, &item_bad);
+      on_this_cpu([&]() SEGADV_BODY { confusion_item(params, tiles, item, counts, &item_bad); });
 #pragma omp critical(segadv_confusion)  // integers: the order of the items does not matter
       {
         for (size_t i = 0; i < own.size(); ++i) to[i] += own[i];

@@ -52,7 +52,7 @@ SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, co
 }
 
 template <class S>
-SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, FullTiles<S>& tiles, int64_t item,
+SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, FullTiles<S>& tiles, int64_t item,
                                       Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -150,7 +150,7 @@ SEGADV_INLINE void sum_exponentials(const T& tile, int r0, const Rows<A>& best, 
 }
 
 template <class S>
-SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<S>& tiles, int64_t item,
+SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, UpTiles<S>& tiles, int64_t item,
                                       Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -247,7 +247,7 @@ SEGADV_CLONES void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
 }
 
 template <class S>
-SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, FullTiles<S>& tiles,
+SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, FullTiles<S>& tiles,
                                                int64_t item, Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -286,7 +286,7 @@ SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams&
 }
 
 template <class S>
-SEGADV_CLONES void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, UpTiles<S>& tiles,
+SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams& params, UpTiles<S>& tiles,
                                                int64_t item, Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -342,7 +342,9 @@ int64_t cross_entropy(const CrossEntropyParams& params) {
   dispatch_tiles(params.problem, {}, 1, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
-    parallel_for(tiles.items(), [&](int64_t item) { cross_entropy_item(params, tiles, item, partial[item]); });
+    parallel_for(tiles.items(), [&](int64_t item) {
+      on_this_cpu([&]() SEGADV_BODY { cross_entropy_item(params, tiles, item, partial[item]); });
+    });
     tiles.finish();
     sum_items<A>(params.loss_sum, partial, tiles.items_per_image(), &Partial::loss_sum);
     sum_items<A>(params.weight_sum, partial, tiles.items_per_image(), &Partial::weight_sum);
@@ -357,7 +359,7 @@ int64_t cross_entropy_backward(const CrossEntropyBackwardParams& params) {
   dispatch_tiles(params.problem, params.grad_loss, 0, [&](auto& tiles) {
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) {
-      cross_entropy_backward_item(params, tiles, item, partial[item]);
+      on_this_cpu([&]() SEGADV_BODY { cross_entropy_backward_item(params, tiles, item, partial[item]); });
     });
     tiles.finish();
     bad = first_bad_label(partial);

@@ -62,7 +62,7 @@ bool writes_later(const Problem& problem) {
 }
 
 template <class S, class M>
-SEGADV_CLONES void write_plane(S* out, const M* label, const M* runner_up, M k, S plus, S minus, int64_t count) {
+SEGADV_INLINE void write_plane(S* out, const M* label, const M* runner_up, M k, S plus, S minus, int64_t count) {
   const S zero{};
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) {
@@ -79,9 +79,11 @@ void write_planes(const TensorView& grad, const PixelClasses& pixels, const std:
   parallel_for_in_order(grad.size[0] * classes * chunks, [&](int64_t item) {
     const int64_t begin = item % chunks * kChunk, c = item / chunks % classes, n = item / chunks / classes;
     const Bits plus = bit_cast<Bits>(from_compute<S>(value[n])), minus = bit_cast<Bits>(from_compute<S>(-value[n]));
-    write_plane(at<Bits>(grad, n, c, 0) + begin, at<M>(pixels.label, n, 0, 0) + begin,
-                at<M>(pixels.runner_up, n, 0, 0) + begin, static_cast<M>(c), plus, minus,
-                std::min(kChunk, numel - begin));
+    on_this_cpu([&]() SEGADV_BODY {
+      write_plane(at<Bits>(grad, n, c, 0) + begin, at<M>(pixels.label, n, 0, 0) + begin,
+                  at<M>(pixels.runner_up, n, 0, 0) + begin, static_cast<M>(c), plus, minus,
+                  std::min(kChunk, numel - begin));
+    });
   });
 }
 
@@ -165,7 +167,7 @@ SEGADV_INLINE void add_margin_gradient(T& tile, const TileMap<int32_t>& y, const
 }
 
 template <class S>
-SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& pixels, FullTiles<S>& tiles,
+SEGADV_INLINE void margin_item(const MarginParams& params, const PixelClasses& pixels, FullTiles<S>& tiles,
                                int64_t item, Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -215,7 +217,7 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses& p
 }
 
 template <class S>
-SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, UpTiles<S>& tiles, int64_t item,
+SEGADV_INLINE void margin_item(const MarginParams& params, const PixelClasses&, UpTiles<S>& tiles, int64_t item,
                                Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -259,7 +261,7 @@ SEGADV_CLONES void margin_item(const MarginParams& params, const PixelClasses&, 
 }
 
 template <class S>
-SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, const PixelClasses&, UpTiles<S>& tiles,
+SEGADV_INLINE void margin_backward_item(const MarginBackwardParams& params, const PixelClasses&, UpTiles<S>& tiles,
                                         int64_t item, Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -289,7 +291,7 @@ SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, cons
 }
 
 template <class S>
-SEGADV_CLONES void margin_backward_item(const MarginBackwardParams& params, const PixelClasses& pixels,
+SEGADV_INLINE void margin_backward_item(const MarginBackwardParams& params, const PixelClasses& pixels,
                                         FullTiles<S>& tiles, int64_t item, Partial& result) {
   using A = Compute<S>;
   const Problem& problem = params.problem;
@@ -321,7 +323,9 @@ int64_t margin(const MarginParams& given) {
   dispatch_tiles(params.problem, {}, 2, [&](auto& tiles) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
-    parallel_for(tiles.items(), [&](int64_t item) { margin_item(params, pixels, tiles, item, partial[item]); });
+    parallel_for(tiles.items(), [&](int64_t item) {
+      on_this_cpu([&]() SEGADV_BODY { margin_item(params, pixels, tiles, item, partial[item]); });
+    });
     tiles.finish();
     if (later) write_gradient(given.problem.grad, pixels, std::vector<A>(params.problem.logits.size[0], A(1)));
     sum_items<A>(params.gain_sum, partial, tiles.items_per_image(), &Partial::gain_sum);
@@ -343,7 +347,7 @@ int64_t margin_backward(const MarginBackwardParams& given) {
     using A = typename std::decay_t<decltype(tiles)>::A;
     std::vector<Partial> partial(tiles.items());
     parallel_for(tiles.items(), [&](int64_t item) {
-      margin_backward_item(params, pixels, tiles, item, partial[item]);
+      on_this_cpu([&]() SEGADV_BODY { margin_backward_item(params, pixels, tiles, item, partial[item]); });
     });
     tiles.finish();
     if (later) {

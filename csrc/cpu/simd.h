@@ -1,16 +1,18 @@
-// SEGADV_CLONES: compile a function for the baseline, AVX2 and AVX-512, and choose when the module is loaded. What it
-// calls must be inlined (SEGADV_INLINE, SEGADV_BODY), or it would stay at the baseline.
+// on_this_cpu(f): calls f() compiled for the baseline, for AVX2 or for AVX-512, whichever is the best that the machine
+// has. What f calls must be inlined (SEGADV_INLINE, SEGADV_BODY), or it stays at the baseline.
 #pragma once
 
 #include "common/dtype.h"
 
-#if defined(SEGADV_HAVE_TARGET_CLONES)
-#define SEGADV_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define SEGADV_CLONES
+// On x86-64 with g++ or clang. Their target_clones would do the same in one line, but g++ knows it for these levels from
+// 12 on only, and clang not for templates.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SEGADV_HAVE_LEVELS
+#define SEGADV_V3 __attribute__((noinline, target("avx2,fma,bmi,bmi2")))
+#define SEGADV_V4 __attribute__((noinline, target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
 #endif
 
-// Behind a lambda's parameter list: what runs inside a clone's loops must be part of the clone.
+// Behind a lambda's parameter list: it becomes part of the function that calls it, and is compiled as that is.
 #if defined(__GNUC__)
 #define SEGADV_BODY __attribute__((always_inline))
 #else
@@ -26,6 +28,31 @@
 #define SEGADV_SIMD _Pragma("omp simd")
 
 namespace segadv::cpu {
+
+// 4 and 3, for the instructions of x86-64-v4 and v3, or 0.
+extern int level;
+
+#if defined(SEGADV_HAVE_LEVELS)
+template <class F>
+SEGADV_V4 auto on_v4(const F& f) {
+  return f();
+}
+template <class F>
+SEGADV_V3 auto on_v3(const F& f) {
+  return f();
+}
+template <class F>
+SEGADV_INLINE auto on_this_cpu(const F& f) {
+  if (level == 4) return on_v4(f);
+  if (level == 3) return on_v3(f);
+  return f();
+}
+#else
+template <class F>
+SEGADV_INLINE auto on_this_cpu(const F& f) {
+  return f();
+}
+#endif
 
 // In float64: the errors of sums of like numbers in float32 are alike, and add up.
 template <class A>

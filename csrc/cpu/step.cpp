@@ -26,7 +26,7 @@ SEGADV_INLINE A absolute(S value) {
 
 // Of eight numbers in the compute type, of those sums in float64.
 template <class S>
-SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
+SEGADV_INLINE double absolute_sum(const S* grad, int64_t count) {
   using A = Compute<S>;
   constexpr int64_t kSums = 32, kBlock = 8 * kSums;
   const int64_t end = count / kBlock * kBlock;
@@ -45,13 +45,13 @@ SEGADV_CLONES double absolute_sum(const S* grad, int64_t count) {
 }
 
 template <class A>
-SEGADV_CLONES void step(const A* images, const A* grad, A* out, int64_t count, A alpha, A low, A high) {
+SEGADV_INLINE void step(const A* images, const A* grad, A* out, int64_t count, A alpha, A low, A high) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) out[i] = clip(images[i] + alpha * sign(grad[i]), low, high);
 }
 
 template <class A>
-SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origin, A* out, int64_t count, A alpha,
+SEGADV_INLINE void projected_step(const A* images, const A* grad, const A* origin, A* out, int64_t count, A alpha,
                                   A eps, A low, A high) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) {
@@ -61,18 +61,20 @@ SEGADV_CLONES void projected_step(const A* images, const A* grad, const A* origi
 }
 
 template <class S>
-SEGADV_CLONES void scale_row(const S* grad, S* scaled, int64_t count, Compute<S> factor) {
+SEGADV_INLINE void scale_row(const S* grad, S* scaled, int64_t count, Compute<S> factor) {
   SEGADV_SIMD
   for (int64_t i = 0; i < count; ++i) scaled[i] = from_compute<S>(scale(to_compute(grad[i]), factor));
 }
 
-// Calls f(image, item, first element, count) in parallel; items and elements are numbered over all images.
+// Calls f(image, item, first element, count), which is a SEGADV_BODY, in parallel; items and elements are numbered over
+// all images.
 template <class F>
 void for_each_item(int64_t n, int64_t numel, F&& f) {
   const int64_t per_image = (numel + kItem - 1) / kItem;
   parallel_for(n * per_image, [&](int64_t i) {
     const int64_t begin = i % per_image * kItem;
-    f(i / per_image, i, i / per_image * numel + begin, std::min(kItem, numel - begin));
+    const int64_t count = std::min(kItem, numel - begin);
+    on_this_cpu([&]() SEGADV_BODY { f(i / per_image, i, i / per_image * numel + begin, count); });
   });
 }
 
@@ -80,7 +82,7 @@ template <class S>
 std::vector<double> norms(const S* grad, int64_t n, int64_t numel) {
   const int64_t per_image = (numel + kItem - 1) / kItem;
   std::vector<double> partial(n * per_image), norm(n, 0.0);
-  for_each_item(n, numel, [&](int64_t, int64_t item, int64_t i, int64_t count) {
+  for_each_item(n, numel, [&](int64_t, int64_t item, int64_t i, int64_t count) SEGADV_BODY {
     partial[item] = absolute_sum(grad + i, count);
   });
   for (int64_t image = 0; image < n; ++image)
@@ -116,7 +118,7 @@ int64_t newton_step(const NewtonStepParams& params) {
       eps[image] = newton_eps(data<A>(params.gain)[image], norm[image], params.clamp_negative, params.max_eps);
     }
     advise_huge_pages(out, params.n * params.numel * sizeof(A));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) SEGADV_BODY {
       step(data<A>(params.images) + i, data<A>(params.grad) + i, out + i, count, -eps[image],
            static_cast<A>(params.low), static_cast<A>(params.high));
     });
@@ -129,7 +131,7 @@ int64_t sign_step(const SignStepParams& params) {
     using A = typename decltype(tag)::type;
     A* out = static_cast<A*>(params.adversarial.data);
     advise_huge_pages(out, params.n * params.numel * sizeof(A));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) SEGADV_BODY {
       const A alpha = params.alpha_per_image ? data<A>(params.alpha_per_image)[image] : static_cast<A>(params.alpha);
       const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
       if (params.origin) {
@@ -149,28 +151,12 @@ int64_t scale_gradient(const ScaleGradientParams& params) {
     using S = typename decltype(tag)::type;
     S* scaled = static_cast<S*>(params.scaled.data);
     advise_huge_pages(scaled, params.n * params.numel * sizeof(S));
-    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) {
+    for_each_item(params.n, params.numel, [&](int64_t image, int64_t, int64_t i, int64_t count) SEGADV_BODY {
       const Compute<S> factor = data<Compute<S>>(params.factor)[image * params.factor.stride[0]];
       scale_row(data<S>(params.grad) + i, scaled + i, count, factor);
     });
   });
   return -1;
-}
-
-const char* instruction_set() {
-#if defined(SEGADV_HAVE_TARGET_CLONES)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    return "x86-64-v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return "x86-64-v3";
-#elif defined(__AVX512VL__)  // -march=native
-  return "x86-64-v4";
-#elif defined(__AVX2__)
-  return "x86-64-v3";
-#endif
-  return "baseline";
 }
 
 }  // namespace segadv::cpu

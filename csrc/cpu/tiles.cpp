@@ -11,7 +11,7 @@ namespace segadv::cpu {
 namespace {
 
 template <class L>
-SEGADV_CLONES int load_labels_as(const L* labels, int64_t stride, int count, int64_t num_classes,
+SEGADV_INLINE int load_labels_as(const L* labels, int64_t stride, int count, int64_t num_classes,
                                  int64_t ignore_index, int32_t* y, int* first_bad) {
   int valid = 0, bad = 0;
   for (int p = 0; p < count; ++p) {
@@ -88,7 +88,7 @@ SEGADV_INLINE void for_each_group(int64_t classes, int64_t count, int64_t pixel_
 }
 
 template <class S>
-SEGADV_CLONES void load_clones(const S* from, int64_t class_stride, int64_t pixel_stride, int64_t classes,
+SEGADV_INLINE void load_body(const S* from, int64_t class_stride, int64_t pixel_stride, int64_t classes,
                                int64_t count, Compute<S>* to, int64_t to_stride) {
   if (class_stride == 1) {
     Compute<S> buffer[kPixels * kClasses];
@@ -115,7 +115,7 @@ SEGADV_CLONES void load_clones(const S* from, int64_t class_stride, int64_t pixe
 }
 
 template <class S>
-SEGADV_CLONES void store_clones(const Compute<S>* from, int64_t from_stride, int64_t classes, int64_t count, S* to,
+SEGADV_INLINE void store_body(const Compute<S>* from, int64_t from_stride, int64_t classes, int64_t count, S* to,
                                 int64_t class_stride, int64_t pixel_stride) {
   if (class_stride == 1) {
     Compute<S> buffer[kPixels * kClasses];
@@ -141,7 +141,7 @@ SEGADV_CLONES void store_clones(const Compute<S>* from, int64_t from_stride, int
 }
 
 template <class A>
-SEGADV_CLONES bool all_finite_clones(const A* values, int64_t count) {
+SEGADV_INLINE bool all_finite_body(const A* values, int64_t count) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += values[i] - values[i];
@@ -149,7 +149,7 @@ SEGADV_CLONES bool all_finite_clones(const A* values, int64_t count) {
 }
 
 template <class A>
-SEGADV_CLONES void mark_rivals_clones(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes,
+SEGADV_INLINE void mark_rivals_body(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes,
                                       int rivals, uint8_t* mark) {
   for (int64_t x = 0; x < columns; x += kLanes) {
     const A *u = upper + x, *l = lower + x;
@@ -200,19 +200,15 @@ int load_labels(const Problem& problem, int64_t n, int64_t row, int64_t column, 
   const TensorView& labels = problem.labels;
   const int64_t classes = problem.logits.size[1], stride = labels.stride[2], ignore = problem.ignore_index;
   int bad = 0, valid = 0;
+  const auto load = [&](auto tag) {
+    const auto* own = at<decltype(tag)>(labels, n, row, column);
+    on_this_cpu([&]() SEGADV_BODY { valid = load_labels_as(own, stride, count, classes, ignore, y, &bad); });
+  };
   switch (labels.dtype) {
-    case DType::kInt64:
-      valid = load_labels_as(at<int64_t>(labels, n, row, column), stride, count, classes, ignore, y, &bad);
-      break;
-    case DType::kInt32:
-      valid = load_labels_as(at<int32_t>(labels, n, row, column), stride, count, classes, ignore, y, &bad);
-      break;
-    case DType::kInt16:
-      valid = load_labels_as(at<int16_t>(labels, n, row, column), stride, count, classes, ignore, y, &bad);
-      break;
-    case DType::kUInt8:
-      valid = load_labels_as(at<uint8_t>(labels, n, row, column), stride, count, classes, ignore, y, &bad);
-      break;
+    case DType::kInt64: load(int64_t()); break;
+    case DType::kInt32: load(int32_t()); break;
+    case DType::kInt16: load(int16_t()); break;
+    case DType::kUInt8: load(uint8_t()); break;
     default: throw std::invalid_argument("segadv: integer labels are needed");
   }
   if (bad < count) {
@@ -240,21 +236,21 @@ void load_classes(const TensorView& map, int64_t n, int64_t row, int64_t column,
 template <class S>
 void load_block(const S* from, int64_t class_stride, int64_t pixel_stride, int64_t classes, int64_t count,
                 Compute<S>* to, int64_t to_stride) {
-  load_clones(from, class_stride, pixel_stride, classes, count, to, to_stride);
+  on_this_cpu([&]() SEGADV_BODY { load_body(from, class_stride, pixel_stride, classes, count, to, to_stride); });
 }
 template <class S>
 void store_block(const Compute<S>* from, int64_t from_stride, int64_t classes, int64_t count, S* to,
                  int64_t class_stride, int64_t pixel_stride) {
-  store_clones<S>(from, from_stride, classes, count, to, class_stride, pixel_stride);
+  on_this_cpu([&]() SEGADV_BODY { store_body<S>(from, from_stride, classes, count, to, class_stride, pixel_stride); });
 }
 template <class A>
 bool all_finite(const A* values, int64_t count) {
-  return all_finite_clones(values, count);
+  return on_this_cpu([&]() SEGADV_BODY { return all_finite_body(values, count); });
 }
 template <class A>
 void mark_rivals(const A* upper, const A* lower, int64_t stride, int64_t columns, int64_t classes, int rivals,
                  uint8_t* mark) {
-  mark_rivals_clones(upper, lower, stride, columns, classes, rivals, mark);
+  on_this_cpu([&]() SEGADV_BODY { mark_rivals_body(upper, lower, stride, columns, classes, rivals, mark); });
 }
 
 #define SEGADV_INSTANTIATE_BLOCKS(S)                                                                              \
