@@ -51,7 +51,8 @@ else:
         backends.BACKENDS["cuda-emulated"] = compiled.CompiledCuda()
 NATIVE_ON_GPU = "native-on-gpu"
 # The native backend with the instructions of lesser machines: not everywhere, its other code is the same.
-LESSER = {f"native-{name}": name for name in ([] if COMPILED or not native.core else native.core.instruction_sets()[1:])}
+lesser = native.core.instruction_sets()[1:] if native.core and not COMPILED else []
+LESSER = {f"native-{name}": name for name in lesser}
 BACKENDS += tuple(LESSER)
 OF_INSTRUCTIONS = ("test_margin.py", "test_cross_entropy.py", "test_confusion.py", "test_step.py")
 ON_GPU = ("triton", NATIVE_ON_GPU) if GPU else ()

@@ -293,7 +293,8 @@ def test_other_compilers(tmp_path: Path, compiler: str, name: str) -> None:
     if not shutil.which(compiler) or configure(tmp_path, CXX=compiler, SEGADV_CUDA="OFF").returncode != 0:
         pytest.skip(f"no {compiler} with OpenMP is installed")
     python = fresh_environment(tmp_path / "environment")
-    install(python, ROOT, "-C", "cmake.build-type=Debug", SEGADV_CUDA="OFF", CXX=compiler)
+    options = ("-C", "cmake.build-type=Debug", "-C", f"build-dir={tmp_path / 'build'}")  # the clone's has its compiler
+    install(python, ROOT, *options, SEGADV_CUDA="OFF", CXX=compiler)
     result = run(python, "-c", THREADS, OMP_NUM_THREADS="4", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["0", "0", "2", name, *sys.modules["_segadv_native"].instruction_sets()]
