@@ -4,8 +4,8 @@
 
 #include "common/dtype.h"
 
-// On x86-64 with g++ or clang. Their target_clones would do the same in one line, but g++ knows it for these levels from
-// 12 on only, and clang not for templates.
+// On x86-64 with g++ or clang. Their target_clones would do the same in one line, but g++ before 12 has it without these
+// levels, and clang without templates.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SEGADV_HAVE_LEVELS
 #define SEGADV_V3 __attribute__((noinline, target("avx2,fma,bmi,bmi2")))
