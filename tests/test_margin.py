@@ -78,6 +78,20 @@ def test_gradcheck(backend: str, slow: bool, own: tuple[int, int], align_corners
         )
 
 
+@pytest.mark.parametrize("size", [(6, 4), (2, 12), (4, 9), (4, 24), (7, 6), (16, 6), (64, 24)], ids=str)
+def test_sizes_that_are_alike(backend: str, size: tuple[int, int]) -> None:
+    """As many pixels, rows or columns as the logits have: resampled none the less. And 16 rows, 4 columns for each."""
+    z, y = torch.randn(2, 5, 4, 6, requires_grad=True), torch.randint(0, 5, (2, *size))
+    exact, outgoing = z.detach().double().requires_grad_(), torch.randn(y.shape)
+    margin, expected = F.pixel_margin(z, y), oracle.pixel_margin(exact, y)
+    (grad,) = torch.autograd.grad(margin, z, outgoing)
+    (exact_grad,) = torch.autograd.grad(expected, exact, outgoing.double(), retain_graph=True)
+    (exact_sum,) = torch.autograd.grad(expected.sum(), exact)
+    for ours, theirs in ((margin, expected), (grad, exact_grad), (F.gain_and_grad(z, y)[2], exact_sum)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(F.confusion_matrix(z, y), oracle.confusion(z, y).sum(0))
+
+
 def test_by_hand(backend: str) -> None:
     z = torch.tensor([[[[1.0, 0.0]], [[3.0, 5.0]], [[2.0, -1.0]]]], requires_grad=True)  # [1, 3, 1, 2]
     y = torch.tensor([[[1, 0]]])
@@ -385,6 +399,13 @@ ADDRESSES = pytest.mark.skipif(
         ("labels", 0, (8, 6)),
         ("labels", 1, (8, 6)),
         ("labels", 1, (2, 3)),
+        ("labels", 2, (8, 6)),
+        ("labels", 2, (2, 3)),
+        ("outgoing gradient", 0, (2, 3)),
+        ("outgoing gradient", 1, (8, 6)),
+        ("outgoing gradient", 1, (2, 3)),
+        ("outgoing gradient", 2, (8, 6)),
+        ("outgoing gradient", 2, (2, 3)),
     ],
 )
 def test_offsets_of_more_than_32_bits(backend: str, moved: str, dim: int, own: tuple[int, int]) -> None:
@@ -395,14 +416,14 @@ def test_offsets_of_more_than_32_bits(backend: str, moved: str, dim: int, own: t
     outgoing = torch.randn(3, 8, 6)
     y[0, 3:5] = 255
     expected = everything(z, y, outgoing)
-    given = {"logits": z.detach(), "labels": y}
+    given = {"logits": z.detach(), "labels": y, "outgoing gradient": outgoing}
     near = given[moved]
     far = 2**31 // (near.shape[dim] - 1) + 1
     strides = [far if d == dim else stride for d, stride in enumerate(near.stride())]
     last = sum((size - 1) * stride for size, stride in zip(near.shape, strides, strict=True))
     assert last >= 2**31
     given[moved] = near.new_empty(last + 1).as_strided(near.shape, strides).copy_(near)
-    for result, other in zip(everything(*given.values(), outgoing), expected, strict=True):
+    for result, other in zip(everything(*given.values()), expected, strict=True):
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if result.dtype is torch.float32 else {}
         torch.testing.assert_close(result, other, **tolerance)
 

@@ -142,6 +142,27 @@ def test_taps(size_in: int, size_out: int, align_corners: bool) -> None:
     torch.testing.assert_close(ours[1:-1], theirs[:, 0, 0], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("along", ["x", "y"])
+@pytest.mark.parametrize(
+    ("size_out", "dtype"),
+    [(41, torch.float32), (83, torch.float32), (49, torch.float64), (103, torch.float64)],
+    ids=str,
+)
+def test_the_weight_in_the_middle_is_a_half(size_out: int, dtype: torch.dtype, along: str) -> None:
+    """And so it would not be as a product with the quotient's rounded inverse: n * (1 / 2n) of these sizes is less."""
+    z, y = torch.tensor([0.0, 1.0], dtype=dtype, device=DEVICE), torch.zeros(1, size_out, 1, device=DEVICE).byte()
+    z = torch.stack([z, torch.zeros_like(z)]).view(1, 2, 2, 1).requires_grad_()
+    if along == "x":
+        z, y = z.detach().transpose(2, 3).contiguous().requires_grad_(), y.transpose(1, 2).contiguous()
+    outgoing = torch.zeros(y.shape, dtype=dtype, device=DEVICE)
+    outgoing.view(-1)[size_out // 2] = 1
+    with segadv.backend("triton"):
+        value = F.pixel_margin(z, y)
+        (grad,) = torch.autograd.grad(value, z, outgoing)
+    assert value.flatten()[size_out // 2].item() == 0.5
+    assert grad[0, 0].flatten().tolist() == [0.5, 0.5]
+
+
 @triton.jit
 def far_kernel(quads, firsts, begin, size_in, size_out, align: tl.constexpr, block: tl.constexpr):
     o = begin + tl.arange(0, block)
@@ -221,16 +242,17 @@ def test_bad_labels_make_their_image_nan_and_no_other(
 
 def test_more_programs_than_are_added_at_once() -> None:
     """And results of which every program that writes NaN fills several parts."""
-    partial, valid = torch.rand(2, 2500, device=DEVICE), torch.ones(2, 2500, dtype=torch.int32, device=DEVICE)
+    partial, valid = torch.rand(3, 2500, device=DEVICE), torch.ones(3, 2500, dtype=torch.int32, device=DEVICE)
     bad = torch.zeros_like(valid)
     bad[1, 2400] = 1
-    total, n_valid = torch.empty(2, device=DEVICE), torch.empty(2, dtype=torch.int64, device=DEVICE)
-    results = [torch.zeros(2, 40000, device=DEVICE), torch.zeros(2, 70000, device=DEVICE)]
+    total, n_valid = torch.empty(3, device=DEVICE), torch.empty(3, dtype=torch.int64, device=DEVICE)
+    results = [torch.zeros(3, 40000, device=DEVICE), torch.zeros(3, 70000, device=DEVICE)]
     tiles.finish(bad, sums=[(partial, total)], valid=(valid, n_valid), poisoned=results)
-    assert total[0].item() == pytest.approx(partial[0].double().sum().item())
-    assert n_valid.tolist() == [2500, 2500]
+    for n in (0, 2):
+        assert total[n].item() == pytest.approx(partial[n].double().sum().item())
+    assert n_valid.tolist() == [2500] * 3
     for value in (total, *results):
-        assert value[0].isfinite().all()
+        assert value[[0, 2]].isfinite().all()
         assert value[1].isnan().all()
 
 
@@ -268,6 +290,8 @@ def test_numbers_reach_the_kernels_in_float64() -> None:
         ((40000, 1), (0, 0), (40001, 1), r"40000 x 1 .* to 40001 x 1"),
         ((1, 40000), (0, 0), (1, 40001), r"1 x 40000 .* to 1 x 40001"),
         ((2, 2), (2**30, 1), (3, 3), rf"2 x 2 \(strides {2**30}, 1\) to 3 x 3"),
+        ((2, 2), (1, 2**30), (3, 3), rf"2 x 2 \(strides 1, {2**30}\) to 3 x 3"),
+        ((2, 2), (2**29, 2**29), (3, 3), rf"2 x 2 \(strides {2**29}, {2**29}\) to 3 x 3"),
     ],
 )
 def test_too_large_for_int32_is_refused(

@@ -179,6 +179,7 @@ def gradient_up_kernel(
         begin_y, end_y = first_output(quad_y, h, H, ALIGN), first_output(quad_y + 1, h, H, ALIGN)
         for i in range(0, widest):
             x = begin_x + i
+            x64 = x.to(tl.int64)
             wx0, wx1 = weights(x, quad_x, w, W, ALIGN, A)
             if runner_up is None:  # first along x, as the forward
                 z0, z1 = mean(z00, z01, wx0, wx1), mean(z10, z11, wx0, wx1)
@@ -189,9 +190,10 @@ def gradient_up_kernel(
                 wy0, wy1 = weights(y, quad_y, h, H, ALIGN, A)
                 y64 = tl.cast(y, tl.int64)
                 row_map = n * H * W + y64 * W
-                label, is_bad = load_labels(labels, n * label_n + y64 * label_y + x * label_x, inside, C, ignore_index)
+                at_label = n * label_n + y64 * label_y + x64 * label_x
+                label, is_bad = load_labels(labels, at_label, inside, C, ignore_index)
                 bad_labels += is_bad.to(tl.int32)
-                at_loss = n * loss_n + y64 * loss_y + x * loss_x
+                at_loss = n * loss_n + y64 * loss_y + x64 * loss_x
                 value = load_value(grad_loss, at_loss, class_weight, pixel_weight, row_map + x, label, inside, A)
                 if runner_up is not None:
                     runner = tl.load(runner_up + row_map + x, mask=inside, other=0).to(tl.int32)
