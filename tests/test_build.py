@@ -291,7 +291,7 @@ def test_the_kernels_run_on_as_many_threads_as_torch() -> None:
 def test_other_compilers(tmp_path: Path, compiler: str, name: str) -> None:
     """clang, whose OpenMP is not torch's, and the g++ of Ubuntu 22.04."""
     if not shutil.which(compiler) or configure(tmp_path, CXX=compiler, SEGADV_CUDA="OFF").returncode != 0:
-        pytest.skip(f"no {compiler} with OpenMP is installed")
+        pytest.skip(f"{compiler}, which nothing else needs, is not installed here, or without OpenMP (libomp-dev)")
     python = fresh_environment(tmp_path / "environment")
     options = ("-C", "cmake.build-type=Debug", "-C", f"build-dir={tmp_path / 'build'}")  # the clone's has its compiler
     install(python, ROOT, *options, SEGADV_CUDA="OFF", CXX=compiler)
