@@ -129,7 +129,7 @@ class Where:
             unit=unit,
             rounds=rounds,
             commit=commit(),
-            versions=_versions(self.packages),
+            versions=_versions(self.packages, self.device.type),
             machine=machine_of(self.device),
         )
 
@@ -146,10 +146,14 @@ class Where:
 
 
 @cache
-def _versions(packages: tuple[str, ...]) -> str:
-    own = f"torch {torch.__version__}, segadv {segadv.__version__}"
+def _versions(packages: tuple[str, ...], device_type: str) -> str:
+    """What the figures depend on beside the machine, the compilers of the kernels among it."""
+    compiled = segadv.build_info()
+    others = [f"{name} {package_version(name)}" for name in packages]
+    if compiled["native"]:
+        others += [compiled["compiler"]] + ([compiled["cuda"]] if device_type == "cuda" and compiled["cuda"] else [])
     return ", ".join(
-        (own, *(f"{name} {package_version(name)}" for name in packages), f"Python {platform.python_version()}")
+        (f"torch {torch.__version__}, segadv {segadv.__version__}", *others, f"Python {platform.python_version()}")
     )
 
 

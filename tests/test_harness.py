@@ -300,6 +300,23 @@ def test_a_row_names_the_packages_it_depends_on() -> None:
     assert f"numpy {np.__version__}" in row.versions
 
 
+@pytest.mark.parametrize(
+    ("built", "device", "named"),
+    [
+        ({"native": True, "compiler": "GNU 12.2.0", "cuda": None}, "cpu", "GNU 12.2.0"),
+        ({"native": True, "compiler": "GNU 12.2.0", "cuda": "nvcc 13.0"}, "cpu", "GNU 12.2.0"),
+        ({"native": True, "compiler": "GNU 12.2.0", "cuda": "nvcc 13.0"}, "cuda", "GNU 12.2.0, nvcc 13.0"),
+        ({"native": False}, "cuda", ""),
+    ],
+)
+def test_a_row_names_the_compilers_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, built: dict[str, object], device: str, named: str
+) -> None:
+    monkeypatch.setattr("segadv.build_info", lambda: built)
+    told = records._versions.__wrapped__((), device).split(", ")
+    assert ", ".join(told[2:-1]) == named
+
+
 @pytest.mark.parametrize("column", ["operation", "provider", "mode", "case", "dtype", "device", "threads", "thp"])
 def test_rows_that_differ_in_any_of_the_key_stay_both(column: str, tmp_path: Path) -> None:
     row = Where("case", torch.float32, CPU).record("a", "b", "c", ([1.0],), unit="ms")

@@ -302,6 +302,17 @@ def test_too_large_for_int32_is_refused(
         margin.tiles((1, 2, *size), size_out, False, torch.float32, torch.device("cpu"), strides)
 
 
+@pytest.mark.parametrize(
+    ("size_out", "walked"), [((2**15, 2**15), (1, 2**30)), ((2**15, 2**15 + 1), (2**15, 2**15 + 1))]
+)
+def test_columns_fit_int32(size_out: tuple[int, int], walked: tuple[int, int]) -> None:
+    """Of an image without gaps one long row is made, unless it were so long that its pixels could not be counted."""
+    row, plane = size_out[1], size_out[0] * size_out[1]
+    strides = [(2 * plane, plane, row, 1), (plane, row, 1)]
+    found = margin.tiles((1, 2, *size_out), size_out, False, torch.float32, torch.device("cpu"), strides)
+    assert found.sizes == (2, *walked, *walked)
+
+
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_kernels_compile(target: str, tmp_path: Path) -> None:
     """The interpreter accepts much that the compiler does not. No register is spilled to speak of.

@@ -392,7 +392,8 @@ def tiles(
         chunks = triton.cdiv(rows, block_y)
         tiles_y = (h + 1) * chunks
     else:
-        if not up and all(stride[-2] == stride[-1] * W for stride in strides):  # rows follow each other without a gap
+        gapless = not up and all(stride[-2] == stride[-1] * W for stride in strides)  # rows follow each other
+        if gapless and H * W <= 2**30:  # columns are counted in int32
             h, w, H, W = 1, H * W, 1, H * W
         per_thread = max(1, 16 // dtype.itemsize)  # 16 bytes of logits
         if channels_last:
