@@ -23,6 +23,7 @@ from .attacks.base import unwrapped
 from .writing import atomic_write
 
 _DEEPEST = 8
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
 
 __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
@@ -41,7 +42,7 @@ def model_hash(model: nn.Module) -> str:
         settings.append(f"{name} {_described(getattr(type(module), 'forward', None))}")
         for key, value in sorted(vars(module).items()):
             told = isinstance(value, (bool, str, float)) or (callable(value) and not isinstance(value, nn.Module))
-            if told and not key.startswith("_") and key != "training":
+            if told and key not in _OF_EVERY_MODULE:
                 settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory
     digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", "\n".join(settings)).encode())

@@ -809,6 +809,31 @@ def test_model_hash_sees_which_module_stands_there_again() -> None:
         assert records.model_hash(nn.Sequential(one, two, one)) != records.model_hash(nn.Sequential(one, two, two))
 
 
+@pytest.mark.parametrize("name", ["scale", "_scale"])
+def test_records_of_a_model_with_another_attribute_are_never_taken(
+    name: str, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    class Turning(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * vars(self)[name]
+
+    turning, found = Turning(model), []
+    for scale in (1.0, -1.0):
+        setattr(turning, name, scale)
+        found.append(evaluate(turning, loader, ["fgsm"], [0.0], records=tmp_path).rows)
+        assert found[-1] == evaluate(turning, loader, ["fgsm"], [0.0]).rows
+    assert found[0] != found[1]
+
+
+def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+    first = records.model_hash(model)
+    model.compile(backend="eager")
+    model(torch.rand(1, 3, 4, 4, requires_grad=True))
+    with model[1].register_full_backward_hook(lambda *_: None):
+        assert records.model_hash(model) == first
+
+
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
     def network(activation: nn.Module, scale: float, *, extra: object = None) -> nn.Module:
         made = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), activation)
