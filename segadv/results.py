@@ -200,7 +200,7 @@ class EvaluationResult:
                 for entry in content["measurements"]
             ]
             return EvaluationResult(measurements, content["run"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} is no result of an evaluation by this version of segadv") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:

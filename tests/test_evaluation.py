@@ -1251,7 +1251,8 @@ def test_everything_to_repeat_it_is_in_the_files(
     back = EvaluationResult.from_json(tmp_path / "result.json")
     assert back.run == result.run
     assert [entry.row for entry in back.measurements] == [entry.row for entry in result.measurements]
-    for other in ('{"rows": []}', "[1]", "3", '{"measurements": 3, "run": {}}', "{"):
+    odd = content | {"measurements": [last | {"confusion": {"a": 1}}]}
+    for other in (json.dumps(odd), '{"rows": []}', "[1]", "3", '{"measurements": 3, "run": {}}', "{"):
         (tmp_path / "other.json").write_text(other)
         with pytest.raises(ValueError, match=r"other\.json is no result of an evaluation"):
             EvaluationResult.from_json(tmp_path / "other.json")
