@@ -274,6 +274,16 @@ def test_verdicts_follow_from_the_numbers(
     assert all(shared.items() <= options.items() for options in asked)
 
 
+def test_noise_moves_every_channel_by_eps_and_stays_in_the_box() -> None:
+    images = torch.full((2, 3, 64, 64), 0.5, dtype=torch.float64)
+    moved = masking._noise(0.25)(images, torch.zeros(2, 64, 64)) - images
+    assert moved.abs().unique().tolist() == [0.25]
+    assert abs(moved.mean().item()) < 0.01  # 6 standard deviations
+    assert (moved[:, 0] != moved[:, 1]).any()
+    edges = masking._noise(0.25)(torch.tensor([0.0, 1.0]).repeat(1, 3, 64, 32), torch.zeros(1, 64, 64))
+    assert edges.unique().tolist() == [0.0, 0.25, 0.75, 1.0]
+
+
 # --- the report ---------------------------------------------------------------------------------------------
 
 
@@ -362,3 +372,101 @@ def test_without_a_worst_case_the_report_shows_the_strongest_attack(
     left = {entry.attack: entry.row["miou"] for entry in result.final if entry.eps}
     assert left["pgd"] < left["fgsm"]
     assert "pixel accuracy: PGD" in report.write_report(tmp_path, result)
+
+
+RUN: dict[str, Any] = {
+    "model": "Net", "model_sha256": "c" * 64, "images": 2, "seed": 0, "data_sha256": "d" * 64, "backend": "native",
+    "device": "cpu", "versions": {"torch": "2"},
+}  # fmt: skip
+
+
+def made(*measured: tuple[str, float, int, int], **changes: Any) -> EvaluationResult:
+    """Of attack, eps, steps, and how many of 100 pixels of the first of two classes are right; the second's all are."""
+    return EvaluationResult(
+        [
+            Measurement("", attack, eps, steps, right / 1000, torch.tensor([[right, 100 - right], [0, 100]]))
+            for attack, eps, steps, right in measured
+        ],
+        RUN | changes,
+    )
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """What the pictures of a report would show."""
+    found: dict[str, tuple[Any, ...]] = {}
+    monkeypatch.setattr(EvaluationResult, "plot", lambda *arguments: None)
+    for name in ("plot_steps", "plot_per_class"):
+        monkeypatch.setattr(
+            report.plots, name, lambda *given, name=name, **options: found.update({name: (*given, options)})
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ({0.01: 20, 0.04: 20}, 0.04),
+        ({0.01: 20, 0.03: 20, 0.04: 20}, 0.03),
+        ({0.01: 3, 0.03: 3, 0.1: 20}, 0.1),
+        ({0.03: 3, 0.1: 20, 0.2: 20}, 0.1),
+    ],
+)
+def test_pictures_show_the_usual_eps_among_those_with_most_steps(
+    steps: dict[float, int], shown: float, tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    at = [entry for eps, count in steps.items() for entry in (("pgd", eps, 2, 50), ("pgd", eps, count, 40))]
+    result = made(("pgd", 0.0, 0, 90), *at, ("fgsm", 0.0, 0, 90), *(("fgsm", eps, 1, 60) for eps in steps))
+    text = report.write_report(tmp_path, result)
+    assert f"## mIoU at eps {shown:g}, attack by attack" in text
+    assert drawn["plot_steps"][-1] == {"eps": shown}
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_the_strongest_attack_is_that_of_all_models_and_eps(
+    names: tuple[str, str], tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    """PGD leaves less in all, though FGSM does at one eps of each model; what was left on the way does not count."""
+    rights = {"a": {"fgsm": (50, 10), "pgd": (10, 40)}, "b": {"fgsm": (60, 10), "pgd": (20, 30)}}
+    results = {
+        name: made(
+            *((attack, 0.0, 0, 90) for attack in ("fgsm", "pgd")),
+            *(("fgsm", eps, 1, right) for eps, right in zip((0.01, 0.03), rights[name]["fgsm"], strict=True)),
+            *(
+                entry
+                for eps, right in zip((0.01, 0.03), rights[name]["pgd"], strict=True)
+                for entry in (("pgd", eps, 3, 80), ("pgd", eps, 20, right))
+            ),
+            model_sha256=name * 64,
+        )
+        for name in names
+    }
+    text = report.write_report(tmp_path, EvaluationResult.merge(results))
+    assert "pixel accuracy: PGD" in text
+    one, two = (
+        {attack: [miou_of(right) for right in values] for attack, values in rights[name].items()} for name in names
+    )
+    for name, left in zip(names, (one, two), strict=True):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert [float(cell.split(" / ")[0]) for cell in row.strip("| ").split(" | ")[1:]] == pytest.approx(
+            [miou_of(90), *left["pgd"]], abs=5e-4
+        )
+        assert f"| {name} | {left['fgsm'][1]:.3f} | {left['pgd'][1]:.3f} |" in text
+        assert f"| {name} | Net | `{name * 16}` |" in text
+    tables = drawn["plot_per_class"][0]
+    assert list(tables) == ["IoU of clean images", "IoU under attack: PGD, eps 0.03"]
+    for name in names:
+        assert tables["IoU of clean images"][name] == [0.9, 100 / 110]
+        right = rights[name]["pgd"][1]
+        assert tables["IoU under attack: PGD, eps 0.03"][name] == [right / 100, 100 / (200 - right)]
+
+
+def miou_of(right: int) -> float:
+    return (right / 100 + 100 / (200 - right)) / 2
+
+
+def test_a_report_is_of_models_with_equally_many_classes(tmp_path: Path) -> None:
+    one = made(("fgsm", 0.0, 0, 90))
+    other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, 0.5, torch.eye(3, dtype=torch.int64))], RUN)
+    with pytest.raises(ValueError, match="'a' and 'b' were evaluated .* or on different numbers of classes"):
+        report.write_report(tmp_path, EvaluationResult.merge({"a": one, "b": other}))

@@ -109,9 +109,11 @@ def test_an_image_without_a_label_does_not_count() -> None:
         ([0.5], [0.5], False),
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.9], True),
         ([0.5, 0.6, 0.31], [0.5, 0.6, 0.9], False),  # not below half
+        ([0.5, 0.6, 0.3], [0.5, 0.6, 0.9], False),
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.6], False),  # not higher
         ([0.5, 0.6, 0.2], [0.5, 0.6, 0.5], False),  # the network gets worse altogether
         ([0.1, 0.6, 0.2], [0.1, 0.6, 0.7], True),
+        ([0.6, 0.6, 0.2], [0.5, 0.9, 0.8], True),  # than at the first of equals
     ],
 )
 def test_catastrophic_overfitting(pgd: list[float], fgsm: list[float], expected: bool) -> None:
