@@ -385,9 +385,9 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
     assert not any(e.attack == "worst-case" for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements)
     two = evaluate(model, loader, ["fgsm", "bim-10"], [0.04], worst_case=False)
     assert [row["attack"] for row in two.rows] == ["fgsm", "bim-10"]
-    on_the_way = evaluate(model, loader, ["fgsm", "bim"], [0.04], steps=4)
+    on_the_way = evaluate(model, loader, ["bim", "fgsm"], [0.04], steps=4)
     steps = [(entry.attack, entry.steps) for entry in on_the_way.measurements]
-    assert steps == [("fgsm", 1), ("bim", 3), ("bim", 4), ("worst-case", 4)]
+    assert steps == [("bim", 3), ("bim", 4), ("fgsm", 1), ("worst-case", 4)]
 
 
 def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -398,6 +398,32 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
     plain, other = evaluate(model, loader[:1], **names), evaluate(model, with_void, **names)
     assert [entry.image_miou for entry in plain.measurements][:2] == [e.image_miou for e in other.measurements][:2]
     assert all(math.isfinite(entry.image_miou) for entry in other.measurements)
+
+
+def test_every_image_with_a_label_counts_in_the_mean() -> None:
+    """By hand: the images are the logits. One is right everywhere, one has a single labelled pixel, one no label."""
+    predicted = torch.tensor([[[0, 1, 1, 2]], [[0, 0, 0, 0]], [[2, 1, 1, 2]], [[0, 0, 0, 0]]])
+    labels = torch.tensor([[[0, 1, 1, 2]], [[255, 1, 255, 255]], [[2, 2, 1, 1]], [[255] * 4]])
+    images = nn.functional.one_hot(predicted, 3).movedim(-1, 1).float()
+    (entry,) = evaluate(nn.Identity(), [(images, labels)], ["fgsm"], [0.0]).measurements
+    assert entry.image_miou == pytest.approx((1 + 0 + 1 / 3) / 3, rel=1e-15)
+    assert entry.confusion.tolist() == [[1, 0, 0], [1, 3, 1], [0, 1, 2]]
+
+
+def test_of_equally_bad_attacks_the_first_is_the_worst_case() -> None:
+    """Each turns one of two pixels, into another class."""
+    labels = torch.zeros(1, 1, 2, dtype=torch.uint8)
+    images = torch.eye(3)[[0, 0]].T.view(1, 3, 1, 2)
+
+    def turning(into: int) -> Any:
+        turned = torch.eye(3)[[0, into]].T.view(1, 3, 1, 2)
+        return lambda model, eps: lambda images, labels: turned
+
+    first, second, worst = evaluate(
+        nn.Identity(), [(images, labels)], {"a": turning(2), "b": turning(1)}, [1.0]
+    ).confusion
+    assert torch.equal(worst, first)
+    assert not torch.equal(worst, second)
 
 
 @pytest.mark.parametrize("name", STRONG)
@@ -950,18 +976,59 @@ def test_records_of_a_share_belong_to_the_number_that_decides_the_noise(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first batch of rank 1 of 2 is batch 1 of all, and has its noise."""
-    whole = evaluate(model, loader, ["pgd"], [0.3], steps=3, records=tmp_path)
+    whole = evaluate(model, loader, ["pgd"], [0.02], steps=3, records=tmp_path)
+    alone = evaluate(model, loader[1:2], ["pgd"], [0.02], steps=3)
     monkeypatch.setattr(evaluation.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(evaluation.distributed, "rank", lambda: 1)
     monkeypatch.setattr(evaluation.distributed, "gather", lambda share: [share])
     model.forwards = 0
-    found = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, sharded=True, records=tmp_path)
+    found = evaluate(model, loader[1:2], ["pgd"], [0.02], steps=3, sharded=True, records=tmp_path)
     assert model.forwards == 0
-    fresh = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, sharded=True)
+    fresh = evaluate(model, loader[1:2], ["pgd"], [0.02], steps=3, sharded=True)
     assert found.rows == fresh.rows
     assert (whole.run["batch_size"], found.run["batch_size"]) == (3, 1)
-    at_rank_0 = evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3, records=tmp_path)
-    assert at_rank_0.rows == evaluate(model, loader[1:2], ["pgd"], [0.3], steps=3).rows
+    assert not torch.equal(fresh.confusion[0], alone.confusion[0])
+    not_sharded = evaluate(model, loader[1:2], ["pgd"], [0.02], steps=3, records=tmp_path)
+    assert torch.equal(not_sharded.confusion[0], alone.confusion[0]), (
+        "the rank counts only where the loader gives a share"
+    )
+
+
+def test_shares_are_put_together(
+    model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one after the other: the second process has those of both."""
+    arguments: dict[str, Any] = {"attacks": ["fgsm", "pgd"], "eps": [0.0, 0.02], "steps": 3}
+    whole = evaluate(model, loader, **arguments)
+    shares: list[Any] = []
+    monkeypatch.setattr(evaluation.distributed, "gather", lambda share: (shares.append(share), shares[:])[1])
+    monkeypatch.setattr(evaluation.distributed, "world_size", lambda: 2)
+
+    def together(batches: list[tuple[Tensor, Tensor]]) -> EvaluationResult:
+        shares.clear()
+        for rank in range(2):
+            monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
+            result = evaluate(model, batches[rank::2], **arguments, sharded=True)
+        return result
+
+    result = together(loader)
+    assert all(map(torch.equal, result.confusion, whole.confusion))
+    for entry, expected in zip(result.measurements, whole.measurements, strict=True):
+        assert entry.image_miou == pytest.approx(expected.image_miou, rel=1e-12)
+    assert (result.run["images"], result.run["batch_size"]) == (6, 3)
+    assert together(loader[::-1]).run["batch_size"] == 3
+    changed = [loader[0], (loader[1][0], loader[1][1].clamp(min=1)), loader[2]]
+    assert len({together(data).run["data_sha256"] for data in (loader, changed, [*loader[:2], loader[0]])}) == 3
+    for at in range(2):
+        genuine = evaluation._Judge.number_invalid
+        monkeypatch.setattr(
+            evaluation._Judge,
+            "number_invalid",
+            property(lambda self, at=at: 2 * (evaluation.distributed.rank() == at)),
+        )
+        with pytest.raises(ValueError, match="2 pixels are neither"):
+            together(loader)
+        monkeypatch.setattr(evaluation._Judge, "number_invalid", genuine)
 
 
 class Gentle(PGD):
