@@ -26,7 +26,7 @@ from test_attacks import StaticMemory
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from segadv import evaluation, functional, records, results, writing
+from segadv import backend, evaluation, functional, records, results, writing
 from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
 from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet, wrap
@@ -173,11 +173,11 @@ def test_fgsm_takes_one_gradient_for_all_eps_and_clean_is_shared(
 
 
 def test_shared_gradient_is_fgsm(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
-    eps = [0.0, 0.005, 0.03]
+    eps = [0.03, 0.0, 0.005]
     shared = evaluate(model, loader, ["fgsm"], eps)
     single = evaluate(model, loader, {"fgsm": lambda network, value: FGSM(network, eps=value)}, eps)
     assert shared.rows == single.rows
-    assert shared.rows[2]["pixel_accuracy"] < shared.rows[0]["pixel_accuracy"]
+    assert shared.rows[0]["pixel_accuracy"] < shared.rows[1]["pixel_accuracy"]
 
 
 def test_bim_10_is_the_papers(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -586,6 +586,24 @@ def test_bounds_that_lead_out_of_the_ball_are_told(
             evaluate(model, loader, {"narrow": factory}, [0.03], records=tmp_path)
 
 
+def test_one_batch_that_leaves_the_ball_is_told_and_alone_not_recorded(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Where it is neither the first nor the last."""
+
+    def factory(network: nn.Module, eps: float) -> FGSM:
+        return FGSM(network, eps=eps, bounds=(0.1, 0.9))
+
+    inside = [(images * 0.5 + 0.25, labels) for images, labels in loader]
+    near_the_edge = torch.full_like(loader[1][0], 0.05), loader[1][1]
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"attack 'narrow' at eps 0.03 moved pixels by up to 0\.05: out of the ball"
+        ):
+            evaluate(model, [inside[0], near_the_edge, inside[2]], {"narrow": factory}, [0.03], records=tmp_path)
+        assert len(list(tmp_path.glob("narrow-*"))) == 2
+
+
 def test_batch_statistics_in_an_attack_of_the_caller(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -727,10 +745,13 @@ def test_records_serve_only_what_they_belong_to(
     assert changed(steps=5)
     assert changed(eps=[0.02])
     assert changed(loader=[(images, labels.clamp(min=1)) for images, labels in loader])
+    assert changed(loader=[(1 - images, labels) for images, labels in loader])
     assert changed(loader=loader[1:])  # the number of a batch decides its noise
     with torch.no_grad():
         model.conv.bias[0] += 1
     assert changed()
+    with backend("reference"):
+        assert changed()
 
 
 def test_autocast_is_the_callers_and_part_of_the_records(
@@ -954,6 +975,21 @@ def test_records_of_other_arguments_are_never_taken(
 
         fresh = evaluate(model, loader, {"newton": newton}, [1.0])  # a ball that no step leaves
         assert evaluate(model, loader, {"newton": newton}, [1.0], records=tmp_path).rows == fresh.rows
+        found.append(fresh.rows)
+    assert found[0] != found[1]
+
+
+def test_records_of_an_attack_on_another_model_belong_to_that_model_as_well(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    found = []
+    for source in (Counting(), Counting()):
+
+        def factory(network: nn.Module, eps: float, source: nn.Module = source) -> FGSM:
+            return FGSM(source, eps=eps)
+
+        fresh = evaluate(model, loader, {"from another": factory}, [0.03])
+        assert evaluate(model, loader, {"from another": factory}, [0.03], records=tmp_path).rows == fresh.rows
         found.append(fresh.rows)
     assert found[0] != found[1]
 

@@ -153,7 +153,7 @@ def test_figures_are_the_measured_ones(data: list[Batch], network: nn.Module) ->
             losses += functional.cross_entropy(network.eval()(images), labels, reduction="image").tolist()
     assert f"{sum(losses) / len(losses):.3f} at 0" in checks[5].finding
     along = torch.stack([losses_under_fgsm(network, data, 0.05 * i / 10) for i in range(11)])
-    assert f"{along[-1].mean():.3f} at 0.05; " in checks[5].finding
+    assert f" at 0, {along[5].mean():.3f} at 0.025, {along[-1].mean():.3f} at 0.05; " in checks[5].finding
 
 
 def losses_under_fgsm(network: nn.Module, data: list[Batch], eps: float) -> Tensor:
@@ -190,6 +190,10 @@ def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], ne
             ValueError, match=r"eps must be more than 0 and at most 0\.5, in the unit of the images, got "
         ):
             masking_checks(network, data, eps=eps)
+
+
+def test_batches_that_come_only_once_serve_all_checks(data: list[Batch], network: nn.Module) -> None:
+    assert masking_checks(network, iter(data), steps=3) == masking_checks(network, data, steps=3)
 
 
 def test_images_without_a_label_do_not_count(data: list[Batch], network: nn.Module) -> None:
@@ -266,11 +270,12 @@ def test_verdicts_follow_from_the_numbers(
     monkeypatch.setattr(masking, "_losses_along_fgsm", lambda *_: torch.tensor(numbers["losses"]))
     model = nn.Identity()
     checks = masking_checks(
-        model, [], sources={"other": model}, seed=5, ignore_index=9, align_corners=True, records="r"
+        model, [], steps=7, sources={"other": model}, seed=5, ignore_index=9, align_corners=True, records="r"
     )
     assert [check.passed for check in checks] == [i != failed for i in range(6)]
     shared = {"seed": 5, "ignore_index": 9, "align_corners": True, "records": "r"}
     assert len(asked) == 2
+    assert asked[0]["steps"] == 7
     assert all(shared.items() <= options.items() for options in asked)
 
 
@@ -468,5 +473,5 @@ def miou_of(right: int) -> float:
 def test_a_report_is_of_models_with_equally_many_classes(tmp_path: Path) -> None:
     one = made(("fgsm", 0.0, 0, 90))
     other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, 0.5, torch.eye(3, dtype=torch.int64))], RUN)
-    with pytest.raises(ValueError, match="'a' and 'b' were evaluated .* or on different numbers of classes"):
+    with pytest.raises(ValueError, match=r"'a' and 'b' were evaluated .* or on different numbers of classes"):
         report.write_report(tmp_path, EvaluationResult.merge({"a": one, "b": other}))
