@@ -410,6 +410,12 @@ def test_every_image_with_a_label_counts_in_the_mean() -> None:
     assert entry.confusion.tolist() == [[1, 0, 0], [1, 3, 1], [0, 1, 2]]
 
 
+def test_a_model_that_is_wrong_everywhere_is_evaluated() -> None:
+    images = torch.eye(3)[:2].T.view(1, 3, 1, 2)
+    (row,) = evaluate(nn.Identity(), [(images, torch.tensor([[[1, 2]]]))], ["fgsm"], [0.0]).rows
+    assert (row["miou"], row["pixel_accuracy"]) == (0, 0)
+
+
 def test_of_equally_bad_attacks_the_first_is_the_worst_case() -> None:
     """Each turns one of two pixels, into another class."""
     labels = torch.zeros(1, 1, 2, dtype=torch.uint8)
