@@ -949,6 +949,9 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     assert len({*hashes}) == len(different)
     assert records.model_hash(wrap(nn.ReLU(), output=entry("a"))) == hashes[1]
     assert records.model_hash(wrap(nn.ReLU(), output=Entry("a"))) in hashes
+    sets = [lambda output: output in {0, 8}, lambda output: output in {8, 0}, lambda output: output in {0, 1}]
+    of_sets = [records.model_hash(wrap(nn.ReLU(), output=output)) for output in sets]
+    assert of_sets[0] == of_sets[1] != of_sets[2], "sets, whatever the order in memory"
     key[0] = "b"
     assert records.model_hash(wrap(nn.ReLU(), output=several[0])) not in hashes
 
@@ -1058,7 +1061,7 @@ def test_shares_are_put_together(
     for entry, expected in zip(result.measurements, whole.measurements, strict=True):
         assert entry.image_miou == pytest.approx(expected.image_miou, rel=1e-12)
     assert (result.run["images"], result.run["batch_size"]) == (6, 3)
-    assert together(loader[::-1]).run["batch_size"] == 3
+    assert together([loader[1], loader[0], loader[2]]).run["batch_size"] == 3
     changed = [loader[0], (loader[1][0], loader[1][1].clamp(min=1)), loader[2]]
     assert len({together(data).run["data_sha256"] for data in (loader, changed, [*loader[:2], loader[0]])}) == 3
     for at in range(2):
@@ -1473,3 +1476,8 @@ def test_buffers_of_any_kind_tell_models_apart(
 def test_a_sparse_buffer_that_dense_would_not_fit_into_memory() -> None:
     first, other = ([torch.sparse_coo_tensor([[0], [7]], [value], (10**7, 10**6))] for value in (1.0, 2.0))
     assert records.content_hash(*first) == records.content_hash(*first) != records.content_hash(*other)
+
+
+def test_entries_of_a_sparse_buffer_may_stand_in_any_order_and_twice() -> None:
+    same = [([[0, 2]], [3.0, 1.0]), ([[2, 0]], [1.0, 3.0]), ([[0, 2, 0]], [1.0, 1.0, 2.0])]
+    assert len({records.content_hash(torch.sparse_coo_tensor(*entries, (4,))) for entries in same}) == 1
