@@ -293,6 +293,25 @@ def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -
     assert len(merged.confusion) == 12
 
 
+@pytest.mark.parametrize("method", ["to_csv", "to_details_csv", "to_json"])
+def test_a_full_disk_leaves_the_previous_result(
+    method: str, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, path = evaluate(model, loader, ["fgsm"], [0.0]), tmp_path / "result"
+    getattr(result, method)(path)
+    before = path.read_bytes()
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        self.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        getattr(result, method)(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("name", ["curves.csv", "curves"])
 def test_interrupted_write_leaves_the_previous_file(name: str, tmp_path) -> None:
     path = tmp_path / name
@@ -876,6 +895,16 @@ def test_records_of_a_model_with_another_attribute_are_never_taken(
         found.append(evaluate(turning, loader, ["fgsm"], [0.0], records=tmp_path).rows)
         assert found[-1] == evaluate(turning, loader, ["fgsm"], [0.0]).rows
     assert found[0] != found[1]
+
+
+def test_model_hash_sees_the_names_of_parameters() -> None:
+    def difference(*names: str) -> nn.Module:
+        module = nn.Module()  # of "a" and "b", say
+        for value, name in enumerate(names):
+            module.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
+        return module
+
+    assert records.model_hash(difference("a", "b")) != records.model_hash(difference("b", "a"))
 
 
 def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
