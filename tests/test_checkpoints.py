@@ -376,6 +376,33 @@ def test_lines_end_before_one_that_is_no_object(line: bytes, tmp_path: Path) -> 
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_a_full_disk_leaves_the_lines_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        self.write_bytes(text[:5].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=f"{path} could not be written: No space left on device; free some space"):
+        drop_lines_after(path, 1)
+    assert whole_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("missing", ["config", "model", "steps_done"])
+def test_what_lacks_an_entry_of_a_checkpoint_is_none(missing: str, tmp_path: Path) -> None:
+    state: dict[str, Any] = {"config": {}, "model": {}, "steps_done": 1}
+    torch.save(state, tmp_path / "last.pt")
+    assert checkpoints.read_checkpoint(tmp_path / "last.pt") == state
+    del state[missing]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(
+        ValueError, match=r"last\.pt cannot be read as a checkpoint of segadv .*: it holds something else"
+    ):
+        checkpoints.read_checkpoint(tmp_path / "last.pt")
+
+
 def test_shared_weights_of_someone_else_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
