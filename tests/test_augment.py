@@ -135,6 +135,22 @@ def test_an_image_is_never_resized_to_nothing() -> None:
     assert out_label.tolist() == [[7, 7]]
 
 
+@pytest.mark.parametrize(
+    ("size", "scale", "canvas"),
+    [((49, 22), 0.55, (27, 12)), ((1, 8), 0.4, (1, 3)), ((10, 200), 1.02, (10, 204)), ((200, 10), 1.02, (204, 10))],
+)
+def test_sizes_are_rounded(
+    size: tuple[int, int], scale: float, canvas: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        augment, "warp", lambda image, label, *, canvas, **_: taken.append(tuple(canvas)) or (image, label)
+    )
+    augmented = Augmented(Images(*size), crop=(4, 4), seed=0, augmentation=Augmentation(scale=(scale, scale)))
+    augmented[0, 0]
+    assert taken == [canvas]
+
+
 @pytest.mark.parametrize(("canvas", "angle"), [((20, 30), 3.0), ((20, 30), -2.5), ((14, 21), 4.0), ((33, 50), 2.0)])
 def test_corners_that_barely_leave_the_image(canvas: tuple[int, int], angle: float) -> None:
     label = torch.randint(0, 19, (20, 30), dtype=torch.uint8)
@@ -440,6 +456,39 @@ def test_random_numbers_cover_their_ranges(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
+    "wanted",
+    [
+        FULL,
+        Augmentation(flip=False, scale=(0.5, 1.0), blur=2.0),
+        Augmentation(scale=(1.0, 1.5), rotation=5.0),
+        Augmentation(flip=False),
+    ],
+)
+def test_random_numbers_are_drawn_in_one_order(wanted: Augmentation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order, or one number more or less, would change every sample of a training that goes on."""
+    calls: list[dict[str, object]] = []
+    blurs: list[float] = []
+    for name in ("cut", "warp"):
+        monkeypatch.setattr(augment, name, lambda image, label, **given: calls.append(given) or (image, label))
+    monkeypatch.setattr(augment, "gaussian_blur", lambda image, deviation: blurs.append(deviation) or image)
+    augmented = Augmented(Images(60, 90), crop=(40, 100), seed=7, augmentation=wanted)
+    for epoch in range(100):
+        calls.clear(), blurs.clear()
+        augmented[epoch, 2]
+        generator = np.random.default_rng(np.random.SeedSequence(7, spawn_key=(1, epoch, 2)))
+        flip = bool(generator.random() < 0.5) and wanted.flip  # drawn in any case: the crops are those of a flip
+        scale = generator.uniform(*wanted.scale) if wanted.scale != (1, 1) else 1.0
+        angle = generator.uniform(-wanted.rotation, wanted.rotation) if wanted.rotation else 0.0
+        canvas = [round(scale * 60), round(scale * 90)]
+        edges = [sorted((0, length - crop)) for length, crop in zip(canvas, (40, 100), strict=True)]
+        offset = [int(generator.integers(*edge, endpoint=True)) for edge in edges]
+        (call,) = calls
+        assert (call["offset"], call["flip"]) == (offset, flip)
+        assert (call.get("canvas", [60, 90]), call.get("angle", 0.0)) == (canvas, angle)
+        assert blurs == ([generator.uniform(0, wanted.blur)] if wanted.blur and generator.random() < 0.5 else [])
+
+
+@pytest.mark.parametrize(
     ("wanted", "drawn"),
     [(Augmentation(flip=False), "flip"), (Augmentation(flip=False, scale=(0.7, 1.5), rotation=5.0), "flip")],
 )
@@ -513,3 +562,4 @@ def test_types_of_fields() -> None:
     with pytest.raises(TypeError, match="flip must be True or False, got 1"):
         Augmentation(flip=1)  # type: ignore[arg-type]
     assert Augmentation(scale=[0.5, 2.0]) == Augmentation(scale=(0.5, 2.0))  # type: ignore[arg-type]
+    assert Augmentation(rotation=180).rotation == 180

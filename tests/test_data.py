@@ -302,6 +302,10 @@ def test_size_mismatch_names_both_files_and_sizes(tmp_path: Path) -> None:
     write_pair(tmp_path, Image.new("RGB", (8, 4)), Image.new("L", (10, 6)))
     with pytest.raises(ValueError, match=r"_leftImg8bit.png has 4 x 8.*_labelIds.png has 6 x 10"):
         Cityscapes(tmp_path, "train")[0]
+    for size in ((8, 6), (10, 4)):
+        write_pair(tmp_path, Image.new("RGB", (8, 4)), Image.new("L", size))
+        with pytest.raises(ValueError, match=f"has 4 x 8.*_labelIds.png has {size[1]} x {size[0]}"):
+            Cityscapes(tmp_path, "train")[0]
 
 
 @pytest.mark.parametrize(
@@ -411,6 +415,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
 def test_augmented_arguments() -> None:
     with pytest.raises(ValueError, match="crop_height must be a whole number of at least 1, got 0"):
         Augmented(Coordinates(4, 4), crop=(0, 4), seed=0)
+    with pytest.raises(ValueError, match="crop_width must be a whole number of at least 1, got 0"):
+        Augmented(Coordinates(4, 4), crop=(4, 0), seed=0)
     with pytest.raises(ValueError, match="seed must be a whole number of at least 0, got -1"):
         Augmented(Coordinates(4, 4), crop=(4, 4), seed=-1)
 
@@ -455,6 +461,14 @@ def test_every_index_at_most_once_per_epoch(length: int, batch: int, seed: int) 
         assert set(indices) <= set(range(length))
     if length % batch == 0 and length > 30:
         assert seen[0] != seen[1]
+
+
+def test_order_is_that_of_a_stream_of_its_own() -> None:
+    """Of the stream of the coins, it would depend on which samples are attacked."""
+    batches = list(EpochSampler(10, batch_size=5, seed=3, steps=4))
+    for epoch in (0, 1):
+        order = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(0, epoch))).permutation(10)
+        assert batches[2 * epoch] + batches[2 * epoch + 1] == [(epoch, index) for index in order]
 
 
 def test_seeds_give_other_orders() -> None:

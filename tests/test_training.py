@@ -168,6 +168,8 @@ def test_coins_are_fair_independent_and_the_samples_own() -> None:
     other_seed = np.stack([training.adversarial_coins(4, epoch, 1000, 0.5) for epoch in range(40)])
     assert abs((signs * (2.0 * other_seed - 1)).mean()) < bound
     assert np.array_equal(training.adversarial_coins(3, 5, 100, 0.5), coins[5, :100])
+    stream = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(2, 5)))  # not that of the order of the samples
+    assert np.array_equal(coins[5], stream.random(1000) < 0.5)
     quarter = training.adversarial_coins(3, 0, 10000, 0.25)
     assert abs(quarter.mean() - 0.25) < 0.02
     assert not training.adversarial_coins(3, 0, 1000, 0.0).any()

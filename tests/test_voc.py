@@ -130,6 +130,13 @@ def test_classes_and_colours() -> None:
     assert {"cityscapes": Cityscapes, "voc": VOC, "trainaug": TrainAug} == DATASETS
 
 
+def test_published_numbers_of_images() -> None:
+    """Those of the papers of Cityscapes and VOC; of trainaug the number of names in its usual list."""
+    assert Cityscapes.official_lengths == {"train": 2975, "val": 500, "test": 1525}
+    assert VOC.official_lengths == {"train": 1464, "val": 1449, "trainval": 1464 + 1449}
+    assert TrainAug.official_lengths == {"train": 10582, "val": 1449}
+
+
 # reading
 
 
@@ -590,6 +597,8 @@ def test_masks_without_any_class_are_not_called_train_ids() -> None:
     assert Cityscapes.doubt(pixels) is None
     pixels[:6] = 10
     assert "these are train ids" in (Cityscapes.doubt(pixels) or "")
+    for value in range(6, 19):  # traffic lights to bicycles, which have label ids above 18
+        assert Cityscapes.doubt(pixels + (np.arange(256) == value)) is None
 
 
 @pytest.mark.parametrize(("inside", "given"), [("VOCdevkit", "VOC2012"), ("VOCdevkit/VOC2012", ".")])
