@@ -404,6 +404,15 @@ def test_labels_below_the_number_of_classes_are_right_in_any_type(dtype: torch.d
         CheckedSamples([(torch.rand(3, 1, 3), label)], num_classes=254)[0]  # type: ignore[arg-type]
 
 
+def test_negative_labels_and_grey_images_are_refused() -> None:
+    image, label = torch.rand(3, 1, 2), torch.tensor([[0, -1]])  # -1 is no label to ignore here
+    with pytest.raises(ValueError, match=r"sample 0: labels must be classes 0 to 18 or 255, found \[-1\]"):
+        CheckedSamples([(image, label)], num_classes=19)[0]  # type: ignore[arg-type]
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match=rf"image \[3, H, W\] .* got float32 \[{channels}, 1, 2\]"):
+            CheckedSamples([(torch.rand(channels, 1, 2), label.abs())])[0]  # type: ignore[arg-type]
+
+
 def test_stored_pixels_and_floats_give_the_same(streets: Path) -> None:
     dataset = Cityscapes(streets, "train")
     floats = Subset(dataset, range(6))  # does not let the pixels through

@@ -157,13 +157,16 @@ def test_recipes_of_the_paper_say_what_it_says(name: str, dataset: str, crop: in
     assert arguments.dataset == dataset
     assert (model.name, model.pretrained, model.backbone) == ("pspnet50", False, "")
     said = {
-        "arm": "bim-3", "adversarial_share": 0.5, "batch_size": 16, "accumulation": 1, "crop": (crop, crop),
-        "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "power": 0.9,
+        "arm": "bim-3", "eps": 0.03, "adversarial_share": 0.5, "batch_size": 16, "accumulation": 1,
+        "crop": (crop, crop), "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 1e-4, "power": 0.9,
     }  # fmt: skip
     assert {key: getattr(config, key) for key in said} == said
     augmentation = config.augmentation
     assert (augmentation.flip, augmentation.scale, augmentation.rotation) == (True, (0.5, 2.0), 10)
-    assert augmentation.blur > 0
+    assert 0 < augmentation.blur <= 1
+    assert (
+        config.steps == {"cityscapes": 90_000, "trainaug": 30_000}[dataset]
+    )  # of PSPNet's authors, at this batch size
     assert config.validation.attacks == ("fgsm", "bim-10")
     assert config.validation.eps == (0, 0.01, 0.02, 0.03, 0.04)
     # VOC's images differ in size, and validation takes batches of one size

@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from scipy.io import savemat
 from segadv.cli import main
 from segadv.compat import import_torchvision
 from segadv.data import DATASETS, VOC, Cityscapes, TrainAug, check, check_files, generate_streets, open_dataset
-from segadv.data.check import format_checks
+from segadv.data.check import SplitCheck, format_checks
+from segadv.data.files import found_in, shortened
 
 TRAIN = ["2007_000032", "2007_000039", "2009_001433"]
 VAL = ["2007_000033", "2011_003276"]
@@ -358,6 +360,12 @@ def jpeg(mode: str) -> bytes:
     return content.getvalue()
 
 
+def mat(mask: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    savemat(content, {"GTcls": {"Segmentation": mask}})
+    return content.getvalue()
+
+
 def reordered(old: bytes) -> bytes:
     """The same picture with its colours in another order, as programs that make PNG files smaller write it."""
     picture = Image.open(io.BytesIO(old))
@@ -390,6 +398,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str, str]] = {
     "labels 21 and 254": (MASK, lambda old: png(with_label_21()), "wrong values", r"0\.\.20, or 255.*\[21, 254\].*255"),
     "truncated .mat": (MAT, lambda old: old[: len(old) // 2], "unreadable", r"mask of SBD.*restore"),
     "empty .mat": (MAT, lambda old: b"", "unreadable", r"mask of SBD.*restore"),
+    "numbers that are no bytes": (MAT, lambda old: mat(np.zeros((4, 4), np.int16)), "unreadable", r"is int16 of shape"),
     "random .mat": (MAT, lambda old: random.Random(1).randbytes(400), "unreadable", r"mask of SBD.*restore"),
 }  # fmt: skip
 
@@ -543,6 +552,29 @@ def test_check_counts(root: Path, workers: int, monkeypatch: pytest.MonkeyPatch)
     assert re.search(rf"  0 background +[\d.]+% +{train.images[0]} +[\d.]+% +{val.images[0]}\n", text)
     assert re.search(r"outside of the table +[\d.]+% +1 ", text)
     assert "2 problems:" in text
+
+
+def test_the_tables_of_a_check_show_shares_and_extremes() -> None:
+    check = SplitCheck("train", pairs=1465, sizes=Counter({(3, 9): 1, (5, 2): 1, (8, 4): 1}))
+    check.pixels[[0, 15, 255]], check.images[[0, 15, 255]] = (700, 200, 100), (3, 2, 1)
+    lines = format_checks(VOC, [check]).splitlines()
+    assert " ".join(lines[1].split()) == "train 1465 1464 3 x 9 to 8 x 4 (3 sizes) 0 0 0 0 0"
+    rows = [line.split() for line in lines]
+    for row in ("0 background 70.000% 3", "15 person 20.000% 2", "1 aeroplane 0.000% 0", "255 void 10.000% 1"):
+        assert row.split() in rows
+    assert lines[-2:] == ["no problems", "train has 1465 pairs; 1464 are published"]
+
+
+def test_messages_count_what_they_leave_out(tmp_path: Path) -> None:
+    messages = list("abcdefg")
+    assert shortened(messages[:5]) == "a\nb\nc\nd\ne"
+    assert shortened(messages[:6]) == "a\nb\nc\nd\ne\n... and 1 more like these"
+    assert shortened(messages).endswith("\ne\n... and 2 more like these")
+    for name in "abcdefgh":
+        (tmp_path / name).touch()
+    assert found_in(tmp_path) == f"{tmp_path} contains: a, b, c, d, e, f, g, h"
+    (tmp_path / "i").touch()
+    assert found_in(tmp_path) == f"{tmp_path} contains: a, b, c, d, e, f, g, h, ... (9 in all)"
 
 
 @pytest.mark.parametrize("kind", [VOC, TrainAug])
