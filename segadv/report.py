@@ -15,6 +15,8 @@ from .writing import write_text
 __all__ = ["require_report_folder", "write_report"]
 
 _USUAL_EPS = 0.03  # the eps of the papers, and nearly the field's 8/255
+_OF_THE_MODEL = ("align_corners", "output", "model_sha256")
+"""What the arguments of equal attacks on two models may differ in."""
 
 
 def write_report(
@@ -93,12 +95,18 @@ def _check_alike(result: EvaluationResult) -> None:
         seen.setdefault(entry.arm, set()).add((entry.attack, entry.eps, entry.steps, len(entry.confusion)))
     for arm in seen:
         run = result.run.get(arm, {})
-        seen[arm].update((name, run.get(name)) for name in ("data_sha256", "images", "seed"))
+        seen[arm].update((name, run.get(name)) for name in ("data_sha256", "images", "seed", "ignore_index"))
+        seen[arm].update(
+            (name, *(f"{key} {value}" for key, value in attack.items() if key not in _OF_THE_MODEL))
+            for name, attacks in run.get("attacks", {}).items()
+            for attack in attacks
+        )
     first, *others = seen
     if other := next((arm for arm in others if seen[arm] != seen[first]), None):
         raise ValueError(
-            f"result: {first!r} and {other!r} were evaluated under different attacks, eps, steps or seeds, on "
-            "different images, or on different numbers of classes; a report is for models that were evaluated alike"
+            f"result: {first!r} and {other!r} were evaluated under different attacks, eps, steps, seeds or other "
+            "arguments, on different images or in other batches, or on different numbers of classes; a report is for "
+            "models that were evaluated alike"
         )
 
 

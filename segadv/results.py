@@ -159,11 +159,19 @@ class EvaluationResult:
 
     @staticmethod
     def merge(results: Mapping[str, EvaluationResult]) -> EvaluationResult:
-        """One result of several models: arm name -> result."""
-        return EvaluationResult(
-            [replace(entry, arm=arm) for arm, result in results.items() for entry in result.measurements],
-            {arm: result.run for arm, result in results.items()},
-        )
+        """One result of several models: arm name -> result of one model, be it from a report, under another name.
+
+        Raises:
+            ValueError: a result that is of several models itself.
+        """
+        measurements, runs = [], {}
+        for name, result in results.items():
+            arm, *others = dict.fromkeys(entry.arm for entry in result.measurements) or [""]
+            if others:
+                raise ValueError(f"results: {name!r} must be of one model, got one of {', '.join([arm, *others])}")
+            measurements += [replace(entry, arm=name) for entry in result.measurements]
+            runs[name] = result.run[arm] if arm else result.run
+        return EvaluationResult(measurements, runs)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `rows` under the header ``attack,eps,miou,pixel_accuracy`` (``arm,...`` after `merge`)."""

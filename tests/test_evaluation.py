@@ -1297,6 +1297,22 @@ def test_results_of_different_attacks_and_classes_in_one(
     assert not (tmp_path / "report").exists()
 
 
+def test_results_of_one_model_each_are_merged_also_those_of_reports(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    from segadv import report
+
+    first, second = (evaluate(model, data, ["fgsm"], [0.0, 0.1]) for data in (loader, loader[1:]))
+    report.write_report(tmp_path / "one", first)
+    again = EvaluationResult.from_json(tmp_path / "one" / "results.json")
+    merged, expected = (EvaluationResult.merge({"a": result, "b": second}) for result in (again, first))
+    assert (merged.rows, merged.run) == (expected.rows, expected.run)
+    with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
+        report.write_report(tmp_path / "both", merged)
+    with pytest.raises(ValueError, match="results: 'c' must be of one model, got one of a, b"):
+        EvaluationResult.merge({"c": merged})
+
+
 def test_a_report_is_of_models_that_were_evaluated_alike(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -1305,10 +1321,20 @@ def test_a_report_is_of_models_that_were_evaluated_alike(
     alike: dict[str, Any] = {"attacks": ["pgd"], "eps": [0.0, 0.1], "steps": 4}
     first = evaluate(model, loader, **alike)
     report._check_alike(EvaluationResult.merge({"a": first, "b": evaluate(Counting(), loader, **alike)}))
-    for data, changes in ((loader, {"steps": 5}), (loader, {"seed": 1}), (loader[:2], {}), (loader[::-1], {})):
+    corners = evaluate(model, loader, **alike, align_corners=True)
+    report._check_alike(EvaluationResult.merge({"a": first, "b": corners}))
+    others: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]] = [
+        (loader, {"steps": 5}), (loader, {"seed": 1}), (loader[:2], {}), (loader[::-1], {}),
+        (loader, {"attacks": {"pgd": lambda network, eps: PGD(network, eps=eps, alpha=eps / 2, steps=4)}}),
+    ]  # fmt: skip
+    for data, changes in others:
         merged = EvaluationResult.merge({"a": first, "b": evaluate(model, data, **alike | changes)})
         with pytest.raises(ValueError, match="result: 'a' and 'b' were evaluated under different attacks, eps, steps"):
             report.write_report(tmp_path, merged, {})
+    merged = EvaluationResult.merge({"a": first, "b": first})
+    merged.run["b"] = first.run | {"ignore_index": 0}
+    with pytest.raises(ValueError, match="seeds or other arguments"):
+        report.write_report(tmp_path, merged, {})
     with pytest.raises(ValueError, match=f"class_names must be as many as the models' classes, {CLASSES}, got 2"):
         report.write_report(tmp_path, first, class_names=["road", "sky"])
     assert list(tmp_path.iterdir()) == []
