@@ -100,6 +100,18 @@ def test_dropout_zeroes_whole_channels() -> None:
     assert set(kept.unique().tolist()) == {0.0, 2.0}
 
 
+def test_initial_weights_are_he_et_als() -> None:
+    """Normal with variance 2 / (outputs * kernel), so that gradients neither vanish nor grow; 7 standard deviations."""
+    torch.manual_seed(0)
+    model = models.small_pspnet(num_classes=200)
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d):
+            weight, outputs = part.weight.detach().double(), part.out_channels * math.prod(part.kernel_size)
+            assert weight.square().mean().item() == pytest.approx(2 / outputs, rel=7 * math.sqrt(2 / weight.numel()))
+            assert part.bias is None or not part.bias.any()
+    assert model.dropout.p == 0.1
+
+
 def test_seed_decides_the_initialisation() -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)

@@ -157,6 +157,13 @@ def test_the_config_decides_the_size_of_the_perturbation() -> None:
     assert trainer.step(images, labels, range(4)).eps.tolist() == pytest.approx([4 / 255] * 4)
 
 
+def test_defaults_are_the_papers() -> None:
+    """Half of the samples adversarial, at eps 0.03; SGD and poly schedule as PSPNet's."""
+    own = TrainConfig()
+    assert (own.arm, own.eps, own.adversarial_share) == ("fast-newton", 0.03, 0.5)
+    assert (own.momentum, own.weight_decay, own.power) == (0.9, 1e-4, 0.9)
+
+
 def test_coins_are_fair_independent_and_the_samples_own() -> None:
     coins = np.stack([training.adversarial_coins(3, epoch, 1000, 0.5) for epoch in range(40)])
     assert abs(coins.mean() - 0.5) < 4 * 0.5 / np.sqrt(coins.size)
