@@ -5,12 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LABEL_TYPES", "a_module", "at_least", "did_you_mean", "in_range", "one_of", "true_or_false", "whole_number"]
+__all__ = [
+    "LABEL_TYPES",
+    "a_module",
+    "at_least",
+    "did_you_mean",
+    "in_range",
+    "is_number",
+    "one_of",
+    "true_or_false",
+    "whole_number",
+]
 
 LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -24,6 +35,11 @@ def a_module(model: object) -> None:
             f"model must be an nn.Module, got a {type(model).__name__}; for a function write a module whose forward "
             "calls it"
         )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number; True and False are none here."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def true_or_false(**arguments: object) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack
-from .checks import at_least, one_of, true_or_false
+from .checks import at_least, is_number, one_of, true_or_false
 from .data import Augmentation
 from .data.sampler import COINS, seeded
 from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
@@ -179,7 +179,7 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size must be divisible by accumulation, got {self.batch_size} and {self.accumulation}"
             )
-        if not isinstance(self.eps, Real) or not 0 < self.eps <= 1:
+        if not is_number(self.eps) or not 0 < self.eps <= 1:
             raise ValueError(f"eps must be a number in (0, 1], the unit of the images (8/255, not 8), got {self.eps!r}")
         for name, number, low, high in (
             ("adversarial_share", self.adversarial_share, 0.0, 1.0),
@@ -188,7 +188,7 @@ class TrainConfig:
             ("weight_decay", self.weight_decay, 0.0, math.inf),
             ("power", self.power, 0.0, math.inf),
         ):
-            if not isinstance(number, Real) or not (low <= number <= high and math.isfinite(number)):
+            if not is_number(number) or not (low <= number <= high and math.isfinite(number)):
                 raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {number!r}")
 
 

@@ -1636,6 +1636,21 @@ def test_a_buffer_that_a_forward_pass_registers_is_removed() -> None:
     assert not list(model.buffers())
 
 
+def test_a_module_that_watches_its_attributes_sees_its_training_flag_change() -> None:
+    seen: list[bool] = []
+
+    class Watching(nn.Conv2d):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "training":
+                seen.append(value)
+            super().__setattr__(name, value)
+
+    model = Watching(3, 3, 1)
+    seen.clear()
+    FGSM(model)(IMAGES, LABELS)
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("kind", ["script", "trace"])
 def test_buffers_of_a_script_module_are_restored(kind: str) -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))

@@ -1319,6 +1319,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"arm": "FGSM"}, "arm must be one of basic, fgsm, random-fgsm, bim-3, fast-newton, pgd-3.*; got 'FGSM'"),
         ({"eps": 8}, r"eps must be a number in \(0, 1\], the unit of the images \(8/255, not 8\), got 8"),
         ({"eps": 0.0}, "eps must be a number"),
+        ({"eps": True}, "eps must be a number"),
+        ({"momentum": False}, "momentum must be a finite number"),
         ({"eps": "8/255"}, "eps must be a number"),
         ({"eps": float("nan")}, "eps must be a number"),
         ({"adversarial_share": 1.5}, r"adversarial_share must be a finite number in \[0.0, 1.0\], got 1.5"),

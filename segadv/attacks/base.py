@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from itertools import chain
 from types import FrameType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -39,7 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..checks import a_module, in_range, true_or_false, whole_number
+from ..checks import a_module, in_range, is_number, true_or_false, whole_number
 from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
@@ -210,11 +210,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             )
         if hasattr(module, "training"):  # not after torch.jit.freeze
             training[module] = module.training
-        registered[module] = dict(module._buffers.items())
+        registered[module] = buffers = dict(module._buffers.items())
         if module._forward_pre_hooks:
             computed[module] = {own: value for own, value in vars(module).items() if isinstance(value, Tensor)}
-        parameters = dict(module._parameters.items())
-        for own, tensor in (parameters | registered[module]).items():
+        for own, tensor in chain(module._parameters.items(), buffers.items()):
             if is_lazy(tensor):
                 raise ValueError(
                     f"model: its parameter or buffer {f'{name}.{own}'.lstrip('.')!r} has no shape yet; show the model "
@@ -226,9 +225,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                     "torch.inference_mode, so that no gradient passes through it; build or load the model outside of "
                     "that"
                 )
-        # one that the caller computed, for functional_call say, is no leaf and stays as it is
-        leaves = [value for value in parameters.values() if value is not None and value.is_leaf]
-        required += [(value, value.requires_grad) for value in leaves]
+        for parameter in module._parameters.values():
+            # one that the caller computed, for functional_call say, is no leaf and stays as it is
+            if parameter is not None and parameter.is_leaf:
+                required.append((parameter, parameter.requires_grad))
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -288,7 +288,7 @@ class _SavedBuffers:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it can be copied together with others of its device and type; many a kind cannot."""
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type in ("cpu", "cuda")
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda)
     return plain and tensor.dtype in _TOGETHER and not tensor.is_neg()
 
 
@@ -310,6 +310,8 @@ def _restore_registered(registered: Mapping[nn.Module, dict[str, Tensor | None]]
     """The buffers that each module had, where the model put others into their places, added or removed some."""
     for module, before in registered.items():
         now = module._buffers
+        if not before and not len(now):
+            continue
         if isinstance(module, torch.jit.ScriptModule):  # can neither gain nor lose any
             for name in [name for name, buffer in before.items() if now[name] is not buffer]:
                 now[name] = before[name]
@@ -329,8 +331,10 @@ def _restore_computed(computed: Mapping[nn.Module, dict[str, Tensor]]) -> None:
 
 def _set_training(flags: Mapping[nn.Module, bool]) -> None:
     for module, flag in flags.items():
-        if module.training != flag:  # to set an attribute of a module is slow
-            module.training = flag
+        if module.training != flag:
+            # nn.Module's own does the same in the end, but asks first whether it is a parameter, a module or a buffer
+            own = type(module).__setattr__ is nn.Module.__setattr__
+            (object.__setattr__ if own else setattr)(module, "training", flag)
 
 
 def _require_grad(required: Iterable[tuple[Tensor, bool]]) -> None:
@@ -639,7 +643,7 @@ def checked_size(
         look = value.numel() and (value.device.type == "cpu" or synchronous_checks())
         outside = value[~((value >= 0) & (value <= width))].tolist() if look else []
     else:
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
         outside = [] if 0 <= value <= width else [value]
     if outside:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import at_least, true_or_false
+from ..checks import at_least, is_number, true_or_false
 from .files import IGNORE_INDEX, reads_files
 from .sampler import AUGMENTATION, seeded
 
@@ -47,18 +47,14 @@ class Augmentation:
         true_or_false(flip=self.flip)
         if isinstance(self.scale, list):
             object.__setattr__(self, "scale", tuple(self.scale))
-        if not (isinstance(self.scale, tuple) and len(self.scale) == 2 and all(map(_is_number, self.scale))) or not (
+        if not (isinstance(self.scale, tuple) and len(self.scale) == 2 and all(map(is_number, self.scale))) or not (
             0 < self.scale[0] <= self.scale[1] < math.inf
         ):
             raise ValueError(f"scale must be (lowest, highest) with 0 < lowest <= highest, got {self.scale!r}")
-        if not (_is_number(self.rotation) and 0 <= self.rotation <= 180):
+        if not (is_number(self.rotation) and 0 <= self.rotation <= 180):
             raise ValueError(f"rotation must be in [0, 180] degrees, got {self.rotation!r}")
-        if not (_is_number(self.blur) and 0 <= self.blur < math.inf):
+        if not (is_number(self.blur) and 0 <= self.blur < math.inf):
             raise ValueError(f"blur must be a finite number of pixels, at least 0, got {self.blur!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
