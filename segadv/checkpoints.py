@@ -34,7 +34,9 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there and ") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable and "
+)
 
 
 @contextmanager
@@ -44,12 +46,12 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cause = f"{error.strerror or error}"
-        remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
+        remedy = _REMEDIES.get(error.errno or 0, "")
         checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
         left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
         raise type(error)(
             error.errno or errno.EIO,
-            f"{path} could not be written: {cause}; {remedy} and give the same command again{left}",
+            f"{path} could not be written: {cause}; {remedy}give the same command again{left}",
         ) from error
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import chain, zip_longest
 from numbers import Integral
 from typing import Any
 
@@ -474,7 +475,8 @@ def evaluate(
         "versions": versions(),
     }
     store, tally = Records(records, identity, approve=judge.approves), _Tally()
-    data, images_seen, batch_size = hashlib.sha256(), 0, 0
+    data: list[str] = []  # hashes of the samples, those of a batch in one entry
+    images_seen, batch_size = 0, 0
     # Passes of a batch through the model, so that the time left is right in spite of unequal attacks.
     passes = sum(work.passes for work in works)
     total = len(loader) * passes if isinstance(loader, Sized) else None
@@ -494,7 +496,7 @@ def evaluate(
             check_sizes(images, labels)
             in_range(images, f"batch {index} of the loader")
             content = content_hash(images, labels)
-            data.update(content.encode())
+            data.append("".join(content_hash(*sample) for sample in zip(images, labels, strict=False)))
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))
             images, labels = images.to(device), labels.to(device)
             number = index * distributed.world_size() + distributed.rank() if sharded else index
@@ -514,16 +516,17 @@ def evaluate(
                 bar.update(work.passes)
             for value in positive if with_worst_case else ():
                 tally.add("worst-case", value, judged["worst-case", value][0], _worst(finals[value]))
-    number_invalid, digest = judge.number_invalid, data.hexdigest()
+    number_invalid = judge.number_invalid
     if sharded:
-        shares = distributed.gather((tally, number_invalid, images_seen, batch_size, digest))
+        shares = distributed.gather((tally, number_invalid, images_seen, batch_size, data))
         tally = _Tally()
         for share, *_ in shares:
             tally.merge(share)
         number_invalid = sum(share[1] for share in shares)
         images_seen = sum(share[2] for share in shares)
         batch_size = max(share[3] for share in shares)
-        digest = hashlib.sha256("".join(share[4] for share in shares).encode()).hexdigest()
+        in_turn = zip_longest(*(share[4] for share in shares), fillvalue="")
+        data = list(chain.from_iterable(in_turn))  # the order of the whole loader
     judge.check(number_invalid)
     judge.warn_of_strays()
     if not tally.confusion:
@@ -542,7 +545,7 @@ def evaluate(
         "eps": values,
         "images": images_seen,
         "batch_size": batch_size,
-        "data_sha256": digest,
+        "data_sha256": hashlib.sha256("".join(data).encode()).hexdigest(),
         "device": str(device),
     }
     return EvaluationResult(measurements, json.loads(json.dumps(run)))

@@ -95,7 +95,9 @@ def _check_alike(result: EvaluationResult) -> None:
         seen.setdefault(entry.arm, set()).add((entry.attack, entry.eps, entry.steps, len(entry.confusion)))
     for arm in seen:
         run = result.run.get(arm, {})
-        seen[arm].update((name, run.get(name)) for name in ("data_sha256", "images", "seed", "ignore_index"))
+        # the batches, for which random numbers are drawn one by one, are part of what a seed means
+        same = ("data_sha256", "images", "batch_size", "seed", "ignore_index")
+        seen[arm].update((name, run.get(name)) for name in same)
         seen[arm].update(
             (name, *(f"{key} {value}" for key, value in attack.items() if key not in _OF_THE_MODEL))
             for name, attacks in run.get("attacks", {}).items()

@@ -291,6 +291,24 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "free some space there and "),
+        (errno.EROFS, "make the folder writable and "),
+        (errno.EIO, ""),
+    ],
+)
+def test_the_remedy_is_that_of_the_error(tmp_path: Path, code: int, remedy: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(OSError, match="could not be written") as raised, checkpoints.explained(path):
+        raise OSError(code, os.strerror(code))
+    assert raised.value.errno == code
+    assert raised.value.strerror == (
+        f"{path} could not be written: {os.strerror(code)}; {remedy}give the same command again"
+    )
+
+
+@pytest.mark.parametrize(
     "file",
     [
         "run.json",

@@ -1073,6 +1073,32 @@ def test_records_of_a_share_belong_to_the_number_that_decides_the_noise(
     )
 
 
+def in_batches_of(size: int, loader: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The same samples in the same order."""
+    images, labels = map(torch.cat, zip(*loader, strict=True))
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def test_hash_of_the_data_is_that_of_its_samples_in_their_order(
+    model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    def digest(data: list[tuple[Tensor, Tensor]]) -> str:
+        found = evaluate(model, data, ["fgsm"], [0.0]).run["data_sha256"]
+        assert isinstance(found, str)
+        return found
+
+    assert {digest(in_batches_of(size, loader)) for size in (1, 4, 6)} == {digest(loader)}
+    images, labels = in_batches_of(6, loader)[0]
+    relabelled, exchanged = labels.clone(), labels.clone()
+    relabelled[5, 0, 0] = (labels[5, 0, 0].int() + 1) % 7
+    exchanged[[0, 1]] = labels[[1, 0]]
+    variants = [
+        (images, labels), (images.flip(0), labels.flip(0)), (images, relabelled), (images, exchanged),
+        (images, labels.long()), (images[:5], labels[:5]), (images.mT.contiguous(), labels.mT.contiguous()),
+    ]  # fmt: skip
+    assert len({digest([variant]) for variant in variants}) == len(variants)
+
+
 def test_shares_are_put_together(
     model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1094,7 +1120,7 @@ def test_shares_are_put_together(
     assert all(map(torch.equal, result.confusion, whole.confusion))
     for entry, expected in zip(result.measurements, whole.measurements, strict=True):
         assert entry.image_miou == pytest.approx(expected.image_miou, rel=1e-12)
-    assert (result.run["images"], result.run["batch_size"]) == (6, 3)
+    assert [result.run[key] for key in ("images", "batch_size", "data_sha256")] == [6, 3, whole.run["data_sha256"]]
     assert together([loader[1], loader[0], loader[2]]).run["batch_size"] == 3
     changed = [loader[0], (loader[1][0], loader[1][1].clamp(min=1)), loader[2]]
     assert len({together(data).run["data_sha256"] for data in (loader, changed, [*loader[:2], loader[0]])}) == 3
@@ -1325,6 +1351,7 @@ def test_a_report_is_of_models_that_were_evaluated_alike(
     report._check_alike(EvaluationResult.merge({"a": first, "b": corners}))
     others: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]] = [
         (loader, {"steps": 5}), (loader, {"seed": 1}), (loader[:2], {}), (loader[::-1], {}),
+        (in_batches_of(1, loader), {}),
         (loader, {"attacks": {"pgd": lambda network, eps: PGD(network, eps=eps, alpha=eps / 2, steps=4)}}),
     ]  # fmt: skip
     for data, changes in others:
