@@ -338,7 +338,7 @@ def training_samples(results: Path) -> str:
     return f"{table(['training sample', 'ms per image, p50 [p20, p80]', 'by `Augmented`'], lines)}\n\n{notes}"
 
 
-# --- repeated, each on the machine of the other: cpu-repeated.csv -------------------------------------------------
+# --- repeated on another machine: cpu-repeated.csv ----------------------------------------------------------------
 
 _REPEATED = "cpu-repeated.csv"
 
@@ -395,7 +395,7 @@ def repeated_in_a_sentence(results: Path) -> str:
     ours = [second.get(*key, "segadv") for key in fused]
     steps = _repeated_steps(results)
     return paragraph(
-        "Repeated, [each on the machine of the other](benchmarks/README.md#on-another-cpu): at "
+        "Repeated [on another CPU](benchmarks/README.md#on-another-cpu): at "
         f"{CASES['cityscapes19'].size}² {times} as fast as the better of eager and `torch.compile`, with huge pages on "
         f"both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step {_of_networks(results)} "
         f"({_where(steps)})."
@@ -545,7 +545,7 @@ def headline(results: Path) -> str:
     """The fused operations, and Fast Newton with segadv against conventional basic training, where the loss is a
     visible part of a step."""
     cases = {case.partition(",")[0]: records for case, records in _by_case(results / "overhead-cpu.csv").items()}
-    told, huge, over_fused = [], [], []
+    told, huge, scatter, over_fused = [], [], [], []
     for name, title in (("small", "a small PSPNet"), ("segformer-b0", "SegFormer-B0 with 150 classes")):
         found = one(cases.get(name, []), **_NEWTON_OVER_CONVENTIONAL)
         ends = sorted(round(abs(end)) for end in (found.low, found.high))
@@ -553,7 +553,10 @@ def headline(results: Path) -> str:
             raise ReportError(f"{name}: whether it takes more or less time is not known: {with_interval(found)} %")
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
-        huge.append(f"{with_interval(one(_on_huge_pages(results, found.case), **_NEWTON_OVER_CONVENTIONAL))} %")
+        on_huge = _on_huge_pages(results, found.case)
+        huge.append(f"{with_interval(one(on_huge, **_NEWTON_OVER_CONVENTIONAL))} %")
+        basic = one(on_huge, operation="training step", provider=overhead.CONVENTIONAL, mode="basic")
+        scatter.append(f"{basic.p20:.0f} to {basic.p80:.0f}")
         own = one(cases[name], operation="overhead", provider=overhead.OURS, mode=_NEWTON_OVER_CONVENTIONAL["mode"])
         over_fused.append(f"{own.p50:.0f} %")
     large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
@@ -576,7 +579,8 @@ def headline(results: Path) -> str:
         f"{large.p50:.0f} % more than in conventional code.",
         "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
         f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast, "
-        f"and these training steps differ by {' and '.join(huge)}.",
+        f"and these training steps differ by {' and '.join(huge)}, where a conventional basic one takes "
+        f"{' and '.join(scatter)} ms (p20 to p80).",
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
