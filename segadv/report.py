@@ -9,7 +9,7 @@ from typing import Any
 
 from . import plots
 from .masking import Check
-from .results import EvaluationResult, Measurement
+from .results import EvaluationResult, Measurement, csv_text
 from .writing import write_text
 
 __all__ = ["require_report_folder", "write_report"]
@@ -29,8 +29,9 @@ def write_report(
 ) -> str:
     """Writes ``curves.csv``, ``details.csv``, ``results.json``, pictures and ``report.md``, and returns its text.
 
-    The pictures: ``robustness.png``, mIoU against eps; ``per_class.png``; and ``steps.png``, mIoU against the
-    number of steps, where attacks were judged on their way.
+    ``checks.csv``, where there are checks, holds ``arm,check,passed,finding``; passed is True, False, or empty where
+    it could not be checked. The pictures: ``robustness.png``, mIoU against eps; ``per_class.png``; and ``steps.png``,
+    mIoU against the number of steps, where attacks were judged on their way.
 
     Args:
         folder: made where it does not exist.
@@ -59,6 +60,15 @@ def write_report(
     result.to_csv(out / "curves.csv")
     result.to_details_csv(out / "details.csv")
     result.to_json(out / "results.json")
+    found = [
+        {"arm": arm, "check": check.name, "passed": check.passed, "finding": check.finding}
+        for arm in arms
+        for check in checks.get(arm, ())
+    ]
+    if found:
+        write_text(out / "checks.csv", csv_text(found))
+    else:
+        (out / "checks.csv").unlink(missing_ok=True)
     result.plot(out / "robustness.png")
     shown = _shown_eps(result)
     (out / "steps.png").unlink(missing_ok=True)

@@ -316,8 +316,15 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     text = report.write_report(tmp_path, result, checks, command="segadv evaluate x")
     assert (tmp_path / "report.md").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "curves.csv", "details.csv", "per_class.png", "report.md", "results.json", "robustness.png", "steps.png"
+        "checks.csv", "curves.csv", "details.csv", "per_class.png", "report.md", "results.json", "robustness.png",
+        "steps.png"
     ]  # fmt: skip
+    assert (tmp_path / "checks.csv").read_text().splitlines() == [
+        "arm,check,passed,finding",
+        "honest,it is,True,1.000",
+        "honest,unknown,,none",
+        'masked,more steps are not weaker,False,"0.1, 0.2"',
+    ]
     for name in re.findall(r"\]\((.*?)\)", text):
         with image_module.open(tmp_path / name) as image:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
@@ -344,6 +351,7 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         assert "steps.png" not in text
         assert "other numbers of steps" not in text
         assert not (tmp_path / "steps.png").exists()
+        assert not (tmp_path / "checks.csv").exists()
 
 
 def test_a_report_says_of_which_models_the_checks_were(
