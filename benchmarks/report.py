@@ -12,14 +12,16 @@ results/robustness.csv from what `segadv evaluate` wrote about the same arms, tr
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -755,12 +757,13 @@ def growth(results: Path) -> str:
 # --- the demo's outcome: demo.csv ---------------------------------------------------------------------------------
 
 MIOU, STEP, MINUTES = "mIoU", "training step", "time of the demo"
+STEP_SIZE = "step size of the attack"
 _COLUMNS = (("fgsm", 0.0), ("fgsm", 0.01), ("fgsm", 0.03), ("bim-10", 0.01), ("bim-10", 0.03))
 _CASE = re.compile(r"eps ([\d.]+), seed (\d+)")
 
 
 def demo_records(results_json: Path, commit: str) -> list[Record]:
-    """Rows of what a finished demo wrote, every seed by itself."""
+    """Rows of what a finished demo wrote, every seed by itself; the step sizes are those of its metrics.jsonl."""
     content = json.loads(results_json.read_text(encoding="utf-8"))
     if not content.get("finished"):
         raise ReportError(f"{results_json}: this demo is not finished")
@@ -792,6 +795,16 @@ def demo_records(results_json: Path, commit: str) -> list[Record]:
         )
         for row in content["overhead"]
     ]  # fmt: skip
+    for which in content.get("seeds", [seed]):
+        run = results_json.parent / ("" if which == seed else f"seed-{which}") / "fast-newton"
+        metrics = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        sizes = [line["eps_median"] for line in metrics if line["eps_median"] is not None]
+        records.append(
+            Record(
+                operation=STEP_SIZE, provider="fast-newton", mode="median", case=f"seed {which}", p20=_NAN,
+                p50=statistics.median(sizes), p80=_NAN, unit="", rounds=len(sizes), **shared,
+            )
+        )  # fmt: skip
     minutes = sum(content["seconds"].values()) / 60
     records.append(
         Record(
@@ -847,13 +860,17 @@ def demo_outcome(results: Path) -> str:
     header = ["trained with", *titles, "training step", "overhead", *PAPER_OVERHEAD]
     which = f"seeds {', '.join(map(str, seeds))}: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
     minutes = one(records, operation=MINUTES).p50
-    notes = paragraph(f"mIoU of {which}; the run took {minutes:.0f} minutes. {provenance_of(records)}")
+    sizes = [one(records, operation=STEP_SIZE, case=f"seed {seed}").p50 for seed in seeds]
+    notes = paragraph(
+        f"mIoU of {which}; the run took {minutes:.0f} minutes. The median of Fast Newton's step size in training was "
+        f"{', '.join(f'{size:.3f}' for size in sizes)}. {provenance_of(records)}"
+    )
     return f"{table(header, lines)}\n\n{notes}"
 
 
 # --- how robust its networks are: robustness.csv, robustness-longer.csv -------------------------------------------
 
-UNDER_ATTACK = "mIoU under attack"
+UNDER_ATTACK, CHECK = "mIoU under attack", "check for gradient masking"
 _UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
 _ROBUST_EPS, _OTHER_EPS = 0.03, (0.02, 0.04)
 _WORST = "worst-case"
@@ -877,12 +894,30 @@ def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record
                     machine=machine_of(device),
                 )
             )  # fmt: skip
+        records += _check_records(path.parent / "checks.csv", training, records[-1])
     return records
+
+
+def _check_records(checks_csv: Path, training: int, like: Record) -> list[Record]:
+    """1 for a check that passed, 0 for one that failed, NaN for one that could not be made; none without the file."""
+    if not checks_csv.exists():
+        return []
+    with checks_csv.open(encoding="utf-8", newline="") as file:
+        checks = list(csv.DictReader(file))
+    return [
+        replace(
+            like, operation=CHECK, provider=check["arm"], mode=check["check"],
+            case=f"training {training}: {check['finding']}",
+            p50={"True": 1.0, "False": 0.0, "": _NAN}[check["passed"]],
+        )
+        for check in checks
+    ]  # fmt: skip
 
 
 def robustness(results: Path, name: str = "robustness.csv") -> str:
     """Attack by attack at one eps, the worst case at others."""
-    records = records_in(results / name)
+    rows = records_in(results / name)
+    records, checks = ([row for row in rows if row.operation == what] for what in (UNDER_ATTACK, CHECK))
     found: dict[tuple[str, str, float], list[float]] = {}
     steps: dict[float, int] = {}
     images, trainings = set(), set()
@@ -916,10 +951,20 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
     at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != steps[_ROBUST_EPS] else ""
     notes = paragraph(
         f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, "
-        f"the others have {steps[_ROBUST_EPS]}{at_others}. "
+        f"the others have {steps[_ROBUST_EPS]}{at_others}. {_of_checks(checks)}"
         f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
+
+
+def _of_checks(checks: Sequence[Record]) -> str:
+    """How many were made, and those that failed, with their figures."""
+    made = [check for check in checks if not math.isnan(check.p50)]
+    failed = [f"{check.provider}, {check.mode}, {check.case}" for check in made if not check.p50]
+    if not made:
+        return ""
+    which = f"{len(failed)} failed ({'; '.join(failed)})" if failed else "none failed"
+    return f"Of {len(made)} checks for gradient masking {which}. "
 
 
 def mean_and_range(values: Sequence[float]) -> str:

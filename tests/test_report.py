@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -426,6 +427,10 @@ def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
         for seed in seeds
     ]
     rows += [record(report.STEP, arm, "p = 0.5", "demo", 100.0 + 10 * i, unit="ms") for i, arm in enumerate(PAPER_ARMS)]
+    rows += [
+        record(report.STEP_SIZE, "fast-newton", "median", f"seed {seed}", 0.07 + 0.01 * seed, rounds=40)
+        for seed in seeds
+    ]
     return [*rows, record(report.MINUTES, "demo", "", "demo", 31.4, unit="minutes", rounds=1)]
 
 
@@ -749,7 +754,14 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
         "curves": curves,
         "overhead": overhead_of_arms,
     }
+    if len(seeds) > 1:
+        content["seeds"] = list(seeds)
     path.write_text(json.dumps(content))
+    for k, seed in enumerate(seeds):
+        run = path.parent / (f"seed-{seed}" if k else "") / "fast-newton"
+        run.mkdir(parents=True)
+        medians = (None, 0.01 * (k + 1), 0.01 * (k + 3), 0.9)  # None: no sample was attacked
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps({'eps_median': value})}\n" for value in medians))
     return path
 
 
@@ -761,7 +773,7 @@ def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root:
     write_records(rows_file, [record(report.MIOU, "basic", "fgsm", "eps 0, seed 99", 0.5)])
     results = finished_demo(tmp_path / "results.json", seeds)
     assert report.main(["--demo", str(results), "--commit", "c0ffee"], root) == 0
-    assert len(read_records(rows_file)) == 5 * 2 * 5 * len(seeds) + 5 + 1
+    assert len(read_records(rows_file)) == 5 * 2 * 5 * len(seeds) + 5 + len(seeds) + 1
     text = (root / "benchmarks/README.md").read_text()
     if len(seeds) == 1:
         expected = ["0.300", "0.310", "0.330", "0.310", "0.330"]
@@ -775,6 +787,8 @@ def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root:
         ]
     assert cells(text, "random-fgsm")[1:] == [*expected, "120 ms", "20 %", "12.34 %", "34.71 %", "33.33 %"]
     assert "took 2 minutes" in text.replace("\n", " ")
+    sizes = ", ".join(["0.030", "0.040", "0.050"][: len(seeds)])
+    assert f"Fast Newton's step size in training was {sizes}. (" in text.replace("\n", " ")
     assert "commit c0ffee" in text.replace("\n", " ")
     picture = root / "docs/robustness.png"
     assert report.stamp_of(picture) == report.digest(rows_file)
@@ -1059,6 +1073,30 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
     assert f"mean and range of {count} trainings" in text or count == 1
     assert "32 validation scenes" in text
     assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in text.replace("\n", " ")
+
+
+def test_checks_for_gradient_masking_become_rows_and_a_sentence(root: Path, tmp_path: Path) -> None:
+    with_block(root, "robustness")
+    files = []
+    for training, failing in enumerate((None, "fast-newton")):
+        folder = tmp_path / str(training)
+        folder.mkdir()
+        files.append(str(evaluated(folder / "results.json", 0.0)))
+        (folder / "checks.csv").write_text(
+            "arm,check,passed,finding\n"
+            + "".join(f'{arm},falls,{arm != failing},"0.9, 0.054"\n{arm},other,,none\n' for arm in ROBUST_ARMS)
+        )
+    for count, told in (
+        (1, "Of 2 checks for gradient masking none failed. ("),
+        (2, "Of 4 checks for gradient masking 1 failed (fast-newton, falls, training 1: 0.9, 0.054). ("),
+    ):
+        assert report.main(["--robustness", *files[:count]], root) == 0
+        text = " ".join((root / "benchmarks/README.md").read_text().split())
+        assert told in text
+        rows = [row for row in read_records(root / report.RESULTS / "robustness.csv") if row.operation == report.CHECK]
+        assert len(rows) == 4 * count
+        assert [row.p50 for row in rows[:4:2]] == [1.0, 1.0]
+        assert all(math.isnan(row.p50) for row in rows[1::2])
 
 
 def test_rows_of_an_evaluation_on_a_gpu_name_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
