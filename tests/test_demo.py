@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from segadv import demo, plots
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
+from segadv.data import Cityscapes
 from segadv.demo import DemoSizes, run_demo
 from segadv.recipes import recipe_file
 from segadv.training import Trainer
@@ -208,6 +210,84 @@ def test_the_tables_show_mean_and_range_of_the_seeds(spread: float, ranges: str,
     assert f"the range of fast-newton overlaps that of {overlapping}.\n" in text
     single = demo._report([row for row in curves(MIOU, spread) if row["seed"] == 1], overhead, {"train": 60.0}, 400)
     assert "range" not in single
+
+
+def test_every_figure_has_its_place_in_the_printed_tables() -> None:
+    attacks, sizes = ("fgsm", "bim-10"), (0.0, 0.01, 0.03)
+    found = [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": 0.1 * i + (0.01 * (1 + j) + k / 1000 if k else 0.0)}
+        for i, arm in enumerate(PAPER_ARMS)
+        for j, attack in enumerate(attacks)
+        for k, eps in enumerate(sizes)
+    ]
+    overhead = [{"arm": arm, "step_ms_p50": 100.0 + i, "overhead_percent": 5.5 * i} for i, arm in enumerate(PAPER_ARMS)]
+    text = demo._report(found, overhead, {"train": 60.0, "data": 75.0}, 100)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["mIoU", "clean", "fgsm", "0.01", "fgsm", "0.03", "bim-10", "0.01", "bim-10", "0.03"]
+    for i, arm in enumerate(PAPER_ARMS):
+        expected = [0.1 * i, *(0.1 * i + difference for difference in (0.011, 0.012, 0.021, 0.022))]
+        assert lines[2 + i] == [arm, *(f"{value:.3f}" for value in expected)]
+    assert lines[8][:3] == ["overhead", "step", "here"]
+    assert text.splitlines()[8].split(maxsplit=3)[3].split("  ")[0] == "paper, Cityscapes"
+    theirs = {
+        "basic": (0, 0, 0), "fgsm": (12.52, 31.76, 100 / 3), "random-fgsm": (12.34, 34.71, 100 / 3),
+        "bim-3": (45.92, 98.24, 100), "fast-newton": (11.98, 31.18, 100 / 3),
+    }  # fmt: skip
+    for i, arm in enumerate(PAPER_ARMS):
+        percents = [5.5 * i, *theirs[arm]]
+        told = [word for percent in percents for word in (f"{percent:.2f}", "%")]
+        assert lines[9 + i] == [arm, f"{100 + i:.1f}", "ms", *told]
+    assert "Time: 2.2 minutes." in text
+    assert "train nothing" not in text
+    short = demo._report(found, overhead, {"train": 60.0, "data": 75.0}, 99)
+    assert "99 steps train nothing" in short
+    assert short.endswith("Time: 2.2 minutes.")
+
+
+def test_an_interrupted_stage_is_made_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 13.0, 20.0, 24.5, 30.0, 30.25])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(times))
+    record = demo._Record(tmp_path, {})
+    with pytest.raises(KeyboardInterrupt), record.stage("train basic"):
+        raise KeyboardInterrupt
+    for name in ("train basic", "data"):
+        with demo._Record(tmp_path, {}).stage(name):  # of a further call
+            pass
+    assert json.loads((tmp_path / "results.json").read_text())["seconds"] == {"train basic": 7.5, "data": 0.25}
+
+
+@pytest.mark.usefixtures("two_arms")
+def test_the_networks_are_attacked_on_the_validation_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    shown: list[tuple[Any, ...]] = []
+    genuine = demo.evaluate
+
+    def evaluate(model: Any, loader: Any, attacks: Any, eps: Any, **options: Any) -> Any:
+        calls.append((len(loader.dataset), loader.batch_size, attacks, eps, options["worst_case"]))
+        return genuine(model, loader, attacks, eps, **options)
+
+    def examples(models: Any, samples: Any) -> Any:
+        shown.append((list(models), samples))
+        return examples_of(models, samples)
+
+    examples_of = demo.examples
+    monkeypatch.setattr(demo, "evaluate", evaluate)
+    monkeypatch.setattr(demo, "examples", examples)
+    sizes = dataclasses.replace(TINY, val_images=11, train_images=5)
+    results = run_demo(tmp_path, sizes=sizes, progress=False)
+    expected = (11, 8, ["fgsm", "bim-10"], [0.0, 0.01, 0.02, 0.03, 0.04], False)
+    assert [(n, size, list(attacks), list(eps), worst) for n, size, attacks, eps, worst in calls] == [expected] * 2
+    scenes = Cityscapes(tmp_path / "data", "val")
+    ((names, samples),) = shown
+    assert names == ["basic", "fast-newton"]
+    assert len(samples) == 2
+    for (image, labels), index in zip(samples, (0, 5), strict=True):
+        assert torch.equal(image, scenes[index][0])
+        assert torch.equal(labels, scenes[index][1])
+    assert {name: list(values) for name, values in results["evaluation"].items()} == {
+        "attacks": expected[2],
+        "eps": expected[3],
+    }
 
 
 def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
