@@ -571,7 +571,7 @@ def reproduction(setting: str, data: Path, out: Path, options: str = "") -> str:
 def test_reproduce_from_end_to_end(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "runs" / "out"
     command = reproduction("voc", voc, out, "--steps 2 --evaluation.stronger [segpgd] --evaluation.steps 3")
     assert run(command) == 0
     assert {path.name for path in out.iterdir() if path.is_file()} == FILES
