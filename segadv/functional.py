@@ -13,16 +13,17 @@ Shapes and types, the same everywhere:
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-Errors, the same everywhere: TypeError if an argument is not a tensor, or not a whole number, where one is needed;
-ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors that do not
-fit together or are on different devices, and any other argument that is out of range. A label that is neither a class
-nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the stream, it makes the floating
-results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend was asked for that cannot run.
+Errors, the same everywhere: TypeError if an argument is not a tensor, a whole number, or True or False, where one is
+needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors that
+are sparse, do not fit together or are on different devices, and any other argument that is out of range. A label that
+is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the stream, it
+makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend was asked
+for that cannot run.
 
-No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError (inside
-torch.compile it is PyTorch's own refusal, which comes with the second backward). Losses, margins, averaged_gain and
-l1_norm under a torch.func transform (grad, vmap, jvp) raise RuntimeError too. All else is detached: constants, for
-autograd and for torch.func.
+No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Not inside of
+torch.compile, where it is PyTorch's affair: it refuses with the second backward, or returns wrong derivatives, as of
+its own cross_entropy (torch 2.13). Losses, margins, averaged_gain and l1_norm under a torch.func transform (grad, vmap,
+jvp) raise RuntimeError too, compiled or not. All else is detached: constants, for autograd and for torch.func.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checks import LABEL_TYPES, whole_number
+from .checks import LABEL_TYPES, true_or_false, whole_number
 from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
@@ -84,7 +85,7 @@ def pixel_margin(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, ali
 
     Source: Wiens & Hammer 2022, eq. 14 (doi 10.5220/0010788400003122).
     """
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     return _as_given(autograd.apply(autograd.PixelMargin, logits4, labels3, ignore_index, align_corners), labels)
 
 
@@ -109,7 +110,7 @@ def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, al
 
     Source: Wiens & Hammer 2022, eq. 17.
     """
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     gain_sum, n_valid = autograd.averaged_gain(logits4, labels3, ignore_index, align_corners)
     return _quotient(gain_sum, n_valid)
 
@@ -136,7 +137,7 @@ def gain_and_grad(
 
     Source: Wiens & Hammer 2022, eqs. 14 and 17.
     """
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     gain_sum, n_valid, grad = library.gain_and_grad(logits4, labels3, ignore_index, align_corners)
     return gain_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
@@ -177,7 +178,7 @@ def cross_entropy(
         ValueError: a reduction of another name; a weight that is not a floating point [C] on the logits' device.
     """
     _check_reduction(reduction)
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     if weight is not None:
         _check_class_weight(weight, logits)
         weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
@@ -229,7 +230,7 @@ def segpgd_loss(
     Source: Gu et al. 2022 (arXiv 2207.12391), eq. 5, where it is (t - 1) / (2 T) with t = 1 ... T.
     """
     lam = _segpgd_lambda(step, steps)
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     return _quotient(
         *autograd.apply(autograd.WeightedLoss, logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
     )
@@ -265,7 +266,7 @@ def cospgd_loss(
 
     Source: Agnihotri, Jung, Keuper 2024 (arXiv 2302.02213).
     """
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     return _quotient(
         *autograd.apply(autograd.WeightedLoss, logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
     )
@@ -312,7 +313,7 @@ def loss_and_grad(
         if step is None or steps is None:
             raise ValueError(f"step and steps must both be given for loss='segpgd', got step={step} and steps={steps}")
         lam = _segpgd_lambda(step, steps)
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     loss_sum, n_valid, _, grad = library.loss_and_grad(
         logits4, labels3, None, loss, lam, targeted, ignore_index, align_corners
@@ -380,7 +381,7 @@ def newton_step(
     Source: Wiens & Hammer 2022, eqs. 18 and 19.
 
     Raises, besides what all raise:
-        ValueError: images in half precision, which cannot hold an eps-ball; bounds that are not (low, high) with
+        ValueError: images in half precision, too coarse for an eps-ball; bounds that are not (low, high) with
             low < high; a gain that is not a floating point [N]; a negative max_eps.
     """
     return _newton_step(images, grad, gain, bounds=bounds, clamp_negative=clamp_negative, max_eps=max_eps)[:2]
@@ -502,7 +503,7 @@ def confusion_matrix(
         valid = labels != ignore_index
         torch.bincount(labels[valid].long() * C + prediction[valid], minlength=C * C).view(C, C)
     """
-    logits4, labels3 = _as_maps(logits, labels, ignore_index)
+    logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     matrix, invalid = library.confusion_matrix(logits4, labels3, ignore_index, align_corners, per_image)
     if not torch.compiler.is_compiling():  # a traced tensor cannot carry attributes
@@ -533,6 +534,7 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
         raise ValueError(f"logits must be [N, C, h, w], got {_describe(logits)}")
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size must be (H, W), got {size}")
+    true_or_false(align_corners=align_corners)
     for side in size:
         whole_number(size=side)
     if min(size) < 1:
@@ -555,6 +557,8 @@ def _describe(tensor: Tensor) -> str:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -563,6 +567,7 @@ def _check_logits(logits: Tensor) -> None:
             f"logits must be a tensor, got a {type(logits).__name__}. Take the logits out of the model's output: "
             'output["out"], output.logits, output[0]'
         )
+    _check_tensor("logits", logits)
     if logits.dtype not in _FLOATS:
         raise ValueError(f"logits must have one of the dtypes {_names(_FLOATS)}, got {_names((logits.dtype,))}")
     if logits.dim() not in (2, 4):
@@ -578,10 +583,11 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have at most {_MAX_CLASSES} classes, got {logits.shape[1]}")
 
 
-def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Checks the pair and returns logits [N, C, h, w] and labels [N, H, W] as views."""
+def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """Checks what they are and returns logits [N, C, h, w] and labels [N, H, W] as views."""
     _check_logits(logits)
     whole_number(ignore_index=ignore_index)
+    true_or_false(align_corners=align_corners)
     _check_tensor("labels", labels)
     _check_label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
@@ -646,7 +652,7 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
     if images.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"images must be float32 or float64, got {_describe(images)}; keep images in float32 and use autocast "
-            "(a half precision image cannot hold an eps-ball)"
+            "(half precision is too coarse for an eps-ball)"
         )
     if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
         bytes_ = "; images.float() / 255 converts bytes" if images.dtype is torch.uint8 else ""

@@ -239,6 +239,22 @@ def test_torch_func_is_refused(name: str) -> None:
         torch.func.grad(lambda z: F.l1_norm(z).sum())(z)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_torch_func_is_refused_when_compiled(fullgraph: bool) -> None:
+    """Dynamo takes the gradient with respect to a function's own input for 0, without a word (torch 2.13)."""
+    z, y = torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, 6, 8))
+    for transformed in (
+        torch.func.grad(lambda z: F.cross_entropy(z, y)),
+        torch.func.grad(lambda z: F.l1_norm(z).sum()),
+        torch.func.vmap(torch.func.grad(lambda z: F.averaged_gain(z[None], y[:1]).sum())),
+        lambda z: torch.func.jvp(lambda z: F.pixel_margin(z, y), (z,), (z,))[1],
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, backend="eager", fullgraph=fullgraph)
+        with pytest.raises(RuntimeError, match=r"tensors must be outside of a torch\.func transform"):
+            compiled(z)
+
+
 # --- backends ---------------------------------------------------------------------------------------------------
 
 
@@ -562,6 +578,10 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.segpgd_loss(Z, Y, 0.5, 2), "step must be a whole number, got a float"),
         (lambda: F.argmax_labels(Z, (4.0, 4)), "size must be a whole number, got a float"),
         (lambda: F.argmax_labels(Z, 4), r"size must be \(H, W\), got 4"),
+        (lambda: F.averaged_gain(Z, Y, align_corners="no"), "align_corners must be True or False, got 'no'"),
+        (lambda: F.argmax_labels(Z, (4, 4), align_corners=None), "align_corners must be True or False, got None"),
+        (lambda: F.cross_entropy(Z.to_sparse(), Y), r"logits must be a dense tensor, .*logits.to_dense\(\) converts"),
+        (lambda: F.confusion_matrix(Z, Y.to_sparse()), "labels must be a dense tensor, got one of layout torch.sparse"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:

@@ -20,7 +20,7 @@ from .common import compute_dtype, is_channels_last
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """function.apply; RuntimeError under a torch.func transform, where PyTorch's own tells how to write a function."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "tensors must be outside of a torch.func transform (grad, vmap, jvp), which the fused losses, margins and "
             "norms do not support, got them inside of one. Take the gradient with torch.autograd.grad or "
