@@ -23,6 +23,7 @@ from .attacks.base import unwrapped
 from .writing import atomic_write
 
 __all__ = [
+    "check_weights",
     "drop_lines_after",
     "load_model",
     "load_weights",
@@ -175,7 +176,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """`load_state_dict` that changes nothing where anything does not fit; `path` is named in its ValueError."""
-    # compared before anything is copied: load_state_dict raises with the model half overwritten
+    check_weights(model, weights, path)  # before anything is copied: load_state_dict raises with the half of it done
+    model.load_state_dict(weights)
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """ValueError where they are not those of such a model."""
     ours = {name: list(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: list(value.shape) for name, value in weights.items()}
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -187,4 +193,3 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os
         raise ValueError(
             f"{path} belongs to another architecture: {len(differing)} of {len(ours | theirs)} tensors differ: {shown}"
         )
-    model.load_state_dict(weights)

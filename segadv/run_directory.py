@@ -104,10 +104,13 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:
-        """Removes what was written after the checkpoint, and adds this start to run.json."""
+    def drop_after(self, steps_done: int) -> None:
+        """Removes the lines of what was written after the checkpoint, also one that a kill cut short."""
         for path in (self.metrics, self.validation):
             drop_lines_after(path, steps_done)
+
+    def start(self, config: Mapping[str, Any], steps_done: int, device: torch.device) -> None:
+        """Adds this start to run.json."""
         if steps_done == 0 and self.run.exists():  # a run that is started anew
             self.clear()
         self.model.unlink(missing_ok=True)  # of another run, or of this one when it had an end before
@@ -129,6 +132,10 @@ class RunDirectory:
         """Whether a run of another config has written here."""
         own = {name: config[name] for name in config if name != "description"}
         return self.run.exists() and self._previous().get("config") != own
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the validation after so many steps is written."""
+        return any(line["step"] == step for line in whole_lines(self.validation))
 
     def clear(self) -> None:
         """Removes what another run has left, but for a checkpoint."""

@@ -35,7 +35,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
 from .attacks.base import FLOAT64, model_logits
-from .checkpoints import load_model, load_weights, read_checkpoint, read_config, replacing, share, write_checkpoint
+from .checkpoints import (
+    check_weights,
+    load_model,
+    load_weights,
+    read_checkpoint,
+    read_config,
+    replacing,
+    share,
+    write_checkpoint,
+)
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
 from .data.sampler import STEP
@@ -385,11 +394,12 @@ class Trainer:
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
         interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
-        gradients are added up belongs to the run). Ctrl-C ends the step that is running, writes a checkpoint and
-        raises KeyboardInterrupt; several processes stop together two steps later. So does SIGTERM where it is handled
+        gradients are added up belongs to the run). Ctrl-C ends the step or the validation that is running, writes a
+        checkpoint and raises KeyboardInterrupt; a validation that was ended is made when the run continues. Several
+        processes stop together two steps later, after a validation that is running. So does SIGTERM where it is handled
         as Ctrl-C (`signal.default_int_handler`), as the command line does. (torchrun kills them after 30 s: a
-        validation that is running then, or a GPU that waits for a process that has ended, may take longer, and then
-        the last checkpoint continues.)
+        validation, or a GPU that waits for a process that has ended, may take longer, and then the last checkpoint
+        continues, which is from before that validation.)
 
         Args:
             progress: show a progress bar; a line per minute where the standard error stream is no terminal. A line
@@ -407,15 +417,20 @@ class Trainer:
             contextlib.closing(directory),
             distributed.explained(f"the same command continues from {directory.checkpoint}"),
         ):
-            if distributed.from_first(directory.prepare):
+            continues = distributed.from_first(directory.prepare)
+            if continues:
                 self.load(directory.checkpoint)
-                finished = self.stopped_at is not None or self.steps_done >= self.config.steps
-                if progress and finished and distributed.rank() == 0:
+                if progress and self._ends() and distributed.rank() == 0:
                     print(f"{directory.checkpoint}: already finished; loaded its weights", file=sys.stderr)
             elif self.steps_done and distributed.from_first(lambda: directory.is_of_another(self._identity())):
                 distributed.from_first(directory.clear)  # these steps were taken elsewhere
-            if self.steps_done < self.config.steps and self.stopped_at is None:
+            distributed.from_first(lambda: directory.drop_after(self.steps_done))
+            trains = not self._ends()
+            if trains:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
+            if continues and self.steps_done:
+                self._validate_if_due(directory)
+            if trains:
                 self._train(directory, progress)
             if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
                 self.save(directory.checkpoint)
@@ -456,6 +471,7 @@ class Trainer:
                         labels = labels.to(self.device, non_blocking=True)
                         self._own_window.append(self.step_in_place(images, labels, chosen))
                         self._write(directory, epoch, bar)
+                    self._validate_if_due(directory)
                     bar.update()
                     if self.stopped_at:
                         break
@@ -468,7 +484,7 @@ class Trainer:
                 raise
 
     def _write(self, directory: RunDirectory, epoch: int, bar: Any) -> None:
-        """What is due after a step: metrics, probe, validation, checkpoint."""
+        """What is due after a step, but for the validation: metrics, probe, checkpoint."""
         config, first = self.config, distributed.rank() == 0
         last = self.steps_done == config.steps
         probed = self._due(config.monitor_every)
@@ -481,21 +497,34 @@ class Trainer:
             if first:
                 directory.append(directory.metrics, metrics)
             bar.set_postfix_str(_summary(metrics), refresh=False)
-        ends = last or self.stopped_at is not None
-        if self._due(config.validation.every) or (ends and config.validation.every):
-            started = time.perf_counter()
-            result = self._validate()
-            if first:
-                directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
-                with replacing(directory.curves) as temporary:
-                    temporary.write_text(csv_text(EvaluationResult.merge({config.arm: result}).rows), encoding="utf-8")
-                directory.draw(f"trained with {config.arm}")
-            steps, clock = self._clock
-            self._clock = (steps, clock + time.perf_counter() - started)  # it is no training: see steps_per_s
-        if ends or interrupted or self._due(config.checkpoint_every):
+        if interrupted or self._due(config.checkpoint_every) or self._ends() or self._is_validation_due():
             self.save(directory.checkpoint)
         if interrupted:
             raise KeyboardInterrupt
+
+    def _validate_if_due(self, directory: RunDirectory) -> None:
+        """But not a second time. The checkpoint is from before it: one that is interrupted is made when the run goes
+        on."""
+        if not self._is_validation_due() or distributed.from_first(lambda: directory.is_validated(self.steps_done)):
+            return
+        started = time.perf_counter()
+        result = self._validate()
+        if distributed.rank() == 0:
+            with self._interrupts.held():
+                with replacing(directory.curves) as temporary:
+                    curves = EvaluationResult.merge({self.config.arm: result})
+                    temporary.write_text(csv_text(curves.rows), encoding="utf-8")
+                directory.draw(f"trained with {self.config.arm}")
+                directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
+        steps, clock = self._clock
+        self._clock = (steps, clock + time.perf_counter() - started)  # it is no training: see steps_per_s
+
+    def _is_validation_due(self) -> bool:
+        every = self.config.validation.every
+        return self._due(every) or (every > 0 and self._ends())
+
+    def _ends(self) -> bool:
+        return self.steps_done >= self.config.steps or self.stopped_at is not None
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
@@ -577,8 +606,13 @@ class Trainer:
             [len(group["params"]) for group in groups]
             for groups in (state["optimizer"]["param_groups"], self.optimizer.param_groups)
         ]
+        check_weights(self.model, state["model"], path)
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{path} belongs to another architecture, or other parameters were trained")
+            there, here = map(sum, sizes)
+            raise ValueError(
+                f"{path}: {there} parameters were trained there, {here} are trained here (requires_grad): freeze the same "
+                "ones, or give another folder"
+            )
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

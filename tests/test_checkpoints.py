@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(
     if moment in ("half 2", "written 3"):
         assert any(map(is_leftover, tmp_path.iterdir()))
     if (tmp_path / "last.pt").exists():
-        assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] in (4, 8, 12, 14)
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] in (4, 5, 8, 10, 12, 14)
     assert_same_run(tmp_path, whole)
 
 

@@ -720,6 +720,52 @@ def test_validation_is_an_evaluation_on_the_way_and_changes_nothing(
     ]
 
 
+@pytest.mark.parametrize("step", [5, 14])
+def test_ctrl_c_ends_a_validation_which_is_made_when_the_run_goes_on(tmp_path: Path, step: int) -> None:
+    def trainer(press: Callable[[int], None] | None = None) -> Trainer:
+        settings = config(arm="random-fgsm", validation=VALIDATION, checkpoint_every=100)
+        return Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares(on_read=press))
+
+    whole = trainer()
+    whole.run(tmp_path / "whole", progress=False)
+    reads = []
+
+    def press(index: int) -> None:
+        if ended.steps_done == step:
+            reads.append(index)
+            if len(reads) == 5:  # in the second batch
+                signal.raise_signal(signal.SIGINT)
+
+    ended = trainer(press)
+    with pytest.raises(KeyboardInterrupt):
+        ended.run(tmp_path / "parts", progress=False)
+    assert len(reads) == 5, "not to the end of the validation"
+    assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["steps_done"] == step
+    for _ in range(2):  # what is there stays as it is
+        resumed = trainer()
+        resumed.run(tmp_path / "parts", progress=False)
+        assert_same_state(whole, resumed)
+        for name in ("validation.jsonl", "curves.csv", "model.safetensors"):
+            assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
+
+
+def test_the_checkpoint_is_from_before_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed in a long one loses no step."""
+    settings = config(validation=VALIDATION, checkpoint_every=100)
+    trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=Squares())
+    seen = []
+    real = trainer._validate
+
+    def validate() -> EvaluationResult:
+        seen.append(torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"])
+        return real()
+
+    monkeypatch.setattr(trainer, "_validate", validate)
+    trainer.run(tmp_path, progress=False)
+    assert seen == [5, 10, 14]
+
+
 def modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
@@ -802,7 +848,7 @@ def test_load_changes_nothing_where_other_parameters_were_trained(tmp_path: Path
     run(tmp_path, Scaled(trained=True), steps=2)
     trainer = Trainer(config(steps=2), Scaled(trained=False), Squares())
     before = copy.deepcopy(trainer.model.state_dict())
-    with pytest.raises(ValueError, match="other parameters were trained"):
+    with pytest.raises(ValueError, match=r"last\.pt: 3 parameters were trained there, 2 are trained here"):
         trainer.load(tmp_path / "last.pt")
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
