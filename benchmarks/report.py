@@ -35,7 +35,7 @@ from segadv.writing import atomic_write, write_text
 
 from . import attacks, device, overhead, peers, scaling, trainer
 from .cases import CASES
-from .measure import commit, slug
+from .measure import slug
 from .ops import PIXEL_SPACE
 from .records import PEAK_MEMORY, Record, machine_of, read_records
 
@@ -462,9 +462,9 @@ def _by_case(path: Path) -> dict[str, list[Record]]:
     if not cases:
         raise ReportError(f"{path.name}: no rows of {THREADS} threads")
     for case, records in cases.items():
-        runs = {(record.commit, record.rounds) for record in records if record.operation == "training step"}
         # Times are written first: parts of a former run may still be there.
-        commits = {record.commit for record in records if not record.mode.endswith("p = 1")}
+        runs = {(record.commit, record.rounds) for record in records if record.operation == "training step"}
+        commits = {record.commit for record in records}
         if len(runs) > 1 or len(commits) > 1:
             raise ReportError(
                 f"{path.name}: {case} is of several runs, {sorted(runs)}, commits {sorted(commits)}; a "
@@ -472,6 +472,27 @@ def _by_case(path: Path) -> dict[str, list[Record]]:
             )
     networks = list(overhead.MODELS)
     return {case: cases[case] for case in sorted(cases, key=lambda case: networks.index(case.partition(",")[0]))}
+
+
+def _over_other_basic_steps(cases: Mapping[str, Sequence[Record]]) -> str:
+    """A sentence about the networks whose shares were measured in runs of their own: the basic steps are the last's."""
+    told = []
+    for case, records in cases.items():
+        others = {row.mode.rpartition(", ")[2] for row in records if not _is_over_its_basic_step(row, records)}
+        told += [f"at {' and '.join(sorted(others))} on {case.partition(',')[0]}"] if others else []
+    if not told:
+        return ""
+    return f"Percentages {', '.join(told)} are over the basic steps of their own run, which these are not. "
+
+
+def _is_over_its_basic_step(record: Record, records: Sequence[Record]) -> bool:
+    """Whether an additional time is that of the steps which stand beside it."""
+    over = {"overhead": record.provider, "over conventional basic": overhead.CONVENTIONAL}.get(record.operation)
+    step = none_or_one(records, operation="training step", provider=record.provider, mode=record.mode)
+    basic = none_or_one(records, operation="training step", provider=over, mode="basic")
+    if step is None or basic is None:
+        return True
+    return abs(record.p50 - 100 * (step.p50 / basic.p50 - 1)) < 0.01  # rows have four decimals
 
 
 # What the README shows of the arms, which are all among the details.
@@ -492,7 +513,8 @@ def _overhead_on_a_device(path: Path) -> str:
     lines: list[list[str]] = []
     steps, glue, shown = [], [], []
     get = one if path.name == "overhead-cpu.csv" else none_or_one
-    for case, records in _by_case(path).items():
+    cases = _by_case(path)
+    for case, records in cases.items():
         if not columns.keys() <= {record.provider for record in records}:
             continue  # measured for its parts alone, which are among the details
         network = case.partition(",")[0]
@@ -532,6 +554,7 @@ def _overhead_on_a_device(path: Path) -> str:
     )
     notes = paragraph(
         f"A basic step takes, and has at its peak, in these three columns, on {'; '.join(steps)}. "
+        f"{_over_other_basic_steps(cases)}"
         f"{of_glue if shares else ''}Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
     )
     return f"{table(header, lines, text_columns=2)}\n\n{notes}"
@@ -610,7 +633,8 @@ def overhead_details(results: Path) -> str:
     blocks = ["![Additional time of a training step](results/overhead-cpu.png)"]
     for path in files(results, "overhead"):
         for case, records in _by_case(path).items():
-            blocks.append(f"```\n{overhead.report(case, records).strip()}\n```\n\n{paragraph(provenance_of(records))}")
+            told = paragraph(f"{_over_other_basic_steps({case: records})}{provenance_of(records)}")
+            blocks.append(f"```\n{overhead.report(case, records).strip()}\n```\n\n{told}")
     return "\n\n".join(blocks)
 
 
@@ -762,7 +786,15 @@ _COLUMNS = (("fgsm", 0.0), ("fgsm", 0.01), ("fgsm", 0.03), ("bim-10", 0.01), ("b
 _CASE = re.compile(r"eps ([\d.]+), seed (\d+)")
 
 
-def demo_records(results_json: Path, commit: str) -> list[Record]:
+def _commit_of(run: Mapping[str, Any], path: Path, given: str | None) -> str:
+    """That which ran it, as short as the other rows'."""
+    commit = given or run.get("git_commit")
+    if not commit:
+        raise ReportError(f"{path} names no commit, it ran outside of a clone or is an older version's: give --commit")
+    return f"{commit[:10]}{'-dirty' * commit.endswith('-dirty')}"
+
+
+def demo_records(results_json: Path, commit: str | None) -> list[Record]:
     """Rows of what a finished demo wrote, every seed by itself; the step sizes are those of its metrics.jsonl."""
     content = json.loads(results_json.read_text(encoding="utf-8"))
     if not content.get("finished"):
@@ -775,7 +807,7 @@ def demo_records(results_json: Path, commit: str) -> list[Record]:
         "thp": 0,
         "low": _NAN,
         "high": _NAN,
-        "commit": commit,
+        "commit": _commit_of(content, results_json, commit),
         "versions": f"torch {machine['torch']}, segadv {content['arguments']['segadv']}, Python {machine['python']}",
         "machine": f"{machine['gpu'] or machine['processor']}, {machine['cpu_count']} cores",
     }
@@ -876,7 +908,7 @@ _ROBUST_EPS, _OTHER_EPS = 0.03, (0.02, 0.04)
 _WORST = "worst-case"
 
 
-def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record]:
+def robustness_records(results_json: Sequence[Path], commit: str | None) -> list[Record]:
     """Rows of what segadv evaluate wrote, a file for every training of the arms, on this machine."""
     records = []
     for training, path in enumerate(results_json):
@@ -889,7 +921,7 @@ def robustness_records(results_json: Sequence[Path], commit: str) -> list[Record
                 Record(
                     operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
                     device=device.type, threads=0, thp=0, p20=_NAN, p50=entry.row["miou"], p80=_NAN, low=_NAN,
-                    high=_NAN, unit="", rounds=1, commit=commit,
+                    high=_NAN, unit="", rounds=1, commit=_commit_of(run, path, commit),
                     versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
                     machine=machine_of(device),
                 )
@@ -1116,14 +1148,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             metavar="RESULTS_JSON",
             help=f"evaluations' results.json, for {name}.csv",
         )
-    parser.add_argument("--commit", help="the commit that ran these; the clone's unless given")
+    parser.add_argument("--commit", help="the commit that ran these, where their files do not name it")
     options = parser.parse_args(arguments)
     try:
         if options.demo:
-            write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit or commit()))
+            write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit))
         for name in ("robustness", "robustness-longer"):
             if evaluations := getattr(options, name.replace("-", "_")):
-                write_anew(root / RESULTS / f"{name}.csv", robustness_records(evaluations, options.commit or commit()))
+                write_anew(root / RESULTS / f"{name}.csv", robustness_records(evaluations, options.commit))
         stale = outdated(root) if options.check else regenerate(root)
     except (ReportError, OSError, ValueError, KeyError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)

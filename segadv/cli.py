@@ -39,7 +39,7 @@ from .models import MODELS, ModelConfig
 from .ops import backends
 from .recipes import ConfigFile, recipe_file, recipes
 from .reproduce import SETTINGS, Evaluation
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, git_commit
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
@@ -507,9 +507,10 @@ def _evaluate(arguments: Namespace) -> None:
         return whole_images(dataset, images=images, batch_size=arguments.batch_size)
 
     shared: dict[str, Any] = {"seed": arguments.seed, "records": out / "records"}
-    results, checks = {}, {}
+    results, checks, commit = {}, {}, git_commit()
     for arm, model in models.items():
         results[arm] = evaluate(model, loader(arguments.images), attacks, eps, steps=steps, progress=True, **shared)
+        results[arm].run["git_commit"] = commit
         if checked := arguments.check_images:
             others = {name: other for name, other in models.items() if name != arm}
             few = loader(min(checked, arguments.images or checked))

@@ -29,7 +29,7 @@ from .data import NUM_CLASSES, Cityscapes, generate_streets
 from .evaluation import EPS, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
 from .results import csv_text, read_rows
-from .run_directory import processor_name
+from .run_directory import git_commit, processor_name
 from .training import TrainConfig, Trainer
 from .writing import is_leftover, remove_leftovers, write_text
 
@@ -242,7 +242,7 @@ class _Record:
             told = ", ".join(f"{key} {found.get(key)} there and {arguments[key]} here" for key in differing)
             raise ValueError(f"out: the demo in {out} has other arguments ({told}); choose another folder")
         if not (out / "overhead.csv").exists():  # they are of the machine that times the steps
-            self.content |= {"machine": _machine(), "build_info": build_info()}
+            self.content |= {"machine": _machine(), "build_info": build_info(), "git_commit": git_commit()}
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         self._write()
@@ -268,8 +268,8 @@ class _Record:
             self._write()
 
     def finish(self, **results: Any) -> None:
-        kept = ("arguments", "finished", "seconds", "machine", "build_info")
-        self.content = {name: self.content[name] for name in kept} | results | {"finished": True}
+        kept = ("arguments", "finished", "seconds", "machine", "build_info", "git_commit")
+        self.content = {name: self.content.get(name) for name in kept} | results | {"finished": True}
         self._write()
 
     def _write(self) -> None:

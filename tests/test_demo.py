@@ -153,12 +153,15 @@ def test_interrupted_in_a_further_seed_continues_to_the_same_curves(
 
 
 def test_the_machine_is_the_one_that_timed_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machines = iter(({"threads": 1}, {"threads": 2}, {"threads": 3}))
+    machines, commits = iter(({"threads": 1}, {"threads": 2}, {"threads": 3})), iter("abc")
     monkeypatch.setattr(demo, "_machine", lambda: next(machines))
+    monkeypatch.setattr(demo, "git_commit", lambda: next(commits))
     assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 1}
     assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 2}  # stopped before it timed them
     (tmp_path / "out" / "overhead.csv").touch()
-    assert demo._Record(tmp_path / "out", {}).content["machine"] == {"threads": 2}
+    record = demo._Record(tmp_path / "out", {})
+    record.finish()
+    assert (record.content["machine"], record.content["git_commit"]) == ({"threads": 2}, "b")
 
 
 def test_wrong_number_of_seeds_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

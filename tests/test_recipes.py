@@ -460,11 +460,13 @@ def test_evaluate_takes_data_set_classes_and_network_from_the_checkpoint(
         genuine(*args, **kwargs)
 
     monkeypatch.setattr(plots, "plot_per_class", seen)
+    monkeypatch.setattr("segadv.cli.git_commit", lambda: "c0ffee")
     options = "--attacks fgsm --eps 0,0.02 --check-images 0 --device cpu"
     # images of three sizes
     assert run(f"evaluate {trained}/voc/last.pt --data {voc} --out {tmp_path}/out {options}") == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["run"]["basic"]["images"] == 4
+    assert found["run"]["basic"]["git_commit"] == "c0ffee"
     confusion = torch.tensor(found["measurements"][0]["confusion"])
     assert confusion.shape == (21, 21)
     labels = torch.cat([label.flatten() for _, label in (open_dataset("voc", voc, "val")[i] for i in range(4))])

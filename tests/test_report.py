@@ -441,6 +441,7 @@ def trainer_rows() -> list[Record]:
 
 
 ROBUST_ARMS = ("basic", "fast-newton")
+COMMIT = f"{'0123456789abcdef' * 2}01234567-dirty"
 
 
 def robust_rows(trainings: Sequence[int] = (0, 1, 2)) -> list[Record]:
@@ -554,23 +555,33 @@ def test_networks_of_the_overhead(tmp_path: Path) -> None:
     assert "9 rounds" not in report.training_overhead(tmp_path)
 
 
-def test_the_overhead_names_the_commits_of_what_it_shows(tmp_path: Path) -> None:
-    """Not that of p = 1, which is among the details."""
-    rows = overhead_rows()
-    other = replace(rows[-1], mode="fgsm, p = 1", commit="decade")
-    write_records(tmp_path / "overhead-cpu.csv", [*rows, other])
-    assert "commit c0ffee)" in report.training_overhead(tmp_path)
-    assert "commits c0ffee, decade)" in report.overhead_details(tmp_path)
-
-
 def test_overhead_of_two_runs_is_refused(tmp_path: Path) -> None:
     """Whether the steps are of two, or only their parts."""
     rows = overhead_rows()
+    rows.append(replace(rows[-1], mode="fgsm, p = 1"))
     for at, row in enumerate(rows):
-        if not row.mode.endswith("p = 1"):
-            write_records(tmp_path / "overhead-cpu.csv", [*rows[:at], replace(row, commit="decade"), *rows[at + 1 :]])
-            with pytest.raises(report.ReportError, match="of several runs"):
-                report.training_overhead(tmp_path)
+        write_records(tmp_path / "overhead-cpu.csv", [*rows[:at], replace(row, commit="decade"), *rows[at + 1 :]])
+        with pytest.raises(report.ReportError, match="of several runs"):
+            report.training_overhead(tmp_path)
+
+
+def test_overhead_beside_another_runs_basic_step_is_told(tmp_path: Path) -> None:
+    """A run of one share writes the basic steps anew, of the same commit and as many rounds."""
+    rows = overhead_rows()  # the basic steps: 100 and 102 ms
+    over = {row.operation: row for row in rows if (row.provider, row.mode) == (overhead.OURS, "fgsm, p = 0.5")}
+    step = replace(over["overhead"], operation="training step", unit="ms")
+    others = [row for row in rows if row not in (over["overhead"], over["over conventional basic"])]
+    told = "Percentages at p = 0.5 on small are over the basic steps of their own run, which these are not. "
+    for overhead_basic, conventional_basic in ((102.0, 100.0), (102.0, 101.0), (103.0, 100.0)):
+        percentages = {
+            "overhead": 100 * (150.0 / overhead_basic - 1),
+            "over conventional basic": 100 * (150.0 / conventional_basic - 1),
+        }
+        (tmp_path / "overhead-cpu.csv").unlink(missing_ok=True)
+        measured = [replace(over[name], p50=p50) for name, p50 in percentages.items()]
+        write_records(tmp_path / "overhead-cpu.csv", [*others, *measured, replace(step, p50=150.0)])
+        for text in (report.overhead_details(tmp_path), report.training_overhead(tmp_path)):
+            assert (told in f"{' '.join(text.split())} ") == ((overhead_basic, conventional_basic) != (102.0, 100.0))
 
 
 def rows_of_fused_operations() -> list[Record]:
@@ -743,6 +754,7 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
         "arguments": {"segadv": "0.1.0", "seed": seeds[0], "overhead_steps": 25},
         "finished": True,
         "seconds": {"data": 30.0, "train basic": 90.0},
+        "git_commit": COMMIT,
         "machine": {
             "processor": "AMD EPYC",
             "cpu_count": 2,
@@ -1041,7 +1053,8 @@ def evaluated(path: Path, shift: float) -> Path:
                     confusion = torch.tensor([[1000 - wrong, wrong], [wrong, 1000 - wrong]])
                     measurements.append(Measurement("", attack, eps, done, 0.5, confusion))
         versions = {"segadv": "0.1.0", "torch": "2.13.0", "numpy": "2.4", "python": "3.11"}
-        results[arm] = EvaluationResult(measurements, {"images": 32, "device": "cpu", "versions": versions})
+        run = {"images": 32, "device": "cpu", "versions": versions, "git_commit": COMMIT}
+        results[arm] = EvaluationResult(measurements, run)
     EvaluationResult.merge(results).to_json(path)
     return path
 
@@ -1097,6 +1110,19 @@ def test_checks_for_gradient_masking_become_rows_and_a_sentence(root: Path, tmp_
         assert len(rows) == 4 * count
         assert [row.p50 for row in rows[:4:2]] == [1.0, 1.0]
         assert all(math.isnan(row.p50) for row in rows[1::2])
+
+
+def test_rows_of_demos_and_evaluations_name_the_commit_that_ran_them(tmp_path: Path) -> None:
+    found = {
+        report.demo_records: finished_demo(tmp_path / "results.json", [0]),
+        lambda path, commit: report.robustness_records([path], commit): evaluated(tmp_path / "evaluated.json", 0.0),
+    }
+    for records, path in found.items():
+        assert {row.commit for row in records(path, None)} == {"0123456789-dirty"}
+        assert {row.commit for row in records(path, "c0ffee")} == {"c0ffee"}
+        path.write_text(path.read_text().replace(f'"{COMMIT}"', "null"))  # outside of a clone
+        with pytest.raises(report.ReportError, match=f"{path} names no commit, .*: give --commit"):
+            records(path, None)
 
 
 def test_rows_of_an_evaluation_on_a_gpu_name_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
