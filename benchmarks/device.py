@@ -405,9 +405,12 @@ def part_tests(run: Run) -> None:
     # as the tests name them; on a GPU's machine the native backend's tests on the CPU show nothing new
     ours = ["native-on-gpu" if name == "native" and run.device.type == "cuda" else name for name in run.backends]
     dtypes = [f"torch.{name}" for name in ("float32", "bfloat16", "float16", "float64")]
+    arms = ("basic", "newton", "segpgd")  # those of the trainings, by a word that pytest's -k takes
     shards = [
         ["tests/test_triton.py", "-k", "not kernels_compile"],
-        *([gpu, "-k", f"training and {name}"] for name in on_gpu),
+        *([gpu, "-k", f"training and not compile and {name}"] for name in on_gpu),
+        # compiling takes minutes for each
+        *([gpu, "-k", f"training and compile and {name} and {arm}"] for name in on_gpu for arm in arms),
         *([gpu, "-k", f"not (compile or training) and {name}"] for name in on_gpu),
         *([gpu, "-k", what] for what in ("compile_fullgraph", "cuda_graphs")),
         *([opcheck, "-k", f"opcheck and {name}"] for name in ours),
