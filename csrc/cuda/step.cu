@@ -9,7 +9,7 @@
 // scale_gradient, with which a backward ends, reads and writes a gradient once; the result is left in the cache, since
 // the network's backward reads it next.
 //
-// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 34 registers, 75
+// Expected, from the compiler's report (nvcc 13.0, sm_90, float32) and arithmetic, not measured: 32 to 40 registers, 75
 // to 100 % occupancy; 12 bytes per element where the cache holds the gradient, else 16; sign_step 12, or 16 with an
 // origin; scale_gradient 8. Fraction of the limit reached: not yet measured.
 #include <cmath>
@@ -98,7 +98,7 @@ __device__ __forceinline__ A per_image(const TensorView& values, double value, i
   return values.data != nullptr ? static_cast<const A*>(values.data)[n] : static_cast<A>(value);
 }
 
-template <class A, int V>
+template <class A, int V, bool kBall>
 __global__ void __launch_bounds__(kThreads) sign_step_kernel(SignStepParams params, Chunks chunks) {
   const int64_t n = blockIdx.x / chunks.count;
   const A alpha = per_image<A>(params.alpha_per_image, params.alpha, n);
@@ -106,15 +106,16 @@ __global__ void __launch_bounds__(kThreads) sign_step_kernel(SignStepParams para
   const A low = static_cast<A>(params.low), high = static_cast<A>(params.high);
   const A* __restrict__ images = static_cast<const A*>(params.images.data) + n * chunks.numel;
   const A* __restrict__ grad = static_cast<const A*>(params.grad.data) + n * chunks.numel;
-  const A* origin = static_cast<const A*>(params.origin.data);
+  const A* __restrict__ origin = static_cast<const A*>(params.origin.data) + (kBall ? n * chunks.numel : 0);
   A* __restrict__ adversarial = static_cast<A*>(params.adversarial.data) + n * chunks.numel;
   for_each_pack<V>(chunks, blockIdx.x % chunks.count, [&](int64_t i) {
     Pack<A, V> x = load_pack<V>(images + i);
     const Pack<A, V> g = load_pack<V>(grad + i);
+    Pack<A, V> center;
+    if constexpr (kBall) center = load_pack<V>(origin + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) x.values[j] += alpha * sign(g.values[j]);
-    if (origin != nullptr) {
-      const Pack<A, V> center = load_pack<V>(origin + n * chunks.numel + i);
+    if constexpr (kBall) {
 #pragma unroll
       for (int j = 0; j < V; ++j) x.values[j] = project(x.values[j], center.values[j], eps);
     }
@@ -190,7 +191,8 @@ Error sign_step(const SignStepParams& params, void*, int64_t stream) {
   return dispatch_images(params.images.dtype, [&](auto tag) {
     using A = typename decltype(tag)::type;
     const bool vectors = takes_vectors<A>(params.numel, params.images, params.grad, params.adversarial, params.origin);
-    const auto kernel = vectors ? sign_step_kernel<A, kVector<A>> : sign_step_kernel<A, 1>;
+    auto kernel = vectors ? sign_step_kernel<A, kVector<A>, false> : sign_step_kernel<A, 1, false>;
+    if (params.origin) kernel = vectors ? sign_step_kernel<A, kVector<A>, true> : sign_step_kernel<A, 1, true>;
     return launch("sign_step", kernel, params.n * chunks.count, stream, params, chunks);
   });
 }
