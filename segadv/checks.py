@@ -44,6 +44,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def true_or_false(**arguments: object) -> None:
     """TypeError where an argument is neither: the word "False" would be taken for True."""
+    if torch.compiler.is_compiling():  # where it may be a symbol
+        return
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -394,10 +394,10 @@ class Trainer:
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
         interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
-        gradients are added up belongs to the run). Ctrl-C ends the step or the validation that is running, writes a
-        checkpoint and raises KeyboardInterrupt; a validation that was ended is made when the run continues. Several
-        processes stop together two steps later, after a validation that is running. So does SIGTERM where it is handled
-        as Ctrl-C (`signal.default_int_handler`), as the command line does. (torchrun kills them after 30 s: a
+        gradients are added up belongs to the run). Ctrl-C ends the step, or the batch of a validation, that is running,
+        writes a checkpoint and raises KeyboardInterrupt; a validation that was ended is made when the run continues.
+        Several processes stop together two steps later, after a validation that is running. So does SIGTERM where it is
+        handled as Ctrl-C (`signal.default_int_handler`), as the command line does. (torchrun kills them after 30 s: a
         validation, or a GPU that waits for a process that has ended, may take longer, and then the last checkpoint
         continues, which is from before that validation.)
 
@@ -428,10 +428,14 @@ class Trainer:
             trains = not self._ends()
             if trains:
                 distributed.from_first(lambda: directory.start(self._identity(), self.steps_done, self.device))
-            if continues and self.steps_done:
-                self._validate_if_due(directory)
-            if trains:
-                self._train(directory, progress)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._interrupts)
+                if self.processes > 1:  # they stop together
+                    stack.enter_context(self._interrupts.held())
+                if continues and self.steps_done:
+                    self._validate_if_due(directory)
+                if trains:
+                    self._train(directory, progress)
             if distributed.from_first(lambda: not directory.checkpoint.exists()):  # trained before, elsewhere
                 self.save(directory.checkpoint)
             if distributed.from_first(lambda: not directory.model.exists()):
@@ -456,10 +460,7 @@ class Trainer:
         self._interrupts_told.clear()  # what was told before this run has ended another
         show = progress and distributed.rank() == 0
         bar = progress_bar(config.arm, total=config.steps, initial=self.steps_done, unit="step", show=show)
-        with bar, contextlib.ExitStack() as stack:
-            stack.enter_context(self._interrupts)
-            if not alone:
-                stack.enter_context(self._interrupts.held())
+        with bar:
             self._clock = (self.steps_done, time.perf_counter())
             try:
                 for images, labels, indices in loader:
@@ -471,7 +472,7 @@ class Trainer:
                         labels = labels.to(self.device, non_blocking=True)
                         self._own_window.append(self.step_in_place(images, labels, chosen))
                         self._write(directory, epoch, bar)
-                    self._validate_if_due(directory)
+                        self._validate_if_due(directory)
                     bar.update()
                     if self.stopped_at:
                         break
@@ -508,9 +509,9 @@ class Trainer:
         if not self._is_validation_due() or distributed.from_first(lambda: directory.is_validated(self.steps_done)):
             return
         started = time.perf_counter()
-        result = self._validate()
-        if distributed.rank() == 0:
-            with self._interrupts.held():
+        with self._interrupts.held():
+            result = self._validate()
+            if distributed.rank() == 0:
                 with replacing(directory.curves) as temporary:
                     curves = EvaluationResult.merge({self.config.arm: result})
                     temporary.write_text(csv_text(curves.rows), encoding="utf-8")
@@ -610,8 +611,8 @@ class Trainer:
         if sizes[0] != sizes[1]:
             there, here = map(sum, sizes)
             raise ValueError(
-                f"{path}: {there} parameters were trained there, {here} are trained here (requires_grad): freeze the same "
-                "ones, or give another folder"
+                f"{path}: {there} parameters were trained there, {here} are trained here (requires_grad): freeze the "
+                "same ones, or give another folder"
             )
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -782,10 +783,10 @@ class Trainer:
             generator=torch.Generator(),
             worker_init_fn=_ignore_interrupts,
         )
+        several = self.processes > 1
+        read = loader if several else self._interrupts.between(loader)
         with self._autocast():
-            return evaluate(
-                self.model, loader, validation.attacks, validation.eps, worst_case=False, sharded=self.processes > 1
-            )
+            return evaluate(self.model, read, validation.attacks, validation.eps, worst_case=False, sharded=several)
 
 
 def _sgd(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.SGD:
@@ -924,7 +925,21 @@ class _Interrupts:
             yield
         finally:
             self._depth -= 1
-        if self.received and not self._depth:
+        if not self._depth:
+            self._let_go()
+
+    def between(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, and what is kept back by `held` before each of them, where the model is as it was."""
+        for batch in batches:
+            depth, self._depth = self._depth, 0
+            try:
+                self._let_go()
+            finally:
+                self._depth = depth
+            yield batch
+
+    def _let_go(self) -> None:
+        if self.received:
             self.received = 0  # however often: it interrupts once
             self._receive(next(iter(self._before)), None)
 

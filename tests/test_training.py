@@ -733,16 +733,21 @@ def test_ctrl_c_ends_a_validation_which_is_made_when_the_run_goes_on(tmp_path: P
     def press(index: int) -> None:
         if ended.steps_done == step:
             reads.append(index)
-            if len(reads) == 5:  # in the second batch
+            if len(reads) == 2:  # of the first batch's four
                 signal.raise_signal(signal.SIGINT)
 
     ended = trainer(press)
     with pytest.raises(KeyboardInterrupt):
         ended.run(tmp_path / "parts", progress=False)
-    assert len(reads) == 5, "not to the end of the validation"
+    assert len(reads) == 4, "not to the end of the validation"
+    ended.model.load_state_dict(whole.model.state_dict())  # so that only what is not in it can differ
+    assert modes(ended.model) == modes(whole.model)
+    assert all(parameter.requires_grad for parameter in ended.model.parameters())
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["steps_done"] == step
-    for _ in range(2):  # what is there stays as it is
-        resumed = trainer()
+    for again in range(3):  # what is there stays as it is
+        resumed = ended if again == 0 else trainer()
+        if again == 0:
+            ended.validation_dataset.on_read = None
         resumed.run(tmp_path / "parts", progress=False)
         assert_same_state(whole, resumed)
         for name in ("validation.jsonl", "curves.csv", "model.safetensors"):
