@@ -791,7 +791,8 @@ def _commit_of(run: Mapping[str, Any], path: Path, given: str | None) -> str:
     commit = given or run.get("git_commit")
     if not commit:
         raise ReportError(f"{path} names no commit, it ran outside of a clone or is an older version's: give --commit")
-    return f"{commit[:10]}{'-dirty' * commit.endswith('-dirty')}"
+    name = commit.removesuffix("-dirty")
+    return f"{name[:10]}{commit[len(name) :]}"
 
 
 def demo_records(results_json: Path, commit: str | None) -> list[Record]:

@@ -1119,7 +1119,8 @@ def test_rows_of_demos_and_evaluations_name_the_commit_that_ran_them(tmp_path: P
     }
     for records, path in found.items():
         assert {row.commit for row in records(path, None)} == {"0123456789-dirty"}
-        assert {row.commit for row in records(path, "c0ffee")} == {"c0ffee"}
+        for given in ("c0ffee", "c0ffee-dirty"):
+            assert {row.commit for row in records(path, given)} == {given}
         path.write_text(path.read_text().replace(f'"{COMMIT}"', "null"))  # outside of a clone
         with pytest.raises(report.ReportError, match=f"{path} names no commit, .*: give --commit"):
             records(path, None)
