@@ -627,6 +627,7 @@ def test_reproduce_from_end_to_end(
         patched.setattr(Trainer, "step_in_place", None)
         assert run(command.replace("--evaluation.stronger [segpgd] --evaluation.steps 3", "")) == 0
     assert "segpgd" not in (out / "report.md").read_text()
+    assert {row["attack"] for row in results.read_rows(out / "curves.csv")} == {"fgsm", "bim-10"}, "no worst case"
     before = content(out)
     assert "holds a run with other options (steps 2 there and 3 here)" in failure(f"{command} --steps 3", capsys)
     assert content(out) == before

@@ -858,6 +858,13 @@ def test_load_changes_nothing_where_other_parameters_were_trained(tmp_path: Path
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+def test_a_checkpoint_of_a_network_with_more_layers_is_told_by_its_tensors(tmp_path: Path) -> None:
+    run(tmp_path, steps=2)
+    deeper = nn.Sequential(*tiny_model(), nn.Conv2d(CLASSES, CLASSES, 1))
+    with pytest.raises(ValueError, match=r"belongs to another architecture: .* has shape none there"):
+        Trainer(config(steps=2), deeper, Squares()).load(tmp_path / "last.pt")
+
+
 def test_one_image_suffices_norm_layers_that_are_frozen() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="batch normalisation needs at least two"):
