@@ -247,8 +247,8 @@ class Training:
 
     def loss_and_weight_gradients(self, column: str, images: Tensor, mark: Mark = _unmarked) -> Tensor:
         """The training step's loss, detached, on the batch's first images; gradients are in the parameters' .grad."""
-        torch.manual_seed(0)  # dropout
         mark("forward")
+        torch.manual_seed(0)  # dropout
         with self._autocast():
             logits = model_logits(self.model(images))
             mark("loss")
