@@ -103,7 +103,8 @@ class StepResult:
         eps: [K], step size for each of the K attacked samples.
         gain: [K], averaged gain of the clean images where the attack computes it (Fast Newton), otherwise
             [0].
-        skipped: bool [K], whether the attack left the image as it was.
+        skipped: bool [K], whether the attack left the image as it was. With a random start (pgd, segpgd,
+            rs-fgsm, n-fgsm) that is one without a valid pixel; one without a usable gradient keeps the noise.
     """
 
     loss: Tensor
@@ -383,10 +384,10 @@ class Trainer:
         * ``metrics.jsonl``, one JSON object every config.log_every steps, about the steps since the line before:
           step (number of steps done), epoch, loss (mean), learning_rate (of the last step), adversarial_share (of
           all samples), and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
-          share_skipped (left as they were), each null where there is none; steps_per_s. Every config.monitor_every
-          steps it also has what `segadv.monitor.probe` finds on eight fixed training images; a RuntimeWarning tells
-          of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the probe before, when PGD
-          accuracy drops by more than 0.2 between two probes.
+          share_skipped (`StepResult.skipped`), each null where there is none; steps_per_s. Every
+          config.monitor_every steps it also has what `segadv.monitor.probe` finds on eight fixed training images; a
+          RuntimeWarning tells of catastrophic overfitting. The arm rs-fgsm stops early, with the weights of the
+          probe before, when PGD accuracy drops by more than 0.2 between two probes.
         * ``validation.jsonl``, one JSON object every config.validation.every steps: step, and rows as
           `segadv.evaluation.EvaluationResult.rows`; ``curves.csv``, the last of them; where matplotlib is installed
           ``training.png`` and ``robustness.png`` of all that so far.
