@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .attacks.base import unwrapped
-from .writing import atomic_write
+from .writing import atomic_write, write_text
 
 __all__ = [
     "check_weights",
@@ -29,38 +28,10 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_config",
-    "replacing",
     "share",
     "whole_lines",
     "write_checkpoint",
 ]
-
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there and ") | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable and "
-)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """An OSError of the block says which file it was about, what is left, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        cause = f"{error.strerror or error}"
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
-        left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
-        raise type(error)(
-            error.errno or errno.EIO,
-            f"{path} could not be written: {cause}; {remedy}give the same command again{left}",
-        ) from error
-
-
-@contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """`atomic_write` whose OSError is `explained`."""
-    with explained(path), atomic_write(path, durable=durable) as temporary:
-        yield temporary
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -69,8 +40,7 @@ def drop_lines_after(path: Path, step: int) -> None:
         return
     kept = "".join(f"{json.dumps(line)}\n" for line in whole_lines(path) if line["step"] <= step)
     if kept != path.read_text(encoding="utf-8", errors="replace"):
-        with replacing(path) as temporary:
-            temporary.write_text(kept, encoding="utf-8")
+        write_text(path, kept)
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -119,7 +89,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
-    with replacing(path, durable=True) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
@@ -146,7 +116,7 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
     metadata = {"segadv": json.dumps(values | {"config": entries})}
     # copies: the format takes no two tensors in one memory
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    with replacing(path, durable=True) as temporary:  # save_file would make a file that others cannot read
+    with atomic_write(path, durable=True) as temporary:  # save_file would make a file that others cannot read
         temporary.write_bytes(save(weights, metadata=metadata))
 
 

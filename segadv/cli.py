@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = None
     try:
         with _termination_interrupts():
-            options = _arranged(sys.argv[1:] if argv is None else argv)
-            arguments = _parser().parse_args(options)
+            given = sys.argv[1:] if argv is None else argv
+            _require_utf8(given)
+            options = _arranged(given)
+            arguments = _parser().parse_args(options).clone(with_meta=False)  # where values came from: files' names
             name = arguments.command
             command = f"data {arguments.data.kind}" if name == "data" else name
             _refuse_idle(options, arguments)
@@ -147,6 +149,16 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
 
 
+def _require_utf8(arguments: Sequence[str]) -> None:
+    """config.yaml and reports, which hold the arguments, are written in UTF-8."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ValueError(
+                f"names must be UTF-8, got {argument!r}; rename it, or set PYTHONUTF8=1 where the name is UTF-8 and "
+                "the locale is not"
+            )
+
+
 def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
     """Refuses options of what never takes place."""
     names = [option.partition("=")[0] for option in options]
@@ -169,8 +181,8 @@ def _require_folder(arguments: Namespace) -> None:
     if arguments.command == "data" and own.kind == "generate-streets":
         name, own = "dir", own["generate-streets"]
     out = own.get(name.removeprefix("--"))
-    if out is not None and (not out or (Path(out).exists() and not Path(out).is_dir())):
-        raise ValueError(f"{name} must be a folder, got {out!r}{', which is a file' if out else ''}")
+    if out is not None and (not out or (os.path.lexists(out) and not Path(out).is_dir())):
+        raise ValueError(f"{name} must be a folder, got {out!r}{', which is none' if out else ''}")
 
 
 def _as_list(option: str, value: str) -> str:
@@ -186,6 +198,8 @@ class _Parser(ArgumentParser):
     """Tells of a mistyped option which one is meant, and writes types as a reader would."""
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        if type(ex) is KeyError:  # jsonargparse's own, on the way to a message: it names the subcommand only
+            message = "a file that an option was given holds a key that is no option"
         unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, flags=re.IGNORECASE | re.DOTALL)
         if unknown and "did you mean" not in message:
             known = [option for option in self._option_string_actions if option.startswith("--")]
@@ -359,7 +373,7 @@ class HeightxWidth(tuple[int, int]):
 def _parsed_size(value: Any) -> HeightxWidth:
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+)x(\d+)", value)):
         return HeightxWidth((int(match[1]), int(match[2])))
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value):
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
         return HeightxWidth(value)
     raise ValueError(f"must be height x width, such as 160x320, got {value!r}")
 
@@ -469,7 +483,7 @@ def _built(kind: Any, name: str, value: Any) -> Any:
 
 def _effective(arguments: Namespace) -> str:
     """All options but those of the folder and of other files as YAML, for --config."""
-    left_out = ("config", "out", "quick", "__default_config__")
+    left_out = ("config", "out", "quick")
     options = {name: value for name, value in arguments.as_dict().items() if name not in left_out}
     options["crop"] = "{}x{}".format(*arguments.crop)
     plain = json.loads(json.dumps(options))  # tuples become lists

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
 from .attacks.base import frozen, logits_of
+from .data.files import opened
 from .evaluation import ATTACKS
 from .models import ModelConfig, build_model
 from .training import TrainConfig, Trainer, Validation, load_model, read_config
@@ -108,11 +109,9 @@ def whole_images(dataset: Any, *, images: int = 0, batch_size: int = 1) -> DataL
     Args:
         dataset: with ``image_paths``, from whose files the sizes are read.
     """
-    from PIL import Image
-
     by_size: dict[tuple[int, int], list[int]] = {}
     for index in range(min(images or len(dataset), len(dataset))):
-        with Image.open(dataset.image_paths[index]) as image:
+        with opened(dataset.image_paths[index]) as image:
             by_size.setdefault(image.size, []).append(index)
     batches = [
         indices[start : start + batch_size]

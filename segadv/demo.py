@@ -31,7 +31,7 @@ from .models import ModelConfig, build_model
 from .results import csv_text, read_rows
 from .run_directory import git_commit, processor_name
 from .training import TrainConfig, Trainer
-from .writing import is_leftover, remove_leftovers, write_text
+from .writing import explained, is_leftover, remove_leftovers, write_text
 
 __all__ = ["FULL", "QUICK", "DemoSizes", "run_demo"]
 
@@ -243,8 +243,9 @@ class _Record:
             raise ValueError(f"out: the demo in {out} has other arguments ({told}); choose another folder")
         if not (out / "overhead.csv").exists():  # they are of the machine that times the steps
             self.content |= {"machine": _machine(), "build_info": build_info(), "git_commit": git_commit()}
-        out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
         self._write()
 
     def _previous(self) -> dict[str, Any]:

@@ -418,8 +418,8 @@ def evaluate(
             Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
             iterate, random start but for "bim"). Or a mapping from names to factories: ``factory(model, eps)``
             gives the attack, and ``attack(images, labels)`` the adversarial images; what it does to its arguments, and
-            to the model's flags and buffers, lasts for the call, but not what it does to `.grad`. A UserWarning tells of
-            images outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.
+            to the model's flags and buffers, lasts for the call, but not what it does to `.grad`. A UserWarning tells
+            of images outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.
         eps: the sizes of the perturbation, in the images' unit.
         steps: of "bim", "pgd", "segpgd" and "cospgd": a number, or a mapping from each eps to one.
         worst_case: adds "worst-case" where there are several attacks.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks.base import unwrapped
-from .writing import atomic_write
+from .writing import atomic_write, explained
 
 _DEEPEST = 8
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
@@ -128,7 +128,8 @@ class Records:
         self.identity = identity
         self.approve = approve
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with explained(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     def outcomes(
         self, attack: str, eps: Sequence[float], depends_on: Sequence[Any], compute: Callable[[], Tensor]

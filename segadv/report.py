@@ -56,7 +56,6 @@ def write_report(
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"class_names must be as many as the models' classes, {classes}, got {len(class_names)}")
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
     result.to_csv(out / "curves.csv")
     result.to_details_csv(out / "details.csv")
     result.to_json(out / "results.json")

@@ -40,7 +40,7 @@ from .results import csv_text
 from .run_directory import environment
 from .train_config import flat
 from .training import FREE_TO_CHANGE, TrainConfig, Trainer, resolve_device
-from .writing import is_leftover, remove_leftovers, write_text
+from .writing import explained, is_leftover, remove_leftovers, write_text
 
 __all__ = ["SETTINGS", "Claim", "Evaluation", "claims", "reproduce"]
 
@@ -221,8 +221,9 @@ def _prepare(out: Path, options: str) -> None:
         return
     if out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
         raise FileExistsError(f"out must be a new or empty folder or an earlier reproduction's; {out} is neither")
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
     _write_options(out, options)
 
 

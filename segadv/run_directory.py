@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import torch
 
-from .checkpoints import drop_lines_after, explained, replacing, whole_lines
+from .checkpoints import drop_lines_after, whole_lines
 from .ops.native import build_info
 from .records import versions
 from .results import read_rows
-from .writing import remove_leftovers
+from .writing import explained, remove_leftovers, write_text
 
 if sys.platform != "win32":
     import fcntl
@@ -125,8 +125,7 @@ class RunDirectory:
             "environment": environment(device),
         }
         content["starts"].append(start)
-        with replacing(self.run) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(self.run, json.dumps(content, indent=1) + "\n")
 
     def is_of_another(self, config: Mapping[str, Any]) -> bool:
         """Whether a run of another config has written here."""

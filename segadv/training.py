@@ -41,18 +41,17 @@ from .checkpoints import (
     load_weights,
     read_checkpoint,
     read_config,
-    replacing,
     share,
     write_checkpoint,
 )
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
+from .data.files import opened
 from .data.sampler import STEP
 from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
 from .progress import progress_bar
-from .results import csv_text
 from .run_directory import RunDirectory
 from .train_config import (
     ARMS,
@@ -513,9 +512,7 @@ class Trainer:
         with self._interrupts.held():
             result = self._validate()
             if distributed.rank() == 0:
-                with replacing(directory.curves) as temporary:
-                    curves = EvaluationResult.merge({self.config.arm: result})
-                    temporary.write_text(csv_text(curves.rows), encoding="utf-8")
+                EvaluationResult.merge({self.config.arm: result}).to_csv(directory.curves)
                 directory.draw(f"trained with {self.config.arm}")
                 directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
         steps, clock = self._clock
@@ -825,9 +822,7 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
 def _one_size(paths: Sequence[str | os.PathLike[str]]) -> None:
     sizes = set()
     for path in paths:
-        from PIL import Image
-
-        with contextlib.suppress(OSError), Image.open(path) as image:  # what cannot be read is told when it is read
+        with contextlib.suppress(OSError), opened(path) as image:  # what cannot be read is told when it is read
             sizes.add(image.size[::-1])
     if len(sizes) > 1:
         raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)[:3]}")
@@ -875,6 +870,11 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f'device must be "auto" or a name that torch.device takes, got {name!r}') from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # an AssertionError where torch was built without it, for one
+        told = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used here: {told or type(error).__name__}") from error
     return device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -9,7 +10,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "is_leftover", "remove_leftovers", "write_text"]
+__all__ = ["atomic_write", "explained", "is_leftover", "remove_leftovers", "write_text"]
+
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there and ") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable and "
+)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """An OSError of the block says which file it was about, what is left, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        cause = f"{error.strerror or error}"
+        remedy = _REMEDIES.get(error.errno or 0, "")
+        checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
+        left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
+        raise type(error)(
+            error.errno or errno.EIO,
+            f"{path} could not be written: {cause}; {remedy}give the same command again{left}",
+        ) from error
 
 
 @contextmanager
@@ -17,19 +38,21 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
     """Gives a temporary path in the same folder, made where it is missing, which replaces `path` when the block ends
     without error.
 
-    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power.
+    At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power. An
+    OSError is `explained`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
-    try:
-        yield temporary
-        if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if durable:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -25,10 +25,9 @@ from safetensors import safe_open
 from test_training import FILES, Squares, assert_same_state, config, metrics_of, run, tiny_model
 from torch import nn
 
-from segadv import checkpoints, run_directory, training
+from segadv import checkpoints, run_directory, training, writing
 from segadv.checkpoints import drop_lines_after, whole_lines
 from segadv.training import Trainer, Validation
-from segadv.writing import is_leftover
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the other processes: so come the same bits
 
@@ -169,7 +168,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bits(
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, "the moment never came"
     if moment in ("half 2", "written 3"):
-        assert any(map(is_leftover, tmp_path.iterdir()))
+        assert any(map(writing.is_leftover, tmp_path.iterdir()))
     if (tmp_path / "last.pt").exists():
         assert torch.load(tmp_path / "last.pt", weights_only=True)["steps_done"] in (4, 5, 8, 10, 12, 14)
     assert_same_run(tmp_path, whole)
@@ -285,8 +284,8 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(run_directory.RunDirectory, "prepare", then_in_the_way)
     with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
         trainer().run(tmp_path, progress=False)
-    assert not any(map(is_leftover, tmp_path.iterdir()))
-    with pytest.raises(OSError, match=r"give the same command again$"), checkpoints.replacing(tmp_path / file) as there:
+    assert not any(map(writing.is_leftover, tmp_path.iterdir()))
+    with pytest.raises(OSError, match=r"give the same command again$"), writing.atomic_write(tmp_path / file) as there:
         there.touch()  # and no checkpoint is promised where there is none
 
 
@@ -300,7 +299,7 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
 )
 def test_the_remedy_is_that_of_the_error(tmp_path: Path, code: int, remedy: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(OSError, match="could not be written") as raised, checkpoints.explained(path):
+    with pytest.raises(OSError, match="could not be written") as raised, writing.explained(path):
         raise OSError(code, os.strerror(code))
     assert raised.value.errno == code
     assert raised.value.strerror == (

@@ -103,10 +103,24 @@ def test_wrong_use_is_told_in_one_message(
 )
 def test_output_has_to_be_a_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    for given, message in ((str(tmp_path / "file"), "file', which is a file"), ("", "must be a folder, got ''")):
+    (tmp_path / "link").symlink_to("nowhere")
+    for given, message in (
+        (str(tmp_path / "file"), "file', which is none"),
+        (str(tmp_path / "link"), "link', which is none"),
+        ("", "must be a folder, got ''"),
+    ):
         assert main([*command.split(), given]) == 2
         assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("command", ["train --data x --out", "evaluate x.pt --data x --out", "demo --out"])
+def test_names_are_utf8(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Told before hours of work: what is not can be written neither to a report nor to config.yaml."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), os.fsdecode(b"f\xe4ld")]) == 2
+    assert r"names must be UTF-8, got 'f\udce4ld'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])

@@ -8,10 +8,13 @@ import io
 import json
 import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,34 @@ def test_lists_are_written_as_for_evaluate(options: list[str]) -> None:
     config, _, _ = parsed(*options)
     assert config.validation.eps == (0, 0.03, 8 / 255)
     assert config.validation.attacks == ("fgsm", "pgd")
+
+
+def test_groups_of_options_come_from_files(tmp_path: Path, streets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run's own config.yaml, which names none of these files, repeats it."""
+    monkeypatch.chdir(tmp_path)
+    Path("v.yaml").write_text("every: 0\n")
+    Path("m.yaml").write_text("name: small_pspnet\n")
+    Path("a.yaml").write_text("blur: 0.5\n")
+    files = "--validation v.yaml --model m.yaml --augmentation a.yaml"
+    assert run(f"train --config quick --device cpu --monitor-every 0 --data {streets} --out first {files}") == 0
+    assert run("train --config first/config.yaml --out again") == 0
+    assert yaml.safe_load(Path("first/config.yaml").read_text())["augmentation"]["blur"] == 0.5
+    for name in ("config.yaml", "model.safetensors"):
+        assert (Path("first") / name).read_bytes() == (Path("again") / name).read_bytes()
+
+
+def test_a_reproduction_takes_its_evaluation_from_a_file(
+    tmp_path: Path, streets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("e.yaml").write_text("images: 1\n")
+    command = f"reproduce cityscapes --quick --device cpu --monitor-every 0 --data {streets} --arms basic --evaluation"
+    assert run(f"{command} e.yaml --out first") == 0
+    assert yaml.safe_load(Path("first/config.yaml").read_text())["evaluation"]["images"] == 1
+    Path("e.yaml").write_text("nope: 1\n")
+    assert "a file that an option was given holds a key that is no option" in failure(
+        f"{command} e.yaml --out b", capsys
+    )
 
 
 def test_wheel_holds_the_recipes(tmp_path: Path) -> None:
@@ -525,6 +556,25 @@ def test_batches_of_whole_images_have_one_size(
     for indices, (pictures, labels) in zip(expected, loader, strict=True):
         assert torch.equal(pictures, torch.stack([dataset[i][0] for i in indices]))
         assert torch.equal(labels, torch.stack([dataset[i][1] for i in indices]))
+
+
+def test_a_picture_whose_size_cannot_be_read_is_named(
+    trained: Path, streets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes come from the files' heads: one that claims 60000 x 60000 pixels, too many for Pillow, and an empty one."""
+    root = tmp_path / "data"
+    shutil.copytree(streets, root)
+    picture = sorted((root / "leftImg8bit" / "val").rglob("*.png"))[0]
+    head = bytearray(picture.read_bytes())
+    head[16:24] = struct.pack(">II", 60000, 60000)
+    head[29:33] = struct.pack(">I", zlib.crc32(head[12:29]))
+    train = f"train {SMALL} --data {root} --out {tmp_path}/run --validation.every 2 --validation.batch_size 2"
+    for content in (bytes(head), b""):
+        picture.write_bytes(content)
+        for command in (f"evaluate {trained}/cityscapes/last.pt --data {root} --out {tmp_path}/out --eps 0", train):
+            message = failure(command, capsys)
+            assert f"{picture}: cannot be read as an image (" in message
+            assert "restore it from the data set's archive" in message
 
 
 def test_pictures_have_the_data_sets_colours(tmp_path: Path) -> None:

@@ -1524,6 +1524,8 @@ def test_number_of_classes_of_the_description_is_checked(tmp_path: Path) -> None
 def test_trainer_names_what_is_wrong() -> None:
     for changes, message in (
         ({"device": "abacus"}, 'device must be "auto" or a name'),
+        ({"device": "meta"}, "device 'meta' cannot be used here: Tensor.item"),
+        ({"device": "hpu"}, "device 'hpu' cannot be used here: "),
         ({"precision": "fp16"}, 'precision "fp16" needs a CUDA device'),
         ({"batch_size": 14}, "dataset must hold at least one batch, batch_size = 14, got 13"),
         ({"validation": Validation(every=2)}, "validation.every needs a validation_dataset"),

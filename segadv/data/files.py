@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeGuard
@@ -158,18 +159,14 @@ def require_pillow() -> None:
         raise ImportError("reading and writing PNG files needs Pillow: pip install pillow") from error
 
 
-def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
-    """An image file as it is stored. An EXIF orientation is not applied: masks are drawn for the stored pixels.
-
-    Args:
-        modes: of Pillow; any other is refused.
-        remedy: what to do about another mode, for the message.
-    """
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file whose pixels are not yet read. Whatever is wrong with it is an OSError that names it."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            image.load()
+            yield image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist (any more); restore it") from error
     except Exception as error:  # a damaged file makes the decoders raise almost anything
@@ -177,6 +174,17 @@ def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
             f"{path}: cannot be read as an image ({type(error).__name__}: {error}); "
             "restore it from the data set's archive"
         ) from error
+
+
+def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
+    """An image file as it is stored. An EXIF orientation is not applied: masks are drawn for the stored pixels.
+
+    Args:
+        modes: of Pillow; any other is refused.
+        remedy: what to do about another mode, for the message.
+    """
+    with opened(path) as image:
+        image.load()
     if image.mode not in modes:
         allowed = " or ".join(f'"{mode}"' for mode in modes)
         raise ValueError(f'{path}: the image mode must be {allowed}, this one is "{image.mode}"; {remedy}')
