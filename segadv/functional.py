@@ -28,14 +28,13 @@ jvp) raise RuntimeError too, compiled or not. All else is detached: constants, f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .checks import LABEL_TYPES, true_or_false, whole_number
+from .checks import LABEL_TYPES, is_number, true_or_false, whole_number
 from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
@@ -162,7 +161,8 @@ def cross_entropy(
         labels: [N, H, W] (or [N]).
         weight: [C] floating point class weights; no gradient reaches them.
         reduction: "mean", over the valid pixels of the batch, divided by the sum of their weights; "image", the
-            same for each image; "sum"; "none". Without a valid pixel "mean" and "image" are 0 (PyTorch: NaN).
+            same for each image; "sum"; "none". Where that sum is 0, "mean" and "image" are not divided: 0 without a
+            valid pixel (PyTorch: NaN).
 
     Returns:
         a scalar ("mean", "sum"), [N] ("image") or [N, H, W] ("none"), float32 or float64.
@@ -230,6 +230,7 @@ def segpgd_loss(
     Source: Gu et al. 2022 (arXiv 2207.12391), eq. 5, where it is (t - 1) / (2 T) with t = 1 ... T.
     """
     lam = _segpgd_lambda(step, steps)
+    true_or_false(targeted=targeted)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     return _quotient(
         *autograd.apply(autograd.WeightedLoss, logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
@@ -266,6 +267,7 @@ def cospgd_loss(
 
     Source: Agnihotri, Jung, Keuper 2024 (arXiv 2302.02213).
     """
+    true_or_false(targeted=targeted)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     return _quotient(
         *autograd.apply(autograd.WeightedLoss, logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
@@ -313,6 +315,7 @@ def loss_and_grad(
         if step is None or steps is None:
             raise ValueError(f"step and steps must both be given for loss='segpgd', got step={step} and steps={steps}")
         lam = _segpgd_lambda(step, steps)
+    true_or_false(targeted=targeted)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     loss_sum, n_valid, _, grad = library.loss_and_grad(
@@ -401,6 +404,9 @@ def _newton_step(
     _check_tensor("gain", gain)
     if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
         raise ValueError(f"gain must be a floating point [{images.shape[0]}] on {images.device}, got {_describe(gain)}")
+    true_or_false(clamp_negative=clamp_negative)
+    if max_eps is not None and not torch.compiler.is_compiling() and not is_number(max_eps):
+        raise TypeError(f"max_eps must be a number or None, got a {type(max_eps).__name__}")
     if max_eps is not None and not max_eps >= 0:
         raise ValueError(f"max_eps must be at least 0, got {max_eps}")
     result: tuple[Tensor, Tensor, Tensor] = library.newton_step(
@@ -443,8 +449,8 @@ def sign_step(
 
     Raises, besides what all raise:
         ValueError: images in half precision; bounds that are not (low, high) with low < high; origin without eps, or
-            eps without origin; an alpha that is not finite; a negative eps. Tensors [N] are not looked at, which would
-            wait for a GPU; a NaN in one shows in its image.
+            eps without origin; an alpha or eps that is not finite in the images' dtype; a negative eps. Tensors [N] are
+            not looked at, which would wait for a GPU; a NaN in one shows in its image.
     """
     _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
@@ -503,6 +509,7 @@ def confusion_matrix(
         valid = labels != ignore_index
         torch.bincount(labels[valid].long() * C + prediction[valid], minlength=C * C).view(C, C)
     """
+    true_or_false(per_image=per_image)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     matrix, invalid = library.confusion_matrix(logits4, labels3, ignore_index, align_corners, per_image)
@@ -559,6 +566,8 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
     if value.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got a nested one")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -659,15 +668,20 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
         raise ValueError(f"images must be float32 or float64 [N, ...], got {_describe(images)}{bytes_}")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
         raise ValueError(f"grad must be like the images, {_describe(images)}, got {_describe(grad)}")
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(bounds)}")
+    ends = tuple(bounds) if isinstance(bounds, Iterable) else ()
+    are_numbers = torch.compiler.is_compiling() or all(map(is_number, ends))  # there they may be symbols
+    if len(ends) != 2 or not are_numbers or not ends[0] < ends[1]:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
 
 
 def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (0.0, tensor [N]) where the value is given per image."""
     if not isinstance(value, Tensor):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if not torch.compiler.is_compiling():  # where it may be a symbol
+            if not is_number(value):
+                raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
+            if not abs(value) <= torch.finfo(images.dtype).max:
+                raise ValueError(f"{name} must be finite in {_names((images.dtype,))}, got {value}")
         return float(value), None
     if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
         raise ValueError(

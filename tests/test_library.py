@@ -239,6 +239,22 @@ def test_torch_func_is_refused(name: str) -> None:
         torch.func.grad(lambda z: F.l1_norm(z).sum())(z)
 
 
+@pytest.mark.parametrize("name", ["alpha", "eps", "max_eps", "high"])
+def test_numbers_may_change_in_a_full_graph(name: str) -> None:
+    """From the second value on Dynamo takes a number for a symbol."""
+    images, grad, gain = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2)
+    step = {
+        "alpha": lambda value: F.sign_step(images, grad, value),
+        "eps": lambda value: F.sign_step(images, grad, 0.1, origin=images, eps=value),
+        "max_eps": lambda value: F.newton_step(images, grad, gain, max_eps=value)[0],
+        "high": lambda value: F.newton_step(images, grad, gain, bounds=(0.0, value))[0],
+    }[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for value in (0.01, 0.02, 0.03):
+        assert torch.equal(compiled(value), step(value))
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_torch_func_is_refused_when_compiled(fullgraph: bool) -> None:
     """Dynamo takes the gradient with respect to a function's own input for 0, without a word (torch 2.13)."""
@@ -499,7 +515,41 @@ IMAGES = torch.zeros(2, 3, 4, 4)
             r"logits must have at least 1 pixel, got float32 \[2, 3, 0, 4\]",
         ),
         (lambda: F.cross_entropy(Z[..., :0], Y[..., :0]), "logits must have at least 1 pixel, got float32"),
-        (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha must be finite, got inf"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha must be finite in float32, got inf"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.nan), "alpha must be finite in float32, got nan"),
+        (lambda: F.sign_step(IMAGES, IMAGES, -1e39), "alpha must be finite in float32, got -1e"),  # it would be -inf
+        (lambda: F.sign_step(IMAGES, IMAGES, 10**400), "alpha must be finite in float32, got 1000"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=1e39), "eps must be finite in float32, got 1e"),
+        (lambda: F.sign_step(IMAGES, IMAGES, "0.1"), r"alpha must be a number, or a tensor \[N\], got a str"),
+        (lambda: F.sign_step(IMAGES, IMAGES, None), r"alpha must be a number, or a tensor \[N\], got a NoneType"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=[0.1]), "eps must be a number, or .*, got a list"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=1.0), r"bounds must be \(low, high\) .*, got 1\.0"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=("0", "1")), r"bounds must be .*, got \('0', '1'\)"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(None, 1.0)), r"bounds must be .*, got \(None, 1\.0\)"),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(torch.zeros(3), torch.ones(3))),
+            r"bounds must be \(low, high\) with low < high, got \(tensor",
+        ),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps="8/255"),
+            "max_eps must be a number or None, got a str",
+        ),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=torch.ones(2)),
+            "max_eps must be a number or None, got a Tensor",
+        ),
+        (
+            lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), clamp_negative=None),
+            "clamp_negative must be True or False, got None",
+        ),
+        (lambda: F.segpgd_loss(Z, Y, 0, 2, targeted=1), "targeted must be True or False, got 1"),
+        (lambda: F.cospgd_loss(Z, Y, targeted="False"), "targeted must be True or False, got 'False'"),
+        (lambda: F.loss_and_grad(Z, Y, loss="cospgd", targeted=None), "targeted must be True or False, got None"),
+        (lambda: F.confusion_matrix(Z, Y, per_image="no"), "per_image must be True or False, got 'no'"),
+        (
+            lambda: F.cross_entropy(torch.nested.nested_tensor([Z[0], Z[1]]), Y),
+            "logits must be a dense tensor, got a nested one",
+        ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(0, 1, 2)),
             r"bounds must be \(low, high\) .*, got \(0, 1, 2\)",
@@ -616,6 +666,25 @@ def test_bad_labels_are_named_with_their_place(
         with pytest.raises(ValueError, match=r"or ignore_index = 255, got -1 at \[n, y, x\] = \[0, 39, 59\]"):
             F.averaged_gain(z, y)
         assert F.averaged_gain(z, torch.full_like(y, -1), ignore_index=-1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("own", [(2, 2), (3, 4), (8, 8)])
+def test_bad_labels_spoil_all_of_their_image_in_the_reference(
+    own: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where they are not looked for. Of 8 x 8 logits 2 x 2 labels leave most out."""
+    monkeypatch.setattr("segadv.ops.reference.check_labels", lambda *_: None)
+    z, y = torch.randn(3, 4, *own, requires_grad=True), torch.zeros(3, 2, 2, dtype=torch.long)
+    y[1, 0, 0] = 7
+    with segadv.backend("reference"):
+        grads = {"gain_and_grad": F.gain_and_grad(z, y)[2], "loss_and_grad": F.loss_and_grad(z, y)[2]}
+        for function in (F.pixel_margin, F.averaged_gain, F.cospgd_loss):
+            grads[function.__name__] = torch.autograd.grad(function(z, y).sum(), z)[0]
+        per_image = F.cross_entropy(z, y, reduction="image")
+        grads["cross_entropy"] = torch.autograd.grad(per_image.sum(), z)[0]
+    for name, grad in grads.items():
+        assert grad[1].isnan().all(), name
+        assert grad[[0, 2]].isfinite().all(), name
 
 
 @pytest.mark.parametrize("own", [(6, 8), (2, 2)])

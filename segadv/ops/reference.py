@@ -109,8 +109,9 @@ def margin_backward(
     g = target.masked(grad_margin).unsqueeze(1)
     grad = g.new_zeros(size[0], size[1], *labels.shape[-2:])
     grad.scatter_(1, target.y, g).scatter_add_(1, runner_up.long().unsqueeze(1), -g)
-    grad = grad + target.poison.view(-1, 1, 1, 1)
-    return _as_gradient(_upsample_backward(grad, size, align_corners), channels_last, dtype)
+    # after the resampling: where that leaves logits out, they are poisoned too
+    grad = _upsample_backward(grad, size, align_corners) + target.poison.view(-1, 1, 1, 1)
+    return _as_gradient(grad, channels_last, dtype)
 
 
 def gain_and_grad(
@@ -226,10 +227,8 @@ def cross_entropy_backward(
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
     grad = torch.where(target.valid.unsqueeze(1), (softmax - onehot) * coefficient.unsqueeze(1), 0.0)
-    grad = grad + target.poison.view(-1, 1, 1, 1)
-    return _as_gradient(
-        _upsample_backward(grad, list(logits.shape), align_corners), is_channels_last(logits), logits.dtype
-    )
+    grad = _upsample_backward(grad, list(logits.shape), align_corners) + target.poison.view(-1, 1, 1, 1)
+    return _as_gradient(grad, is_channels_last(logits), logits.dtype)
 
 
 def loss_and_grad(
