@@ -690,7 +690,6 @@ def plot(records: Sequence[Record], path: Path) -> None:
         row[0].set_ylabel("additional time of a step in %")
     handles = {name: handles[name] for name in sorted(handles, key=lambda name: name not in COLUMNS)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
     pyplot.close(figure)

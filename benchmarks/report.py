@@ -1094,9 +1094,9 @@ def draw(picture: Picture, root: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     source, target = root / RESULTS / picture.source, root / picture.path
-    target.parent.mkdir(parents=True, exist_ok=True)
+    records = records_in(source)
     with atomic_write(target) as temporary:
-        picture.draw(records_in(source), temporary)
+        picture.draw(records, temporary)
         information = PngInfo()
         information.add_text(_STAMP, digest(source))
         with Image.open(temporary) as image:

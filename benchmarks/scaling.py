@@ -239,7 +239,6 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     panels[0, 0].set_ylabel("ns per pixel")
     panels[1, 0].set_ylabel("bytes per pixel at the peak")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, handlelength=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

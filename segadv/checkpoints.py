@@ -40,7 +40,7 @@ def drop_lines_after(path: Path, step: int) -> None:
         return
     kept = "".join(f"{json.dumps(line)}\n" for line in whole_lines(path) if line["step"] <= step)
     if kept != path.read_text(encoding="utf-8", errors="replace"):
-        write_text(path, kept)
+        write_text(path, kept, of_run=True)
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
-    with atomic_write(path, durable=True) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, durable=True, of_run=True) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
@@ -116,7 +116,8 @@ def share(path: Path, model: nn.Module, config: Mapping[str, Any], steps: int) -
     metadata = {"segadv": json.dumps(values | {"config": entries})}
     # copies: the format takes no two tensors in one memory
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    with atomic_write(path, durable=True) as temporary:  # save_file would make a file that others cannot read
+    with atomic_write(path, durable=True, of_run=True) as temporary:
+        # save_file would make a file that others cannot read
         temporary.write_bytes(save(weights, metadata=metadata))
 
 

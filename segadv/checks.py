@@ -38,8 +38,8 @@ def a_module(model: object) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number; True and False are none here."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether it is a real number, or what stands for one in a trace; True and False are none here."""
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def true_or_false(**arguments: object) -> None:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -40,6 +40,7 @@ from .ops import backends
 from .recipes import ConfigFile, recipe_file, recipes
 from .reproduce import SETTINGS, Evaluation
 from .run_directory import RunDirectory, git_commit
+from .train_config import flat
 from .training import ARMS, TrainConfig
 
 __all__ = ["main"]
@@ -67,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = None
     try:
         with _termination_interrupts():
-            given = sys.argv[1:] if argv is None else argv
-            _require_utf8(given)
-            options = _arranged(given)
+            options = _arranged(sys.argv[1:] if argv is None else argv)
             arguments = _parser().parse_args(options).clone(with_meta=False)  # where values came from: files' names
             name = arguments.command
             command = f"data {arguments.data.kind}" if name == "data" else name
@@ -149,13 +148,13 @@ def _arranged(argv: Sequence[str]) -> list[str]:
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
 
 
-def _require_utf8(arguments: Sequence[str]) -> None:
-    """config.yaml and reports, which hold the arguments, are written in UTF-8."""
-    for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):
+def _require_utf8(values: Iterable[object]) -> None:
+    """Of what stands in config.yaml or a report, which are read and written in UTF-8."""
+    for value in values:
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(
-                f"names must be UTF-8, got {argument!r}; rename it, or set PYTHONUTF8=1 where the name is UTF-8 and "
-                "the locale is not"
+                f"names that are written down must be UTF-8, got {value!r}; rename it, or set PYTHONUTF8=1 where the "
+                "name is UTF-8 and the locale is not"
             )
 
 
@@ -182,7 +181,7 @@ def _require_folder(arguments: Namespace) -> None:
         name, own = "dir", own["generate-streets"]
     out = own.get(name.removeprefix("--"))
     if out is not None and (not out or (os.path.lexists(out) and not Path(out).is_dir())):
-        raise ValueError(f"{name} must be a folder, got {out!r}{', which is none' if out else ''}")
+        raise ValueError(f"{name} must be a folder, got {out!r}{', which is no folder' if out else ''}")
 
 
 def _as_list(option: str, value: str) -> str:
@@ -199,7 +198,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         if type(ex) is KeyError:  # jsonargparse's own, on the way to a message: it names the subcommand only
-            message = "a file that an option was given holds a key that is no option"
+            message = "an option's file, or its {...}, holds a key that is no option"
         unknown = re.fullmatch(r"unrecognized arguments: --([\w.-]+).*", message, flags=re.IGNORECASE | re.DOTALL)
         if unknown and "did you mean" not in message:
             known = [option for option in self._option_string_actions if option.startswith("--")]
@@ -417,6 +416,7 @@ def _train(arguments: Namespace) -> None:
     from .training import Trainer
 
     config, model_config = _configs(arguments)
+    options = _effective(arguments)
     out = Path(arguments.out)
     dataset = open_dataset(arguments.dataset, arguments.data, "train")
     validation = open_dataset(arguments.dataset, arguments.data, "val") if config.validation.every else None
@@ -427,7 +427,7 @@ def _train(arguments: Namespace) -> None:
         with closing(RunDirectory(out)) as directory:  # no other run may write there, until the trainer's has ended
             if from_first(directory.prepare):
                 trainer.load(directory.checkpoint)  # refuses another run's before anything is written
-            from_first(lambda: _write_options(out / "config.yaml", arguments, model_config, directory))
+            from_first(lambda: _write_options(out / "config.yaml", options, model_config, directory))
             trainer.run(out)
         if rank() != 0:
             return
@@ -436,12 +436,12 @@ def _train(arguments: Namespace) -> None:
     print(f"{out / 'last.pt'}: {config.arm}, {trainer.steps_done} steps{drawn}")
 
 
-def _write_options(path: Path, arguments: Namespace, model: ModelConfig, directory: RunDirectory) -> None:
+def _write_options(path: Path, options: str, model: ModelConfig, directory: RunDirectory) -> None:
     """config.yaml; ValueError where the run began with other initial weights than these options name, or where the file
     is no run's."""
     from .writing import write_text
 
-    options, there = _effective(arguments), path.exists()
+    there = path.exists()
     if there and not (directory.checkpoint.exists() or directory.run.exists()):
         if path.read_bytes() != options.encode():  # what a run killed at its start left is the same
             raise ValueError(f"{path} is no run's, and this one would overwrite it; give another output folder")
@@ -459,7 +459,7 @@ def _write_options(path: Path, arguments: Namespace, model: ModelConfig, directo
                 f"{directory.path} holds a run that began with other weights ({told}): a run that goes on "
                 "has its own; name them as there, or give another output folder"
             )
-    write_text(path, options)
+    write_text(path, options, of_run=True)
 
 
 def _configs(arguments: Namespace) -> tuple[TrainConfig, ModelConfig]:
@@ -485,6 +485,7 @@ def _effective(arguments: Namespace) -> str:
     """All options but those of the folder and of other files as YAML, for --config."""
     left_out = ("config", "out", "quick")
     options = {name: value for name, value in arguments.as_dict().items() if name not in left_out}
+    _require_utf8(flat(options).values())
     options["crop"] = "{}x{}".format(*arguments.crop)
     plain = json.loads(json.dumps(options))  # tuples become lists
     text: str = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
@@ -501,6 +502,7 @@ def _evaluate(arguments: Namespace) -> None:
     from .training import resolve_device
 
     start = time.perf_counter()
+    _require_utf8(_given(arguments))
     at_least(0, images=arguments.images, seed=arguments.seed, **{"check-images": arguments.check_images})
     at_least(1, **{"batch-size": arguments.batch_size})
     device = resolve_device(arguments.device)
@@ -598,6 +600,7 @@ def _reproduce(arguments: Namespace) -> None:
 
     setting = arguments.setting
     options = arguments[setting]
+    _require_utf8([options.out])
     if options.quick:
         options.evaluation.images = options.evaluation.images or 2
         options.overhead_steps = min(options.overhead_steps, 2)

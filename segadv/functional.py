@@ -13,12 +13,12 @@ Shapes and types, the same everywhere:
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-Errors, the same everywhere: TypeError if an argument is not a tensor, a whole number, or True or False, where one is
-needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors that
-are sparse, do not fit together or are on different devices, and any other argument that is out of range. A label that
-is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the stream, it
-makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend was asked
-for that cannot run.
+Errors, the same everywhere: TypeError if an argument is not a tensor, a number, a whole one, or True or False, where
+one is needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors
+that are sparse or nested, do not fit together or are on different devices, and any other argument that is out of range.
+A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the
+stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend
+was asked for that cannot run.
 
 No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Not inside of
 torch.compile, where it is PyTorch's affair: it refuses with the second backward, or returns wrong derivatives, as of
@@ -28,7 +28,8 @@ jvp) raise RuntimeError too, compiled or not. All else is detached: constants, f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from numbers import Rational
 from typing import Literal
 
 import torch
@@ -400,17 +401,17 @@ def _newton_step(
     max_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`newton_step` with the norm [N], which the kernel has anyway, as a third result."""
-    _check_step(images, grad, bounds)
+    low, high = _check_step(images, grad, bounds)
     _check_tensor("gain", gain)
     if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
         raise ValueError(f"gain must be a floating point [{images.shape[0]}] on {images.device}, got {_describe(gain)}")
     true_or_false(clamp_negative=clamp_negative)
-    if max_eps is not None and not torch.compiler.is_compiling() and not is_number(max_eps):
+    if max_eps is not None and not is_number(max_eps):
         raise TypeError(f"max_eps must be a number or None, got a {type(max_eps).__name__}")
     if max_eps is not None and not max_eps >= 0:
         raise ValueError(f"max_eps must be at least 0, got {max_eps}")
     result: tuple[Tensor, Tensor, Tensor] = library.newton_step(
-        images.detach(), grad.detach(), gain.detach(), *map(float, bounds), clamp_negative, max_eps
+        images.detach(), grad.detach(), gain.detach(), low, high, clamp_negative, max_eps
     )
     return result
 
@@ -452,7 +453,7 @@ def sign_step(
             eps without origin; an alpha or eps that is not finite in the images' dtype; a negative eps. Tensors [N] are
             not looked at, which would wait for a GPU; a NaN in one shows in its image.
     """
-    _check_step(images, grad, bounds)
+    low, high = _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
         given = "eps" if origin is None else "origin"
         raise ValueError(f"origin and eps must both be given, or neither: they describe the ball; got {given} alone")
@@ -474,7 +475,8 @@ def sign_step(
         None if origin is None else origin.detach(),
         eps_number,
         eps_per_image,
-        *map(float, bounds),
+        low,
+        high,
     )
     return result
 
@@ -564,10 +566,10 @@ def _describe(tensor: Tensor) -> str:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
     if value.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got a nested one")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -655,7 +657,8 @@ def _segpgd_lambda(step: int, steps: int) -> float:
     return step / (2 * steps)
 
 
-def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> None:
+def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds as floats."""
     _check_tensor("images", images)
     _check_tensor("grad", grad)
     if images.dtype in (torch.float16, torch.bfloat16):
@@ -668,21 +671,26 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> No
         raise ValueError(f"images must be float32 or float64 [N, ...], got {_describe(images)}{bytes_}")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
         raise ValueError(f"grad must be like the images, {_describe(images)}, got {_describe(grad)}")
-    ends = tuple(bounds) if isinstance(bounds, Iterable) else ()
-    are_numbers = torch.compiler.is_compiling() or all(map(is_number, ends))  # there they may be symbols
-    if len(ends) != 2 or not are_numbers or not ends[0] < ends[1]:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+    try:
+        low, high = bounds
+        if is_number(low) and is_number(high) and low < high:
+            return float(low), float(high)
+    except (TypeError, ValueError, OverflowError):  # not two, or too large
+        pass
+    raise ValueError(f"bounds must be two numbers, (low, high) with low < high, got {bounds!r}")
 
 
 def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
     """(number, None), or (0.0, tensor [N]) where the value is given per image."""
     if not isinstance(value, Tensor):
-        if not torch.compiler.is_compiling():  # where it may be a symbol
-            if not is_number(value):
-                raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
-            if not abs(value) <= torch.finfo(images.dtype).max:
-                raise ValueError(f"{name} must be finite in {_names((images.dtype,))}, got {value}")
+        if not is_number(value):
+            raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
+        limit = torch.finfo(images.dtype).max
+        # a whole number may be too large for a float, and NumPy's would have the limit rounded to their own type
+        if not -limit <= (value if isinstance(value, Rational) else float(value)) <= limit:
+            raise ValueError(f"{name} must be finite in {_names((images.dtype,))}, got {value}")
         return float(value), None
+    _check_tensor(name, value)
     if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
         raise ValueError(
             f"{name} must be a number or a floating point [{images.shape[0]}] on {images.device}, "

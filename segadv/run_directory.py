@@ -55,7 +55,7 @@ class RunDirectory:
         Raises:
             ValueError: another process is training there, or files of a run's names are no run's.
         """
-        with explained(self.path):
+        with explained(self.path, of_run=True):
             self.path.mkdir(parents=True, exist_ok=True)
             is_a_run = self.checkpoint.exists() or bool(self._previous())
             foreign = [path.name for path in (*self._written, self.run) if path.exists()]
@@ -65,7 +65,7 @@ class RunDirectory:
                 f"{self.run.name}: no training run left it, and this one would overwrite it; give another folder"
             )
         self._keep_others_out()
-        with explained(self.path):
+        with explained(self.path, of_run=True):
             remove_leftovers(self.path)
         return self.checkpoint.exists()
 
@@ -78,7 +78,7 @@ class RunDirectory:
         if sys.platform == "win32":
             return
         path = self.path / ".lock"
-        with explained(path):
+        with explained(path, of_run=True):
             lock = path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +125,7 @@ class RunDirectory:
             "environment": environment(device),
         }
         content["starts"].append(start)
-        write_text(self.run, json.dumps(content, indent=1) + "\n")
+        write_text(self.run, json.dumps(content, indent=1) + "\n", of_run=True)
 
     def is_of_another(self, config: Mapping[str, Any]) -> bool:
         """Whether a run of another config has written here."""
@@ -168,7 +168,7 @@ class RunDirectory:
 
     def append(self, path: Path, entry: Mapping[str, Any]) -> None:
         """One more line, a JSON object."""
-        with explained(path), open(path, "a", encoding="utf-8") as file:
+        with explained(path, of_run=True), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 

@@ -52,6 +52,7 @@ from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
 from .progress import progress_bar
+from .results import csv_text
 from .run_directory import RunDirectory
 from .train_config import (
     ARMS,
@@ -63,6 +64,7 @@ from .train_config import (
     flat,
     poly_learning_rate,
 )
+from .writing import write_text
 
 __all__ = [
     "ARMS",
@@ -512,7 +514,8 @@ class Trainer:
         with self._interrupts.held():
             result = self._validate()
             if distributed.rank() == 0:
-                EvaluationResult.merge({self.config.arm: result}).to_csv(directory.curves)
+                curves = EvaluationResult.merge({self.config.arm: result})
+                write_text(directory.curves, csv_text(curves.rows), of_run=True)
                 directory.draw(f"trained with {self.config.arm}")
                 directory.append(directory.validation, {"step": self.steps_done, "rows": result.rows})
         steps, clock = self._clock
@@ -863,7 +866,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -12,38 +12,57 @@ from pathlib import Path
 
 __all__ = ["atomic_write", "explained", "is_leftover", "remove_leftovers", "write_text"]
 
-_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there and ") | dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable and "
+_FAILED = "could not be written: "
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"
 )
+_LASTING = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""What the same command would meet again."""
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """An OSError of the block says which file it was about, what is left, and what to do."""
+def explained(path: Path, *, of_run: bool = False) -> Iterator[None]:
+    """An OSError of the block says that `path` could not be written, and what to do; one about another file stays as
+    it is.
+
+    Args:
+        of_run: the file is one of a training run, which the same command continues.
+    """
     try:
         yield
     except OSError as error:
-        cause = f"{error.strerror or error}"
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
-        left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
-        raise type(error)(
-            error.errno or errno.EIO,
-            f"{path} could not be written: {cause}; {remedy}give the same command again{left}",
-        ) from error
+        if isinstance(error.__cause__, OSError) and _FAILED in (error.strerror or ""):
+            error = error.__cause__  # explained, of what was to become this file
+        if not _is_about(error, path):
+            raise
+        advice = [_REMEDIES[error.errno]] if error.errno in _REMEDIES else []
+        if of_run and error.errno not in _LASTING:
+            checkpoint = (path if os.path.isdir(path) else path.parent) / "last.pt"  # unlike Path's, it never raises
+            left = f": it continues from {checkpoint}, which is whole" if os.path.isfile(checkpoint) else ""
+            advice.append(f"give the same command again{left}")
+        told = f"; {' and '.join(advice)}" if advice else ""
+        raise OSError(error.errno or errno.EIO, f"{path} {_FAILED}{error.strerror or error}{told}") from error
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether it names the file, a folder above or, of a folder, a file in it, or what `atomic_write` gives."""
+    if not isinstance(error.filename, str):
+        return True
+    named = Path(error.filename)
+    return named == path or named in path.parents or path in named.parents or is_leftover(named)
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = False, of_run: bool = False) -> Iterator[Path]:
     """Gives a temporary path in the same folder, made where it is missing, which replaces `path` when the block ends
     without error.
 
     At any moment `path` is the previous file or the new one, each whole; with `durable` also after a loss of power. An
-    OSError is `explained`.
+    OSError is `explained`, which takes `of_run`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.segadv{path.suffix}")
-    with explained(path):
+    with explained(path, of_run=of_run):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -55,8 +74,8 @@ def atomic_write(path: str | os.PathLike[str], *, durable: bool = False) -> Iter
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    with atomic_write(path) as temporary:
+def write_text(path: str | os.PathLike[str], text: str, *, of_run: bool = False) -> None:
+    with atomic_write(path, of_run=of_run) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -285,26 +285,47 @@ def test_each_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises((OSError, ValueError), match=f"{tmp_path}/{file}"):
         trainer().run(tmp_path, progress=False)
     assert not any(map(writing.is_leftover, tmp_path.iterdir()))
-    with pytest.raises(OSError, match=r"give the same command again$"), writing.atomic_write(tmp_path / file) as there:
-        there.touch()  # and no checkpoint is promised where there is none
+    with pytest.raises(OSError, match=f"{file} could not be written: Is a directory$"):
+        writing.write_text(tmp_path / file, "", of_run=True)  # the same command would meet it again
 
 
+@pytest.mark.parametrize("of_run", [False, True])
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.ENOSPC, "free some space there and "),
-        (errno.EROFS, "make the folder writable and "),
+        (errno.ENOSPC, "free some space there"),
+        (errno.EROFS, "make the folder writable"),
         (errno.EIO, ""),
+        (errno.ENOTDIR, ""),
     ],
 )
-def test_the_remedy_is_that_of_the_error(tmp_path: Path, code: int, remedy: str) -> None:
+def test_the_remedy_is_that_of_the_error(tmp_path: Path, code: int, remedy: str, of_run: bool) -> None:
     path = tmp_path / "metrics.jsonl"
-    with pytest.raises(OSError, match="could not be written") as raised, writing.explained(path):
-        raise OSError(code, os.strerror(code))
-    assert raised.value.errno == code
-    assert raised.value.strerror == (
-        f"{path} could not be written: {os.strerror(code)}; {remedy}give the same command again"
-    )
+    continues = "give the same command again" if of_run and code != errno.ENOTDIR else ""
+    advice = " and ".join(filter(None, [remedy, continues]))
+    for whole in (False, True):
+        with (
+            pytest.raises(OSError, match="could not be written") as raised,
+            writing.atomic_write(path, of_run=of_run) as temporary,
+            writing.atomic_write(temporary) as inner,  # explained once, of the file that is wanted
+        ):
+            raise OSError(code, os.strerror(code), str(inner))
+        assert raised.value.errno == code
+        there = f": it continues from {tmp_path / 'last.pt'}, which is whole" if whole and continues else ""
+        told = f"{path} could not be written: {os.strerror(code)}"
+        assert raised.value.strerror == told + (f"; {advice}{there}" if advice else "")
+        (tmp_path / "last.pt").touch()
+
+
+def test_an_error_about_another_file_is_not_explained(tmp_path: Path) -> None:
+    """What is read to be written, such as a font of a picture."""
+    with (
+        pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*font\.ttf'") as raised,
+        writing.atomic_write(tmp_path / "picture.png"),
+    ):
+        (tmp_path / "fonts" / "font.ttf").read_bytes()
+    assert "could not be written" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def test_output_has_to_be_a_folder(command: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     for given, message in (
-        (str(tmp_path / "file"), "file', which is none"),
-        (str(tmp_path / "link"), "link', which is none"),
+        (str(tmp_path / "file"), "file', which is no folder"),
+        (str(tmp_path / "link"), "link', which is no folder"),
         ("", "must be a folder, got ''"),
     ):
         assert main([*command.split(), given]) == 2
@@ -114,13 +114,29 @@ def test_output_has_to_be_a_folder(command: str, tmp_path: Path, capsys: pytest.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
-@pytest.mark.parametrize("command", ["train --data x --out", "evaluate x.pt --data x --out", "demo --out"])
-def test_names_are_utf8(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """Told before hours of work: what is not can be written neither to a report nor to config.yaml."""
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --out x --data",
+        "evaluate x.pt --data x --out",
+        "evaluate --data x --out x",
+        "reproduce voc --data x --out",
+    ],
+)
+def test_names_that_are_written_down_are_utf8(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before hours of work: a report with another one cannot be written, a config.yaml not be read again."""
     monkeypatch.chdir(tmp_path)
     assert main([*command.split(), os.fsdecode(b"f\xe4ld")]) == 2
-    assert r"names must be UTF-8, got 'f\udce4ld'" in capsys.readouterr().err
+    assert r"names that are written down must be UTF-8, got 'f\udce4ld'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_not_written_down_is_any(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/f\xe4ld")
+    assert main(["data", "generate-streets", folder, "--train", "1", "--val", "0", "--size", "64x96"]) == 0
+    assert os.path.isdir(folder)
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])

@@ -8,13 +8,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import segadv
 from segadv import functional as F
@@ -253,6 +256,21 @@ def test_numbers_may_change_in_a_full_graph(name: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for value in (0.01, 0.02, 0.03):
         assert torch.equal(compiled(value), step(value))
+    with pytest.raises((ValueError, RuntimeError)):  # compiled code checks it as well
+        compiled(torch.nan)
+
+
+def test_numbers_of_numpy_and_of_traces() -> None:
+    images, grad = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.float64):
+            x, g = images.to(dtype), grad.to(dtype)
+            expected = F.sign_step(x, g, 0.5, bounds=(0, 2))
+            for half in (np.float16(0.5), np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+                assert torch.equal(F.sign_step(x, g, half, bounds=np.array([0.0, 2.0])), expected)
+    traced = make_fx(lambda x, g: F.sign_step(x, g, 1 / x.shape[2], bounds=(0, x.shape[0])), tracing_mode="symbolic")
+    assert torch.equal(traced(images, grad)(images, grad), F.sign_step(images, grad, 0.25, bounds=(0, 2)))
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -516,6 +534,11 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         ),
         (lambda: F.cross_entropy(Z[..., :0], Y[..., :0]), "logits must have at least 1 pixel, got float32"),
         (lambda: F.sign_step(IMAGES, IMAGES, torch.inf), "alpha must be finite in float32, got inf"),
+        (lambda: F.sign_step(IMAGES.double(), IMAGES.double(), np.float32("inf")), "alpha must be finite in float64"),
+        (lambda: F.sign_step(IMAGES, IMAGES, np.float16("inf")), "alpha must be finite in float32, got inf"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(0, 10**400)), r"bounds must be .*, got \(0, 1000"),
+        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=torch.tensor(1.0)), r"bounds must be .*, got tensor\(1"),
+        (lambda: F.sign_step(IMAGES, IMAGES, torch.ones(2).to_sparse()), "alpha must be a dense tensor"),
         (lambda: F.sign_step(IMAGES, IMAGES, torch.nan), "alpha must be finite in float32, got nan"),
         (lambda: F.sign_step(IMAGES, IMAGES, -1e39), "alpha must be finite in float32, got -1e"),  # it would be -inf
         (lambda: F.sign_step(IMAGES, IMAGES, 10**400), "alpha must be finite in float32, got 1000"),
@@ -523,12 +546,15 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (lambda: F.sign_step(IMAGES, IMAGES, "0.1"), r"alpha must be a number, or a tensor \[N\], got a str"),
         (lambda: F.sign_step(IMAGES, IMAGES, None), r"alpha must be a number, or a tensor \[N\], got a NoneType"),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, origin=IMAGES, eps=[0.1]), "eps must be a number, or .*, got a list"),
-        (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=1.0), r"bounds must be \(low, high\) .*, got 1\.0"),
+        (
+            lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=1.0),
+            r"bounds must be two numbers, \(low, high\) .*, got 1\.0",
+        ),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=("0", "1")), r"bounds must be .*, got \('0', '1'\)"),
         (lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(None, 1.0)), r"bounds must be .*, got \(None, 1\.0\)"),
         (
             lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(torch.zeros(3), torch.ones(3))),
-            r"bounds must be \(low, high\) with low < high, got \(tensor",
+            r"bounds must be two numbers, \(low, high\) with low < high, got \(tensor",
         ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps="8/255"),
@@ -552,7 +578,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), bounds=(0, 1, 2)),
-            r"bounds must be \(low, high\) .*, got \(0, 1, 2\)",
+            r"bounds must be two numbers, \(low, high\) .*, got \(0, 1, 2\)",
         ),
         (
             lambda: F.newton_step(IMAGES.half(), IMAGES.half(), Z[:, 0, 0, 0]),
@@ -608,7 +634,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         ),
         (
             lambda: F.sign_step(IMAGES, IMAGES, 0.1, bounds=(1, 1)),
-            r"bounds must be \(low, high\) with low < high, got \(1, 1\)",
+            r"bounds must be two numbers, \(low, high\) with low < high, got \(1, 1\)",
         ),
         (
             lambda: F.newton_step(IMAGES, IMAGES, torch.zeros(2), max_eps=torch.nan),

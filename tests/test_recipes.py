@@ -144,9 +144,8 @@ def test_a_reproduction_takes_its_evaluation_from_a_file(
     assert run(f"{command} e.yaml --out first") == 0
     assert yaml.safe_load(Path("first/config.yaml").read_text())["evaluation"]["images"] == 1
     Path("e.yaml").write_text("nope: 1\n")
-    assert "a file that an option was given holds a key that is no option" in failure(
-        f"{command} e.yaml --out b", capsys
-    )
+    message = failure(f"{command} e.yaml --out b", capsys)
+    assert re.search("holds a key that is no option|does not accept nested key .*nope", message)
 
 
 def test_wheel_holds_the_recipes(tmp_path: Path) -> None:

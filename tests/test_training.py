@@ -1547,6 +1547,18 @@ def test_trainer_names_what_is_wrong() -> None:
         assert Trainer(config(device="auto"), tiny_model(), Squares()).device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_a_device_is_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is too old, or a GPU that another process has for itself, is told before anything begins."""
+
+    def zeros(*size: int, device: torch.device) -> Tensor:
+        raise AssertionError("out of order. And much more\nabout that")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match=r"device '\w+' cannot be used here: out of order$"):
+        training.resolve_device(name)
+
+
 @pytest.mark.parametrize(("classes", "fits"), [(255, True), (256, False)])
 def test_a_class_that_is_the_ignored_label_is_refused(classes: int, fits: bool) -> None:
     trainer = Trainer(config(), nn.Sequential(nn.Conv2d(3, classes, 1)), Squares())
