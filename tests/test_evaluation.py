@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_the_previous_result(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="could not be written: No space left on device; free some space there$"):
+    with pytest.raises(OSError, match=r"could not be written: No space left on device; free some space there$"):
         getattr(result, method)(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -814,7 +814,7 @@ def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(OSError, match="could not be written: No space left on device; free some space there$"):
+    with pytest.raises(OSError, match=r"could not be written: No space left on device; free some space there$"):
         evaluate(model, loader, **ARGUMENTS, seed=5, records=tmp_path / "disk" / "full")
     assert list((tmp_path / "disk" / "full").iterdir()) == []
 
