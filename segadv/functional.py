@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 _MAX_CLASSES = 32767
 
 Reduction = Literal["mean", "image", "sum", "none"]
@@ -685,9 +686,9 @@ def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple
     if not isinstance(value, Tensor):
         if not is_number(value):
             raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
-        limit = torch.finfo(images.dtype).max
-        # a whole number may be too large for a float, and NumPy's would have the limit rounded to their own type
-        if not -limit <= (value if isinstance(value, Rational) else float(value)) <= limit:
+        limit = _LARGEST[images.dtype]
+        # A whole number may be too large for a float; a number of NumPy's would have the limit rounded to its own type.
+        if not -limit <= (value if type(value) is float or isinstance(value, Rational) else float(value)) <= limit:
             raise ValueError(f"{name} must be finite in {_names((images.dtype,))}, got {value}")
         return float(value), None
     _check_tensor(name, value)
