@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import inspect
+import io
 import json
 import os
 import re
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may be any bytes
     command = None
     try:
         with _termination_interrupts():
