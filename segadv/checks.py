@@ -39,7 +39,7 @@ def a_module(model: object) -> None:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, or what stands for one in a trace; True and False are none here."""
-    if type(value) is float or type(value) is int:  # at once: Real would take half a microsecond to tell
+    if type(value) is float or type(value) is int:  # at once; to ask Real takes 0.4 us
         return True
     return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
