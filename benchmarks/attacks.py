@@ -12,13 +12,11 @@ import sys
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
 from segadv.attacks.base import frozen
-from segadv.evaluation import evaluate
 from segadv.models import small_pspnet
 
 from .cases import random_regions
@@ -31,8 +29,6 @@ ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
 
 RUN, OVER_BARE = "attack", "attack, over the bare pass"
 STEP, STEP_OVER_BARE, STEP_OVER_PGD = "further step", "further step, over the bare pass", "further step, over PGD's"
-PASSES = "passes of a curve"
-CURVES = {"0 and 4 eps above": [0.0, 0.01, 0.02, 0.03, 0.04], "5 eps above 0": [0.01, 0.02, 0.03, 0.04, 0.05]}
 
 
 def bare_pass(model: nn.Module, images: Tensor, logits_grad: Tensor) -> Tensor:
@@ -40,25 +36,6 @@ def bare_pass(model: nn.Module, images: Tensor, logits_grad: Tensor) -> Tensor:
         leaf = images.detach().requires_grad_()
         (grad,) = torch.autograd.grad(model(leaf), leaf, logits_grad)
     return grad
-
-
-class CountedPasses(nn.Module):
-    """Counts forward passes and those that were differentiated."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.forwards = self.backwards = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.forwards += 1
-        logits: Tensor = self.model(images)
-        if logits.requires_grad:
-            logits.register_hook(self._count)
-        return logits
-
-    def _count(self, grad: Tensor) -> None:
-        self.backwards += 1
 
 
 def further_step(three: Samples, one: Samples) -> Samples:
@@ -103,11 +80,6 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
             where.record(STEP_OVER_BARE, name, "", [*runs, bare], unit="%", statistic=further_step_over),
             where.record(STEP_OVER_PGD, name, "", [*runs, *pgd], unit="%", statistic=further_step_over_step),
         ]
-    for curve, eps in CURVES.items():
-        counted = CountedPasses(model)
-        evaluate(counted, [(batch, labels)], ["fgsm"], eps)
-        for what, count in (("forward", counted.forwards), ("backward", counted.backwards)):
-            rows.append(where.record(PASSES, "FGSM", f"{what}, {curve}", [np.array([count])], unit="batches"))
     return rows
 
 
@@ -115,10 +87,8 @@ def shown(rows: list[Record]) -> str:
     lines = [f"{'':54s}{'median':>16s}{'p20':>10s}{'p80':>10s}{'95 % interval':>22s}"]
     for row in rows:
         name = ", ".join(part for part in (row.operation, row.provider, row.mode) if part)
-        line = f"{name:54s}{row.p50:>8.1f} {row.unit:<7s}"
-        if row.rounds > 1:
-            line += f"{row.p20:>10.1f}{row.p80:>10.1f}{f'{row.low:.1f} to {row.high:.1f}':>22s}"
-        lines.append(line)
+        spread = f"{row.p20:>10.1f}{row.p80:>10.1f}{f'{row.low:.1f} to {row.high:.1f}':>22s}"
+        lines.append(f"{name:54s}{row.p50:>8.1f} {row.unit:<7s}{spread}")
     return "\n".join(lines)
 
 

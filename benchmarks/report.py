@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from segadv import plots
-from segadv.comparison import PAPER_ARMS, PAPER_OVERHEAD
+from segadv.comparison import PAPER_ARMS
 from segadv.results import EvaluationResult, csv_text
 from segadv.training import TrainConfig
 from segadv.writing import atomic_write, write_text
@@ -40,8 +40,10 @@ from .ops import PIXEL_SPACE
 from .records import PEAK_MEMORY, Record, machine_of, read_records
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/evaluation.md", "benchmarks/README.md")
 RESULTS = "benchmarks/results"
+DOCUMENTS = (
+    "README.md", "docs/evaluation.md", "benchmarks/README.md", f"{RESULTS}/cpu.md", f"{RESULTS}/overhead.md"
+)  # fmt: skip
 
 # Markers have lines of their own.
 _BLOCK = re.compile(r"^(<!-- begin: ([\w-]+) -->\n)(.*?)^(<!-- end: \2 -->)$", re.DOTALL | re.MULTILINE)
@@ -527,7 +529,9 @@ def _overhead_on_a_device(path: Path) -> str:
                 continue
             cells = ["" if record is None else f"{with_interval(record)} %" for record in over]
             passes = get(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
-            papers = [f"{value:.2f} %" for value in overhead.paper_values(mode).values()] or ["", ""]
+            # of their network alone
+            shares = overhead.paper_values(mode) if network == "pspnet50" else {}
+            papers = [f"{value:.2f} %" for value in shares.values()] or ["", ""]
             lines.append([network, arm, *cells, "" if passes is None else f"{passes.p50:.1f} %", *papers])
         basic = [one(records, operation="training step", provider=column, mode="basic") for column in columns]
         peaks = [get(records, operation=PEAK_MEMORY, provider=column, mode="basic") for column in columns]
@@ -544,44 +548,46 @@ def _overhead_on_a_device(path: Path) -> str:
         return ""
     header = ["network", "arm", *columns.values(), "segadv over conventional basic", "cost model"]
     header += ["paper, Cityscapes", "paper, VOC"]
-    shares = [f"{with_interval(record)} % on {network} ({record.rounds} rounds)" for network, record in glue]
+    told = [f"{with_interval(record)} % on {network} ({record.rounds} rounds)" for network, record in glue]
     counted = (overhead.COST_MODEL, PEAK_MEMORY)  # in one round
     measured = (*shown, *(record for _, record in glue))
     fewest = min(record.rounds for record in measured if record.operation not in counted)
     of_glue = (
         "What is neither the network's forward nor its backward pass takes of Fast Newton's attack with segadv "
-        f"{', '.join(shares)}. "
+        f"{', '.join(told)}. "
     )
     notes = paragraph(
         f"A basic step takes, and has at its peak, in these three columns, on {'; '.join(steps)}. "
         f"{_over_other_basic_steps(cases)}"
-        f"{of_glue if shares else ''}Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
+        f"{of_glue if glue else ''}Medians with 95 % intervals. {_few(fewest)}{provenance_of(shown)}"
     )
     return f"{table(header, lines, text_columns=2)}\n\n{notes}"
 
 
 def _few(rounds: int) -> str:
-    """What bootstrap intervals of few rounds are worth: of 3 they reach from the least to the largest, of 7 from the
-    second least to the second largest."""
-    return "" if rounds >= 10 else "Of 3 rounds such an interval holds the median in 75 % of cases, of 7 in 87.5 %. "
+    """What bootstrap intervals of a median are worth, simulated with normal times: of 3 rounds they hold it in 73 % of
+    cases, of 4 and 7, which are the least of those with more, in 87 to 88 %, of 9 to 15 in 91 to 93 %."""
+    held = 73 if rounds == 3 else 87 if rounds < 9 else 91
+    return f"Of so few rounds such intervals hold the median less often, some in {held} % of cases only. "
 
 
 def headline(results: Path) -> str:
     """The fused operations, and Fast Newton with segadv against conventional basic training, where the loss is a
     visible part of a step."""
     cases = {case.partition(",")[0]: records for case, records in _by_case(results / "overhead-cpu.csv").items()}
-    told, huge, scatter, over_fused = [], [], [], []
+    told, huge, scattered, over_fused = [], [], [], []
     for name, title in (("small", "a small PSPNet"), ("segformer-b0", "SegFormer-B0 with 150 classes")):
         found = one(cases.get(name, []), **_NEWTON_OVER_CONVENTIONAL)
         ends = sorted(round(abs(end)) for end in (found.low, found.high))
         if not found.low * found.high > 0:
             raise ReportError(f"{name}: whether it takes more or less time is not known: {with_interval(found)} %")
         direction = "less" if found.p50 < 0 else "more"
-        told.append(f"{abs(found.p50):.0f} % {direction} time on {title} (95 % interval {ends[0]} to {ends[1]} %)")
+        told.append(f"{abs(found.p50):.0f} % {direction} time on {title} ({ends[0]} to {ends[1]} %)")
         on_huge = _on_huge_pages(results, found.case)
-        huge.append(f"{with_interval(one(on_huge, **_NEWTON_OVER_CONVENTIONAL))} %")
         basic = one(on_huge, operation="training step", provider=overhead.CONVENTIONAL, mode="basic")
-        scatter.append(f"{basic.p20:.0f} to {basic.p80:.0f}")
+        over = one(on_huge, **_NEWTON_OVER_CONVENTIONAL)
+        huge.append(f"{with_interval(over)} % on {title} (that step: {basic.p20:.0f} to {basic.p80:.0f} ms)")
+        scattered.append(basic)
         own = one(cases[name], operation="overhead", provider=overhead.OURS, mode=_NEWTON_OVER_CONVENTIONAL["mode"])
         over_fused.append(f"{own.p50:.0f} %")
     large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
@@ -599,13 +605,14 @@ def headline(results: Path) -> str:
         f"{faster[1]} times, in 1/{less[1]}.",
         f"**Training** ({_short_machine(large)}): "
         "a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
-        f"eager code, {' and '.join(told)}: the fused loss pays for the attack. Against basic training with the same "
+        f"eager code, {' and '.join(told)}; in brackets 95 % intervals within a run, beside which runs at other hours "
+        "differ by as much again. So the fused loss pays for the attack. Against basic training with the same "
         f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
         f"{large.p50:.0f} % more than in conventional code.",
         "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
         f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast, "
-        f"and these training steps differ by {' and '.join(huge)}, where a conventional basic one takes "
-        f"{' and '.join(scatter)} ms (p20 to p80).",
+        "but a conventional basic step then varies so much, from p20 to p80, that Fast Newton's median over its says "
+        f"little: {', '.join(huge)}; {named(record.commit for record in scattered)}.",
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
@@ -629,8 +636,8 @@ def _on_huge_pages(results: Path, case: str) -> list[Record]:
 
 
 def overhead_details(results: Path) -> str:
-    """All that benchmarks.overhead prints: both shares, parts of a step, passes, memory, targets."""
-    blocks = ["![Additional time of a training step](results/overhead-cpu.png)"]
+    """All that benchmarks.overhead prints: both shares, parts of a step, passes, memory."""
+    blocks = []
     for path in files(results, "overhead"):
         for case, records in _by_case(path).items():
             told = paragraph(f"{_over_other_basic_steps({case: records})}{provenance_of(records)}")
@@ -723,15 +730,8 @@ def attack_steps(results: Path) -> str:
             cells.append(f"{with_interval(one(records, operation=operation, provider=name))} {unit}" if known else "")
         lines.append([name, *cells])
     header = ["attack", "one step", "over the bare pass", "one more step", "over the bare pass", "over a step of PGD"]
-    passes = []
-    for what in attacks.CURVES:
-        forward, backward = (
-            one(records, operation=attacks.PASSES, mode=f"{name}, {what}").p50 for name in ("forward", "backward")
-        )
-        passes.append(f"{what}: {forward:g} forward and {backward:g} backward passes")
-    return f"{bare.case}; medians with 95 % intervals.\n\n{table(header, lines)}\n\n" + paragraph(
-        f"A curve of FGSM shares its gradient: {'; '.join(passes)}. {provenance_of(records)}"
-    )
+    notes = paragraph(f"{bare.case}; medians with 95 % intervals. {provenance_of(records)}")
+    return f"{table(header, lines)}\n\n{notes}"
 
 
 # --- the trainer: trainer-cpu.csv ---------------------------------------------------------------------------------
@@ -780,7 +780,7 @@ def growth(results: Path) -> str:
 
 # --- the demo's outcome: demo.csv ---------------------------------------------------------------------------------
 
-MIOU, STEP, MINUTES = "mIoU", "training step", "time of the demo"
+MIOU, MINUTES = "mIoU", "time of the demo"
 STEP_SIZE = "step size of the attack"
 _COLUMNS = (("fgsm", 0.0), ("fgsm", 0.01), ("fgsm", 0.03), ("bim-10", 0.01), ("bim-10", 0.03))
 _CASE = re.compile(r"eps ([\d.]+), seed (\d+)")
@@ -819,14 +819,6 @@ def demo_records(results_json: Path, commit: str | None) -> list[Record]:
             p20=_NAN, p50=row["miou"], p80=_NAN, unit="", rounds=1, **shared,
         )
         for row in content["curves"]
-    ]  # fmt: skip
-    rounds = content["arguments"]["overhead_steps"]
-    records += [
-        Record(
-            operation=STEP, provider=row["arm"], mode="p = 0.5", case="demo", p20=row["step_ms_p20"],
-            p50=row["step_ms_p50"], p80=row["step_ms_p80"], unit="ms", rounds=rounds, **shared,
-        )
-        for row in content["overhead"]
     ]  # fmt: skip
     for which in content.get("seeds", [seed]):
         run = results_json.parent / ("" if which == seed else f"seed-{which}") / "fast-newton"
@@ -876,7 +868,6 @@ def demo_outcome(results: Path) -> str:
     records = records_in(results / "demo.csv")
     rows = _miou_rows(records)
     seeds = sorted({row["seed"] for row in rows})
-    basic = one(records, operation=STEP, provider="basic").p50
     lines = []
     for arm in PAPER_ARMS:
         cells = []
@@ -885,12 +876,9 @@ def demo_outcome(results: Path) -> str:
             if len(values) != len(seeds):
                 raise ReportError(f"demo.csv: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(seeds)} seeds")
             cells.append(mean_and_range(values))
-        step = one(records, operation=STEP, provider=arm).p50
-        shares = [f"{source[arm]:.2f} %" if arm in source else "" for source in PAPER_OVERHEAD.values()]
-        percent = "" if arm == "basic" else f"{100 * (step / basic - 1):.0f} %"
-        lines.append([arm, *cells, f"{three_digits(step)} ms", percent, *shares])
+        lines.append([arm, *cells])
     titles = [f"{plots.attack_title(attack)} {eps:g}" if eps else "clean" for attack, eps in _COLUMNS]
-    header = ["trained with", *titles, "training step", "overhead", *PAPER_OVERHEAD]
+    header = ["trained with", *titles]
     which = f"seeds {', '.join(map(str, seeds))}: mean and range" if len(seeds) > 1 else f"seed {seeds[0]}"
     minutes = one(records, operation=MINUTES).p50
     sizes = [one(records, operation=STEP_SIZE, case=f"seed {seed}").p50 for seed in seeds]
@@ -984,7 +972,9 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
     at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != steps[_ROBUST_EPS] else ""
     notes = paragraph(
         f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, "
-        f"the others have {steps[_ROBUST_EPS]}{at_others}. {_of_checks(checks)}"
+        f"the others have {steps[_ROBUST_EPS]}{at_others}. The worst case is that of each image under these and FGSM, "
+        "by its right pixels; so its mIoU may be a little above that of the strongest of them. "
+        f"{_of_checks(checks)}"
         f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
@@ -1045,7 +1035,7 @@ PICTURES = (
         "demo", "docs/robustness.png", "demo.csv", lambda rows, path: plots.plot_robustness(_miou_rows(rows), path)
     ),
     Picture(
-        "overhead-details",
+        "overhead",
         f"{RESULTS}/overhead-cpu.png",
         "overhead-cpu.csv",
         lambda rows, path: overhead.plot(comparable(rows), path),

@@ -7,8 +7,7 @@ the time from one step to the next is the trainer: coins, seeds, choosing and mo
 metrics. The monitor's probe, which every hundredth step has by default, is an attack of its own and a row of its own.
 
 Timers inside one run, because a difference of one percent between two loops drowns in the noise of a machine that
-others use too. On the CPU a call returns when its work is done, so that the parts add up to the whole. With one
-thread the processor's time for this thread is shown too, which other programs hardly change.
+others use too. On the CPU a call returns when its work is done, so that the parts add up to the whole.
 """
 
 from __future__ import annotations
@@ -54,24 +53,20 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels[index]
 
 
-def clocks() -> np.ndarray[Any, Any]:
-    return np.array([time.perf_counter(), time.thread_time()])
-
-
 class Timers:
-    """Seconds [by the clock, of this thread's processor] per kind of work, of every step.
+    """Seconds per kind of work, of every step.
 
     A call inside another timed one counts with that one.
     """
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, Any]] = []
-        self.current: dict[str, Any] = {}
+        self.steps: list[dict[str, float]] = []
+        self.current: dict[str, float] = {}
         self.inside = False
-        self.began = clocks()
+        self.began = time.perf_counter()
 
     def next_step(self) -> None:
-        now = clocks()
+        now = time.perf_counter()
         self.steps.append({**self.current, "whole": now - self.began})
         self.current, self.began = {}, now
 
@@ -79,12 +74,12 @@ class Timers:
         def timed(*arguments: Any, **keywords: Any) -> Any:
             if self.inside:
                 return call(*arguments, **keywords)
-            self.inside, begin = True, clocks()
+            self.inside, begin = True, time.perf_counter()
             try:
                 return call(*arguments, **keywords)
             finally:
                 self.inside = False
-                self.current[kind] = self.current.get(kind, 0.0) + clocks() - begin
+                self.current[kind] = self.current.get(kind, 0.0) + time.perf_counter() - begin
 
         return timed
 
@@ -92,7 +87,7 @@ class Timers:
 WORK = ("attack", "forward", "loss", "backward", "optimiser")
 
 
-def measure(config: TrainConfig) -> list[dict[str, Any]]:
+def measure(config: TrainConfig) -> list[dict[str, float]]:
     """Seconds of every step after the warm-up: the kinds of `WORK`, batch, checkpoint, probe, whole."""
     timers = Timers()
     torch.manual_seed(0)
@@ -102,7 +97,7 @@ def measure(config: TrainConfig) -> list[dict[str, Any]]:
         def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
             batches = timers.around("batch", super().__iter__)()
             advance = timers.around("batch", lambda: next(batches, None))
-            timers.began = clocks()
+            timers.began = time.perf_counter()
             while (batch := advance()) is not None:
                 yield batch
                 timers.next_step()
@@ -153,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     steps = measure(config)
     beside = ("batch", "checkpoint", "probe")
-    kinds = {kind: np.array([step.get(kind, np.zeros(2)) for step in steps]) for kind in (*WORK, *beside)}
+    kinds = {kind: np.array([step.get(kind, 0.0) for step in steps]) for kind in (*WORK, *beside)}
     work = sum(kinds[kind] for kind in WORK)
     rest = np.array([step["whole"] for step in steps]) - work - sum(kinds[kind] for kind in beside)
 
@@ -163,29 +158,26 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"load of the machine {os.getloadavg()[0]:.1f}\n")
     rows = {kind: kinds[kind] for kind in WORK} | {"these together": work, TRAINER: rest, READING: kinds["batch"]}
     for name, kind in ((CHECKPOINT, "checkpoint"), (PROBE, "probe")):
-        if (taken := kinds[kind][:, 0] > 0).any():
+        if (taken := kinds[kind] > 0).any():
             rows[name] = kinds[kind][taken]
-    print(f"{'ms by the clock':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
+    print(f"{'ms':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
     for name, seconds in rows.items():
-        print(f"{name:34s}" + "".join(f"{1e3 * value:9.3f}" for value in spread(seconds[:, 0])))
+        print(f"{name:34s}" + "".join(f"{1e3 * value:9.3f}" for value in spread(seconds)))
 
     print(f"\n{'percent of the work of the step':34s}{'p20':>9s}{'median':>9s}{'p80':>9s}{'mean':>9s}")
     for name, seconds in ((TRAINER, rest), ("and reading the batch", rest + kinds["batch"])):
-        for clock, column in (("by the clock", 0), ("of the processor", 1)):
-            if column == 0 or torch.get_num_threads() == 1:
-                share = 100 * seconds[:, column] / work[:, column]
-                print(f"{f'{name}, {clock}':34s}" + "".join(f"{value:9.2f}" for value in spread(share)))
+        print(f"{name:34s}" + "".join(f"{value:9.2f}" for value in spread(100 * seconds / work)))
     for name, every in ((CHECKPOINT, TrainConfig.checkpoint_every), (PROBE, TrainConfig.monitor_every)):
         if name in rows:
-            amortised = 100 * np.median(rows[name][:, 0]) / np.median(work[:, 0]) / every
+            amortised = 100 * np.median(rows[name]) / np.median(work) / every
             print(f"{f'{name} every {every} steps':34s}{'':9s}{amortised:9.2f}")
     if path is not None:
         where = Where(f"small, {size}, 19 classes", torch.float32, cpu)
         records = [
-            where.record(PART, name, options.arm, [1e3 * seconds[:, 0]], unit="ms") for name, seconds in rows.items()
+            where.record(PART, name, options.arm, [1e3 * seconds], unit="ms") for name, seconds in rows.items()
         ]
-        share = 100 * rest[:, 0] / work[:, 0]
-        write_records(path, [*records, where.record(SHARE, TRAINER, options.arm, [share], unit="%")])
+        share = where.record(SHARE, TRAINER, options.arm, [100 * rest / work], unit="%")
+        write_records(path, [*records, share])
         print(f"\nin {path}")
     return 0
 

@@ -171,6 +171,10 @@ def test_fgsm_takes_one_gradient_for_all_eps_and_clean_is_shared(
     assert model.forwards == batches * (5 + 11)
     assert result.rows[0] == {**result.rows[5], "attack": "fgsm"}
 
+    model.forwards = model.backwards = 0
+    evaluate(model, loader, ["fgsm"], [0.01, 0.02])  # without the clean images in the curve
+    assert (model.forwards, model.backwards) == (batches * 3, batches)
+
 
 def test_shared_gradient_is_fgsm(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     eps = [0.03, 0.0, 0.005]

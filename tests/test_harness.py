@@ -134,19 +134,6 @@ def test_a_column_is_written_as_it_says(training: Training, monkeypatch: pytest.
     assert done == [True] * 6
 
 
-def test_a_wide_interval_does_not_hide_that_newton_is_above() -> None:
-    where = Where("small, 8 x 3", torch.float32, CPU)
-
-    def row(operation: str, mode: str, p50: float, low: float, high: float) -> Record:
-        one = where.record(operation, OURS, mode, (np.array([1.0, 2.0]),), unit="%")
-        return replace(one, p50=p50, low=low, high=high)
-
-    newton = "fast-newton, p = 0.5"
-    rows = [row("overhead", newton, 33, 27, 39), row("overhead", "fgsm, p = 0.5", 30, 28, 32)]
-    rows.append(row(overhead.NEWTON_OVER_FGSM, newton, 3, -3, 9))
-    assert overhead.targets("small, 8 x 3", overhead.Table(rows))[1].endswith("not met, above")
-
-
 @pytest.mark.parametrize("full", [False, True])
 def test_a_provider_is_what_it_is_called(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("tiny", images=2, classes=4, own=5, size=20)

@@ -464,7 +464,7 @@ def test_import_needs_no_extras() -> None:
 
 
 def test_peak_memory_of_fused_upsampling() -> None:
-    """Beyond the returned tensors: less than a hundredth of one full-resolution buffer of logits."""
+    """Beyond the returned tensors: less than a twentieth of one full-resolution buffer of logits."""
     code = """
 import resource, torch
 from segadv import functional as F

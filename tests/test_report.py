@@ -97,7 +97,8 @@ def test_a_changed_row_is_found_and_written(root: Path, capsys: pytest.CaptureFi
     documents = {name: (root / name).read_text() for name in report.DOCUMENTS}
     assert report.main(["--check"], root) == 1
     assert capsys.readouterr().out.splitlines() == [
-        f"{name}: out of step with the rows in benchmarks/results" for name in ("README.md", "benchmarks/README.md")
+        f"{name}: out of step with the rows in benchmarks/results"
+        for name in ("README.md", "benchmarks/README.md", "benchmarks/results/cpu.md")
     ]
     assert {name: (root / name).read_text() for name in report.DOCUMENTS} == documents, "--check has written"
     assert report.main([], root) == 0
@@ -392,8 +393,6 @@ def attack_rows() -> list[Record]:
         rows += [record(attacks.STEP, name, p50=110.0 + i), record(attacks.STEP_OVER_BARE, name, p50=15.0 + i)]
         if name != "PGD":
             rows.append(record(attacks.STEP_OVER_PGD, name, p50=1.0 + i))
-    for i, curve in enumerate(attacks.CURVES):
-        rows += [record(attacks.PASSES, "FGSM", f"{what}, {curve}", p50=5.0 + i) for what in ("forward", "backward")]
     return rows
 
 
@@ -426,7 +425,6 @@ def demo_rows(seeds: Sequence[int] = (0, 1, 2)) -> list[Record]:
         for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
         for seed in seeds
     ]
-    rows += [record(report.STEP, arm, "p = 0.5", "demo", 100.0 + 10 * i, unit="ms") for i, arm in enumerate(PAPER_ARMS)]
     rows += [
         record(report.STEP_SIZE, "fast-newton", "median", f"seed {seed}", 0.07 + 0.01 * seed, rounds=40)
         for seed in seeds
@@ -526,12 +524,11 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     text = report.training_overhead(tmp_path)
     i = overhead.ARMS.index("fast-newton")
     columns = [f"{value + i:.1f} [{value + i - 0.5:.1f}, {value + i + 0.5:.1f}] %" for value in (10, 20, 30, 40)]
-    assert cells(text, "small | fast-newton")[2:] == [*columns, f"{50 + i:.1f} %", "11.98 %", "31.18 %"]
-    assert cells(text, "small | segpgd-3")[-2:] == ["", ""]
+    assert cells(text, "small | fast-newton")[2:] == [*columns, f"{50 + i:.1f} %", "", ""]
     words = " ".join(text.split())
     assert "on small, 8 x 3 x 256 x 512, 19 classes: 100, 101 and 102 ms, 500, 501 and 502 MB (9 rounds). What" in words
     assert "of Fast Newton's attack with segadv 60.0 [59.5, 60.5] % on small (9 rounds)." in words
-    assert "in 75 % of cases, of 7 in 87.5 %" in words
+    assert "hold the median less often, some in 91 % of cases only" in words
 
 
 def test_networks_of_the_overhead(tmp_path: Path) -> None:
@@ -546,6 +543,9 @@ def test_networks_of_the_overhead(tmp_path: Path) -> None:
     text = report.training_overhead(tmp_path)
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
     assert names == [*["small"] * 4, *["pspnet50"] * 4]
+    # the paper's, beside its own network
+    assert cells(text, "pspnet50 | fast-newton")[-2:] == ["11.98 %", "31.18 %"]
+    assert cells(text, "pspnet50 | segpgd-3")[-2:] == cells(text, "small | fast-newton")[-2:] == ["", ""]
     words = " ".join(text.split())
     assert re.search(
         r"on small, .*: 100, 101 and 102 ms, .* MB \(9 rounds\); pspnet50, .*: 300, 301 and 302 ms, .* MB \(20", words
@@ -615,16 +615,16 @@ def test_the_headline(tmp_path: Path) -> None:
     write_records(tmp_path / "cpu.csv", rows_of_fused_operations())
     write_records(path, [small, other, *huge, *over_fused])
     words = " ".join(report.headline(tmp_path).split())
-    assert "20 % less time on a small PSPNet (95 % interval 10 to 31 %)" in words
+    assert "20 % less time on a small PSPNet (10 to 31 %)" in words
     assert "712² are 12 times as fast as the better of eager PyTorch" in words
     assert "and `torch.compile`, in 1/50 of the memory;" in words
     assert "cross-entropy 7 times, in 1/20." in words
-    assert "these operations are 4 and 3 times as fast, and these training steps differ by" in words
+    assert "these operations are 4 and 3 times as fast, but a conventional basic step then varies so much" in words
     assert words.endswith(
-        "steps differ by -12.7 [-34.0, 1.3] % and -3.0 [-4.0, -2.0] %, where a conventional basic one takes 375 to 653 "
-        "and 949 to 1529 ms (p20 to p80)."
+        "little: -12.7 [-34.0, 1.3] % on a small PSPNet (that step: 375 to 653 ms), -3.0 [-4.0, -2.0] % on SegFormer-B0 "
+        "with 150 classes (that step: 949 to 1529 ms); commit c0ffee."
     )
-    assert "7 % more time on SegFormer-B0 with 150 classes (95 % interval 5 to 10 %)" in words
+    assert "7 % more time on SegFormer-B0 with 150 classes (5 to 10 %); in brackets 95 % intervals within a run" in words
     assert "with the same fused loss it takes 28 % and 36 % more, and on PSPNet50" in words
     assert "a small part of a step, 33 % more than in conventional code" in words
     assert words.startswith("On two cores of a CPU ([tables and")
@@ -740,18 +740,8 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
         for attack in ("fgsm", "bim-10")
         for eps in (0.0, 0.01, 0.02, 0.03, 0.04)
     ]
-    overhead_of_arms = [
-        {
-            "arm": arm,
-            "step_ms_p20": 90.0 + i,
-            "step_ms_p50": 100.0 + 10 * i,
-            "step_ms_p80": 150.0 + i,
-            "overhead_percent": 10.0 * i,
-        }
-        for i, arm in enumerate(PAPER_ARMS)
-    ]
     content = {
-        "arguments": {"segadv": "0.1.0", "seed": seeds[0], "overhead_steps": 25},
+        "arguments": {"segadv": "0.1.0", "seed": seeds[0]},
         "finished": True,
         "seconds": {"data": 30.0, "train basic": 90.0},
         "git_commit": COMMIT,
@@ -764,7 +754,6 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
             "python": "3.11",
         },
         "curves": curves,
-        "overhead": overhead_of_arms,
     }
     if len(seeds) > 1:
         content["seeds"] = list(seeds)
@@ -785,7 +774,7 @@ def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root:
     write_records(rows_file, [record(report.MIOU, "basic", "fgsm", "eps 0, seed 99", 0.5)])
     results = finished_demo(tmp_path / "results.json", seeds)
     assert report.main(["--demo", str(results), "--commit", "c0ffee"], root) == 0
-    assert len(read_records(rows_file)) == 5 * 2 * 5 * len(seeds) + 5 + len(seeds) + 1
+    assert len(read_records(rows_file)) == 5 * 2 * 5 * len(seeds) + len(seeds) + 1
     text = (root / "benchmarks/README.md").read_text()
     if len(seeds) == 1:
         expected = ["0.300", "0.310", "0.330", "0.310", "0.330"]
@@ -797,7 +786,7 @@ def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root:
             "0.330 (0.310-0.350)",
             "0.350 (0.330-0.370)",
         ]
-    assert cells(text, "random-fgsm")[1:] == [*expected, "120 ms", "20 %", "12.34 %", "34.71 %", "33.33 %"]
+    assert cells(text, "random-fgsm")[1:] == expected
     assert "took 2 minutes" in text.replace("\n", " ")
     sizes = ", ".join(["0.030", "0.040", "0.050"][: len(seeds)])
     assert f"Fast Newton's step size in training was {sizes}. (" in text.replace("\n", " ")
@@ -873,10 +862,7 @@ def test_attacks_write_what_their_table_needs(tmp_path: Path, capsys: pytest.Cap
     rows = [replace(row, threads=2) for row in read_records(path)]
     path.unlink()
     write_records(path, rows)
-    text = report.attack_steps(tmp_path)
-    # one gradient serves all eps; eps 0 is the forward pass of the gradient
-    assert "0 and 4 eps above: 5 forward and 1 backward" in text.replace("\n", " ")
-    assert "5 eps above 0: 6 forward and 1 backward" in text.replace("\n", " ")
+    assert len(report.attack_steps(tmp_path).splitlines()) > len(attacks.ITERATIVE)
 
 
 def test_the_trainer_writes_what_its_table_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -886,9 +872,6 @@ def test_the_trainer_writes_what_its_table_needs(tmp_path: Path, capsys: pytest.
     assert "percent of the work of the step" in capsys.readouterr().out
     rows = read_records(path)
     assert all(row.p50 > 0 for row in rows)
-    parts = {row.provider: row for row in rows if row.operation == trainer.PART}
-    for what in ("p20", "p50", "p80"):  # in every step, so also of these: no part is more than all together
-        assert max(getattr(parts[name], what) for name in trainer.WORK) < getattr(parts["these together"], what)
     path.unlink()
     write_records(path, [replace(row, threads=2) for row in rows])
     assert cells(report.trainer_cost(tmp_path), trainer.TRAINER)[1].endswith(" ms")
@@ -900,9 +883,9 @@ def test_rows_of_the_trainer_are_of_what_was_measured(
     """Three steps of a second's work: 1, 2 and 3 ms are left for the trainer, so many tenths of a percent."""
     steps = []
     for trainers in (0.002, 0.001, 0.003):
-        step = dict.fromkeys(trainer.WORK, np.full(2, 1 / len(trainer.WORK)))
-        steps.append(step | {"batch": np.full(2, 0.5), "whole": np.full(2, 1.5 + trainers)})
-    steps[1] |= {"checkpoint": np.full(2, 0.25), "whole": steps[1]["whole"] + 0.25}
+        step = dict.fromkeys(trainer.WORK, 1 / len(trainer.WORK))
+        steps.append(step | {"batch": 0.5, "whole": 1.5 + trainers})
+    steps[1] |= {"checkpoint": 0.25, "whole": steps[1]["whole"] + 0.25}
     monkeypatch.setattr(trainer, "measure", lambda config: steps)
     path = tmp_path / "trainer-cpu.csv"
     assert trainer.main(["--write", str(path)]) == 0
@@ -971,7 +954,7 @@ def test_bars_of_the_overhead(tmp_path: Path, figures: list[Any]) -> None:
     rows += [replace(row, provider=column) for row in counted for column in overhead.COLUMNS[:2]]
     others = [replace(row, p50=77.0, **key) for row in rows for key in ({"thp": 1}, {"threads": 4})]
     write_records(tmp_path / report.RESULTS / "overhead-cpu.csv", [*rows, *others])
-    (picture,) = [picture for picture in report.PICTURES if picture.block == "overhead-details"]
+    (picture,) = [picture for picture in report.PICTURES if picture.source == "overhead-cpu.csv"]
     report.draw(picture, tmp_path)
     ((axes,),) = (figure.axes for figure in figures)
     values = [10.0 * column + i for column in (1, 2, 3) for i in range(len(overhead.ARMS))]
