@@ -173,9 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{f'{name} every {every} steps':34s}{'':9s}{amortised:9.2f}")
     if path is not None:
         where = Where(f"small, {size}, 19 classes", torch.float32, cpu)
-        records = [
-            where.record(PART, name, options.arm, [1e3 * seconds], unit="ms") for name, seconds in rows.items()
-        ]
+        records = [where.record(PART, name, options.arm, [1e3 * seconds], unit="ms") for name, seconds in rows.items()]
         share = where.record(SHARE, TRAINER, options.arm, [100 * rest / work], unit="%")
         write_records(path, [*records, share])
         print(f"\nin {path}")

@@ -404,8 +404,8 @@ def test_fast_newton_is_shown_beside_fgsm() -> None:
     ]  # fmt: skip
     lines = [line.split() for line in overhead.report("small, 8 x 3", found).splitlines()]
     start = lines.index(["fast-newton", "less", "fgsm", OURS])
-    assert lines[start + 1] == "p = 0.5 3.0 [-3.0, 9.0] points".split()
-    assert lines[start + 2] == "p = 1 -1.0 [-3.0, 9.0] points".split()
+    assert lines[start + 1] == ["p", "=", "0.5", "3.0", "[-3.0,", "9.0]", "points"]
+    assert lines[start + 2] == ["p", "=", "1", "-1.0", "[-3.0,", "9.0]", "points"]
 
 
 def test_quick_figures_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:

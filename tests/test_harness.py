@@ -15,7 +15,7 @@ import torch
 from benchmarks import measure, ops, overhead, records
 from benchmarks.cases import Case
 from benchmarks.overhead import CONVENTIONAL, EFFICIENT, OURS, Step, Training
-from benchmarks.records import PEAK_MEMORY, Record, Where
+from benchmarks.records import PEAK_MEMORY, Where
 from segadv import functional as F
 
 CPU = torch.device("cpu")
