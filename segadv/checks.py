@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -15,9 +15,11 @@ __all__ = [
     "LABEL_TYPES",
     "a_module",
     "at_least",
+    "checked_bounds",
     "did_you_mean",
     "in_range",
     "is_number",
+    "names_out_of",
     "one_of",
     "true_or_false",
     "whole_number",
@@ -30,11 +32,27 @@ _OVERSHOOT = 0.1  # of the range: what resampling with a cubic kernel may add
 
 def a_module(model: object) -> None:
     """TypeError where it is no nn.Module."""
+    if isinstance(model, type):
+        raise TypeError(f"model must be an nn.Module, got the class {model.__name__}; give an instance of it")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be an nn.Module, got a {type(model).__name__}; for a function write a module whose forward "
             "calls it"
         )
+
+
+def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The range of the images as floats; ValueError where it is none."""
+    try:
+        low, high = bounds
+        if is_number(low) and is_number(high) and low < high:
+            return float(low), float(high)
+    except (TypeError, ValueError, OverflowError):  # not two, or too large
+        pass
+    raise ValueError(
+        f"bounds must be two numbers, (low, high) with low < high, got {bounds!r}. For images that were normalised, "
+        "move mean and std into the model: segadv.models.wrap(model, mean=..., std=...)"
+    )
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -80,6 +98,14 @@ def one_of(known: Collection[str], **arguments: str) -> None:
             raise ValueError(
                 f"{name} must be one of {', '.join(known)}; got {value!r}{did_you_mean(str(value), known)}"
             )
+
+
+def names_out_of(known: Collection[str], **arguments: Iterable[str]) -> None:
+    """ValueError where one of an argument's entries is not a known name."""
+    for name, values in arguments.items():
+        if unknown := [value for value in values if value not in known]:
+            meant = did_you_mean(str(unknown[0]), known)
+            raise ValueError(f"{name} must be names out of {', '.join(known)}; got {unknown}{meant}")
 
 
 def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)) -> None:

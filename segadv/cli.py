@@ -514,9 +514,10 @@ def _evaluate(arguments: Namespace) -> None:
     attacks = [name.strip() for name in arguments.attacks.split(",")]
     if arguments.steps != "100" and {*attacks} <= {"fgsm", "bim-10"}:
         raise ValueError("steps has no effect without bim, pgd, segpgd or cospgd among the attacks")
-    trained = {name: load_trained(path) for name, path in _arms(arguments.checkpoints).items()}
-    models = {name: model.to(device) for name, (model, _) in trained.items()}
-    descriptions = [config["description"] for _, config in trained.values()]
+    trained = [load_trained(path) for path in arguments.checkpoints]
+    names = _arm_names(arguments.checkpoints, [config["arm"] for _, config in trained])
+    models = {name: model.to(device) for name, (model, _) in zip(names, trained, strict=True)}
+    descriptions = [config["description"] for _, config in trained]
     dataset = open_dataset(arguments.dataset or _dataset(descriptions), arguments.data, arguments.split)
     _check_classes(dataset, arguments.checkpoints, descriptions)
     out = Path(arguments.out)
@@ -558,18 +559,15 @@ def _check_classes(dataset: Any, checkpoints: Sequence[str], descriptions: Seque
             )
 
 
-def _arms(checkpoints: Sequence[str]) -> dict[str, str]:
-    """name -> path: the arm of each checkpoint; the folder's name beside it where that is not unique."""
-    from .training import read_config
-
-    arms = [read_config(path)["arm"] for path in checkpoints]
+def _arm_names(checkpoints: Sequence[str], arms: Sequence[str]) -> list[str]:
+    """The arm of each checkpoint; the folder's name beside it where that is not unique."""
     names = [
         arm if arms.count(arm) == 1 else f"{arm} ({Path(path).parent.name})"
         for arm, path in zip(arms, checkpoints, strict=True)
     ]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"checkpoints must be of different arms or lie in folders of different names; got {repeated}")
-    return dict(zip(names, checkpoints, strict=True))
+    return names
 
 
 def _steps(value: str, eps: Sequence[float]) -> dict[float, int]:

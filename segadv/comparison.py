@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
 from .attacks.base import frozen, logits_of
+from .checkpoints import load_weights, read_checkpoint
 from .data.files import opened
 from .evaluation import ATTACKS
 from .models import ModelConfig, build_model
-from .training import TrainConfig, Trainer, Validation, load_model, read_config
+from .training import TrainConfig, Trainer, Validation
 
 __all__ = [
     "PAPER_ARMS",
@@ -89,18 +90,21 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, has no such description, or holds another network than that says.
     """
-    config = read_config(path)
-    description = config.get("description") or {}
+    state = read_checkpoint(path)
     try:
-        network, num_classes = ModelConfig(description["model"]["name"]), description["num_classes"]
-        description["dataset"]
-        model = build_model(network, num_classes=num_classes, seed=0)
+        config: dict[str, Any] = state["config"]
+        arm, description = config["arm"], config["description"]
+        if not isinstance(arm, str) or not isinstance(description["dataset"], str):
+            raise TypeError("its arm and its data set have no names")
+        network = ModelConfig(description["model"]["name"])
+        model = build_model(network, num_classes=description["num_classes"], seed=0)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not say which network it holds, as those of segadv train do ({error}); for a network of your "
             "own use segadv.training.load_model and segadv.evaluation.evaluate"
         ) from error
-    return load_model(path, model), config
+    load_weights(model, state["model"], path)
+    return model, config
 
 
 def whole_images(dataset: Any, *, images: int = 0, batch_size: int = 1) -> DataLoader[Any]:

@@ -26,7 +26,7 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
-from .checks import a_module, at_least, did_you_mean, in_range, true_or_false, whole_number
+from .checks import a_module, at_least, in_range, is_number, names_out_of, true_or_false, whole_number
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -326,14 +326,16 @@ def _worst(finals: Sequence[Tensor]) -> Tensor:
     return matrices[chosen, torch.arange(matrices.shape[1], device=matrices.device)]
 
 
-def _checked_eps(eps: Sequence[float]) -> list[float]:
-    if isinstance(eps, (str, float, int)):
-        raise TypeError(f"eps must be a sequence of numbers, such as (0, 0.01), got {eps!r}")
-    values = [float(value) for value in eps]
-    if not values or not all(math.isfinite(value) and 0 <= value <= 1 for value in values):
-        raise ValueError(f"eps must be numbers in [0, 1], the unit of the images (8/255, not 8), got {eps}")
+def checked_eps(eps: Iterable[float], *, name: str = "eps") -> list[float]:
+    """The sizes of an evaluation's perturbations as floats."""
+    numbers = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [None]
+    if not all(map(is_number, numbers)):
+        raise TypeError(f"{name} must be a sequence of numbers, such as (0, 0.01), got {eps!r}")
+    values = [float(value) for value in numbers if value is not None]
+    if not values or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{name} must be numbers in [0, 1], the unit of the images (8/255, not 8), got {eps}")
     if len(set(values)) < len(values):
-        raise ValueError(f"eps must not repeat a number, got {eps}")
+        raise ValueError(f"{name} must not repeat a number, got {eps}")
     return values
 
 
@@ -363,12 +365,8 @@ def _plan(
         if reserved := [name for name in names if name in ("clean", "worst-case")]:
             raise ValueError(f"attacks must have other names than {', '.join(reserved)}")
         works = [_own(judge, model, name, factory, value) for name, factory in attacks.items() for value in eps]
-    elif unknown := [name for name in names if name not in ATTACKS]:
-        meant = did_you_mean(str(unknown[0]), ATTACKS)
-        raise ValueError(
-            f"attacks must be names out of {', '.join(ATTACKS)} or a mapping to factories, got {unknown}{meant}"
-        )
     else:
+        names_out_of(ATTACKS, attacks=names)
         for name in names if eps else ():
             if name == "fgsm":
                 works.append(_fgsm(judge, model, eps))
@@ -453,7 +451,7 @@ def evaluate(
     whole_number(ignore_index=ignore_index)
     true_or_false(worst_case=worst_case, align_corners=align_corners, progress=progress, sharded=sharded)
     seed, ignore_index = int(seed), int(ignore_index)
-    values = _checked_eps(eps)
+    values = checked_eps(eps)
     positive = tuple(value for value in values if value > 0)
     judge = _Judge(model, ignore_index, align_corners)
     names, works = _plan(judge, model, attacks, positive, _checked_steps(steps, positive))
@@ -495,8 +493,8 @@ def evaluate(
                 )
             check_sizes(images, labels)
             in_range(images, f"batch {index} of the loader")
-            content = content_hash(images, labels)
-            data.append("".join(content_hash(*sample) for sample in zip(images, labels, strict=False)))
+            content = "".join(content_hash(*sample) for sample in zip(images, labels, strict=True))
+            data.append(content)
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))
             images, labels = images.to(device), labels.to(device)
             number = index * distributed.world_size() + distributed.rank() if sharded else index

@@ -30,12 +30,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Rational
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import LABEL_TYPES, is_number, true_or_false, whole_number
+from .checks import LABEL_TYPES, checked_bounds, is_number, one_of, true_or_false, whole_number
 from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
@@ -59,7 +59,9 @@ _LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.flo
 _MAX_CLASSES = 32767
 
 Reduction = Literal["mean", "image", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 Loss = Literal["cross_entropy", "segpgd", "cospgd"]
+_LOSSES = get_args(Loss)
 
 
 # --- margins ----------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def cross_entropy(
     Raises, besides what all raise:
         ValueError: a reduction of another name; a weight that is not a floating point [C] on the logits' device.
     """
-    _check_reduction(reduction)
+    one_of(REDUCTIONS, reduction=reduction)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     if weight is not None:
         _check_class_weight(weight, logits)
@@ -310,8 +312,7 @@ def loss_and_grad(
     Raises, besides what all raise:
         ValueError: a loss of another name; "segpgd" without step and steps, or not 0 <= step < steps.
     """
-    if loss not in ("cross_entropy", "segpgd", "cospgd"):
-        raise ValueError(f"loss must be one of 'cross_entropy', 'segpgd', 'cospgd', got {loss!r}")
+    one_of(_LOSSES, loss=loss)
     lam = 0.0
     if loss == "segpgd":
         if step is None or steps is None:
@@ -615,7 +616,7 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: b
         labels = labels.clone()  # autograd may not save a tensor made under inference_mode
     if logits.dim() == 2:
         logits, labels = logits[:, :, None, None], labels[:, None, None]
-    if synchronous_checks() and labels.device.type != "cpu":
+    if labels.device.type != "cpu" and synchronous_checks():
         check_labels(labels, logits.shape[1], ignore_index)
     return logits, labels
 
@@ -636,11 +637,6 @@ def _check_label_type(labels: Tensor) -> None:
         raise ValueError(
             f"labels must have one of the dtypes {_names(LABEL_TYPES)}, got {_names((labels.dtype,))}; {remedy}"
         )
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "image", "sum", "none"):
-        raise ValueError(f"reduction must be one of 'mean', 'image', 'sum', 'none', got {reduction!r}")
 
 
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
@@ -672,13 +668,7 @@ def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> tu
         raise ValueError(f"images must be float32 or float64 [N, ...], got {_describe(images)}{bytes_}")
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
         raise ValueError(f"grad must be like the images, {_describe(images)}, got {_describe(grad)}")
-    try:
-        low, high = bounds
-        if is_number(low) and is_number(high) and low < high:
-            return float(low), float(high)
-    except (TypeError, ValueError, OverflowError):  # not two, or too large
-        pass
-    raise ValueError(f"bounds must be two numbers, (low, high) with low < high, got {bounds!r}")
+    return checked_bounds(bounds)
 
 
 def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:

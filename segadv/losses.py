@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
-from .checks import true_or_false, whole_number
+from .checks import one_of, true_or_false, whole_number
 
 __all__ = ["CrossEntropyLoss"]
 
@@ -62,7 +62,7 @@ class CrossEntropyLoss(nn.Module):
             )
         whole_number(ignore_index=ignore_index)
         true_or_false(align_corners=align_corners)
-        functional._check_reduction(reduction)
+        one_of(functional.REDUCTIONS, reduction=reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = int(ignore_index)
         self.reduction = reduction

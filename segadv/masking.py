@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import functional
 from .attacks import FGSM, PGD
 from .attacks.base import frozen, has_label, logits_of
+from .checks import is_number
 from .evaluation import AttackFactory, evaluate
 
 __all__ = ["Check", "masking_checks"]
@@ -84,8 +85,8 @@ def masking_checks(
     Raises:
         ValueError: eps outside (0, 0.5], and what `evaluate` raises.
     """
-    if not 0 < eps <= LARGE_EPS:
-        raise ValueError(f"eps must be more than 0 and at most {LARGE_EPS}, in the unit of the images, got {eps}")
+    if not is_number(eps) or not 0 < eps <= LARGE_EPS:
+        raise ValueError(f"eps must be more than 0 and at most {LARGE_EPS}, in the unit of the images, got {eps!r}")
     options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
     shared: dict[str, Any] = {**options, "seed": seed, "records": records}
     batches = list(loader)

@@ -62,9 +62,7 @@ class PSPNet(nn.Module):
         backbone: images [N, 3, H, W] -> features [N, feature_channels, h, w], usually at stride 8.
         feature_channels: channels of the backbone's features.
         num_classes: C of the logits, at least 2.
-        pooled_channels: channels of each pyramid level; None: feature_channels // len(bins), as in the paper.
         head_channels: channels between the 3x3 convolution and the classifier.
-        bins: side lengths of the pyramid's levels.
         dropout: probability with which a channel is zeroed before the classifier.
 
     ``model(images)`` are the logits [N, num_classes, h, w], of the features' size. In training mode a batch
@@ -72,22 +70,21 @@ class PSPNet(nn.Module):
     no variance. The head is initialised as He et al. propose; the backbone is taken as it is.
     """
 
+    bins = (1, 2, 3, 6)  # side lengths of the pyramid's levels
+
     def __init__(
         self,
         backbone: nn.Module,
         *,
         feature_channels: int,
         num_classes: int,
-        pooled_channels: int | None = None,
         head_channels: int = 512,
-        bins: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
         at_least(2, num_classes=num_classes)
-        pooled = feature_channels // len(bins) if pooled_channels is None else pooled_channels
+        pooled = feature_channels // len(self.bins)
         self.backbone = backbone
-        self.bins = tuple(bins)
         self.levels = nn.ModuleList(_conv_bn_relu(feature_channels, pooled, 1) for _ in self.bins)
         self.bottleneck = _conv_bn_relu(feature_channels + pooled * len(self.bins), head_channels, 3)
         self.dropout = nn.Dropout2d(dropout)
@@ -130,21 +127,18 @@ class _PreActivationBlock(nn.Module):
 class SmallBackbone(nn.Module):
     """A residual network of the ResNet v2 kind, small enough to be trained on a CPU.
 
-    [N, 3, H, W] -> [N, channels[-1], ceil(H / 8), ceil(W / 8)]: a stem and two stages of stride 2, then
-    dilation 2 and 4 in place of further strides; batch normalisation and ReLU at the end.
-
-    Args:
-        channels: channels of the stem and of the four stages.
+    [N, 3, H, W] -> [N, 64, ceil(H / 8), ceil(W / 8)]: a stem and two stages of stride 2, then dilation 2 and 4 in place
+    of further strides; batch normalisation and ReLU at the end.
     """
 
-    def __init__(self, *, channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 64)) -> None:
+    channels = 64
+
+    def __init__(self) -> None:
         super().__init__()
-        stem, *stages = channels
-        self.channels = channels
-        self.stem = nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False)
+        in_channels = 16
+        self.stem = nn.Conv2d(3, in_channels, 3, stride=2, padding=1, bias=False)
         blocks = []
-        in_channels = stem
-        for out_channels, stride, dilation in zip(stages, (2, 2, 1, 1), (1, 1, 2, 4), strict=True):
+        for out_channels, stride, dilation in ((32, 2, 1), (64, 2, 1), (64, 1, 2), (self.channels, 1, 4)):
             blocks.append(_PreActivationBlock(in_channels, out_channels, stride=stride, dilation=dilation))
             in_channels = out_channels
         self.blocks = nn.Sequential(*blocks)
@@ -158,7 +152,7 @@ class SmallBackbone(nn.Module):
 def small_pspnet(num_classes: int = 19) -> PSPNet:
     """`PSPNet` on `SmallBackbone`: about 0.3 million parameters, logits at an eighth of the size."""
     backbone = SmallBackbone()
-    return PSPNet(backbone, feature_channels=backbone.channels[-1], num_classes=num_classes, head_channels=64)
+    return PSPNet(backbone, feature_channels=backbone.channels, num_classes=num_classes, head_channels=64)
 
 
 def pspnet50(num_classes: int = 19, *, pretrained: bool = False, backbone: str | Path = "") -> nn.Module:

@@ -48,15 +48,15 @@ def probe(model: nn.Module, images: Tensor, labels: Tensor, *, eps: float = 0.03
     neighbours = (images + eps * noise).clamp(0, 1)
     fgsm = FGSM(model, eps=eps)
     pgd = PGD(model, eps=eps, alpha=eps / 3, steps=10, generator=generator.manual_seed(0))
-    gradient, other = (fgsm.input_gradient(points, labels).flatten(1) for points in (images, neighbours))
+    gradient, other = (fgsm.input_gradient(points, labels) for points in (images, neighbours))
     # of any length: by default what is shorter than 1e-8 counts as that long, as of a network that is sure
-    cosine = F.cosine_similarity(gradient.double(), other.double(), eps=1e-150)
+    cosine = F.cosine_similarity(gradient.flatten(1).double(), other.flatten(1).double(), eps=1e-150)
     _, newton = FastNewton(model)(images, labels, return_info=True)
     assert newton.gain is not None
     p10, median, p90 = np.quantile(newton.eps.double().cpu().numpy(), [0.1, 0.5, 0.9]).tolist()
     return {
         "pgd_accuracy": _accuracy(model, pgd(images, labels), labels),
-        "fgsm_accuracy": _accuracy(model, fgsm(images, labels), labels),
+        "fgsm_accuracy": _accuracy(model, functional.sign_step(images, gradient, eps), labels),
         "gradient_cosine": _mean_of_labelled(cosine, labels),
         "newton_eps_p10": p10,
         "newton_eps_median": median,

@@ -95,7 +95,7 @@ def content_hash(*tensors: Tensor) -> str:
             continue
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
-        digest.update(tensor.detach().cpu().resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

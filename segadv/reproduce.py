@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from . import distributed
-from .checks import at_least
+from .checks import at_least, names_out_of
 from .comparison import (
     PAPER_ARMS,
     SHOWN_EPS,
@@ -77,8 +77,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         if isinstance(self.stronger, str):
             object.__setattr__(self, "stronger", (self.stronger,) if self.stronger else ())
-        if unknown := [name for name in self.stronger if name not in ATTACKS]:
-            raise ValueError(f"evaluation.stronger must be names out of {', '.join(ATTACKS)}, got {unknown}")
+        names_out_of(ATTACKS, **{"evaluation.stronger": self.stronger})
         at_least(0, **{"evaluation.images": self.images})
         at_least(1, **{"evaluation.steps": self.steps, "evaluation.batch_size": self.batch_size})
 
@@ -145,8 +144,7 @@ def reproduce(
         ValueError: `out` holds a run with other options, an unknown arm; else as `Trainer`.
     """
     out = Path(out)
-    if unknown := [arm for arm in arms if arm not in PAPER_ARMS]:
-        raise ValueError(f"arms must be names out of {', '.join(PAPER_ARMS)}, got {', '.join(unknown)}")
+    names_out_of(PAPER_ARMS, arms=arms)
     at_least(1, overhead_steps=overhead_steps)
     train, val = (open_dataset(dataset, data, split) for split in ("train", "val"))
     with distributed.process_group(config.device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +15,10 @@ from torch import nn
 
 from .attacks import BIM, FGSM, NFGSM, PGD, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from .attacks.base import Attack
-from .checks import at_least, is_number, one_of, true_or_false
+from .checks import at_least, is_number, names_out_of, one_of, true_or_false
 from .data import Augmentation
 from .data.sampler import COINS, seeded
-from .evaluation import ATTACKS, EPS, PAPER_ATTACKS
+from .evaluation import ATTACKS, EPS, PAPER_ATTACKS, checked_eps
 
 __all__ = ["ARMS", "EARLY_STOP", "PRECISIONS", "TrainConfig", "Validation", "adversarial_coins", "poly_learning_rate"]
 
@@ -72,17 +72,14 @@ class Validation:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, (str, Real)):
-            raise TypeError(f"validation.eps must be a sequence of numbers, such as (0, 0.01), got {self.eps!r}")
         object.__setattr__(self, "attacks", (self.attacks,) if isinstance(self.attacks, str) else tuple(self.attacks))
-        object.__setattr__(self, "eps", tuple(float(value) for value in self.eps))
+        object.__setattr__(self, "eps", tuple(checked_eps(self.eps, name="validation.eps")))
         at_least(0, **{"validation.every": self.every, "validation.images": self.images})
         at_least(1, **{"validation.batch_size": self.batch_size})
         _make_ints(self)
-        if not self.attacks or any(name not in ATTACKS for name in self.attacks):
-            raise ValueError(f"validation.attacks must be names out of {', '.join(ATTACKS)}, got {self.attacks}")
-        if not self.eps or not all(0 <= value <= 1 for value in self.eps) or len(set(self.eps)) < len(self.eps):
-            raise ValueError(f"validation.eps must be different numbers in [0, 1] (8/255, not 8), got {self.eps}")
+        if not self.attacks:
+            raise ValueError("validation.attacks must name at least one attack")
+        names_out_of(ATTACKS, **{"validation.attacks": self.attacks})
 
 
 def _make_ints(config: object) -> None:

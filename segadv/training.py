@@ -38,12 +38,12 @@ from .attacks.base import FLOAT64, model_logits
 from .checkpoints import (
     check_weights,
     load_model,
-    load_weights,
     read_checkpoint,
     read_config,
     share,
     write_checkpoint,
 )
+from .checks import a_module
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
 from .data.files import opened
@@ -156,8 +156,7 @@ class Trainer:
         validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {_kind(model)}")
+        a_module(model)
         if hasattr(model, "_orig_mod"):  # the names in its checkpoints would be others
             raise TypeError("model must not be compiled: give what was compiled, and TrainConfig(compile=True)")
         for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
@@ -615,7 +614,7 @@ class Trainer:
                 f"{path}: {there} parameters were trained there, {here} are trained here (requires_grad): freeze the "
                 "same ones, or give another folder"
             )
-        load_weights(self.model, state["model"], path)
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["fused"] = self.device.type == "cuda"  # that of the checkpoint's device until here
@@ -850,10 +849,6 @@ class _Told:
         if self._there is not None:
             self._there.synchronize()
         return bool(self._number)
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}; give an instance of it" if isinstance(value, type) else type(value).__name__
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -1155,6 +1155,8 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
             "restarts must be 1 with random_start=False, .*, got 2",
         ),
         (lambda m: NFGSM(m, noise=-1), ValueError, "noise must be a finite number of at least 0, .*, got -1"),
+        (lambda m: NFGSM(m, noise="2"), ValueError, "noise must be a finite number of at least 0, .*, got '2'"),
+        (lambda m: NFGSM(m, noise=True), ValueError, "noise must be a finite number of at least 0, .*, got True"),
         (
             lambda m: CheckpointFGSM(m, checkpoints=0),
             ValueError,
@@ -1163,18 +1165,33 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
         (lambda m: CheckpointFGSM(m, targeted=True), ValueError, "targeted must be False, .*, got True"),
         (lambda m: FastNewton(m, max_eps=8), ValueError, r"max_eps must be in \[0, 1\], .*, got 8\."),
         (lambda m: FastNewton(m, max_eps=torch.ones(1)), TypeError, "max_eps must be a number or None, got a Tensor"),
-        (lambda m: FGSM(m, bn="batch"), ValueError, "bn must be one of 'eval', 'train', got 'batch'"),
+        (lambda m: FGSM(m, bn="batch"), ValueError, "bn must be one of eval, train; got 'batch'"),
         (
             lambda m: FGSM(m, bounds=(1.0, 0.0)),
             ValueError,
-            r"bounds must be \(low, high\) with low < high, .*, got \(1.0, 0.0\)",
+            r"bounds must be two numbers, \(low, high\) with low < high, got \(1.0, 0.0\)\.",
         ),
-        (lambda m: FGSM(m, bounds=(0.0, float("inf"))), ValueError, r"bounds must be .* both finite, got \(0.0, inf\)"),
+        (lambda m: FGSM(m, bounds=(0, math.inf)), ValueError, r"bounds must be finite in an attack, got \(0.0, inf\)"),
+        (
+            lambda m: FGSM(m, bounds=None),
+            ValueError,
+            r"bounds must be two numbers, .*, got None\. For images that",
+        ),
+        (lambda m: FGSM(m, bounds=((0, 0), (1, 1))), ValueError, r"bounds must be .*, got \(\(0, 0\), \(1, 1\)\)\."),
+        (lambda m: FGSM(m, bounds=(0, 1, 2)), ValueError, r"bounds must be two numbers, .*, got \(0, 1, 2\)"),
+        (lambda m: FGSM(m, bounds=("0", "1")), ValueError, r"bounds must be two numbers, .*, got \('0', '1'\)"),
+        (lambda m: FGSM(m, bounds=(False, True)), ValueError, r"bounds must be two numbers, .*, got \(False, True\)"),
+        (lambda m: FGSM(m, bounds=(0, 10**400)), ValueError, "bounds must be two numbers, .*, got .*0000"),
         (lambda m: FGSM(m, output="out"), TypeError, "output must be a callable or None, got a str"),
         (
             lambda m: FGSM(lambda x: x),
             TypeError,
             "model must be an nn.Module, got a function; .* whose forward calls it",
+        ),
+        (
+            lambda m: FGSM(nn.Identity),
+            TypeError,
+            "model must be an nn.Module, got the class Identity; give an",
         ),
     ],
 )
@@ -1346,9 +1363,6 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bounds": None}, r"bounds must be two numbers, \(low, high\), got None\."),
-        ({"bounds": ((0, 0, 0), (1, 1, 1))}, r"bounds must be two numbers, .*, got \(\(0, 0, 0\), \(1, 1, 1\)\)"),
-        ({"bounds": (0, 1, 2)}, r"bounds must be two numbers, .*, got \(0, 1, 2\)"),
         ({"ignore_index": None}, "ignore_index must be a whole number, got a NoneType"),
         ({"ignore_index": 255.0}, "ignore_index must be a whole number, got a float"),
         ({"ignore_index": True}, "ignore_index must be a whole number, got a bool"),

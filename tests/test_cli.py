@@ -72,7 +72,7 @@ def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("train --data x --out y --validation.eps 0,x", "validation.eps must be numbers with commas between them"),
         (
             "train --data x --out y --validation.every 1 --validation.eps 0,8",
-            "validation.eps must be different numbers in [0, 1]",
+            "validation.eps must be numbers in [0, 1]",
         ),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --data nowhere --out y", "nowhere/leftImg8bit/train"),

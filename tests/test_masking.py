@@ -185,7 +185,7 @@ def test_sizes_near_the_largest_and_what_cannot_be_checked(data: list[Batch], ne
         assert shown == sorted({*shown})
         assert (shown[-1], len(shown)) == (0.5, count)
         assert steps.passed is None  # PGD was judged once
-    for eps in (0.0, 0.6, float("nan")):
+    for eps in (0.0, 0.6, float("nan"), "0.1", True):
         with pytest.raises(
             ValueError, match=r"eps must be more than 0 and at most 0\.5, in the unit of the images, got "
         ):

@@ -31,7 +31,7 @@ def test_small_pspnet_has_the_promised_size_and_stride() -> None:
     assert 0.1e6 < sum(parameter.numel() for parameter in model.parameters()) < 0.5e6
     assert models.small_pspnet(num_classes=5).classifier.out_channels == 5
     backbone = model.backbone
-    assert backbone.channels[-1] == backbone.bn.num_features
+    assert backbone.channels == backbone.bn.num_features
     dilations = [block.conv2.dilation[0] for block in backbone.blocks]
     strides = [backbone.stem.stride[0], *(block.conv1.stride[0] for block in backbone.blocks)]
     assert strides == [2, 2, 2, 1, 1]

@@ -530,6 +530,21 @@ def test_checkpoint_without_description(
         torch.save(state, tmp_path / "own.pt")
         message = failure(f"evaluate {tmp_path}/own.pt --data {streets} --out {tmp_path}/out {options}", capsys)
         assert "own.pt does not say which network it holds, as those of segadv train do (" in message
+    for config in ({}, {"arm": "own"}, {"arm": 3, "description": state["config"]["description"]}, ["own"], None):
+        torch.save({**state, "config": config}, tmp_path / "own.pt")
+        message = failure(f"evaluate {tmp_path}/own.pt --data {streets} --out {tmp_path}/out {options}", capsys)
+        assert "own.pt does not say which network it holds, as those of segadv train do (" in message
+
+
+def test_a_checkpoint_is_read_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, read = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **options: (read.append(path), genuine(path, **options))[1])
+    path = trained / "cityscapes" / "last.pt"
+    model, config = comparison.load_trained(path)
+    assert read == [path]
+    assert config == genuine(path, weights_only=True)["config"]
+    for name, value in genuine(path, weights_only=True)["model"].items():
+        assert torch.equal(model.state_dict()[name], value)
 
 
 def test_initial_weights_have_to_be_at_hand_at_the_start_only(tmp_path: Path) -> None:
@@ -785,7 +800,7 @@ def test_reproduce_leaves_foreign_folders_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--arms basic,fgms", "arms must be names out of basic, fgsm, random-fgsm, bim-3, fast-newton, got fgms"),
+        ("--arms basic,fgms", "bim-3, fast-newton; got ['fgms'], did you mean 'fgsm'?"),
         ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.steps 7", "--evaluation.steps has no effect without --evaluation.stronger"),

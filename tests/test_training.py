@@ -1430,11 +1430,11 @@ def test_config_names_what_is_of_another_type(changes: dict[str, Any], message: 
     [
         ({"every": -1}, "validation.every must be a whole number of at least 0, got -1"),
         ({"batch_size": 0}, "validation.batch_size"),
-        ({"attacks": ("fgsm", "bmi")}, "validation.attacks must be names out of fgsm, bim-10, .*, got .*bmi"),
+        ({"attacks": ("fgsm", "bmi")}, "validation.attacks must be names out of fgsm, bim-10, .*; got .*bmi"),
         ({"attacks": ()}, "validation.attacks"),
-        ({"eps": (8.0,)}, r"validation.eps must be different numbers in \[0, 1\] \(8/255, not 8\), got"),
-        ({"eps": (0.1, 0.1)}, "validation.eps"),
-        ({"eps": ()}, "validation.eps"),
+        ({"eps": (8.0,)}, r"validation.eps must be numbers in \[0, 1\], .* \(8/255, not 8\), got"),
+        ({"eps": (0.1, 0.1)}, "validation.eps must not repeat a number"),
+        ({"eps": ()}, "validation.eps must be numbers in"),
     ],
 )
 def test_validation_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -1444,9 +1444,10 @@ def test_validation_names_what_is_wrong(changes: dict[str, Any], message: str) -
 
 def test_types_of_a_validation() -> None:
     assert Validation(attacks="fgsm") == Validation(attacks=("fgsm",))  # type: ignore[arg-type]
-    for eps in (0.03, "0.03"):
-        with pytest.raises(TypeError, match=rf"validation.eps must be a sequence of numbers, .*, got {eps!r}"):
+    for eps in (0.03, "0.03", None, ("0.03",)):
+        with pytest.raises(TypeError, match=r"validation\.eps must be a sequence of numbers") as raised:
             Validation(eps=eps)  # type: ignore[arg-type]
+        assert str(raised.value).endswith(f", got {eps!r}")
     with pytest.raises(TypeError, match=r"validation.images must be a whole number of at least 0, got 1\.5"):
         Validation(images=1.5)  # type: ignore[arg-type]
 
@@ -1535,7 +1536,7 @@ def test_trainer_names_what_is_wrong() -> None:
     Trainer(config(batch_size=13), tiny_model(), Squares())  # one batch
     for model, data, message in (
         (models.SmallBackbone, Squares(), "model must be an nn.Module, got the class SmallBackbone; give an instance"),
-        (lambda x: x, Squares(), "model must be an nn.Module, got function"),
+        (lambda x: x, Squares(), "model must be an nn.Module, got a function"),
         (torch.compile(tiny_model(), backend="eager"), Squares(), "model must not be compiled: give what was compiled"),
         (tiny_model(), DataLoader(Squares(), 4), "dataset must be a Dataset of single samples, got a DataLoader"),
     ):

@@ -39,7 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..checks import a_module, in_range, is_number, true_or_false, whole_number
+from ..checks import a_module, checked_bounds, in_range, is_number, one_of, true_or_false, whole_number
 from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
@@ -397,20 +397,12 @@ class Attack(ABC):
         if self.output is not None and not callable(self.output):
             raise TypeError(f"output must be a callable or None, got a {type(self.output).__name__}")
         true_or_false(**{entry.name: getattr(self, entry.name) for entry in fields(self) if entry.type == "bool"})
-        if self.bn not in ("eval", "train"):
-            raise ValueError(f"bn must be one of 'eval', 'train', got {self.bn!r}")
+        one_of(("eval", "train"), bn=self.bn)
         whole_number(ignore_index=self.ignore_index)
         self.ignore_index = int(self.ignore_index)
-        try:
-            low, high = (float(bound) for bound in self.bounds)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"bounds must be two numbers, (low, high), got {self.bounds!r}. For images that were normalised, "
-                "move mean and std into the model: segadv.models.wrap(model, mean=..., std=...)"
-            ) from error
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"bounds must be (low, high) with low < high, both finite, got {self.bounds}")
-        self.bounds = (low, high)
+        self.bounds = low, high = checked_bounds(self.bounds)
+        if math.isinf(low) or math.isinf(high):
+            raise ValueError(f"bounds must be finite in an attack, got {self.bounds}")
 
     @abstractmethod
     def _objective(

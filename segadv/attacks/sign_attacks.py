@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..checks import at_least
+from ..checks import at_least, is_number
 from .base import Attack, AttackInfo, checked_size, has_label, levels_to_the_caller, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
@@ -32,6 +32,7 @@ class _SignAttack(Attack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("eps", self.eps, images)
+        _check_generator(getattr(self, "generator", None), images)
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
@@ -92,10 +93,6 @@ class RandomFGSM(FGSM):
 
     generator: torch.Generator | None = None
 
-    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
-        super()._check_inputs(images, labels)
-        _check_generator(self.generator, images)
-
     def _eps_of(self, images: Tensor) -> Tensor:
         eps = super()._eps_of(images)
         return eps * torch.rand(eps.shape, generator=self.generator, dtype=eps.dtype, device=eps.device)
@@ -119,13 +116,9 @@ class NFGSM(FGSM):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must be a finite number of at least 0, in units of eps, got {self.noise}")
+        if not is_number(self.noise) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be a finite number of at least 0, in units of eps, got {self.noise!r}")
         self.noise = float(self.noise)
-
-    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
-        super()._check_inputs(images, labels)
-        _check_generator(self.generator, images)
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         eps = self._eps_of(images)
@@ -346,10 +339,6 @@ class PGD(BIM):
             raise ValueError(
                 f"restarts must be 1 with random_start=False, where all runs are the same, got {self.restarts}"
             )
-
-    def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
-        super()._check_inputs(images, labels)
-        _check_generator(self.generator, images)
 
     def _run(
         self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None

@@ -8,7 +8,6 @@ sensor noise differ from scene to scene, so that no class is told by its colour 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from ..checks import at_least
 from ..progress import progress_bar
-from ..writing import atomic_write, is_leftover
+from ..writing import atomic_write, is_leftover, write_text
 from .files import require_pillow
 from .sampler import seeded
 
@@ -751,19 +750,13 @@ def _origin(split: str, index: int, size: tuple[int, int], seed: int) -> str:
     return f"segadv streets {_VERSION}: seed {seed}, {split} {index}, {size[0]} x {size[1]}"
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def _write_png(path: Path, image: Image.Image, origin: str) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     comment = PngInfo()
     comment.add_text("Comment", origin)
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=3, pnginfo=comment)
-    _write_atomically(path, content.getvalue())
+    with atomic_write(path) as temporary:
+        image.save(temporary, "PNG", compress_level=3, pnginfo=comment)
 
 
 def _is_ours(path: Path, origin: str) -> bool:
@@ -880,5 +873,5 @@ def generate_streets(
                     _write_png(path, picture, _origin(*scene, (height, width), seed))
             bar.update()
     if missing or not (root / _MANIFEST).exists():
-        _write_atomically(root / _MANIFEST, (json.dumps(arguments, indent=2) + "\n").encode())
+        write_text(root / _MANIFEST, json.dumps(arguments, indent=2) + "\n")
     return root

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..checks import one_of
 from . import native, reference, triton
 from .cuda import CudaKernels
 
@@ -38,17 +39,11 @@ _local = threading.local()
 _warned: set[str] = set()
 
 
-def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
-
-
 def requested() -> str | None:
     """The backend asked for by `segadv.backend(...)` in this thread, else by SEGADV_BACKEND, else None."""
     name: str | None = getattr(_local, "name", None)
-    if name is None and (environment := os.environ.get("SEGADV_BACKEND")):
-        name = _known(environment, "SEGADV_BACKEND")
+    if name is None and (name := os.environ.get("SEGADV_BACKEND") or None):
+        one_of(BACKENDS, SEGADV_BACKEND=name)
     return name
 
 
@@ -64,7 +59,7 @@ def backend(name: str | None) -> Iterator[None]:
         explicit request never falls back.
     """
     if name is not None:
-        _known(name, "backend")
+        one_of(BACKENDS, backend=name)
     previous = getattr(_local, "name", None)
     _local.name = name
     try:
