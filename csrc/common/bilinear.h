@@ -84,7 +84,7 @@ struct Axis {
     if (quad > in) return out;
     if (distance <= 0) return 0;
     const int64_t first = by_step.quotient(distance + by_step.value - 1);
-    return first < out ? first : out;
+    return first < out ? first : out;  // of no outputs, aligned, it would be 1
   }
 
   // Whether a rest fits into 32 bits, also that of some outputs behind the quad, where a GPU's last chunk of it may

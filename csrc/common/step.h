@@ -37,7 +37,7 @@ SEGADV_INLINE bool is_finite(A x) {
 // eps = gain / norm (Wiens & Hammer 2022, eq. 18), 0 where that means nothing; max_eps < 0: no cap.
 template <class A>
 SEGADV_INLINE A newton_eps(A gain, A norm, bool clamp_negative, double max_eps) {
-  if (!is_finite(gain) || !is_finite(norm) || norm == A(0)) return A(0);
+  if (!is_finite(gain) || !(norm > A(0))) return A(0);  // max_eps would cap an infinity
   A eps = gain / norm;
   if (clamp_negative && eps < A(0)) eps = A(0);
   if (max_eps >= 0) eps = clip(eps, static_cast<A>(-max_eps), static_cast<A>(max_eps));

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   using Mine = Pixels<S, P, true>;
   using A = Compute<S>;
   __shared__ Ends<A> of_pixels[kTile<A>][kSlots];
-  __shared__ A right_weight[kThreads];         // of a column of pixels: what it adds to the logits right of it
+  __shared__ A right_weight[kSlots];           // of a column of pixels, by slot: what it adds to the logits right of it
   __shared__ Ends<A> of_logits[kTile<A>][kQuads];  // sums for the row of logits that is being completed, and the next
   __shared__ int32_t first[kQuads + 1];        // column of pixels at which a quad begins
   const TensorView& grad = problem.grad;
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
           const Mine pixels(problem, patches.y, patches.x, n, y, x, quad_y, quad_x,
                             end_y - y < P ? end_y - y : P);
           const int32_t slot = thread + quad_x - first_quad;
-          right_weight[thread] = transposed(pixels.wx1, quad_x, w);
+          right_weight[slot] = transposed(pixels.wx1, quad_x, w);
           counts |= column_gradient<kMargin>(problem, inputs, pixels, quad_y, h, first_class, classes,
                                              &of_pixels[0][slot]);
         }
@@ -261,8 +261,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
             if (x < 0) x = 0;
             if (end > kThreads) end = kThreads;
             for (; x < end; ++x) {
-              const A weight = side == 0 ? right_weight[x] : A(1) - right_weight[x];
-              const Ends<A> of_column = of_pixels[c][x + quad];
+              const int32_t slot = x + quad;
+              const A weight = side == 0 ? right_weight[slot] : A(1) - right_weight[slot];
+              const Ends<A> of_column = of_pixels[c][slot];
               sum.upper += weight * of_column.upper;
               sum.lower += weight * of_column.lower;
             }
@@ -337,25 +338,19 @@ Error gradient(const Problem& problem, const GradientInputs& inputs, void* works
   const int64_t n = problem.logits.size[0];
   Partial* partial = static_cast<Partial*>(workspace);
   const Results results{{}, {}, {}, {}, problem.grad};
-  if (resamples(problem)) {
-    return dispatch_floating(problem.logits.dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      int32_t blocks;
-      if (const Error error = launch_resampled<S>(problem, inputs, partial, &blocks, stream)) return error;
-      return finish<S>(results, n, partial, blocks, stream);
-    });
-  }
   const bool aligned = maps_are_aligned(inputs.runner_up, inputs.shift, inputs.scale, inputs.pixel_weight);
   return dispatch_pixels(problem, inputs.grad_loss, aligned, [&](auto tag, const Walk& walk) -> Error {
     using Mine = typename decltype(tag)::type;
+    using S = typename Mine::Storage;
+    int32_t blocks = static_cast<int32_t>(walk.blocks.value);
+    Error error{};
     if constexpr (Mine::kResamples) {
-      return {};  // above
+      error = launch_resampled<S>(problem, inputs, partial, &blocks, stream);
     } else {
       const auto kernel = inputs.margin ? gradient_kernel<Mine, true> : gradient_kernel<Mine, false>;
-      const int64_t blocks = n * walk.blocks.value;
-      if (const Error error = launch("gradient", kernel, blocks, stream, problem, inputs, walk, partial)) return error;
-      return finish<typename Mine::Storage>(results, n, partial, walk.blocks.value, stream);
+      error = launch("gradient", kernel, n * blocks, stream, problem, inputs, walk, partial);
     }
+    return error ? error : finish<S>(results, n, partial, blocks, stream);
   });
 }
 

@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned block = gridDim.x - 1 - blockIdx.x;
   const int64_t n = block / chunks.count;
   const int32_t k = block % chunks.count;
+  const A gain = static_cast<const A*>(params.gain.data)[n];  // before the barriers of the sum: waited for with it
   const A norm = static_cast<A>(sum_of_partials<double>(partial + n * chunks.count, chunks.count));
-  const A eps =
-      newton_eps(static_cast<const A*>(params.gain.data)[n], norm, params.clamp_negative, params.max_eps);
+  const A eps = newton_eps(gain, norm, params.clamp_negative, params.max_eps);
   if (k == 0 && threadIdx.x == 0) {
     static_cast<A*>(params.eps.data)[n] = eps;
     static_cast<A*>(params.norm.data)[n] = norm;

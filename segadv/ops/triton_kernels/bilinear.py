@@ -70,7 +70,7 @@ def first_output(quad, size_in, size_out, ALIGN: tl.constexpr):
     else:
         inputs, numerator = 2 * size_in, (2 * quad - 1) * size_out - size_in
     inputs, numerator = tl.maximum(inputs, 1), tl.maximum(numerator, 0)
-    first = tl.minimum((numerator + inputs - 1) // inputs, size_out)
+    first = tl.minimum((numerator + inputs - 1) // inputs, size_out)  # of no outputs, aligned, it would be 1
     return tl.where(quad > size_in, size_out, first)
 
 

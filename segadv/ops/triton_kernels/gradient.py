@@ -148,8 +148,7 @@ def gradient_up_kernel(
     last_row = tl.minimum(row + ROWS, h)
     n = (program // tiles_c // tiles_x // tiles_y).to(tl.int64)
 
-    begin_x = first_output(quad_x, w, W, ALIGN)
-    end_x = tl.where(quad_x <= w, first_output(quad_x + 1, w, W, ALIGN), begin_x)
+    begin_x, end_x = first_output(quad_x, w, W, ALIGN), first_output(quad_x + 1, w, W, ALIGN)
     # Where a tap does not exist its weight is 0, and it is read as 0. For one - 1 and the hint below see load_rows.
     left = (quad_x - 1) * stride_x + (one - 1)
     right = quad_x * stride_x + (one - 1)

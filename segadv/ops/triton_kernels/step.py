@@ -73,10 +73,9 @@ def newton_step_kernel(
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n, k = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64)
+    g = tl.load(gain + n)  # before the barriers of the sum, behind which it would be waited for once more
     length = total_of(partial, n, partials, 1024).to(A)
-    g = tl.load(gain + n)
-    # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
-    usable = is_finite(g) & is_finite(length) & (length > 0)
+    usable = is_finite(g) & (length > 0)  # max_eps would cap an infinity
     step = divide(g, tl.where(usable, length, 1.0))
     if CLAMP_NEGATIVE:
         step = tl.maximum(step, 0.0)
@@ -95,7 +94,9 @@ def newton_step_kernel(
     tl.store(adversarial + at, x, mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "eps_bits", "low_bits", "high_bits"])
+@triton.jit(
+    do_not_specialize=["alpha_bits", "eps_bits", "low_bits", "high_bits"], do_not_specialize_on_alignment=UNALIGNED
+)
 def sign_step_kernel(
     images, grad, origin, adversarial, alpha_per_image, eps_per_image, numel, blocks,
     alpha_bits, eps_bits, low_bits, high_bits, A: tl.constexpr, BLOCK: tl.constexpr,

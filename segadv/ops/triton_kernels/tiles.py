@@ -33,8 +33,8 @@ from .configs import config
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
 
 UNALIGNED = [
-    "C", "h", "w", "H", "programs", "tiles_c", "tiles_x", "tiles_y", "chunks", "widest", "copies", "partials", "span",
-    "numel0", "numel1", "ignore_index", "stride_x", "grad_x",
+    "C", "h", "w", "H", "programs", "blocks", "tiles_c", "tiles_x", "tiles_y", "chunks", "widest", "copies", "partials",
+    "span", "numel0", "numel1", "ignore_index", "stride_x", "grad_x",
 ]  # fmt: skip
 """Arguments of the kernels whose divisibility by 16 should not be known.
 
