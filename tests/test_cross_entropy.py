@@ -207,8 +207,8 @@ def test_what_is_kept_of_a_pixel_is_zero_where_it_is_not_valid(backend: str, own
     ops = torch.ops.segadv
     kept = [
         *ops.cross_entropy(z, y, None, 255, False, True, True)[2:],
-        *ops.segpgd_loss(z, y, 0.25, False, 255, False, True)[2:],
-        *ops.cospgd_loss(z, y, False, 255, False, True)[2:],
+        *ops.weighted_loss(z, y, "segpgd", 0.25, False, 255, False, True)[2:],
+        *ops.weighted_loss(z, y, "cospgd", 0.0, False, 255, False, True)[2:],
     ]
     assert len(kept) == 8
     for values in kept:

@@ -35,6 +35,7 @@ from segadv.ops.triton_kernels import (
     step,
     tiles,
 )
+from segadv.ops.triton_kernels.operations import OPERATIONS
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -69,55 +70,59 @@ def operations(few: bool) -> Iterator[tuple[str, Any]]:
             weight = torch.ones(19, dtype=wide.dtype)
             one = wide[:, :1, :1].expand(y.shape)
             name = f"{str(dtype)[6:]} {own[0]} -> 256{' channels_last' if channels_last else ''}"
-            yield f"pixel_margin {name}", lambda z=z, y=y: margin.pixel_margin(z, y, 255, False)
-            yield f"gain_and_grad {name}", lambda z=z, y=y: margin.gain_and_grad(z, y, 255, True)
+            yield f"pixel_margin {name}", lambda z=z, y=y: OPERATIONS.pixel_margin(z, y, 255, False)
+            yield f"gain_and_grad {name}", lambda z=z, y=y: OPERATIONS.gain_and_grad(z, y, 255, True)
             yield (
                 f"loss_and_grad {name}",
-                lambda z=z, y=y: cross_entropy.loss_and_grad(z, y, None, "cross_entropy", 0.0, False, 255, False),
+                lambda z=z, y=y: OPERATIONS.loss_and_grad(z, y, None, "cross_entropy", 0.0, False, 255, False),
             )
-            yield f"confusion_matrix {name}", lambda z=z, y=y: confusion.confusion_matrix(z, y, 255, False, True)
+            yield f"confusion_matrix {name}", lambda z=z, y=y: OPERATIONS.confusion_matrix(z, y, 255, False, True)
             if own == (96, 96):
                 continue
             yield (
                 f"margin_backward {name}",
-                lambda z=z, y=y, g=one, cl=channels_last: margin.margin_backward(
+                lambda z=z, y=y, g=one, cl=channels_last: OPERATIONS.margin_backward(
                     g, y, y.to(torch.uint8), list(z.shape), cl, z.dtype, 255, False
                 ),
             )
             yield (
                 f"cross_entropy {name}",
-                lambda z=z, y=y, w=weight: cross_entropy.cross_entropy(z, y, w, 255, False, True, True),
+                lambda z=z, y=y, w=weight: OPERATIONS.cross_entropy(z, y, w, 255, False, True, True),
             )
-            yield f"segpgd_loss {name}", lambda z=z, y=y: cross_entropy.segpgd_loss(z, y, 0.25, False, 255, False, True)
-            yield f"cospgd_loss {name}", lambda z=z, y=y: cross_entropy.cospgd_loss(z, y, True, 255, False, True)
+            yield (
+                f"segpgd_loss {name}",
+                lambda z=z, y=y: OPERATIONS.weighted_loss(z, y, "segpgd", 0.25, False, 255, False, True),
+            )
+            yield (
+                f"cospgd_loss {name}",
+                lambda z=z, y=y: OPERATIONS.weighted_loss(z, y, "cospgd", 0.0, True, 255, False, True),
+            )
             yield (
                 f"cross_entropy_backward {name}",
-                lambda z=z, y=y, m=wide, w=weight: cross_entropy.cross_entropy_backward(
-                    m, z, y, m, m, w, m, 255, False
-                ),
+                lambda z=z, y=y, m=wide, w=weight: OPERATIONS.cross_entropy_backward(m, z, y, m, m, w, m, 255, False),
             )
-            yield f"argmax_labels {name}", lambda z=z: confusion.argmax_labels(z, [256, 256], False)
+            yield f"argmax_labels {name}", lambda z=z: OPERATIONS.argmax_labels(z, [256, 256], False)
         # where the offsets of all pixels of a tile, or of its columns, are one
         degenerate = [((1, 1), (40, 40), True), ((4, 1), (1, 9), True), ((2, 1), (16, 1), False),
                       ((2, 2), (1, 1), False)]  # fmt: skip
         for own, size, align in degenerate[:2] if few else degenerate:
             z, y = torch.randn(1, 19, *own).to(dtype), torch.zeros(1, *size, dtype=torch.uint8)
             name = f"{str(dtype)[6:]} {own} -> {size}"
-            yield f"gain_and_grad {name}", lambda z=z, y=y, a=align: margin.gain_and_grad(z, y, 255, a)
+            yield f"gain_and_grad {name}", lambda z=z, y=y, a=align: OPERATIONS.gain_and_grad(z, y, 255, a)
             yield (
                 f"loss_and_grad {name}",
-                lambda z=z, y=y, a=align: cross_entropy.loss_and_grad(z, y, None, "segpgd", 0.25, False, 255, a),
+                lambda z=z, y=y, a=align: OPERATIONS.loss_and_grad(z, y, None, "segpgd", 0.25, False, 255, a),
             )
-            yield f"argmax_labels {name}", lambda z=z, size=size, a=align: confusion.argmax_labels(z, [*size], a)
+            yield f"argmax_labels {name}", lambda z=z, size=size, a=align: OPERATIONS.argmax_labels(z, [*size], a)
         x = torch.rand(2, 3, 256, 256).to(dtype)
-        yield f"l1_norm {str(dtype)[6:]}", lambda x=x: step.l1_norm(x)
+        yield f"l1_norm {str(dtype)[6:]}", lambda x=x: OPERATIONS.l1_norm(x)
         factor = torch.ones(2, dtype=compute_dtype(dtype))
-        yield f"scale_gradient {str(dtype)[6:]}", lambda x=x, f=factor: step.scale_gradient(x, f)
+        yield f"scale_gradient {str(dtype)[6:]}", lambda x=x, f=factor: OPERATIONS.scale_gradient(x, f)
         if dtype in (torch.float32, torch.float64):
             gain, name = torch.ones(2, dtype=dtype), str(dtype)[6:]
-            yield f"newton_step {name}", lambda x=x, g=gain: step.newton_step(x, x, g, 0.0, 1.0, True, 0.5)
-            yield f"sign_step {name}", lambda x=x: step.sign_step(x, x, 0.1, None, x, 0.1, None, 0.0, 1.0)
-            yield f"sign_step per image {name}", lambda x=x, g=gain: step.sign_step(x, x, 0, g, x, 0, g, 0.0, 1.0)
+            yield f"newton_step {name}", lambda x=x, g=gain: OPERATIONS.newton_step(x, x, g, 0.0, 1.0, True, 0.5)
+            yield f"sign_step {name}", lambda x=x: OPERATIONS.sign_step(x, x, 0.1, None, x, 0.1, None, 0.0, 1.0)
+            yield f"sign_step per image {name}", lambda x=x, g=gain: OPERATIONS.sign_step(x, x, 0, g, x, 0, g, 0.0, 1.0)
 
 
 def source(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:

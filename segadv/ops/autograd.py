@@ -228,12 +228,9 @@ class WeightedLoss(torch.autograd.Function):
         ignore_index: int,
         align_corners: bool,
     ) -> tuple[Tensor, Tensor]:
-        options = (ignore_index, align_corners, ctx.needs_input_grad[0])
-        if loss == "segpgd":
-            result = library.segpgd_loss(logits, labels, lam, targeted, *options)
-        else:
-            result = library.cospgd_loss(logits, labels, targeted, *options)
-        loss_sum, n_valid, shift, scale, pixel_weight = result
+        loss_sum, n_valid, shift, scale, pixel_weight = library.weighted_loss(
+            logits, labels, loss, lam, targeted, ignore_index, align_corners, ctx.needs_input_grad[0]
+        )
         ctx.save_for_backward(logits, labels, shift, scale, None, pixel_weight)
         ctx.options = (ignore_index, align_corners)
         ctx.loss = loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,13 @@ def empty_maps(labels: Tensor, dtype: torch.dtype, count: int, wanted: bool) -> 
     return [empty_map(labels, dtype) if wanted else labels.new_empty(0, dtype=dtype) for _ in range(count)]
 
 
+def empty_matrix(logits: Tensor, per_image: bool) -> Tensor:
+    """An int64 [C, C], or [N, C, C]."""
+    num_images, num_classes = logits.shape[:2]
+    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
+    return torch.empty(shape, dtype=torch.int64, device=logits.device)
+
+
 def zero_counts(logits: Tensor, per_image: bool) -> Tensor:
     """Zeros, int32 [matrices, copies, C * C + 1], in which a GPU counts (label, prediction), and bad labels at the end.
 
@@ -81,11 +89,7 @@ def synchronous_checks() -> bool:
 
 def raise_bad_label(labels: Tensor, index: int, num_classes: int, ignore_index: int) -> None:
     """Raises the ValueError for the bad label at the flat (row-major) position `index` of labels [N, H, W]."""
-    position = []
-    for size in reversed(labels.shape):
-        position.append(index % size)
-        index //= size
-    where = tuple(reversed(position))
+    where = tuple(map(int, np.unravel_index(index, labels.shape)))
     raise ValueError(
         f"labels must be class indices in [0, {num_classes}) (the logits have {num_classes} classes) or "
         f"ignore_index = {ignore_index}, got {int(labels[where])} at [n, y, x] = {list(where)}"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import numel_per_image, zero_counts
-from .kernels import Kernels, empty_matrix, view
+from .common import empty_matrix, numel_per_image, zero_counts
+from .kernels import Kernels, view
 
 # Absent where torch has no CUDA; the public way builds an object at every call.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)

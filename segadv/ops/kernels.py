@@ -54,7 +54,7 @@ class Kernels:
     sub-classes' affair.
 
     Args:
-        core: the module; None where there is none, and then nothing may be called.
+        core: the module; None where there is none, and then nothing may be called that a sub-class does not replace.
     """
 
     def __init__(self, core: Any) -> None:
@@ -212,7 +212,7 @@ class Kernels:
         )
         return loss, weight_sum, shift, scale
 
-    def _weighted_loss(
+    def weighted_loss(
         self,
         logits: Tensor,
         labels: Tensor,
@@ -240,29 +240,6 @@ class Kernels:
             pixel_weight=pixel_weight if for_backward else None,
         )
         return loss_sum, n_valid, shift, scale, pixel_weight
-
-    def segpgd_loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        lam: float,
-        targeted: bool,
-        ignore_index: int,
-        align_corners: bool,
-        for_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self._weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
-
-    def cospgd_loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        targeted: bool,
-        ignore_index: int,
-        align_corners: bool,
-        for_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self._weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
 
     def loss_and_grad(
         self,
@@ -384,10 +361,3 @@ class Kernels:
             None,
         )  # fmt: skip
         return prediction
-
-
-def empty_matrix(logits: Tensor, per_image: bool) -> Tensor:
-    """An int64 [C, C], or [N, C, C]."""
-    num_images, num_classes = logits.shape[:2]
-    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
-    return torch.empty(shape, dtype=torch.int64, device=logits.device)

@@ -21,6 +21,7 @@ from .common import (
     empty_images,
     empty_map,
     empty_maps,
+    empty_matrix,
     empty_vector,
     gradient_like,
 )
@@ -100,21 +101,13 @@ def cross_entropy(  # type: ignore[no-untyped-def]
 
 
 @_define(
-    "(Tensor logits, Tensor labels, float lam, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
+    "(Tensor logits, Tensor labels, str loss, float lam, bool targeted, int ignore_index, bool align_corners,"
+    " bool for_backward)"
     " -> (Tensor loss_sum, Tensor n_valid, Tensor shift, Tensor scale, Tensor pixel_weight)"
 )
-def segpgd_loss(  # type: ignore[no-untyped-def]
-    logits, labels, lam, targeted, ignore_index, align_corners, for_backward
+def weighted_loss(  # type: ignore[no-untyped-def]
+    logits, labels, loss, lam, targeted, ignore_index, align_corners, for_backward
 ):
-    dtype = compute_dtype(logits.dtype)
-    return empty_vector(logits), empty_vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
-
-
-@_define(
-    "(Tensor logits, Tensor labels, bool targeted, int ignore_index, bool align_corners, bool for_backward)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor shift, Tensor scale, Tensor pixel_weight)"
-)
-def cospgd_loss(logits, labels, targeted, ignore_index, align_corners, for_backward):  # type: ignore[no-untyped-def]
     dtype = compute_dtype(logits.dtype)
     return empty_vector(logits), empty_vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
 
@@ -178,9 +171,7 @@ def scale_gradient(grad, factor):  # type: ignore[no-untyped-def]
     " -> (Tensor matrix, Tensor invalid)"
 )
 def confusion_matrix(logits, labels, ignore_index, align_corners, per_image):  # type: ignore[no-untyped-def]
-    num_images, num_classes = logits.shape[:2]
-    shape = (num_images, num_classes, num_classes) if per_image else (num_classes, num_classes)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty((), dtype=torch.int64)
+    return empty_matrix(logits, per_image), logits.new_empty((), dtype=torch.int64)
 
 
 @_define("(Tensor logits, SymInt[2] size, bool align_corners) -> Tensor")

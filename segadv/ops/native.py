@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import numel_per_image, raise_bad_label
-from .kernels import Kernels, empty_matrix, view
+from .common import empty_matrix, numel_per_image, raise_bad_label
+from .kernels import Kernels, view
 
 try:
     import _segadv_native as core

@@ -20,7 +20,6 @@ from .common import (
     empty_images,
     gradient_like,
     is_channels_last,
-    synchronous_checks,
 )
 
 
@@ -54,7 +53,7 @@ class _Labels:
     """y [N, 1, H, W] int64 with 0 where not valid; valid [N, H, W]; n_valid [N]; NaN for images with a bad label."""
 
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> None:
-        if labels.device.type == "cpu" or synchronous_checks():
+        if labels.device.type == "cpu":
             check_labels(labels, num_classes, ignore_index)
         wide = labels.long().contiguous()  # as its fake tensors, all that comes out of it is dense
         in_range = (wide >= 0) & (wide < num_classes)
@@ -170,7 +169,7 @@ def cross_entropy(
     return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, shift, scale
 
 
-def _weighted_loss(
+def weighted_loss(
     logits: Tensor,
     labels: Tensor,
     loss: str,
@@ -187,24 +186,6 @@ def _weighted_loss(
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * pixel_weight)
     shift, scale, pixel_weight = _maps(target, for_backward, shift, scale, pixel_weight)
     return value.sum(dim=(1, 2)), target.n_valid, shift, scale, pixel_weight
-
-
-def segpgd_loss(
-    logits: Tensor,
-    labels: Tensor,
-    lam: float,
-    targeted: bool,
-    ignore_index: int,
-    align_corners: bool,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
-
-
-def cospgd_loss(
-    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool, for_backward: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
 
 
 def cross_entropy_backward(
@@ -248,7 +229,7 @@ def loss_and_grad(
             logits, labels, weight, ignore_index, align_corners, False, True
         )
     else:
-        loss_sum, _, shift, scale, pixel_weight = _weighted_loss(
+        loss_sum, _, shift, scale, pixel_weight = weighted_loss(
             logits, labels, loss, lam, targeted, ignore_index, align_corners, True
         )
         weight_sum = pixel_weight.sum(dim=(1, 2))
@@ -282,8 +263,7 @@ def newton_step(
         eps = eps.clamp(min=0.0)
     if max_eps is not None:
         eps = eps.clamp(-max_eps, max_eps)
-    # The sources are tested, not their quotient: gain / inf would be a finite 0, x / 0 an infinity that max_eps caps.
-    usable = gain.isfinite() & norm.isfinite() & (norm > 0) & eps.isfinite()
+    usable = gain.isfinite() & (norm > 0) & eps.isfinite()  # max_eps would cap an infinity
     eps = torch.where(usable, eps, 0.0)
     adversarial = empty_images(images)
     adversarial.copy_((images - _per_image(eps, images) * grad.nan_to_num(0.0).sign()).clamp(low, high))

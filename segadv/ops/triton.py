@@ -16,29 +16,11 @@ from typing import Any
 
 import torch
 
-_FILE = {
-    "pixel_margin": "margin",
-    "averaged_gain": "margin",
-    "gain_and_grad": "margin",
-    "margin_backward": "margin",
-    "cross_entropy": "cross_entropy",
-    "segpgd_loss": "cross_entropy",
-    "cospgd_loss": "cross_entropy",
-    "loss_and_grad": "cross_entropy",
-    "cross_entropy_backward": "cross_entropy",
-    "l1_norm": "step",
-    "newton_step": "step",
-    "sign_step": "step",
-    "scale_gradient": "step",
-    "confusion_matrix": "confusion",
-    "argmax_labels": "confusion",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _FILE:
+    if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    operation = getattr(importlib.import_module(f".triton_kernels.{_FILE[name]}", __package__), name)
+    operation = getattr(importlib.import_module(".triton_kernels.operations", __package__).OPERATIONS, name)
     globals()[name] = operation
     return operation
 
@@ -61,7 +43,7 @@ def unavailable(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"):
         return f"it has not been tried with {device_type} tensors"
     try:
-        importlib.import_module(".triton_kernels.margin", __package__)
+        importlib.import_module(".triton_kernels.operations", __package__)
     except ImportError as error:
         return f"triton does not load: {error}"
     if device_type == "cuda" and sys.platform == "linux" and not _has_compiler():

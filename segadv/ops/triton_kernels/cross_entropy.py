@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, compute_dtype, empty_map, empty_maps, empty_vector, gradient_like
+from ..common import check_labels, compute_dtype, empty_maps, gradient_like
 from . import gradient
 from .scalars import bits, scalar
 from .tiles import (
@@ -151,7 +151,7 @@ def cross_entropy_kernel(
         )  # fmt: skip
 
 
-def _cross_entropy(
+def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     ignore_index: int,
@@ -201,85 +201,6 @@ def _cross_entropy(
         valid=None if n_valid is None else (valid, n_valid),
         poisoned=[x for x in (pixel_loss, grad) if x is not None],
     )
-
-
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    per_pixel: bool,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(logits.dtype)
-    weight_sum = empty_vector(logits)
-    shift, scale = empty_maps(labels, dtype, 2, for_backward)
-    loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
-    _cross_entropy(
-        logits, labels, ignore_index, align_corners, class_weight=weight, weight_sum=weight_sum,
-        pixel_loss=loss if per_pixel else None, loss_sum=None if per_pixel else loss,
-        shift=shift if for_backward else None, scale=scale if for_backward else None,
-    )  # fmt: skip
-    return loss, weight_sum, shift, scale
-
-
-def _weighted_loss(
-    logits: Tensor,
-    labels: Tensor,
-    loss: str,
-    lam: float,
-    targeted: bool,
-    ignore_index: int,
-    align_corners: bool,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(logits.dtype)
-    loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-    shift, scale, pixel_weight = empty_maps(labels, dtype, 3, for_backward)
-    _cross_entropy(
-        logits, labels, ignore_index, align_corners, loss=loss, lam=lam, targeted=targeted,
-        loss_sum=loss_sum, n_valid=n_valid, shift=shift if for_backward else None,
-        scale=scale if for_backward else None, pixel_weight=pixel_weight if for_backward else None,
-    )  # fmt: skip
-    return loss_sum, n_valid, shift, scale, pixel_weight
-
-
-def segpgd_loss(
-    logits: Tensor,
-    labels: Tensor,
-    lam: float,
-    targeted: bool,
-    ignore_index: int,
-    align_corners: bool,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "segpgd", lam, targeted, ignore_index, align_corners, for_backward)
-
-
-def cospgd_loss(
-    logits: Tensor, labels: Tensor, targeted: bool, ignore_index: int, align_corners: bool, for_backward: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _weighted_loss(logits, labels, "cospgd", 0.0, targeted, ignore_index, align_corners, for_backward)
-
-
-def loss_and_grad(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    loss: str,
-    lam: float,
-    targeted: bool,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss_sum, weight_sum, n_valid = empty_vector(logits), empty_vector(logits), empty_vector(logits, torch.int64)
-    grad = gradient_like(logits)
-    _cross_entropy(
-        logits, labels, ignore_index, align_corners, loss=loss, lam=lam, targeted=targeted, grad=grad,
-        class_weight=weight, loss_sum=loss_sum, weight_sum=weight_sum, n_valid=n_valid,
-    )  # fmt: skip
-    return loss_sum, n_valid, weight_sum, grad
 
 
 def cross_entropy_backward(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, class_dtype, compute_dtype, empty_gradient, empty_map, empty_vector, gradient_like
+from ..common import check_labels, class_dtype, empty_gradient, empty_map
 from . import gradient
 from .tiles import (
     UNALIGNED,
@@ -69,7 +69,7 @@ def margin_kernel(
             tl.store(grad + at + tl.cast(c, tl.int64) * grad_c, g, mask=inside & exists)
 
 
-def _margin(
+def margin(
     logits: Tensor,
     labels: Tensor,
     ignore_index: int,
@@ -103,31 +103,6 @@ def _margin(
         valid=None if n_valid is None else (valid, n_valid),
         poisoned=[x for x in (margin, grad) if x is not None],
     )
-
-
-def pixel_margin(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    margin = empty_map(labels, compute_dtype(logits.dtype))
-    runner_up = empty_map(labels, class_dtype(logits.shape[1]))
-    _margin(logits, labels, ignore_index, align_corners, margin=margin, runner_up=runner_up)
-    return margin, runner_up
-
-
-def averaged_gain(
-    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    gain_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-    runner_up = empty_map(labels, class_dtype(logits.shape[1]))
-    _margin(logits, labels, ignore_index, align_corners, runner_up=runner_up, gain_sum=gain_sum, n_valid=n_valid)
-    return gain_sum, n_valid, runner_up
-
-
-def gain_and_grad(
-    logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    gain_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-    grad = gradient_like(logits)
-    _margin(logits, labels, ignore_index, align_corners, grad=grad, gain_sum=gain_sum, n_valid=n_valid)
-    return gain_sum, n_valid, grad
 
 
 def margin_backward(
