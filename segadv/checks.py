@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
+from types import FrameType
 from typing import TypeGuard
 
 import torch
@@ -19,6 +21,7 @@ __all__ = [
     "did_you_mean",
     "in_range",
     "is_number",
+    "levels_to_the_caller",
     "names_out_of",
     "one_of",
     "true_or_false",
@@ -129,3 +132,12 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
     by_lower = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f", did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def levels_to_the_caller() -> int:
+    """stacklevel= of a warning that should name the line which called this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("segadv", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level

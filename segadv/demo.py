@@ -31,7 +31,7 @@ from .models import ModelConfig, build_model
 from .results import csv_text, read_rows
 from .run_directory import git_commit, processor_name
 from .training import TrainConfig, Trainer
-from .writing import explained, is_leftover, remove_leftovers, write_text
+from .writing import own_folder, write_text
 
 __all__ = ["FULL", "QUICK", "DemoSizes", "run_demo"]
 
@@ -235,17 +235,13 @@ class _Record:
         self.content: dict[str, Any] = {"arguments": arguments, "finished": False, "seconds": {}}
         if self.path.exists():
             self.content |= self._previous()
-        elif out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
-            raise FileExistsError(f"out must be a new or empty folder or an earlier demo's; {out} is neither")
         found = self.content["arguments"]
         if differing := [key for key in arguments if found.get(key) != arguments[key]]:
             told = ", ".join(f"{key} {found.get(key)} there and {arguments[key]} here" for key in differing)
             raise ValueError(f"out: the demo in {out} has other arguments ({told}); choose another folder")
         if not (out / "overhead.csv").exists():  # they are of the machine that times the steps
             self.content |= {"machine": _machine(), "build_info": build_info(), "git_commit": git_commit()}
-        with explained(out):
-            out.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(out)
+        own_folder(out, self.path, "an earlier demo's")
         self._write()
 
     def _previous(self) -> dict[str, Any]:

@@ -26,7 +26,16 @@ from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
 from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
-from .checks import a_module, at_least, in_range, is_number, names_out_of, true_or_false, whole_number
+from .checks import (
+    a_module,
+    at_least,
+    in_range,
+    is_number,
+    levels_to_the_caller,
+    names_out_of,
+    true_or_false,
+    whole_number,
+)
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
@@ -132,14 +141,15 @@ class _Judge:
         """Attacks whose images are not numbers are an error; some leave box and ball on purpose."""
         for (name, eps), batches in self.strayed.items():
             below, above, far = torch.stack(batches).amax(0).tolist()
+            told = f"attack {name!r} at eps {eps:g}"
             if not math.isfinite(below + above + far):
-                raise ValueError(f"attack {name!r} at eps {eps:g} gave pixels that are NaN or infinite")
+                raise ValueError(f"{told} gave pixels that are NaN or infinite")
             if max(below, above) > _ROUNDING:
                 box = f"[{-below:g}, {1 + above:g}]"
-                warnings.warn(f"attack {name!r} at eps {eps:g} gave pixels in {box}, outside of [0, 1]", stacklevel=3)
+                warnings.warn(f"{told} gave pixels in {box}, outside of [0, 1]", stacklevel=levels_to_the_caller())
             if far > _ROUNDING:
-                moved = f"moved pixels by up to {eps + far:g}"
-                warnings.warn(f"attack {name!r} at eps {eps:g} {moved}: out of the ball of that radius", stacklevel=3)
+                moved = f"moved pixels by up to {eps + far:g}: out of the ball of that radius"
+                warnings.warn(f"{told} {moved}", stacklevel=levels_to_the_caller())
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from . import distributed
+from .checkpoints import whole_lines
 from .checks import at_least, names_out_of
 from .comparison import (
     PAPER_ARMS,
@@ -40,7 +41,7 @@ from .results import csv_text
 from .run_directory import environment
 from .train_config import flat
 from .training import FREE_TO_CHANGE, TrainConfig, Trainer, resolve_device
-from .writing import explained, is_leftover, remove_leftovers, write_text
+from .writing import own_folder, write_text
 
 __all__ = ["SETTINGS", "Claim", "Evaluation", "claims", "reproduce"]
 
@@ -216,13 +217,9 @@ def _prepare(out: Path, options: str) -> None:
             raise ValueError(
                 f"out: {out} holds a run with other options ({', '.join(differing)}); choose another folder"
             )
-        return
-    if out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
-        raise FileExistsError(f"out must be a new or empty folder or an earlier reproduction's; {out} is neither")
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
-    _write_options(out, options)
+    own_folder(out, path, "an earlier reproduction's")
+    if not path.exists():
+        _write_options(out, options)
 
 
 def _write_options(out: Path, options: str) -> None:
@@ -329,8 +326,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _step_ms_as_trained(path: Path) -> float:
     """Median of the time of a step in metrics.jsonl: with the loading of the data, as the machine went."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return round(float(statistics.median(1000 / json.loads(line)["steps_per_s"] for line in lines)), 3)
+    return round(float(statistics.median(1000 / line["steps_per_s"] for line in whole_lines(path))), 3)
 
 
 def _differences(setting: str, out: Path) -> list[str]:

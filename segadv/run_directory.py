@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -21,9 +22,6 @@ from .ops.native import build_info
 from .records import versions
 from .results import read_rows
 from .writing import explained, remove_leftovers, write_text
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["RunDirectory", "environment", "git_commit"]
 
@@ -75,8 +73,6 @@ class RunDirectory:
         The system gives the lock back when the process ends, however that comes about. A worker process that outlives
         it does not have it (as it would have one of flock).
         """
-        if sys.platform == "win32":
-            return
         path = self.path / ".lock"
         with explained(path, of_run=True):
             lock = path.open("a+", encoding="utf-8")

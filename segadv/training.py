@@ -43,7 +43,7 @@ from .checkpoints import (
     share,
     write_checkpoint,
 )
-from .checks import a_module
+from .checks import a_module, levels_to_the_caller
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
 from .data.files import opened
@@ -712,7 +712,7 @@ class Trainer:
                 f"{self.steps_done}: no labelled pixel, or a gain or gradient that is 0, infinite or NaN "
                 '(with precision "fp16" that is an overflow; "bf16" has none)',
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=levels_to_the_caller(),
             )
         self._window = []
         last_read, self._clock = self._clock, (self.steps_done, time.perf_counter())
@@ -762,7 +762,7 @@ class Trainer:
                 "or an earlier checkpoint may help"
             )
         if message and distributed.rank() == 0:
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warnings.warn(message, RuntimeWarning, stacklevel=levels_to_the_caller())
         if config.arm in EARLY_STOP:
             self._probed_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         self._clock = (self.steps_done, time.perf_counter())  # the probe is no training

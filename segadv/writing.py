@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "explained", "is_leftover", "remove_leftovers", "write_text"]
+__all__ = ["atomic_write", "explained", "is_leftover", "own_folder", "remove_leftovers", "write_text"]
 
 _FAILED = "could not be written: "
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space there") | dict.fromkeys(
@@ -82,6 +82,23 @@ def write_text(path: str | os.PathLike[str], text: str, *, of_run: bool = False)
 def is_leftover(path: Path) -> bool:
     """Whether it is what an `atomic_write` leaves that was killed."""
     return re.fullmatch(r"\..+\.\d+\.\d+\.segadv(\.\w+)?", path.name) is not None
+
+
+def own_folder(out: Path, record: Path, whose: str) -> None:
+    """Makes a folder in which everything is a command's own, or clears the one of a killed run.
+
+    Args:
+        record: the file by which the command knows its folder again.
+        whose: "an earlier demo's", for the message.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    if not record.exists() and out.exists() and (not out.is_dir() or not all(map(is_leftover, out.iterdir()))):
+        raise FileExistsError(f"out must be a new or empty folder or {whose}; {out} is neither")
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1238,6 +1238,7 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert len(texts) == 2
     assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
     assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
+    assert {warning.filename for warning in told} == {__file__}
 
 
 @pytest.mark.parametrize("kind", [BIM, PGD])

@@ -727,7 +727,10 @@ def test_reproduce_continues_where_it_was_stopped_and_in_parts(
         assert "No space left" in failure(f"{command} --arms basic,fgsm", capsys)
     records = {path: path.stat().st_mtime_ns for path in (parts / "basic" / "records").iterdir()}
     assert records
+    left = parts / ".curves.123.456.segadv.csv"  # by a killed process
+    left.write_text("half")
     assert run(f"{command} --arms basic,fgsm") == 0
+    assert not left.exists()
     assert {path: path.stat().st_mtime_ns for path in records} == records, "records were made anew"
     text = (parts / "report.md").read_text()
     assert "Still missing: random-fgsm, bim-3, fast-newton." in text

@@ -1303,7 +1303,8 @@ def test_metrics_tell_about_the_steps_since_the_line_before(tmp_path: Path) -> N
     trainer.attack = attack  # type: ignore[assignment]
     with pytest.warns(RuntimeWarning, match=r"left 25\.0% of its images as they were in the steps up to 3") as told:
         trainer.run(tmp_path, progress=False)
-    assert len([warning for warning in told if "as they were" in str(warning.message)]) == 1
+    (warning,) = [warning for warning in told if "as they were" in str(warning.message)]
+    assert warning.filename == __file__  # the line that called for the training
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 14]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4]  # 13 samples, 3 batches of 4 in each

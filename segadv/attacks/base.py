@@ -20,7 +20,6 @@ An attack
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import chain
-from types import FrameType
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -39,7 +37,16 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .. import functional
-from ..checks import a_module, checked_bounds, in_range, is_number, one_of, true_or_false, whole_number
+from ..checks import (
+    a_module,
+    checked_bounds,
+    in_range,
+    is_number,
+    levels_to_the_caller,
+    one_of,
+    true_or_false,
+    whole_number,
+)
 from ..ops.common import synchronous_checks
 
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
@@ -587,15 +594,6 @@ _REENTRANT = (
     "torch.utils.checkpoint use_reentrant=False (in Hugging Face models "
     'gradient_checkpointing_enable({"use_reentrant": False}))'
 )
-
-
-def levels_to_the_caller() -> int:
-    """stacklevel= of a warning that should name the line which called this package."""
-    frame: FrameType | None = sys._getframe(1)
-    level = 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("segadv", "contextlib"):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def check_sizes(images: Tensor, labels: Tensor) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..checks import at_least, is_number
-from .base import Attack, AttackInfo, checked_size, has_label, levels_to_the_caller, per_image
+from ..checks import at_least, is_number, levels_to_the_caller
+from .base import Attack, AttackInfo, checked_size, has_label, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
 
