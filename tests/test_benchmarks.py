@@ -625,29 +625,40 @@ def test_a_measurement_that_fails_does_not_touch_the_next_unless_the_device_fail
 
 
 def test_nothing_runs_on_after_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither what it has started, nor the part itself when its time is up, which is long enough to begin."""
+    """Neither what it has started, nor the part itself when its time is up."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "device.py").write_text(
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "open('child', 'w').write(str(child.pid))\n"
+        "open('begun', 'w').write(str(child.pid))\n"
+        "os.replace('begun', 'child')\n"
         "time.sleep(60 if 'tune' in sys.argv else 0)\n"
         "sys.exit(3 if 'glue' in sys.argv else 1 if 'compile' in sys.argv else 0)\n"
     )
+    child = tmp_path / "child"
+
+    class Popen(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None or "tune" not in self.args:  # type: ignore[operator]
+                return super().wait(timeout)
+            while not child.exists():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)  # as soon as the part has begun
+
     monkeypatch.setattr(device, "ROOT", tmp_path)
-    monkeypatch.setattr(device, "PART_SECONDS", 8)
+    monkeypatch.setattr(device.subprocess, "Popen", Popen)
     outcomes = {
         "launch": (0, "ok"),
-        "tune": (device.FAILED, "ended after 8 s"),
+        "tune": (device.FAILED, f"ended after {device.PART_SECONDS} s"),
         "glue": (device.LEFT_OUT, "something was left out"),
         "compile": (1, "exit status 1"),
     }
     for part, outcome in outcomes.items():
+        child.unlink(missing_ok=True)
         assert device.run_apart(part, tmp_path, dry=False) == outcome
-        child = int((tmp_path / "child").read_text())
         for _ in range(200):  # it dies soon, not at once
-            if is_gone(child):
+            if is_gone(int(child.read_text())):
                 break
             time.sleep(0.05)
         else:

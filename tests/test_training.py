@@ -1593,9 +1593,3 @@ def test_a_run_that_was_finished_before_is_told(tmp_path: Path, capsys: pytest.C
         assert_same_state(trainer, first)
         told = f"{tmp_path / 'last.pt'}: already finished; loaded its weights\n"
         assert capsys.readouterr().err == told * progress
-
-
-def test_small_pspnet_trains(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    trainer = run(tmp_path, models.small_pspnet(num_classes=CLASSES), arm="fast-newton", steps=3, crop=(20, 28))
-    assert trainer.steps_done == 3
