@@ -545,10 +545,10 @@ def shown(record: Record | None, digits: int = 1) -> str:
     return f"{record.p50:.{digits}f} [{record.low:.{digits}f}, {record.high:.{digits}f}] {record.unit}"
 
 
-def paper_values(mode: str) -> dict[str, float]:
-    """The paper's two columns, for p = 0.5."""
+def paper_values(case: str, mode: str) -> dict[str, float]:
+    """The paper's two columns, for its network and p = 0.5."""
     arm, _, share = mode.partition(", p = ")
-    sources = PAPER_OVERHEAD.items() if share == "0.5" else ()
+    sources = PAPER_OVERHEAD.items() if share == "0.5" and case.startswith("pspnet50,") else ()
     return {source: values[arm] for source, values in sources if source.startswith("paper") and arm in values}
 
 
@@ -566,7 +566,7 @@ def report(case: str, records: Sequence[Record]) -> str:
         line = f"{mode:24s}" + "".join(f"{shown(table.get('overhead', column, mode)):>{width}s}" for column in columns)
         model = table.get(COST_MODEL, columns[-1], mode)
         line += f"{'' if model is None else f'{model.p50:.1f} %':>12s}"
-        lines.append(line + f"{', '.join(f'{value:.2f} %' for value in paper_values(mode).values()):>26s}")
+        lines.append(line + f"{', '.join(f'{value:.2f} %' for value in paper_values(case, mode).values()):>26s}")
     lines += ["", f"{'over conventional basic':24s}" + "".join(f"{column:>{width}s}" for column in columns)]
     for mode in ("basic", *table.modes()):
         records_of = [
@@ -634,7 +634,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
                     (line,) = axes.plot([at - 0.13, at + 0.13], [model.p50] * 2, color="k", lw=1.6, ls=(0, (2, 1)))
                     handles["counted passes (cost model)"] = line
             for x, mode in enumerate(modes):
-                for (source, value), marker in zip(paper_values(mode).items(), "oD", strict=False):
+                for (source, value), marker in zip(paper_values(case, mode).items(), "oD", strict=False):
                     handles[source] = axes.scatter(
                         x + 0.46,
                         value,

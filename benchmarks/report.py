@@ -529,9 +529,7 @@ def _overhead_on_a_device(path: Path) -> str:
                 continue
             cells = ["" if record is None else f"{with_interval(record)} %" for record in over]
             passes = get(records, operation=overhead.COST_MODEL, provider=overhead.OURS, mode=mode)
-            # of their network alone
-            shares = overhead.paper_values(mode) if network == "pspnet50" else {}
-            papers = [f"{value:.2f} %" for value in shares.values()] or ["", ""]
+            papers = [f"{value:.2f} %" for value in overhead.paper_values(case, mode).values()] or ["", ""]
             lines.append([network, arm, *cells, "" if passes is None else f"{passes.p50:.1f} %", *papers])
         basic = [one(records, operation="training step", provider=column, mode="basic") for column in columns]
         peaks = [get(records, operation=PEAK_MEMORY, provider=column, mode="basic") for column in columns]
@@ -567,8 +565,9 @@ def _overhead_on_a_device(path: Path) -> str:
 def _few(rounds: int) -> str:
     """What bootstrap intervals of a median are worth, simulated with normal times: of 3 rounds they hold it in 73 % of
     cases, of 4 and 7, which are the least of those with more, in 87 to 88 %, of 9 to 15 in 91 to 93 %."""
-    held = 73 if rounds == 3 else 87 if rounds < 9 else 91
-    return f"Of so few rounds such intervals hold the median less often, some in {held} % of cases only. "
+    held = 73 if rounds <= 3 else 87 if rounds < 9 else 91
+    told = f"Of so few rounds such intervals hold the median less often, some in {held} % of cases only. "
+    return told if rounds < 20 else ""
 
 
 def headline(results: Path) -> str:

@@ -48,8 +48,10 @@ def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """The range of the images as floats; ValueError where it is none."""
     try:
         low, high = bounds
-        if is_number(low) and is_number(high) and low < high:
-            return float(low), float(high)
+        if is_number(low) and is_number(high):
+            low, high = float(low), float(high)
+            if low < high:
+                return low, high
     except (TypeError, ValueError, OverflowError):  # not two, or too large
         pass
     raise ValueError(

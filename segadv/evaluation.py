@@ -338,10 +338,10 @@ def _worst(finals: Sequence[Tensor]) -> Tensor:
 
 def checked_eps(eps: Iterable[float], *, name: str = "eps") -> list[float]:
     """The sizes of an evaluation's perturbations as floats."""
-    numbers = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [None]
-    if not all(map(is_number, numbers)):
+    given: Any = eps.tolist() if isinstance(eps, Tensor) else eps
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(map(is_number, given := list(given))):
         raise TypeError(f"{name} must be a sequence of numbers, such as (0, 0.01), got {eps!r}")
-    values = [float(value) for value in numbers if value is not None]
+    values = [float(value) for value in given]
     if not values or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"{name} must be numbers in [0, 1], the unit of the images (8/255, not 8), got {eps}")
     if len(set(values)) < len(values):
@@ -376,6 +376,8 @@ def _plan(
             raise ValueError(f"attacks must have other names than {', '.join(reserved)}")
         works = [_own(judge, model, name, factory, value) for name, factory in attacks.items() for value in eps]
     else:
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"attacks must be names, or a mapping from names to factories, got {names}")
         names_out_of(ATTACKS, attacks=names)
         for name in names if eps else ():
             if name == "fgsm":

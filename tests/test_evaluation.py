@@ -254,11 +254,23 @@ def test_factories_get_the_model_and_eps(model: Counting, loader: list[tuple[Ten
             {"loader": [(torch.rand(1, 3, 8, 8), torch.full((1, 8, 8), 19))], "eps": [0.0]},
             "19",
         ),
+        ({"loader": [(torch.rand(2, 3, 8, 8), torch.zeros(8, 8))]}, r"same N as images \[2, 3, 8, 8\], got \[8, 8\]"),
+        ({"loader": [(torch.rand(3, 8, 8), torch.zeros(8, 8))]}, r"same N as images \[3, 8, 8\], got \[8, 8\]"),
+        ({"loader": [(torch.rand(2, 3, 8, 8), torch.tensor(1))]}, r"same N as images \[2, 3, 8, 8\], got \[\]"),
+        ({"loader": [(torch.tensor(1.0), torch.ones(1))]}, r"same N as images \[\], got \[1\]"),
     ],
 )
 def test_bad_arguments(model: Counting, loader: list[tuple[Tensor, Tensor]], arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(model, **{"loader": loader, **arguments})
+
+
+def test_attacks_and_eps_of_other_types(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    with pytest.raises(TypeError, match=r"attacks must be names, or a mapping .*, got \[FGSM"):
+        evaluate(model, loader, [FGSM(model)], [0.1])  # type: ignore[list-item]
+    expected = evaluate(model, loader, "fgsm", [0.0, 0.25]).rows
+    assert evaluate(model, loader, "fgsm", torch.tensor([0.0, 0.25])).rows == expected  # type: ignore[arg-type]
+    assert evaluate(model, loader, "fgsm", np.array([0.0, 0.25], np.float32)).rows == expected  # type: ignore[arg-type]
 
 
 def test_invalid_labels_that_a_gpu_only_counts_raise_at_the_end(

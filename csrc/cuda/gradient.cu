@@ -315,7 +315,6 @@ Error launch_resampled(const Problem& problem, const GradientInputs& inputs, Par
   const TensorView &logits = problem.logits, &labels = problem.labels;
   const Axis y = make_axis(logits.size[2], labels.size[1], problem.align_corners);
   const Axis x = make_axis(logits.size[3], labels.size[2], problem.align_corners);
-  if (!y.is_narrow() || !x.is_narrow()) return too_wide();
   const Patches patches = patches_of<Compute<S>>(logits.size[0], logits.size[1], y, x);
   *blocks = patches.count;
   constexpr int kHigh = kColumn, kLow = kColumn / 2;

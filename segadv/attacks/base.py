@@ -498,11 +498,6 @@ class Attack(ABC):
                 )
         functional._check_step(images, images, self.bounds)
         check_sizes(images, labels)
-        if labels.dim() < 1 or labels.shape[0] != images.shape[0]:
-            raise ValueError(
-                f"labels must be [N, H, W] or [N] with the same N as images {list(images.shape)}, "
-                f"got {list(labels.shape)}"
-            )
         functional._check_label_type(labels)
         if labels.device != images.device:
             raise ValueError(f"labels must be on the images' device, {images.device}, got {labels.device}")
@@ -597,13 +592,17 @@ _REENTRANT = (
 
 
 def check_sizes(images: Tensor, labels: Tensor) -> None:
-    """ValueError where images [N, ..., H, W] and labels [N, H, W] are of different sizes."""
+    """ValueError where images [N, ..., H, W] and labels [N, H, W], or [N], are of different sizes."""
     if images.dim() == 4 and labels.dim() == 4 and labels.shape[1] == 1:
         raise ValueError(f"labels must be [N, H, W], got {list(labels.shape)}; labels.squeeze(1) converts")
     if images.dim() == 4 and labels.dim() == 3 and labels.shape != (len(images), *images.shape[2:]):
         raise ValueError(
             f"labels must have the same N, H and W as images {list(images.shape)}, got {list(labels.shape)}. "
             "Resize the labels (nearest neighbour) or the images"
+        )
+    if labels.dim() < 1 or labels.shape[0] != (images.shape[0] if images.dim() else -1):
+        raise ValueError(
+            f"labels must be [N, H, W] or [N] with the same N as images {list(images.shape)}, got {list(labels.shape)}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -32,7 +32,8 @@ class _SignAttack(Attack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("eps", self.eps, images)
-        _check_generator(getattr(self, "generator", None), images)
+        if any(entry.name == "generator" for entry in fields(self)):
+            _check_generator(self.generator, images)  # type: ignore[attr-defined]
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1

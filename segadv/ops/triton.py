@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from .kernels import Kernels
+
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name.startswith("_") or not callable(getattr(Kernels, name, None)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     operation = getattr(importlib.import_module(".triton_kernels.operations", __package__).OPERATIONS, name)
     globals()[name] = operation
