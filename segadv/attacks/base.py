@@ -600,7 +600,7 @@ def check_sizes(images: Tensor, labels: Tensor) -> None:
             f"labels must have the same N, H and W as images {list(images.shape)}, got {list(labels.shape)}. "
             "Resize the labels (nearest neighbour) or the images"
         )
-    if labels.dim() < 1 or labels.shape[0] != (images.shape[0] if images.dim() else -1):
+    if labels.dim() < 1 or labels.shape[:1] != images.shape[:1]:
         raise ValueError(
             f"labels must be [N, H, W] or [N] with the same N as images {list(images.shape)}, got {list(labels.shape)}"
         )

@@ -83,8 +83,8 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
 
 
-# Cross-entropy and its weighted relatives: csrc/cpu/cross_entropy.cpp. Without for_backward the maps that the backward
-# reads are not written, and empty.
+# Cross-entropy, and segpgd_loss and cospgd_loss, which are weighted_loss here: csrc/cpu/cross_entropy.cpp. Without
+# for_backward the maps that the backward reads are not written, and empty.
 
 
 @_define(
