@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.serialization import config as serialization
 
 from .attacks.base import unwrapped
 from .writing import atomic_write, write_text
@@ -72,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     cause: Exception | None = None
     try:
         shared = Path(path).suffix == ".safetensors"
-        state = _read_shared(path) if shared else torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_shared(path) if shared else _read_last(path)
         if isinstance(state, dict) and {"config", "model", "steps_done"} <= state.keys():
             return state
         problem = "it holds something else; evaluate a model of your own in Python, with segadv.evaluation.evaluate"
@@ -91,11 +93,20 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Replaces ``last.pt`` by tensors and plain values. Raises an OSError that says what to do."""
     with atomic_write(path, durable=True, of_run=True) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(state, file)
+            # `_read_last` looks at them
+            with serialization.patch("save.compute_crc32", True):  # type: ignore[attr-defined]
+                torch.save(state, file)
         except RuntimeError as error:  # raised on closing the archive, it hides that a write failed
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
+
+
+def _read_last(path: str | os.PathLike[str]) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not look at the checksums
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is another one")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_shared(path: str | os.PathLike[str]) -> dict[str, Any]:

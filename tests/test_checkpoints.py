@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from test_training import FILES, Squares, assert_same_state, config, metrics_of, run, tiny_model
 from torch import nn
+from torch.utils.serialization import config as serialization
 
 from segadv import checkpoints, run_directory, training, writing
 from segadv.checkpoints import drop_lines_after, whole_lines
@@ -428,6 +429,22 @@ def test_a_full_disk_leaves_the_lines_that_were_there(tmp_path: Path, monkeypatc
     assert whole_lines(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_every_flipped_bit_of_weights_and_values_is_found(tmp_path: Path) -> None:
+    path, weight = tmp_path / "last.pt", torch.arange(8.0)
+    with serialization.patch("save.compute_crc32", False):  # what else is saved may go without checksums
+        checkpoints.write_checkpoint(path, {"config": {"arm": "basic"}, "model": {"weight": weight}, "steps_done": 4})
+    assert torch.equal(checkpoints.read_checkpoint(path)["model"]["weight"], weight)
+    content = path.read_bytes()
+    for part in (weight.numpy().tobytes(), b"basic", b"steps_done"):
+        start = content.index(part)
+        for bit in range(8 * start, 8 * (start + len(part))):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint .*damaged"):
+                checkpoints.read_checkpoint(path)
+
+
 @pytest.mark.parametrize("missing", ["config", "model", "steps_done"])
 def test_what_lacks_an_entry_of_a_checkpoint_is_none(missing: str, tmp_path: Path) -> None:
     state: dict[str, Any] = {"config": {}, "model": {}, "steps_done": 1}
@@ -569,7 +586,7 @@ def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(
     def load(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    (tmp_path / "last.pt").touch()
+    checkpoints.write_checkpoint(tmp_path / "last.pt", {})
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError):
         checkpoints.read_checkpoint(tmp_path / "last.pt")
