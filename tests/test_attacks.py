@@ -754,7 +754,7 @@ def test_the_models_state_is_restored_when_it_raises(name: str, bn: str) -> None
 @pytest.mark.parametrize("bn", ["eval", "train"])
 def test_norm_layers_see_the_statistics_asked_for_and_dropout_is_off(bn: str) -> None:
     model, (images, labels) = Net(), sample()
-    labels = labels.where(labels != IGNORE, 0)  # all images weigh the same in the statistics' share of the gradient
+    labels[1].view(-1)[33:] = IGNORE  # through the statistics it has a part in the others' gradients all the same
     model.late_bn = nn.BatchNorm2d(CLASSES, dtype=torch.float64).eval()  # frozen by the caller: never the batch's
     model.register_forward_hook(lambda module, _, logits: module.late_bn(logits))
     plain = copy.deepcopy(model)
@@ -769,6 +769,19 @@ def test_norm_layers_see_the_statistics_asked_for_and_dropout_is_off(bn: str) ->
     model.eval()  # a model in eval mode has no layer that would use the batch's statistics
     _, other = FastNewton(model, bn=bn)(images, labels, return_info=True)
     assert torch.allclose(other.grad_norm, norm) == (bn == "eval")
+
+
+@pytest.mark.parametrize("kind", [FGSM, CosPGD])
+def test_with_batch_statistics_the_gradient_is_that_of_the_sum_of_all_images_means(kind: type[FGSM | CosPGD]) -> None:
+    model, (images, labels) = Net(), sample()
+    labels[1].view(-1)[33:] = IGNORE
+    plain = copy.deepcopy(model)
+    plain.dropout.eval()
+    leaf = images.clone().requires_grad_()
+    losses = plain_loss(plain(leaf), labels, "cospgd" if kind is CosPGD else "ce", 0, 1, False)
+    [expected] = torch.autograd.grad(losses.sum(), leaf)
+    found = kind(model, bn="train").input_gradient(images, labels)
+    torch.testing.assert_close(found / found.norm(), expected / expected.norm())
 
 
 class Counted(torch.autograd.Function):

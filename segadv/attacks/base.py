@@ -374,8 +374,8 @@ class Attack(ABC):
         align_corners: of that resampling.
         bounds: lowest and highest pixel value; the result is clipped to it. eps and alpha are in its units.
         bn: "eval": norm layers use their running statistics. "train": those that are in train mode use the
-            batch's own, through which its images influence each other; nothing is written. Dropout is off in
-            both.
+            batch's own, through which its images influence each other: the gradient is that of the sum of all images'
+            means. Nothing is written. Dropout is off in both.
         output: callable from what the model returns to the logits.
 
     Raises:
@@ -453,9 +453,9 @@ class Attack(ABC):
         """Gradient with respect to the images, like them, that the attack's first step uses; with a random start, the
         one that it would use without.
 
-        The gradient of each image carries a positive factor, a power of two near 1 / sqrt(number of valid
-        pixels), which its sign does not see: FGSM at many eps costs one gradient and, for each eps,
-        `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is that of
+        The gradient is that of the mean over the image's valid pixels times a positive factor near the root of their
+        number, with bn="train" one for all images, which its sign does not see: FGSM at many eps costs one gradient
+        and, for each eps, `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is that of
         -loss, as sign attacks ascend; FastNewton's is that of the gain. Arguments as in the call.
         """
         with self._isolated(images, labels) as (own_images, own_labels):
@@ -539,7 +539,11 @@ class Attack(ABC):
             pixels = n_valid.clamp(min=1)
             # Half precision holds neither the gradient of a mean over half a million pixels nor, inside the
             # network, that of the sum. In the logits' dtype: total and gradient get the same factor.
-            scale = torch.exp2(torch.round(-0.5 * torch.log2(pixels.to(total.dtype)))).to(logits.dtype)
+            count = pixels.to(total.dtype)
+            scale = torch.exp2(torch.round(-0.5 * torch.log2(count)))
+            if self.bn == "train":  # an image's gradient has a part of the others' objectives: the means count alike
+                scale = scale.amin().reciprocal() / count
+            scale = scale.to(logits.dtype)
             logits_grad = logits_grad.mul_(per_image(scale, logits_grad)).to(logits.dtype)
             try:
                 (grad,) = torch.autograd.grad(logits, leaf, logits_grad, allow_unused=True)
