@@ -474,9 +474,11 @@ def evaluate(
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network = unwrapped(model)
+    with frozen(model):  # says what is wrong with a model that cannot be attacked
+        model_sha256 = model_hash(model)
     identity = {
         "model": type(getattr(network, "_orig_mod", network)).__name__,  # not OptimizedModule
-        "model_sha256": model_hash(model),
+        "model_sha256": model_sha256,
         "seed": seed,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
         "device": device.type,

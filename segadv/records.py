@@ -88,6 +88,9 @@ def content_hash(*tensors: Tensor) -> str:
     """SHA-256 over types, shapes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
+        gather = getattr(tensor, "full_tensor", None)
+        if gather is not None:  # of `fully_shard`: all processes take part
+            tensor = gather()
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         if tensor.layout is torch.sparse_coo:  # its entries may stand in any order; memory may not hold them all
             entries = tensor.detach().coalesce()
@@ -95,7 +98,9 @@ def content_hash(*tensors: Tensor) -> str:
             continue
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
-        digest.update(tensor.detach().cpu().resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().data)
+        # a copy: memory that NumPy has seen can no longer be resized, as `fully_shard` does with its weights'
+        values = tensor.detach().cpu().resolve_conj().clone(memory_format=torch.contiguous_format)
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

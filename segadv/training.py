@@ -46,7 +46,7 @@ from .checkpoints import (
 from .checks import a_module, levels_to_the_caller
 from .data import IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
-from .data.files import opened
+from .data.files import opened, reads_files
 from .data.sampler import STEP
 from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
@@ -181,8 +181,8 @@ class Trainer:
             )
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
-        if config.validation.every and config.validation.batch_size > 1:  # what would fail then
-            _one_size(getattr(validation_dataset, "image_paths", [])[: config.validation.images or None])
+        if config.validation.every and config.validation.batch_size > 1 and reads_files(validation_dataset):
+            _one_size(validation_dataset.image_paths[: config.validation.images or None])  # what would fail then
         # what would fail after the training, when files are written
         if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
             raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")

@@ -47,6 +47,7 @@ from segadv.attacks import (
     fast_newton_step,
 )
 from segadv.attacks.base import frozen, model_logits, unwrapped
+from segadv.evaluation import evaluate
 
 CLASSES = 4
 IGNORE = 255
@@ -1885,6 +1886,11 @@ def _distributed(rank: int, store: str) -> None:
     sharded = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (2,)))
     torch.manual_seed(rank)
     images, labels = sample(dtype=torch.float32)
+    rows, *found = (
+        evaluate(model, [(images, labels)], ["fgsm"], eps=(0.0, 0.03), sharded=True).rows
+        for model in (plain, sharded, sharded)  # whose weights lie in parts at first, and then as a pass left them
+    )
+    assert found == [rows, rows]
     adversarial, expected = (SegPGD(model, **budget, random_start=False)(images, labels) for model in (sharded, plain))
     assert torch.equal(adversarial, expected)
     functional.cross_entropy(sharded(adversarial), labels).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -402,6 +403,23 @@ def test_labels_below_the_number_of_classes_are_right_in_any_type(dtype: torch.d
         assert torch.equal(CheckedSamples([(torch.rand(3, 1, 3), label)], num_classes=classes)[0][1], label)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"labels must be classes 0 to 253 or 255, found \[254\]"):
         CheckedSamples([(torch.rand(3, 1, 3), label)], num_classes=254)[0]  # type: ignore[arg-type]
+
+
+def test_samples_are_named_by_whatever_paths_there_are() -> None:
+    class Named(list[Any]):
+        label_paths: Any = None
+        image_paths: Any = None
+
+    dataset = Named([(torch.rand(3, 1, 3), torch.tensor([[3, 254, 255]]))])
+    for name, paths, told in (
+        ("image_paths", ["i.png"], r"sample 0 \(i.png\): labels"),
+        ("label_paths", np.array(["l.png"]), r"sample 0 \(l.png\): labels"),
+        ("label_paths", {"l": "png"}, r"sample 0 \(i.png\): labels"),
+        ("image_paths", 3, "sample 0: labels"),
+    ):
+        setattr(dataset, name, paths)
+        with pytest.raises(ValueError, match=told):
+            CheckedSamples(dataset, num_classes=254)[0]  # type: ignore[arg-type]
 
 
 def test_negative_labels_and_grey_images_are_refused() -> None:

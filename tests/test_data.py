@@ -290,11 +290,12 @@ def test_missing_folder_names_the_expected_paths(streets: Path, tmp_path: Path) 
         Cityscapes(streets / "leftImg8bit", "train")  # one folder too deep
 
 
-def test_missing_label_names_the_image(copy: Path) -> None:
-    victim = sorted(copy.glob("gtFine/train/*/*.png"))[2]
+@pytest.mark.parametrize(("layer", "what"), [("gtFine", "image"), ("leftImg8bit", "label")])
+def test_a_missing_file_is_named_and_its_partner(layer: str, what: str, copy: Path) -> None:
+    victim = sorted(copy.glob(f"{layer}/train/*/*.png"))[2]
     victim.unlink()
-    name = victim.name.replace("_gtFine_labelIds", "_leftImg8bit")
-    with pytest.raises(FileNotFoundError, match=f"{name} has no label.*{victim.name}"):
+    [partner] = copy.glob(f"*/train/*/{re.split('_gtFine|_leftImg8bit', victim.name)[0]}_*")
+    with pytest.raises(FileNotFoundError, match=f"{what} {partner} has no .*{victim.name}"):
         Cityscapes(copy, "train")
 
 

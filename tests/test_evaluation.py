@@ -1413,6 +1413,12 @@ def test_a_model_that_changes_its_input_in_place_is_refused() -> None:
         evaluate(InPlace(3, 2, 1), [batch], ["fgsm"], eps=[0.0])
 
 
+def test_a_model_without_shapes_is_told_what_it_needs() -> None:
+    batch = (torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; show the model a batch before"):
+        evaluate(nn.Sequential(nn.LazyConv2d(2, 1)), [batch], ["fgsm"], eps=[0.1])
+
+
 def test_the_default_device_does_not_matter(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     expected = evaluate(model, loader, ["fgsm", "bim-10"], [0.04])
     with torch.device("meta"):

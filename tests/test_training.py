@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segadv import models, training
 from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
-from segadv.data import Augmentation, Augmented, EpochSampler
+from segadv.data import Augmentation, Augmented, EpochSampler, SegmentationFiles
 from segadv.evaluation import EvaluationResult, evaluate
 from segadv.training import TrainConfig, Trainer, Validation
 
@@ -917,15 +917,24 @@ def test_an_interruption_that_was_told_before_a_run_does_not_end_it(tmp_path: Pa
 
 
 def test_validation_of_files_of_different_sizes_is_refused_before_the_training(tmp_path: Path) -> None:
-    data = Squares()
-    data.image_paths = [str(tmp_path / f"{i}.png") for i in range(3)]  # type: ignore[attr-defined]
-    for i, path in enumerate(data.image_paths[:2]):  # type: ignore[attr-defined]
+    class Files(SegmentationFiles):
+        def __init__(self) -> None:
+            self.image_paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+
+    class Resized(Files):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.uint8)
+
+    data = Files()
+    for i, path in enumerate(data.image_paths[:2]):
         Image.new("RGB", (16, 16 + 8 * i)).save(path)  # the third cannot be read, which is told when it is
     for batch_size, images in ((1, 0), (2, 1)):
         settings = config(validation=Validation(every=2, batch_size=batch_size, images=images))
         Trainer(settings, tiny_model(), Squares(), validation_dataset=data)
+    settings = config(validation=Validation(every=2, batch_size=2))
     with pytest.raises(ValueError, match=r"validation.batch_size must be 1 for images of different sizes"):
-        Trainer(config(validation=Validation(every=2, batch_size=2)), tiny_model(), Squares(), validation_dataset=data)
+        Trainer(settings, tiny_model(), Squares(), validation_dataset=data)
+    Trainer(settings, tiny_model(), Squares(), validation_dataset=Resized())
 
 
 def test_images_out_of_range_are_refused(tmp_path: Path) -> None:

@@ -612,7 +612,7 @@ def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert "3 problems in" in err
     assert f"train, missing: image {images[0]} has no label file, expected {labels[0]}; restore it" in out
-    assert f"train, orphan: label {labels[1]} has no image; restore {images[1]}" in out
+    assert f"train, missing: label {labels[1]} has no image file, expected {images[1]}; restore it" in out
     assert re.search(rf"train, wrong values: {re.escape(str(labels[2]))}: label values must be 0\.\.33.*\[77\]", out)
     for path in tmp_path.glob("gtFine/val/*/*.png"):  # of train ids
         Image.fromarray(Cityscapes.classes_of_values[np.array(Image.open(path))]).save(path)

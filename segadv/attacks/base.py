@@ -455,8 +455,8 @@ class Attack(ABC):
 
         The gradient is that of the mean over the image's valid pixels times a positive factor near the root of their
         number, with bn="train" one for all images, which its sign does not see: FGSM at many eps costs one gradient
-        and, for each eps, `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is that of
-        -loss, as sign attacks ascend; FastNewton's is that of the gain. Arguments as in the call.
+        and, for each eps, `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is
+        that of -loss, as sign attacks ascend; FastNewton's is that of the gain. Arguments as in the call.
         """
         with self._isolated(images, labels) as (own_images, own_labels):
             if images.shape[0] == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -64,5 +66,7 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
         return image, label
 
     def _named(self, index: int) -> str:
-        paths = getattr(self.dataset, "label_paths", None) or getattr(self.dataset, "image_paths", None)
-        return f"sample {index}" if paths is None else f"sample {index} ({paths[index]})"
+        for name in ("label_paths", "image_paths"):
+            with suppress(Exception):  # of anybody's data set: they must not hide what is wrong with the sample
+                return f"sample {index} ({getattr(self.dataset, name)[index]})"
+        return f"sample {index}"

@@ -99,7 +99,10 @@ class Cityscapes(SegmentationFiles):
         for city, name in sorted(labels - images):
             label = label_folder / city / f"{name}_gtFine_labelIds.png"
             image = image_folder / city / f"{name}_leftImg8bit.png"
-            listing.orphans.append(f"label {label} has no image; restore {image}, or remove the label")
+            listing.missing.append(
+                f"label {label} has no image file, expected {image}; "
+                "restore it from the archive leftImg8bit, or remove the label"
+            )
         return listing
 
     @classmethod

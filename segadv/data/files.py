@@ -32,7 +32,7 @@ class Listing:
     Attributes:
         images, labels: paths; those at the same position belong together.
         missing: a message for every file that should be there and is not.
-        orphans: a message for every mask without an image; they do no harm.
+        orphans: a message for every mask without an image that no list names; they do no harm.
     """
 
     images: list[str] = field(default_factory=list)
