@@ -119,12 +119,12 @@ class _Judge:
         if not isinstance(adversarial, Tensor) or adversarial.shape != images.shape:
             came = list(adversarial.shape) if isinstance(adversarial, Tensor) else f"a {type(adversarial).__name__}"
             raise ValueError(f"attack {name!r} gave {came} for images {list(images.shape)}; the same shape is needed")
-        adversarial = adversarial.detach()
+        adversarial = adversarial.detach().to(images.dtype)
         if images.numel():
             low, high = adversarial.aminmax()
             far = (adversarial - images).abs().amax() - eps
             self.strayed.setdefault((name, eps), []).append(torch.stack([-low, high - 1, far]).double().cpu())
-        return adversarial.to(images.dtype)
+        return adversarial
 
     def approves(self, attack: str, eps: float) -> bool:
         """Whether the outcomes of a batch may be kept. Those of images out of box or ball are not: whoever goes on

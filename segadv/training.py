@@ -140,11 +140,11 @@ class Trainer:
             of the probe before.
 
     Raises:
-        TypeError: a model that is no nn.Module or compiled, a DataLoader for a data set; a config with values that JSON
-            does not know, such as NumPy's float32.
+        TypeError: a model that is no nn.Module or compiled, a DataLoader for a data set, or one without length; a
+            config with values that JSON does not know, such as NumPy's float32.
         ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
-            cannot be divided among the processes and parts, validation without a data set, a model whose state is not
-            all tensors.
+            cannot be divided among the processes and parts, validation without a data set, a model that is frozen as a
+            whole or whose state is not all tensors.
     """
 
     def __init__(
@@ -162,6 +162,10 @@ class Trainer:
         for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
             if isinstance(given, DataLoader):
                 raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
+            if given is not None and not hasattr(given, "__len__"):
+                raise TypeError(
+                    f"{name} must have a length, __len__, and samples by number, got a {type(given).__name__}"
+                )
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = resolve_device(config.device)
@@ -183,6 +187,8 @@ class Trainer:
             raise ValueError("validation.every needs a validation_dataset that is not empty")
         if config.validation.every and config.validation.batch_size > 1 and reads_files(validation_dataset):
             _one_size(validation_dataset.image_paths[: config.validation.images or None])  # what would fail then
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model must have a parameter that requires a gradient: there is nothing to train")
         # what would fail after the training, when files are written
         if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
             raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
@@ -596,7 +602,14 @@ class Trainer:
             ValueError: it belongs to another config, description, data set length, architecture or number of
                 processes, or cannot be read; nothing is changed then.
         """
-        state = distributed.from_first(lambda: read_checkpoint(path))
+
+        def read() -> dict[str, Any]:
+            try:
+                return read_checkpoint(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; restore it, or remove it to start anew") from error
+
+        state = distributed.from_first(read)
         if "optimizer" not in state:
             raise ValueError(f"{path} holds weights only, to continue a run its last.pt is needed")
         if missing := [name for name in self._state() if name not in state]:

@@ -1251,6 +1251,8 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
     assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
     assert {warning.filename for warning in told} == {__file__}
+    with pytest.warns(UserWarning, match=r"pixels in \[\d+, 2\d\d\], outside"):  # the negative of a byte is none
+        evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: (255 * images).byte()}, [0.1])
 
 
 @pytest.mark.parametrize("kind", [BIM, PGD])

@@ -625,6 +625,8 @@ def test_damaged_or_missing_checkpoint_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint"):
             training.load_model(path, tiny_model())
+        with pytest.raises(ValueError, match=r"last\.pt cannot be read as a checkpoint .* remove it to start anew"):
+            run(tmp_path, steps=4)
     for other in ([1, 2], {"model": tiny_model().state_dict()}):
         torch.save(other, path)
         with pytest.raises(ValueError, match="holds something else"):
@@ -1544,11 +1546,14 @@ def test_trainer_names_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=message):
             Trainer(config(**changes), tiny_model(), Squares(), validation_dataset=[])  # type: ignore[arg-type]
     Trainer(config(batch_size=13), tiny_model(), Squares())  # one batch
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
+        Trainer(config(), tiny_model().requires_grad_(False), Squares())
     for model, data, message in (
         (models.SmallBackbone, Squares(), "model must be an nn.Module, got the class SmallBackbone; give an instance"),
         (lambda x: x, Squares(), "model must be an nn.Module, got a function"),
         (torch.compile(tiny_model(), backend="eager"), Squares(), "model must not be compiled: give what was compiled"),
         (tiny_model(), DataLoader(Squares(), 4), "dataset must be a Dataset of single samples, got a DataLoader"),
+        (tiny_model(), iter(Squares()), r"dataset must have a length \(__len__\), got a "),
     ):
         with pytest.raises(TypeError, match=message):
             Trainer(config(), model, data)  # type: ignore[arg-type]
