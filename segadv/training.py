@@ -163,9 +163,7 @@ class Trainer:
             if isinstance(given, DataLoader):
                 raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
             if given is not None and not hasattr(given, "__len__"):
-                raise TypeError(
-                    f"{name} must have a length, __len__, and samples by number, got a {type(given).__name__}"
-                )
+                raise TypeError(f"{name} must have a length (__len__), got a {type(given).__name__}")
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = resolve_device(config.device)
