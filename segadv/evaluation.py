@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, zip_longest
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,16 @@ from .checks import (
 from .ops import backends
 from .progress import progress_bar
 from .records import Records, content_hash, model_hash, versions
-from .results import EvaluationResult, Measurement, class_iou, miou, pixel_accuracy, wrong_pixels
+from .results import (
+    EvaluationResult,
+    Measurement,
+    class_iou,
+    miou,
+    miou_difference,
+    overlap,
+    pixel_accuracy,
+    wrong_pixels,
+)
 
 __all__ = [
     "ATTACKS",
@@ -51,8 +60,11 @@ __all__ = [
     "class_iou",
     "evaluate",
     "miou",
+    "miou_difference",
     "pixel_accuracy",
 ]
+
+T = TypeVar("T")
 
 PAPER_ATTACKS, EPS = ("fgsm", "bim-10"), (0.0, 0.01, 0.02, 0.03, 0.04)
 """What Wiens & Hammer 2022 evaluate under, and at which eps."""
@@ -306,27 +318,40 @@ def _repeated(tensor: Tensor, count: int) -> Tensor:
 
 
 class _Tally:
-    """Sums of outcomes over the batches."""
+    """Sums of outcomes over the batches, and `overlap` of every image."""
 
     def __init__(self) -> None:
         self.confusion: dict[tuple[str, float, int], Tensor] = {}
-        self.image_mious: dict[tuple[str, float, int], list[float]] = {}
+        self.batches: dict[tuple[str, float, int], list[Tensor]] = {}
 
     def add(self, attack: str, eps: float, steps: int, matrices: Tensor) -> None:
         """matrices: int64 [N, C, C]."""
         key = (attack, eps, steps)
         total = matrices.sum(0)
         self.confusion[key] = self.confusion[key] + total if key in self.confusion else total
-        labelled = matrices[matrices.sum((1, 2)) > 0]
-        self.image_mious.setdefault(key, []).extend(class_iou(labelled).nanmean(1).tolist())
+        self.batches.setdefault(key, []).append(overlap(matrices))
 
-    def merge(self, other: _Tally) -> None:
-        for key, total in other.confusion.items():
-            self.confusion[key] = self.confusion[key] + total if key in self.confusion else total
-            self.image_mious.setdefault(key, []).extend(other.image_mious[key])
+    @staticmethod
+    def merged(shares: Sequence[_Tally]) -> _Tally:
+        """Of batches that were dealt out in turn."""
+        merged = _Tally()
+        for key in dict.fromkeys(chain.from_iterable(share.confusion for share in shares)):
+            merged.confusion[key] = sum(share.confusion[key] for share in shares if key in share.confusion)  # type: ignore[assignment]
+            merged.batches[key] = _in_turn([share.batches.get(key, []) for share in shares])
+        return merged
 
     def measurement(self, attack: str, key: tuple[str, float, int]) -> Measurement:
-        return Measurement("", attack, *key[1:], float(np.mean(self.image_mious[key])), self.confusion[key])
+        intersection, union = torch.cat(self.batches[key]).unbind(1)
+        iou = intersection.double() / union
+        # NaN: of no labelled pixel here, of no class below
+        image_miou = iou.nanmean(1).nanmean().item()
+        without_each = ((intersection.sum(0) - intersection).double() / (union.sum(0) - union)).nanmean(1)
+        return Measurement("", attack, *key[1:], image_miou, self.confusion[key], without_each.nan_to_num(0.0))
+
+
+def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """The order of the whole loader, whose entries were dealt out in turn."""
+    return [entry for turn in zip_longest(*shares) for entry in turn if entry is not None]
 
 
 def _worst(finals: Sequence[Tensor]) -> Tensor:
@@ -409,7 +434,8 @@ def evaluate(
     """mIoU, pixel accuracy and IoU of the classes under attacks, over ranges of eps and of steps.
 
     Images are taken whole, as the loader gives them; all pixels of the set go into one confusion matrix per
-    attack, eps and number of steps (`miou`), and each image's mIoU is averaged beside it (`image_miou`).
+    attack, eps and number of steps (`miou`), and each image's mIoU is averaged beside it (`image_miou`). How far miou
+    depends on the choice of the images says `miou_error`; for two models `miou_difference`.
 
     * eps = 0 is the clean prediction; it is counted once and serves all attacks.
     * "worst-case": for each image, the outcome of the attack that leaves the most valid pixels wrong.
@@ -531,14 +557,11 @@ def evaluate(
     number_invalid = judge.number_invalid
     if sharded:
         shares = distributed.gather((tally, number_invalid, images_seen, batch_size, data))
-        tally = _Tally()
-        for share, *_ in shares:
-            tally.merge(share)
+        tally = _Tally.merged([share[0] for share in shares])
         number_invalid = sum(share[1] for share in shares)
         images_seen = sum(share[2] for share in shares)
         batch_size = max(share[3] for share in shares)
-        in_turn = zip_longest(*(share[4] for share in shares), fillvalue="")
-        data = list(chain.from_iterable(in_turn))  # the order of the whole loader
+        data = _in_turn([share[4] for share in shares])
     judge.check(number_invalid)
     judge.warn_of_strays()
     if not tally.confusion:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import plots
 from .masking import Check
-from .results import EvaluationResult, Measurement, csv_text
+from .results import EvaluationResult, Measurement, csv_text, miou_difference
 from .writing import write_text
 
 __all__ = ["require_report_folder", "write_report"]
@@ -210,9 +210,12 @@ def _lines(
         "",
         *table(
             ["trained with", *titles],
-            [[arm, *(f"{final[arm, name, shown].row['miou']:.3f}" for name in attacks)] for arm in arms],
+            [[arm, *(_with_error(final[arm, name, shown]) for name in attacks)] for arm in arms],
         ),
         "",
+        "± is the standard error over the choice of the images (a jackknife); of other trainings it knows nothing.",
+        "",
+        *_differences([final[arm, strongest, shown] for arm in arms], plots.attack_title(strongest)),
         "![mIoU against eps](robustness.png)",
         "",
         *(["The attacks have other numbers of steps at other eps, where the curves may bend.", ""] if differ else []),
@@ -266,6 +269,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _three(entry: Measurement) -> str:
     row = entry.row
     return f"{row['miou']:.3f} / {row['image_miou']:.3f} / {row['pixel_accuracy']:.3f}"
+
+
+def _with_error(entry: Measurement) -> str:
+    row = entry.row
+    return f"{row['miou']:.3f}" + ("" if row["miou_error"] is None else f" ± {row['miou_error']:.3f}")
+
+
+def _differences(entries: Sequence[Measurement], title: str) -> list[str]:
+    """Of models under one attack, to the one that keeps most."""
+    best = max(entries, key=lambda entry: entry.row["miou"])
+    told = []
+    for entry in entries:
+        difference, error = miou_difference(entry, best)
+        if entry is not best and error is not None:
+            told.append(f"{entry.arm} {difference:.3f} ± {error:.3f}")
+    if not told:
+        return []
+    return [f"{title}, less {best.arm}, on the same images: {'; '.join(told)}.", ""]
 
 
 def _steps(entry: Measurement) -> str:

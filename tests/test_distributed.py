@@ -256,6 +256,7 @@ def test_shares_of_an_evaluation_add_up(out: Path) -> None:
             assert (entry["attack"], entry["eps"]) == (expected.attack, expected.eps)
             assert entry["confusion"] == expected.confusion.tolist()
             assert entry["image_miou"] == pytest.approx(expected.image_miou, abs=1e-12)
+            assert entry["without_each"] == pytest.approx(expected.without_each.tolist(), abs=1e-12)
             assert entry["batch_size"] == whole.run["batch_size"]
         worst = next(entry for entry in found if entry["attack"] == "worst-case" and entry["eps"] > 0)
         assert worst["pixel_accuracy"] <= attacked["pixel_accuracy"]

@@ -375,6 +375,16 @@ def plain_confusion(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
     return torch.bincount(label[valid].long() * CLASSES + prediction[valid], minlength=CLASSES**2).view(CLASSES, -1)
 
 
+def without_each(matrices: list[Tensor]) -> list[float]:
+    """mIoU of all images but one."""
+    return [plain_miou(torch.stack(matrices[:i] + matrices[i + 1 :]).sum(0)) for i in range(len(matrices))]
+
+
+def jackknife(values: Any) -> float:
+    deviations = values - values.mean()
+    return float(math.sqrt((len(values) - 1) / len(values) * (deviations**2).sum()))
+
+
 def plain_miou(confusion: Tensor) -> float:
     values = []
     for c in range(len(confusion)):
@@ -415,6 +425,15 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
         assert torch.equal(entry.confusion, torch.stack(expected[entry.attack]).sum(0))
         mious[entry.attack] = sum(map(plain_miou, expected[entry.attack])) / len(expected[entry.attack])
         assert entry.image_miou == pytest.approx(mious[entry.attack], rel=1e-12)
+    without = {name: without_each(matrices) for name, matrices in expected.items()}
+    for entry in result.measurements:
+        assert entry.without_each.tolist() == pytest.approx(without[entry.attack], rel=1e-12)
+        assert entry.row["miou_error"] == pytest.approx(jackknife(np.array(without[entry.attack])), rel=1e-9)
+    even, odd, worst = result.measurements
+    difference, error = results.miou_difference(even, odd)
+    assert difference == pytest.approx(even.row["miou"] - odd.row["miou"], rel=1e-12)
+    assert error == pytest.approx(jackknife(np.subtract(without["even"], without["odd"])), rel=1e-9)
+    assert results.miou_difference(worst, worst) == (0, 0)
     accuracy = {row["attack"]: row["pixel_accuracy"] for row in result.rows}
     assert accuracy["worst-case"] < min(accuracy["even"], accuracy["odd"])
     assert not any(e.attack == "worst-case" for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements)
@@ -433,6 +452,25 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
     plain, other = evaluate(model, loader[:1], **names), evaluate(model, with_void, **names)
     assert [entry.image_miou for entry in plain.measurements][:2] == [e.image_miou for e in other.measurements][:2]
     assert all(math.isfinite(entry.image_miou) for entry in other.measurements)
+    for entry in other.measurements:
+        assert entry.without_each[-1].item() == pytest.approx(entry.row["miou"], rel=1e-15)
+    with pytest.raises(ValueError, match="first and second must be of the same images, got 3 and 4 of them"):
+        results.miou_difference(plain.measurements[0], other.measurements[0])
+
+
+def test_the_error_of_a_mean_is_that_of_a_mean() -> None:
+    """Where the labels hold one class and are as many in all images, mIoU is half the mean share of right pixels."""
+    right = [3, 7, 8, 2, 9]
+    labels = torch.zeros(5, 1, 10, dtype=torch.int64)
+    predicted = torch.stack([(torch.arange(10) >= count).long() for count in right]).view(5, 1, 10)
+    images = nn.functional.one_hot(predicted, 3).movedim(-1, 1).float()
+    loader = [(images[:2], labels[:2]), (images[2:], labels[2:])]
+    (entry,) = evaluate(nn.Identity(), loader, ["fgsm"], [0.0]).measurements
+    assert entry.row["miou"] == pytest.approx(np.mean(right) / 20, rel=1e-12)
+    assert entry.row["miou_error"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(5) / 20, rel=1e-12)
+    (one,) = evaluate(nn.Identity(), [(images[:1], labels[:1])], ["fgsm"], [0.0]).measurements
+    assert one.row["miou_error"] is None
+    assert results.miou_difference(one, one) == (0, None)
 
 
 def test_every_image_with_a_label_counts_in_the_mean() -> None:
@@ -1485,7 +1523,7 @@ def test_everything_to_repeat_it_is_in_the_files(
     with open(tmp_path / "details.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:8] == [
-        "arm", "attack", "eps", "steps", "miou", "image_miou", "pixel_accuracy", "iou_0"
+        "arm", "attack", "eps", "steps", "miou", "miou_error", "image_miou", "pixel_accuracy"
     ]  # fmt: skip
     assert [(row["attack"], row["eps"], row["steps"]) for row in rows] == [
         (entry.attack, str(entry.eps), str(entry.steps)) for entry in result.measurements

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segadv import functional, masking, report
+from segadv import functional, masking, plots, report, results
 from segadv.attacks import FGSM
 from segadv.evaluation import EvaluationResult, Measurement, evaluate
 from segadv.masking import Check, masking_checks
@@ -266,7 +266,7 @@ def test_verdicts_follow_from_the_numbers(
             ]
         matrices = [torch.tensor([[round(1000 * share), round(1000 - 1000 * share)], [0, 0]]) for *_, share in found]
         return EvaluationResult(
-            [Measurement("", *entry[:3], 0.0, matrix) for entry, matrix in zip(found, matrices, strict=True)]
+            [Measurement("", *entry[:3], 0.0, matrix, NONE) for entry, matrix in zip(found, matrices, strict=True)]
         )
 
     monkeypatch.setattr(masking, "evaluate", fake)
@@ -340,6 +340,14 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         shown = f"{worst['miou']:.3f} / {worst['image_miou']:.3f} / {worst['pixel_accuracy']:.3f} |"
         assert re.search(rf"^\| {arm} \|.*{re.escape(shown)}$", text, flags=re.MULTILINE)
         assert evaluated.run["model_sha256"][:16] in text
+        (pgd,) = (e.row for e in evaluated.final if (e.attack, e.eps) == ("pgd", 0.03))
+        told = rf"^\| {arm} \| \d.* \| {pgd['miou']:.3f} ± {pgd['miou_error']:.3f} \|"
+        assert re.search(told, text, flags=re.MULTILINE)
+    worst_cases = [e for e in result.final if (e.attack, e.eps) == ("worst-case", 0.03)]
+    best, other = sorted(worst_cases, key=lambda entry: -entry.row["miou"])
+    difference, error = results.miou_difference(other, best)
+    told = f", less {best.arm}, on the same images: {other.arm} {difference:.3f} ± {error:.3f}."
+    assert plots.attack_title("worst-case") + told in text
     assert EvaluationResult.from_json(tmp_path / "results.json").rows == result.rows
 
     for eps in ([0.0], [0.0, 0.03]):
@@ -390,6 +398,8 @@ def test_without_a_worst_case_the_report_shows_the_strongest_attack(
     assert "pixel accuracy: PGD" in report.write_report(tmp_path, result)
 
 
+NONE = torch.zeros(0)  # how a figure depends on the images is not asked
+
 RUN: dict[str, Any] = {
     "model": "Net", "model_sha256": "c" * 64, "images": 2, "seed": 0, "data_sha256": "d" * 64, "backend": "native",
     "device": "cpu", "versions": {"torch": "2"},
@@ -400,7 +410,7 @@ def made(*measured: tuple[str, float, int, int], **changes: Any) -> EvaluationRe
     """Of attack, eps, steps, and how many of 100 pixels of the first of two classes are right; the second's all are."""
     return EvaluationResult(
         [
-            Measurement("", attack, eps, steps, right / 1000, torch.tensor([[right, 100 - right], [0, 100]]))
+            Measurement("", attack, eps, steps, right / 1000, torch.tensor([[right, 100 - right], [0, 100]]), NONE)
             for attack, eps, steps, right in measured
         ],
         RUN | changes,
@@ -483,6 +493,6 @@ def miou_of(right: int) -> float:
 
 def test_a_report_is_of_models_with_equally_many_classes(tmp_path: Path) -> None:
     one = made(("fgsm", 0.0, 0, 90))
-    other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, 0.5, torch.eye(3, dtype=torch.int64))], RUN)
+    other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, 0.5, torch.eye(3, dtype=torch.int64), NONE)], RUN)
     with pytest.raises(ValueError, match=r"'a' and 'b' were evaluated .* or on different numbers of classes"):
         report.write_report(tmp_path, EvaluationResult.merge({"a": one, "b": other}))

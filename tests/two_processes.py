@@ -142,7 +142,12 @@ def validated(out: Path) -> list[Any]:
         loader = [(data.images[indices], data.labels[indices]) for indices in own]
         result = evaluate(model, loader, ["fgsm", "segpgd"], [0.0, 0.03], steps=4, sharded=True)
         also = {"batch_size": result.run["batch_size"]}
-        found.append([entry.row | also | {"confusion": entry.confusion.tolist()} for entry in result.measurements])
+        found.append(
+            [
+                entry.row | also | {"confusion": entry.confusion.tolist(), "without_each": entry.without_each.tolist()}
+                for entry in result.measurements
+            ]
+        )
     return found
 
 
