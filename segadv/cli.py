@@ -560,13 +560,16 @@ def _check_classes(dataset: Any, checkpoints: Sequence[str], descriptions: Seque
 
 
 def _arm_names(checkpoints: Sequence[str], arms: Sequence[str]) -> list[str]:
-    """The arm of each checkpoint; the folder's name beside it where that is not unique."""
-    names = [
-        arm if arms.count(arm) == 1 else f"{arm} ({Path(path).parent.name})"
-        for arm, path in zip(arms, checkpoints, strict=True)
-    ]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"checkpoints must be of different arms or lie in folders of different names; got {repeated}")
+    """The arm of each checkpoint; beside one that is not unique the end of its folder's path that is."""
+    folders = [Path(path).absolute().parent.parts[1:] for path in checkpoints]
+    names = list(arms)
+    for depth in range(1, max(map(len, folders)) + 1):
+        if len(set(names)) == len(names):
+            break
+        ends = ["/".join(parts[-depth:]) for parts in folders]
+        names = [arm if arms.count(arm) == 1 else f"{arm} ({end})" for arm, end in zip(arms, ends, strict=True)]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"checkpoints must be of different arms or lie in different folders; got {repeated}")
     return names
 
 

@@ -213,9 +213,7 @@ def _lines(
             [[arm, *(_with_error(final[arm, name, shown]) for name in attacks)] for arm in arms],
         ),
         "",
-        "± is the standard error over the choice of the images (a jackknife); of other trainings it knows nothing.",
-        "",
-        *_differences([final[arm, strongest, shown] for arm in arms], plots.attack_title(strongest)),
+        *_errors([final[arm, strongest, shown] for arm in arms], plots.attack_title(strongest)),
         "![mIoU against eps](robustness.png)",
         "",
         *(["The attacks have other numbers of steps at other eps, where the curves may bend.", ""] if differ else []),
@@ -276,17 +274,19 @@ def _with_error(entry: Measurement) -> str:
     return f"{row['miou']:.3f}" + ("" if row["miou_error"] is None else f" ± {row['miou_error']:.3f}")
 
 
-def _differences(entries: Sequence[Measurement], title: str) -> list[str]:
-    """Of models under one attack, to the one that keeps most."""
+def _errors(entries: Sequence[Measurement], title: str) -> list[str]:
+    """What is to be said of those of models under one attack; nothing where there is one image."""
     best = max(entries, key=lambda entry: entry.row["miou"])
-    told = []
-    for entry in entries:
-        difference, error = miou_difference(entry, best)
-        if entry is not best and error is not None:
-            told.append(f"{entry.arm} {difference:.3f} ± {error:.3f}")
-    if not told:
+    if best.row["miou_error"] is None:
         return []
-    return [f"{title}, less {best.arm}, on the same images: {'; '.join(told)}.", ""]
+    lines = [
+        "± is the standard error over the choice of the images (a jackknife); of other trainings it knows nothing."
+    ]
+    others = {entry.arm: miou_difference(entry, best) for entry in entries if entry is not best}
+    if others:
+        told = "; ".join(f"{arm} {difference:.3f} ± {error:.3f}" for arm, (difference, error) in others.items())
+        lines += ["", f"mIoU under {title}, less that of {best.arm} on the same images: {told}."]
+    return [*lines, ""]
 
 
 def _steps(entry: Measurement) -> str:

@@ -454,7 +454,16 @@ def test_evaluate_several_checkpoints_into_one_report(
     assert run(again) == 0
     assert checked == [(names, 2) for names in others]  # no more than are evaluated
     assert Path("again/details.csv").read_bytes() == Path("report/details.csv").read_bytes()
-    assert "folders of different names" in failure("evaluate runs/b/last.pt runs/b/last.pt --data x --out y", capsys)
+    assert "lie in different folders" in failure("evaluate runs/b/last.pt runs/b/last.pt --data x --out y", capsys)
+
+
+def test_networks_of_one_arm_are_told_apart_by_their_folders() -> None:
+    paths = ["runs/0/basic/last.pt", "runs/1/basic/last.pt", "runs/0/bim-3/last.pt"]
+    assert cli._arm_names(paths, ["basic", "basic", "bim-3"]) == ["basic (0/basic)", "basic (1/basic)", "bim-3"]
+    assert cli._arm_names(["a/last.pt", "b/model.safetensors"], ["basic"] * 2) == ["basic (a)", "basic (b)"]
+    assert cli._arm_names(["last.pt"], ["basic"]) == ["basic"]
+    with pytest.raises(ValueError, match=r"lie in different folders; got \['basic \(a\)'\]"):
+        cli._arm_names(["/a/last.pt", "/a/model.safetensors"], ["basic"] * 2)
 
 
 def read(path: Path) -> list[dict[str, str]]:

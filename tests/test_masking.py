@@ -346,8 +346,8 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     worst_cases = [e for e in result.final if (e.attack, e.eps) == ("worst-case", 0.03)]
     best, other = sorted(worst_cases, key=lambda entry: -entry.row["miou"])
     difference, error = results.miou_difference(other, best)
-    told = f", less {best.arm}, on the same images: {other.arm} {difference:.3f} ± {error:.3f}."
-    assert plots.attack_title("worst-case") + told in text
+    told = f"mIoU under {plots.attack_title('worst-case')}, less that of {best.arm} on the same images: "
+    assert f"{told}{other.arm} {difference:.3f} ± {error:.3f}." in text
     assert EvaluationResult.from_json(tmp_path / "results.json").rows == result.rows
 
     for eps in ([0.0], [0.0, 0.03]):

@@ -512,7 +512,7 @@ def test_evaluate_takes_data_set_classes_and_network_from_the_checkpoint(
         assert one["pixel_accuracy"] == pytest.approx(several["pixel_accuracy"], abs=1e-3)
 
     mixed = f"evaluate {trained}/voc/last.pt {trained}/cityscapes/last.pt --data {voc} --out {tmp_path}/x {options}"
-    assert "folders of different names" not in failure(mixed, capsys)
+    assert "lie in different folders" not in failure(mixed, capsys)
     assert "different data sets (cityscapes, voc): give --dataset" in failure(mixed, capsys)
     message = failure(f"{mixed} --dataset voc", capsys)
     assert "cityscapes/last.pt was trained on 19 classes (cityscapes), the data set has 21" in message
