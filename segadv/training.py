@@ -127,7 +127,8 @@ class Trainer:
     Args:
         config: the run.
         model: images [N, 3, H, W] -> logits, or what `segadv.attacks.base.model_logits` finds them in.
-            Trained in place, and moved to the device.
+            Trained in place, and moved to the device. The loss is the cross-entropy of the logits alone: a UserWarning
+            names a parameter that it does not reach, such as an auxiliary head's.
         dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length. Where
             it has num_classes, labels are checked when they are read; where it has image_paths, errors name them.
         validation_dataset: the same, for config.validation.
@@ -239,6 +240,7 @@ class Trainer:
         self._interrupts_told: deque[_Told] = deque(maxlen=_STEPS_TO_STOP + 1)
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
+        self._looked_for_gradients = False
 
     def _checked(self, dataset: Dataset[tuple[Tensor, Tensor]]) -> Dataset[tuple[Tensor, Tensor]]:
         return checked(dataset, self.description.get("num_classes"))
@@ -363,7 +365,19 @@ class Trainer:
                 own_loss = functional.cross_entropy(logits, labels, reduction="sum") / pixels
                 loss = own_loss * self.processes  # whose gradients DistributedDataParallel averages
         self.scaler.scale(loss).backward()
+        if not self._looked_for_gradients:
+            self._looked_for_gradients = True
+            self._tell_untrained()
         return StepResult(own_loss.detach(), eps, gain, skipped)
+
+    def _tell_untrained(self) -> None:
+        without = [name for name, value in self.model.named_parameters() if value.requires_grad and value.grad is None]
+        if without and distributed.rank() == 0:
+            warnings.warn(
+                f"model: {len(without)} of its parameters, such as {without[0]}, got no gradient in the first step and "
+                "stay as they are: the loss is that of the logits alone, without auxiliary heads",
+                stacklevel=levels_to_the_caller(),
+            )
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.precision

@@ -939,6 +939,21 @@ def test_validation_of_files_of_different_sizes_is_refused_before_the_training(t
     Trainer(settings, tiny_model(), Squares(), validation_dataset=Resized())
 
 
+def test_parameters_that_the_loss_does_not_reach_are_named(tmp_path: Path) -> None:
+    class WithAuxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.auxiliary = tiny_model(), nn.Conv2d(3, CLASSES, 1)
+            self.frozen = nn.Linear(1, 1).requires_grad_(False)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"out": self.main(images), "aux": self.auxiliary(images)}
+
+    with pytest.warns(UserWarning, match=r"2 of its parameters, such as auxiliary\.weight, got no gradient") as told:
+        run(tmp_path, WithAuxiliary(), steps=3)
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def test_images_out_of_range_are_refused(tmp_path: Path) -> None:
     data = Squares()
     data.images = data.images * 255
