@@ -83,7 +83,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes the unpickler raise; its advice would mislead
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a damaged file names odd positions
             raise OSError(error.errno or errno.EIO, f"{path} cannot be read: {error.strerror or error}") from error
-        problem, cause = f"it is damaged or something else ({type(error).__name__})", error
+        told = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
+        problem, cause = f"it is damaged or something else ({type(error).__name__}{told})", error
     raise ValueError(
         f"{path} cannot be read as a checkpoint of segadv (last.pt or model.safetensors): {problem}"
     ) from cause
@@ -105,7 +106,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 def _read_last(path: str | os.PathLike[str]) -> Any:
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():  # torch.load does not look at the checksums
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is another one")
+            raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -561,7 +561,7 @@ def _check_classes(dataset: Any, checkpoints: Sequence[str], descriptions: Seque
 
 def _arm_names(checkpoints: Sequence[str], arms: Sequence[str]) -> list[str]:
     """The arm of each checkpoint; beside one that is not unique the end of its folder's path that is."""
-    folders = [Path(path).absolute().parent.parts[1:] for path in checkpoints]
+    folders = [Path(os.path.abspath(path)).parent.parts[1:] for path in checkpoints]
     names = list(arms)
     for depth in range(1, max(map(len, folders)) + 1):
         if len(set(names)) == len(names):

@@ -131,12 +131,14 @@ class _Judge:
         if not isinstance(adversarial, Tensor) or adversarial.shape != images.shape:
             came = list(adversarial.shape) if isinstance(adversarial, Tensor) else f"a {type(adversarial).__name__}"
             raise ValueError(f"attack {name!r} gave {came} for images {list(images.shape)}; the same shape is needed")
-        adversarial = adversarial.detach().to(images.dtype)
+        adversarial = adversarial.detach()
+        if not adversarial.is_floating_point():
+            adversarial = adversarial.to(images.dtype)
         if images.numel():
             low, high = adversarial.aminmax()
             far = (adversarial - images).abs().amax() - eps
             self.strayed.setdefault((name, eps), []).append(torch.stack([-low, high - 1, far]).double().cpu())
-        return adversarial
+        return adversarial.to(images.dtype)
 
     def approves(self, attack: str, eps: float) -> bool:
         """Whether the outcomes of a batch may be kept. Those of images out of box or ball are not: whoever goes on
@@ -318,18 +320,23 @@ def _repeated(tensor: Tensor, count: int) -> Tensor:
 
 
 class _Tally:
-    """Sums of outcomes over the batches, and `overlap` of every image."""
+    """Sums of outcomes over the batches, and of every image the `overlap` of those classes that are in it."""
 
     def __init__(self) -> None:
         self.confusion: dict[tuple[str, float, int], Tensor] = {}
         self.batches: dict[tuple[str, float, int], list[Tensor]] = {}
+        """int64 [4, K] of each batch: number of the image, class, intersection, union."""
 
     def add(self, attack: str, eps: float, steps: int, matrices: Tensor) -> None:
         """matrices: int64 [N, C, C]."""
         key = (attack, eps, steps)
         total = matrices.sum(0)
         self.confusion[key] = self.confusion[key] + total if key in self.confusion else total
-        self.batches.setdefault(key, []).append(overlap(matrices))
+        intersection, union = overlap(matrices).unbind(1)
+        image, kind = union.nonzero(as_tuple=True)
+        number = image.unique(return_inverse=True)[1]  # among those with a labelled pixel
+        entries = torch.stack((number, kind, intersection[image, kind], union[image, kind]))
+        self.batches.setdefault(key, []).append(entries)
 
     @staticmethod
     def merged(shares: Sequence[_Tally]) -> _Tally:
@@ -341,12 +348,26 @@ class _Tally:
         return merged
 
     def measurement(self, attack: str, key: tuple[str, float, int]) -> Measurement:
-        intersection, union = torch.cat(self.batches[key]).unbind(1)
-        iou = intersection.double() / union
-        # NaN: of no labelled pixel here, of no class below
-        image_miou = iou.nanmean(1).nanmean().item()
-        without_each = ((intersection.sum(0) - intersection).double() / (union.sum(0) - union)).nanmean(1)
-        return Measurement("", attack, *key[1:], image_miou, self.confusion[key], without_each.nan_to_num(0.0))
+        count, batches = 0, []
+        for image, *others in self.batches[key]:
+            batches.append(torch.stack((image + count, *others)))
+            count = int(batches[-1][0].max()) + 1 if len(image) else count
+        image, kind, *counts = torch.cat(batches, 1)
+        intersection, union = (values.double() for values in counts)
+
+        def sums(values: Tensor) -> Tensor:
+            """Over the classes of each image."""
+            return torch.zeros(count, dtype=torch.float64).index_add_(0, image, values.double())
+
+        image_miou = (sums(intersection / union) / sums(torch.ones_like(union))).mean().item()
+        all_intersections, all_unions = overlap(self.confusion[key]).double()
+        iou = class_iou(self.confusion[key])
+        # without an image only its classes change, or are gone
+        rest = all_unions[kind] - union
+        changes = torch.where(rest > 0, (all_intersections[kind] - intersection) / rest.clamp(min=1), 0) - iou[kind]
+        classes = (all_unions > 0).sum() - sums(rest == 0)
+        without_each = torch.where(classes > 0, (iou.nansum() + sums(changes)) / classes.clamp(min=1), 0)
+        return Measurement("", attack, *key[1:], image_miou, self.confusion[key], without_each)
 
 
 def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:

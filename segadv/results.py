@@ -94,7 +94,8 @@ class Measurement:
         steps: of the attack; 0 where eps is 0. For "worst-case" the largest of the attacks' numbers.
         image_miou: mean over the images of the mIoU of each (over the classes in its labels or predictions).
         confusion: int64 [C, C] over all pixels of the set, row = label, column = prediction.
-        without_each: float64 [N], the mIoU of the set without its first image, without its second, and so on.
+        without_each: float64 [N], the mIoU of the set without its first image, without its second, and so on, of the
+            images with a labelled pixel.
     """
 
     arm: str
@@ -108,7 +109,7 @@ class Measurement:
     @property
     def row(self) -> dict[str, Any]:
         """Its numbers: miou and pixel_accuracy over all pixels; miou_error, the standard error of miou over the choice
-        of the images (a jackknife), None for one image; class_iou with None for classes that are absent."""
+        of the images (a jackknife), None for one labelled image; class_iou with None for classes that are absent."""
         iou = class_iou(self.confusion).tolist()
         return {
             "arm": self.arm,

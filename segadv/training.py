@@ -44,9 +44,9 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .checks import a_module, levels_to_the_caller
-from .data import IGNORE_INDEX, Augmented, EpochSampler
+from .data import DATASETS, IGNORE_INDEX, Augmented, EpochSampler, SegmentationFiles
 from .data.checked import checked
-from .data.files import opened, reads_files
+from .data.files import opened
 from .data.sampler import STEP
 from .evaluation import EvaluationResult, evaluate, seed_generators
 from .models import sync_batchnorm
@@ -184,8 +184,10 @@ class Trainer:
             )
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
-        if config.validation.every and config.validation.batch_size > 1 and reads_files(validation_dataset):
-            _one_size(validation_dataset.image_paths[: config.validation.images or None])  # what would fail then
+        # what would fail then; a sub-class may make pixels of one size of all files
+        own = isinstance(validation_dataset, SegmentationFiles) and type(validation_dataset) in DATASETS.values()
+        if own and config.validation.every and config.validation.batch_size > 1:
+            _one_size(validation_dataset.image_paths[: config.validation.images or None])  # type: ignore[union-attr]
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model must have a parameter that requires a gradient: there is nothing to train")
         # what would fail after the training, when files are written

@@ -460,10 +460,11 @@ def test_evaluate_several_checkpoints_into_one_report(
 def test_networks_of_one_arm_are_told_apart_by_their_folders() -> None:
     paths = ["runs/0/basic/last.pt", "runs/1/basic/last.pt", "runs/0/bim-3/last.pt"]
     assert cli._arm_names(paths, ["basic", "basic", "bim-3"]) == ["basic (0/basic)", "basic (1/basic)", "bim-3"]
-    assert cli._arm_names(["a/last.pt", "b/model.safetensors"], ["basic"] * 2) == ["basic (a)", "basic (b)"]
+    deeper = [f"{first}/x/basic/{file}" for first, file in (("a", "last.pt"), ("a/../b", "model.safetensors"))]
+    assert cli._arm_names(deeper, ["basic"] * 2) == ["basic (a/x/basic)", "basic (b/x/basic)"]
     assert cli._arm_names(["last.pt"], ["basic"]) == ["basic"]
     with pytest.raises(ValueError, match=r"lie in different folders; got \['basic \(a\)'\]"):
-        cli._arm_names(["/a/last.pt", "/a/model.safetensors"], ["basic"] * 2)
+        cli._arm_names(["/a/last.pt", "/b/../a/last.pt"], ["basic"] * 2)
 
 
 def read(path: Path) -> list[dict[str, str]]:

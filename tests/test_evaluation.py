@@ -452,10 +452,31 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
     plain, other = evaluate(model, loader[:1], **names), evaluate(model, with_void, **names)
     assert [entry.image_miou for entry in plain.measurements][:2] == [e.image_miou for e in other.measurements][:2]
     assert all(math.isfinite(entry.image_miou) for entry in other.measurements)
-    for entry in other.measurements:
-        assert entry.without_each[-1].item() == pytest.approx(entry.row["miou"], rel=1e-15)
-    with pytest.raises(ValueError, match="first and second must be of the same images, got 3 and 4 of them"):
-        results.miou_difference(plain.measurements[0], other.measurements[0])
+    for entry, same in zip(other.measurements[:2], plain.measurements, strict=False):
+        assert torch.equal(entry.without_each, same.without_each)
+    (one,) = evaluate(
+        model, [(images[:1], labels[:1]), (images[:2], torch.cat([void, void]))], "fgsm", [0.0]
+    ).measurements
+    assert one.without_each.tolist() == [0]
+    assert one.row["miou_error"] is None
+    with pytest.raises(ValueError, match="first and second must be of the same images, got 3 and 1 of them"):
+        results.miou_difference(plain.measurements[0], one)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_miou_without_each_image_is_that_of_the_others(seed: int) -> None:
+    """Few counts, so that many a class is in one image only, or in none."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 4, (7, CLASSES, CLASSES), generator=generator)
+    counts *= torch.rand(counts.shape, generator=generator) < torch.rand(7, 1, 1, generator=generator) ** 2
+    tally = evaluation._Tally()
+    for batch in counts.split([3, 1, 3]):
+        tally.add("fgsm", 0.1, 1, batch)
+    labelled = [matrix for matrix in counts if matrix.any()]
+    if labelled:
+        entry = tally.measurement("fgsm", ("fgsm", 0.1, 1))
+        assert entry.without_each.tolist() == pytest.approx(without_each(labelled) if labelled[1:] else [0], abs=1e-14)
+        assert entry.image_miou == pytest.approx(sum(map(plain_miou, labelled)) / len(labelled), abs=1e-14)
 
 
 def test_the_error_of_a_mean_is_that_of_a_mean() -> None:

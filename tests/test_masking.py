@@ -355,6 +355,8 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         text = report.write_report(tmp_path, single)
         assert re.search(rf"^\| {type(network).__name__} \| \d", text, flags=re.MULTILINE)
         assert "Gradient masking was not looked for." in text
+        assert " ± " in text
+        assert "less that of" not in text
         assert "0 steps" not in text
         assert "steps.png" not in text
         assert "other numbers of steps" not in text
