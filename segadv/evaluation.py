@@ -357,7 +357,7 @@ class _Tally:
 
         def sums(values: Tensor) -> Tensor:
             """Over the classes of each image."""
-            return torch.zeros(count, dtype=torch.float64).index_add_(0, image, values.double())
+            return values.new_zeros(count, dtype=torch.float64).index_add_(0, image, values.double())
 
         image_miou = (sums(intersection / union) / sums(torch.ones_like(union))).mean().item()
         all_intersections, all_unions = overlap(self.confusion[key]).double()
