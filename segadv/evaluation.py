@@ -362,11 +362,11 @@ class _Tally:
         image_miou = (sums(intersection / union) / sums(torch.ones_like(union))).mean().item()
         all_intersections, all_unions = overlap(self.confusion[key]).double()
         iou = class_iou(self.confusion[key])
-        # without an image only its classes change, or are gone
+        # without an image only its classes change; one of which nothing is left is gone, with the IoU 0 until then
         rest = all_unions[kind] - union
-        changes = torch.where(rest > 0, (all_intersections[kind] - intersection) / rest.clamp(min=1), 0) - iou[kind]
+        changes = (all_intersections[kind] - intersection) / rest.clamp(min=1) - iou[kind]
         classes = (all_unions > 0).sum() - sums(rest == 0)
-        without_each = torch.where(classes > 0, (iou.nansum() + sums(changes)) / classes.clamp(min=1), 0)
+        without_each = (iou.nansum() + sums(changes)) / classes.clamp(min=1)
         return Measurement("", attack, *key[1:], image_miou, self.confusion[key], without_each)
 
 

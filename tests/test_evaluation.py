@@ -457,7 +457,7 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
     (one,) = evaluate(
         model, [(images[:1], labels[:1]), (images[:2], torch.cat([void, void]))], "fgsm", [0.0]
     ).measurements
-    assert one.without_each.tolist() == [0]
+    assert one.without_each.tolist() == pytest.approx([0], abs=1e-15)
     assert one.row["miou_error"] is None
     with pytest.raises(ValueError, match="first and second must be of the same images, got 3 and 1 of them"):
         results.miou_difference(plain.measurements[0], one)
@@ -467,8 +467,8 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
 def test_the_miou_without_each_image_is_that_of_the_others(seed: int) -> None:
     """Few counts, so that many a class is in one image only, or in none."""
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, 4, (7, CLASSES, CLASSES), generator=generator)
-    counts *= torch.rand(counts.shape, generator=generator) < torch.rand(7, 1, 1, generator=generator) ** 2
+    counts = torch.randint(0, 4, (7, 12, 12), generator=generator)
+    counts *= torch.rand(counts.shape, generator=generator) < 0.1 * torch.rand(7, 1, 1, generator=generator)
     tally = evaluation._Tally()
     for batch in counts.split([3, 1, 3]):
         tally.add("fgsm", 0.1, 1, batch)
