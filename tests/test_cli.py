@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -19,42 +18,18 @@ from typing import Any
 
 import pytest
 import torch
+from commands import TINY, drawn, failure, read_csv, run
 
 import segadv
 from segadv import cli, demo, evaluation, masking, training
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
-from segadv.demo import DemoSizes, run_demo
+from segadv.demo import run_demo
 from segadv.training import Trainer
 
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
 
-TINY = DemoSizes(
-    train_images=4,
-    val_images=2,
-    image_size=(64, 64),
-    crop=(32, 32),
-    batch_size=4,
-    steps=4,
-    learning_rate=0.05,
-    overhead_steps=1,
-)
 FIGURES = ("robustness.png", "overhead.png", "qualitative.png")
-
-
-def run(command: str) -> int:
-    return main(command.split())
-
-
-def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message that a wrong use prints."""
-    capsys.readouterr()
-    assert run(command) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("segadv: error: ")
-    assert captured.err.count("segadv: error") == 1
-    return captured.err
 
 
 @pytest.mark.parametrize(
@@ -93,7 +68,12 @@ def test_wrong_use_is_told_in_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SEGADV_DEBUG", raising=False)
-    assert message in failure(arguments, capsys)
+    assert run(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("segadv: error: ")
+    assert printed.err.count("segadv: error") == 1
+    assert message in printed.err
     assert list(tmp_path.iterdir()) == [], "something was written"
 
 
@@ -307,7 +287,7 @@ def test_an_error_of_a_worker_is_told_without_its_traceback(
     monkeypatch.setattr(
         "segadv.cli._doctor", lambda arguments: list(torch.utils.data.DataLoader(Broken(), num_workers=1))
     )
-    assert failure("doctor", capsys) == "segadv: error: a.png: cannot be read\n  remedy: restore it\n"
+    assert failure("doctor", capsys) == "a.png: cannot be read\n  remedy: restore it\n"
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,7 +342,7 @@ def test_data_train_evaluate(
 
     command = "evaluate run/last.pt --data streets --out results --attacks fgsm --eps 0,0.02"
     assert run(command) == 0
-    rows = read(Path("results/curves.csv"))
+    rows = read_csv(Path("results/curves.csv"))
     assert [(row["arm"], row["attack"], row["eps"]) for row in rows] == [
         ("fgsm", "fgsm", "0.0"),
         ("fgsm", "fgsm", "0.02"),
@@ -436,7 +416,7 @@ def test_evaluate_several_checkpoints_into_one_report(
     others = [["fgsm (b)", "fgsm (c)"], ["basic", "fgsm (c)"], ["basic", "fgsm (b)"]]
     assert checked == [(names, 1) for names in others]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "records were made anew"
-    rows = read(Path("report/details.csv"))
+    rows = read_csv(Path("report/details.csv"))
     assert list(dict.fromkeys(row["arm"] for row in rows)) == ["basic", "fgsm (b)", "fgsm (c)"]
     seen = [(row["attack"], row["eps"], row["steps"]) for row in rows if row["arm"] == "basic"]
     assert seen == [
@@ -467,17 +447,6 @@ def test_networks_of_one_arm_are_told_apart_by_their_folders() -> None:
         cli._arm_names(["/a/last.pt", "/b/../a/last.pt"], ["basic"] * 2)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def drawn(path: Path) -> bool:
-    """Whether it opens as a picture that is not blank."""
-    with Image.open(path) as image:
-        return image.width >= 700 and len(image.convert("RGB").getcolors(1 << 24)) > 20
-
-
 def test_quick_demo_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,7 +457,7 @@ def test_quick_demo_from_end_to_end(
     assert "11.98 %" in printed
     assert "20 steps train nothing" in printed
 
-    curves = read(out / "curves.csv")
+    curves = read_csv(out / "curves.csv")
     assert list(curves[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
     assert [(row["arm"], row["attack"], float(row["eps"])) for row in curves] == [
         (arm, attack, eps) for arm in PAPER_ARMS for attack in ("fgsm", "bim-10") for eps in (0, 0.01, 0.02, 0.03, 0.04)
@@ -496,7 +465,7 @@ def test_quick_demo_from_end_to_end(
     assert all(0 < float(row["miou"]) < 1 and 0 < float(row["pixel_accuracy"]) < 1 for row in curves)
     assert len({row["miou"] for row in curves if float(row["eps"]) == 0}) == len(PAPER_ARMS), "two arms are the same"
 
-    overhead = read(out / "overhead.csv")
+    overhead = read_csv(out / "overhead.csv")
     assert list(overhead[0]) == ["arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent"]
     assert [row["arm"] for row in overhead] == list(PAPER_ARMS)
     p50 = {row["arm"]: float(row["step_ms_p50"]) for row in overhead}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -12,39 +11,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import TINY, read_csv
 
 from segadv import demo, plots
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.data import Cityscapes
-from segadv.demo import DemoSizes, run_demo
+from segadv.demo import run_demo
 from segadv.recipes import recipe_file
 from segadv.training import Trainer
 
 pytest.importorskip("PIL.Image")
 
 TWO = ("basic", "fast-newton")
-TINY = DemoSizes(
-    train_images=4,
-    val_images=2,
-    image_size=(64, 64),
-    crop=(32, 32),
-    batch_size=4,
-    steps=2,
-    learning_rate=0.05,
-    overhead_steps=1,
-)
 
 
 @pytest.fixture
 def two_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less to train: only the arms that the pictures need."""
     monkeypatch.setattr(demo, "PAPER_ARMS", TWO)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def counting(trained: list[tuple[str, int]]) -> Callable[..., Any]:
@@ -115,7 +100,7 @@ def test_seeds_extend_a_finished_demo_and_come_back_to_it(tmp_path: Path, monkey
     assert [row["miou"] for row in evaluated] == [row["miou"] for row in by_seed[6] if row["arm"] == "fast-newton"]
     clean = [row["miou"] for row in several["curves"] if (row["arm"], row["eps"]) == ("basic", 0)]
     assert len(set(clean[::2])) == 2, "two seeds are the same"
-    written = read(tmp_path / "curves.csv")
+    written = read_csv(tmp_path / "curves.csv")
     assert list(written[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy", "seed"]
     assert [{k: str(v) for k, v in row.items()} for row in several["curves"]] == written
 

@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import drawn, failure, run
 from PIL import Image
 
 from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results, writing
-from segadv.cli import main
 from segadv.data import DATASETS, open_dataset
 from segadv.evaluation import ATTACKS
 from segadv.models import ModelConfig, small_pspnet
@@ -36,19 +36,6 @@ ROOT = Path(__file__).parents[1]
 FOLDER = importlib.resources.files("segadv") / "configs"
 OF_THE_PAPER = ("cityscapes_pspnet50", "voc_pspnet50")
 SMALL = "--config quick --device cpu --monitor-every 0 --validation.every 0"
-
-
-def run(command: str) -> int:
-    return main(command.split())
-
-
-def failure(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The message that a wrong use prints."""
-    capsys.readouterr()
-    assert run(command) == 2
-    _, start, message = capsys.readouterr().err.rpartition("segadv: error: ")
-    assert start
-    return message
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -621,12 +608,6 @@ FILES = {
     "config.yaml", "curves.csv", "overhead.csv", "overhead.json", "overhead.png", "qualitative.png", "report.md",
     "results.json", "robustness.png",
 }  # fmt: skip
-
-
-def drawn(path: Path) -> bool:
-    """Whether it opens as a picture that is not blank."""
-    with Image.open(path) as image:
-        return image.width >= 700 and len(image.convert("RGB").getcolors(1 << 24)) > 20
 
 
 def reproduction(setting: str, data: Path, out: Path, options: str = "") -> str:
