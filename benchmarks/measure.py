@@ -15,7 +15,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -33,6 +33,20 @@ from segadv.run_directory import processor_name
 Samples = npt.NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+
+def check_close(name: str, ours: Tensor, expected: Tensor, *, tolerance: float) -> None:
+    """RuntimeError where the relative difference, in the 2-norm of all elements, is larger than the tolerance.
+
+    As vectors, not element by element: where two classes nearly tie, rounding moves a gradient to the other one.
+    """
+    if ours.shape != expected.shape:
+        raise RuntimeError(f"{name}: {list(ours.shape)}, expected {list(expected.shape)}")
+    dtype = torch.promote_types(torch.promote_types(ours.dtype, expected.dtype), torch.float32)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    difference = (norm(ours.to(dtype) - expected.to(dtype)) / norm(expected.to(dtype)).clamp(min=1e-30)).item()
+    if not difference <= tolerance:
+        raise RuntimeError(f"{name}: it differs by {difference:.2e} of its size, {tolerance:.0e} is allowed")
 
 
 def in_rounds(

@@ -48,7 +48,7 @@ from segadv.training import ARMS as TRAINING_ARMS
 from segadv.writing import atomic_write
 
 from .cases import random_regions
-from .measure import Samples, in_rounds, milliseconds_of, peak_memory, synchronize
+from .measure import Samples, check_close, in_rounds, milliseconds_of, peak_memory, synchronize
 from .ops import usual_cross_entropy, usual_gain_sum, usual_loss_sum, usual_newton_step, usual_sign_step
 from .records import (
     Record,
@@ -303,16 +303,6 @@ def check_same_images(
         raise RuntimeError(
             f"{name}: only {agree:.3%} of the adversarial images' elements agree, {share:.0%} are needed"
         )
-
-
-def check_close(name: str, ours: Tensor, expected: Tensor, *, tolerance: float) -> None:
-    """RuntimeError where the relative difference, in the 2-norm of all elements, is larger than the tolerance."""
-    if ours.shape != expected.shape:
-        raise RuntimeError(f"{name}: {list(ours.shape)}, expected {list(expected.shape)}")
-    a, b = ours.double(), expected.double()
-    difference = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-    if not difference <= tolerance:
-        raise RuntimeError(f"{name}: it differs by {difference:.2e} of its size, {tolerance:.0e} is allowed")
 
 
 def check(training: Training, arms: Sequence[str], columns: Sequence[str]) -> None:

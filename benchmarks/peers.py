@@ -52,12 +52,11 @@ from segadv.models import ModelConfig, build_model
 from segadv.results import miou
 
 from .cases import CASES, Case, random_regions
-from .measure import Samples, milliseconds_of
+from .measure import Samples, check_close, milliseconds_of
 from .ops import predicted, upsampled, usual_confusion_matrix, usual_cross_entropy, usual_loss_sum
 from .overhead import (
     Gradient,
     Loss,
-    check_close,
     check_same_images,
     segformer_b0,
     shown,

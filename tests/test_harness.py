@@ -166,8 +166,26 @@ def test_a_wrong_value_with_the_right_gradient_is_not_timed(operation: str) -> N
     providers = ops.providers_of(operation, "forward + backward", case, full_resolution=False, compiled=False)
     value, grad = providers["segadv"]()
     for wrong in ((1.01 * value, grad), (value, 1.01 * grad)):
-        with pytest.raises(AssertionError, match="segadv differs from eager"):
+        with pytest.raises(RuntimeError, match="segadv against eager: it differs"):
             ops.check(operation, providers | {"segadv": lambda wrong=wrong: wrong})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_what_is_close(dtype: torch.dtype) -> None:
+    expected = torch.tensor([300.0, 400.0]).to(dtype)
+    ours = expected + torch.tensor([3, 4]).to(dtype) * (2 if dtype is torch.bfloat16 else 1)  # of which 8 bits are left
+    difference = float((ours.double() - expected.double()).norm()) / 500
+    measure.check_close("ours", ours, expected.float(), tolerance=1.001 * difference)
+    with pytest.raises(RuntimeError, match=rf"ours: it differs by {difference:.2e} of its size, 9e-04 is allowed"):
+        measure.check_close("ours", ours, expected, tolerance=9e-4)
+    measure.check_close("ours", 0 * expected, 0 * expected, tolerance=0)
+    with pytest.raises(RuntimeError, match="ours: it differs by"):
+        measure.check_close("ours", ours, 0 * expected, tolerance=1)
+    with pytest.raises(RuntimeError, match=r"ours: \[1, 2\], expected \[2\]"):
+        measure.check_close("ours", ours[None], expected, tolerance=1)
+    if dtype.is_floating_point:
+        with pytest.raises(RuntimeError, match="ours: it differs by nan of its size"):
+            measure.check_close("ours", ours.where(ours > 350, torch.nan), expected, tolerance=1)
 
 
 def test_logits_that_tie_in_bfloat16_are_no_difference() -> None:
@@ -179,7 +197,7 @@ def test_logits_that_tie_in_bfloat16_are_no_difference() -> None:
     ops.check("averaged_gain", providers, truth)
     logits, labels = case.tensors(dtype=torch.bfloat16, **options)
     divided = ops.value_and_gradient(ops.usual_averaged_gain, logits.float().requires_grad_(), labels)
-    with pytest.raises(AssertionError, match="differs from eager"):
+    with pytest.raises(RuntimeError, match="against eager: it differs"):
         ops.check("averaged_gain", providers, divided)
 
 
