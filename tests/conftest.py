@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from torch import Tensor
 
 # For benchmarks/; as the last place, so that it is the installed segadv that is tested.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -96,11 +98,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+def drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.rand and the like, whose numbers are the same ones on every default device: bounds are tried with them."""
+
+    def drawn(*args: Any, requires_grad: bool = False, **options: Any) -> Tensor:
+        if "device" in options or "generator" in options:
+            return draw(*args, requires_grad=requires_grad, **options)
+        return draw(*args, device="cpu", **options).to(torch.get_default_device()).requires_grad_(requires_grad)
+
+    return drawn
+
+
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test on every backend; its tensors are made on the GPU where the backend runs there."""
     name = "native" if request.param in {NATIVE_ON_GPU, *LESSER} else request.param
     torch.set_default_device("cuda" if request.param in ON_GPU else None)
+    if request.param in ON_GPU:
+        for draw in (torch.rand, torch.randn, torch.randint):
+            monkeypatch.setattr(torch, draw.__name__, drawn_on_the_cpu(draw))
     best = native.core.instruction_set() if native.core else None
     try:
         if request.param in LESSER:
