@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1906,3 +1907,52 @@ def _distributed(rank: int, store: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_attacks_go_around_distributed_data_parallel(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_distributed, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _sharded(rank: int, store: str) -> None:
+    """Whatever is a model's first pass, and whatever its last before the training's, that has the same gradients."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(rank)
+    images, labels = sample(dtype=torch.float32)
+
+    def attacked(attack: Callable[[nn.Module], Any]) -> Callable[[nn.Module], None]:
+        return lambda model: attack(model)(images, labels)
+
+    uses = [
+        attacked(FGSM),
+        attacked(CheckpointFGSM),
+        attacked(partial(BIM, steps=2, best=True)),
+        attacked(partial(SegPGD, steps=2, restarts=2)),
+        lambda model: evaluate(model, [(images, labels)], ["fgsm"], eps=(0.0, 0.03), sharded=True),
+    ]
+    policies: list[dict[str, Any]] = [
+        {},
+        {"reshard_after_forward": False},
+        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    ]
+    for policy, weights in [*((policy, torch.float32) for policy in policies), (policies[-1], torch.bfloat16)]:
+
+        def gradients(use: Callable[[nn.Module], None] | None, policy=policy, weights=weights) -> list[Tensor]:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 5, 1)).to(weights)
+            for part in (model[0], model[3], model):  # the last one has the norm layer's
+                fully_shard(part, mesh=mesh, **policy)
+            if use is not None:
+                use(model)
+            assert all(parameter.requires_grad for parameter in model.parameters())
+            functional.cross_entropy(model(images), labels).backward()
+            return [parameter.grad.full_tensor() for parameter in model.parameters()]
+
+        expected = gradients(None)
+        for use in uses:
+            assert all(map(torch.equal, gradients(use), expected))
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_attacks_leave_no_trace_in_fully_sharded_models(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path / "store"),), nprocs=2)

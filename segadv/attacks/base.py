@@ -20,6 +20,7 @@ An attack
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -193,6 +194,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     model in eval mode as a whole) go on using their running statistics. SyncBatchNorm takes the statistics of
     its own process: nothing is communicated, so the processes may attack different numbers of images.
 
+    A model of `fully_shard` builds the graph for its weights, at the price of memory: it reads `requires_grad` in its
+    very first pass, and copies it to weights that it puts together in one pass and takes apart in another.
+
     Raises:
         ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a
             FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers that have no
@@ -204,6 +208,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     registered: dict[nn.Module, dict[str, Tensor | None]] = {}
     computed: dict[nn.Module, dict[str, Tensor]] = {}
     required: list[tuple[Tensor, bool]] = []
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, there is no model of its
+    is_sharded = False
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
@@ -215,6 +221,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                 "model: FullyShardedDataParallel lets no torch.autograd.grad to the images through; shard it with "
                 "torch.distributed.fsdp.fully_shard, where every process has to attack with equally many passes"
             )
+        is_sharded = is_sharded or (fsdp is not None and isinstance(module, fsdp.FSDPModule))
         if hasattr(module, "training"):  # not after torch.jit.freeze
             training[module] = module.training
         registered[module] = buffers = dict(module._buffers.items())
@@ -253,6 +260,8 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
             module.running_mean = module.running_var = None  # type: ignore[assignment]
         stack.callback(_set_training, training)
         _set_training(dict.fromkeys(training, False))
+        if is_sharded:
+            required.clear()
         stack.callback(_require_grad, required)
         _require_grad([(parameter, False) for parameter, _ in required])
         # parametrize.cached() of the caller's: weights computed here have no graph, and must not stay there
