@@ -273,7 +273,7 @@ class Trainer:
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(images))):
             raise ValueError(f"chosen must hold different positions from 0 to {len(images) - 1}, got {chosen}")
         order = sorted(range(len(images)), key=lambda i: (i // size, i not in chosen))
-        index = torch.tensor(order, pin_memory=images.is_cuda).to(images.device, non_blocking=True)
+        index = torch.tensor(order, device="cpu", pin_memory=images.is_cuda).to(images.device, non_blocking=True)
         return self.step_in_place(
             images[index].to(self.device, non_blocking=True, memory_format=self._memory_format),
             labels[index.to(labels.device)].to(self.device, non_blocking=True),
@@ -469,7 +469,7 @@ class Trainer:
     def _train(self, directory: RunDirectory, progress: bool) -> None:
         config = self.config
         sampler = self._batches(start_step=self.steps_done)
-        loader = DataLoader(
+        loader = _Loader(
             self.dataset,
             batch_sampler=self._chosen_first(sampler),  # type: ignore[arg-type]
             num_workers=config.workers,
@@ -802,7 +802,7 @@ class Trainer:
         length = len(dataset)  # type: ignore[arg-type]
         images = range(min(validation.images or length, length))
         batches = [images[start : start + validation.batch_size] for start in images[:: validation.batch_size]]
-        loader = DataLoader(
+        loader = _Loader(
             self._checked(dataset),
             batch_sampler=batches[distributed.rank() :: self.processes],  # type: ignore[arg-type]
             num_workers=self.config.workers,
@@ -814,6 +814,21 @@ class Trainer:
         read = loader if several else self._interrupts.between(loader)
         with self._autocast():
             return evaluate(self.model, read, validation.attacks, validation.eps, worst_case=False, sharded=several)
+
+
+class _Loader(DataLoader[Any]):
+    """On the CPU, whatever the default device: its generator is there, and processes that it forks cannot use a GPU."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with torch.device("cpu"):
+            batches = super().__iter__()
+        while True:
+            with torch.device("cpu"):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
 
 
 def _sgd(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.SGD:

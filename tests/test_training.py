@@ -107,6 +107,25 @@ def flat(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {**momenta, "lr": optimizer["param_groups"][0]["lr"]}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_default_device_does_not_matter(tmp_path: Path, workers: int) -> None:
+    """For a run with probes and validations, and for a step by hand."""
+    changes: dict[str, Any] = {"arm": "fast-newton", "workers": workers, "monitor_every": 5}
+    changes["validation"] = Validation(every=5, attacks=("fgsm",), eps=(0.0, 0.03))
+    trainers, losses = {}, {}
+    images, labels = (torch.stack(batch) for batch in zip(*(Squares()[i] for i in range(4)), strict=True))
+    for device in ("cpu", "meta"):  # on which tensors have no values
+        trainers[device] = Trainer(config(**changes), tiny_model(), Squares(), validation_dataset=Squares())
+        with torch.device(device):
+            trainers[device].run(tmp_path / device, progress=False)
+        trainer = Trainer(config(arm="fast-newton"), tiny_model(), Squares())
+        with torch.device(device):
+            losses[device] = trainer.step(images, labels, [1, 3]).loss
+    assert metrics_of(tmp_path / "meta") == metrics_of(tmp_path / "cpu")
+    assert_same_state(trainers["meta"], trainers["cpu"])
+    assert torch.equal(losses["meta"], losses["cpu"])
+
+
 # --- the arms and the coins ---------------------------------------------------------------------------------
 
 
