@@ -76,9 +76,14 @@ def in_rounds(
 
 
 def milliseconds_of(
-    calls: Mapping[K, Callable[[], object]], device: torch.device, *, rounds: int, seed: int = 0
+    calls: Mapping[K, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float = math.inf,
+    seed: int = 0,
 ) -> dict[K, Samples]:
-    """Time of every call in every round [rounds]; on a GPU until it has nothing more to do."""
+    """Time of every call in every round [rounds, or as many as `in_rounds` allows]; on a GPU until it is idle again."""
 
     def measure(key: K) -> float:
         synchronize(device)
@@ -89,7 +94,8 @@ def milliseconds_of(
         del result
         return milliseconds
 
-    return {key: np.array(values) for key, values in in_rounds(measure, list(calls), rounds=rounds, seed=seed).items()}
+    found = in_rounds(measure, list(calls), rounds=rounds, seconds=seconds, seed=seed)
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def synchronize(device: torch.device) -> None:

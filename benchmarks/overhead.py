@@ -25,6 +25,7 @@ gradient cost the same.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ from segadv import functional as F
 from segadv.attacks.base import model_logits
 from segadv.comparison import PAPER_OVERHEAD
 from segadv.compat import import_torchvision
+from segadv.evaluation import seed_generators
 from segadv.models import ModelConfig, build_model
 from segadv.training import ARMS as TRAINING_ARMS
 from segadv.writing import atomic_write
@@ -248,7 +250,7 @@ class Training:
     def loss_and_weight_gradients(self, column: str, images: Tensor, mark: Mark = _unmarked) -> Tensor:
         """The training step's loss, detached, on the batch's first images; gradients are in the parameters' .grad."""
         mark("forward")
-        torch.manual_seed(0)  # dropout
+        seed_generators(self.device, 0)  # for dropout; torch.manual_seed takes a millisecond, which a GPU hides in arms
         with self._autocast():
             logits = model_logits(self.model(images))
             mark("loss")
@@ -447,7 +449,9 @@ def measured(
     for step in steps:
         training.step(step.column, step.arm, step.share)  # warm
     calls = {step: partial(training.step, step.column, step.arm, step.share) for step in steps}
-    times = milliseconds_of(calls, training.device, rounds=rounds, seed=seed)
+    # A GPU is often there for minutes only, and nothing is kept before the rounds are done.
+    seconds = 240 if training.device.type == "cuda" else math.inf
+    times = milliseconds_of(calls, training.device, rounds=rounds, seconds=seconds, seed=seed)
     basic = {step.column: times[step] for step in steps if step.arm == "basic"}
     records: list[Record] = []
     for step in steps:

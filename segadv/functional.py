@@ -17,8 +17,8 @@ Errors, the same everywhere: TypeError if an argument is not a tensor, a number,
 one is needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors
 that are sparse or nested, do not fit together or are on different devices, and any other argument that is out of range.
 A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the
-stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too). RuntimeError where a backend
-was asked for that cannot run.
+stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too, but for
+compiled code). RuntimeError where a backend was asked for that cannot run.
 
 No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Not inside of
 torch.compile, where it is PyTorch's affair: it refuses with the second backward, or returns wrong derivatives, as of
@@ -616,7 +616,8 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: b
         labels = labels.clone()  # autograd may not save a tensor made under inference_mode
     if logits.dim() == 2:
         logits, labels = logits[:, :, None, None], labels[:, None, None]
-    if labels.device.type != "cpu" and synchronous_checks():
+    # not when a graph is compiled, which would have to break here, and would keep the choice
+    if labels.device.type != "cpu" and not torch.compiler.is_compiling() and synchronous_checks():
         check_labels(labels, logits.shape[1], ignore_index)
     return logits, labels
 

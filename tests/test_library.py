@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -735,6 +736,16 @@ def test_any_number_can_be_ignored(backend: str, dtype: torch.dtype, own: tuple[
 def test_checks_that_wait_for_the_gpu_are_asked_for(value: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGADV_CHECK", value)
     assert common.synchronous_checks() is on
+
+
+def test_compiled_code_has_no_synchronous_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values stand for a GPU's: that they are looked at shows."""
+    monkeypatch.setenv("SEGADV_CHECK", "1")
+    z, y = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 8, 10, device="meta", dtype=torch.int64)
+    call = functools.partial(F.cross_entropy, z, y, reduction="image")
+    with pytest.raises(RuntimeError, match="meta"):
+        call()
+    assert torch.compile(call, fullgraph=True, backend="eager")().shape == (2,)
 
 
 def test_huge_label_values_do_not_wrap() -> None:
