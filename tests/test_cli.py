@@ -271,19 +271,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert (run.returncode, run.stderr) == (141, "")
 
 
+class Broken(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise ValueError("not this")
+        except ValueError as error:
+            raise OSError("a.png: cannot be read\n  remedy: restore it") from error
+
+
 def test_an_error_of_a_worker_is_told_without_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Broken(torch.utils.data.Dataset[int]):
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, index: int) -> int:
-            try:
-                raise ValueError("not this")
-            except ValueError as error:
-                raise OSError("a.png: cannot be read\n  remedy: restore it") from error
-
     monkeypatch.setattr(
         "segadv.cli._doctor", lambda arguments: list(torch.utils.data.DataLoader(Broken(), num_workers=1))
     )

@@ -1290,15 +1290,18 @@ class Noise(torch.utils.data.Dataset):
 def fail(*arguments):
     raise OSError("in a step")
 
-settings = TrainConfig(arm="basic", steps=3, batch_size=2, crop=(32, 32), workers=1, device="cpu")
-trainer = Trainer(settings, small_pspnet(), Noise())
-trainer.step_in_place = fail
-try:
-    trainer.run(sys.argv[1], progress=False)
-except OSError as error:
-    kept = error
+if __name__ == "__main__":
+    settings = TrainConfig(arm="basic", steps=3, batch_size=2, crop=(32, 32), workers=1, device="cpu")
+    trainer = Trainer(settings, small_pspnet(), Noise())
+    trainer.step_in_place = fail
+    try:
+        trainer.run(sys.argv[1], progress=False)
+    except OSError as error:
+        kept = error
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=120, check=True)
+    (tmp_path / "program.py").write_text(program)  # for what starts processes by running it once more
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "run")]
+    subprocess.run(command, timeout=120, check=True)
 
 
 class Signals(Squares):
