@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ from .writing import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+T = TypeVar("T", int, float)
 
 __all__ = ["plot_overhead", "plot_per_class", "plot_qualitative", "plot_robustness", "plot_steps", "plot_training"]
 
@@ -46,6 +50,7 @@ _ATTACKS = {
     "worst-case": "the worst for each image",
 }
 _COLUMNS = 3
+_CHARACTER, _LINE = 0.1, 0.22  # about the width of one and the height of the other, in inches
 _UNLABELLED = (255, 255, 255)  # no class has it; black is VOC's background
 _REFERENCE_MARKERS = (("o", False), ("D", False), ("s", True))
 _RC: dict[Any, Any] = {
@@ -58,6 +63,7 @@ _RC: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a name may have a $
 }
 
 
@@ -100,13 +106,18 @@ def _panel_size(count: int) -> tuple[float, float]:
     return 5.0 * min(count, _COLUMNS), 0.6 + 3.8 * -(-count // _COLUMNS)
 
 
-def _arms_legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """Of all arms, each of which may miss in some panels."""
-    handles = {
-        label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    if any(handles):
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6))
+def _legend(figure: Figure, handles: Mapping[str, Any], *, most: int = 6, **options: Any) -> None:
+    """label -> handle below everything, in as many columns as the figure is wide enough for; it becomes higher."""
+    if not any(handles):  # a single line without a name
+        return
+    width, height = figure.get_size_inches()
+    labels = [textwrap.fill(label, int((width - 0.8) / _CHARACTER)) for label in handles]
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), most, int(width / (0.7 + _CHARACTER * widest))))
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(height + _LINE * max(0, -(-lines // columns) - 1))
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]  # which matplotlib leaves out
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, **options)
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -125,6 +136,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     with rc_context(_RC):
         figure = _figure(*_panel_size(len(attacks)))
         axes = _panels(figure, len(attacks), sharey=True)
+        handles: dict[str, Any] = {}  # of all arms, each of which may miss in some panels
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
                 line: dict[float, list[float]] = {}
@@ -138,7 +150,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
                     low, high = ([edge(line[x]) for x in eps] for edge in (min, max))
                     panel.fill_between(eps, low, high, color=color, alpha=0.18, lw=0)
                 mean = [float(np.mean(line[x])) for x in eps]
-                panel.plot(eps, mean, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
+                (handles[label],) = panel.plot(eps, mean, color=color, marker=marker, ms=9, mec="w", lw=2.2)
             panel.set_title(f"attack: {attack_title(attack)}")
             panel.set_xlabel("eps")
             ticks = _apart(sorted({row["eps"] for row in rows}))
@@ -146,15 +158,15 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
-        _arms_legend(figure, axes)
+        _legend(figure, handles)
         _save(figure, path)
 
 
-def _apart(ticks: Sequence[float]) -> list[float]:
+def _apart(ticks: Sequence[T], place: Callable[[T], float] = float) -> list[T]:
     """Without those whose labels would lie on that of the one before."""
     kept = [ticks[0]]
     for tick in ticks[1:]:
-        if tick - kept[-1] > 0.07 * (ticks[-1] - ticks[0]):
+        if place(tick) - place(kept[-1]) > 0.07 * (place(ticks[-1]) - place(ticks[0])):
             kept.append(tick)
     return kept
 
@@ -180,15 +192,17 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     if not lines:
         raise ValueError(f"eps: no attack was judged after several numbers of steps at {eps:g}")
     style = _style(list(dict.fromkeys(arm for arms in lines.values() for arm in arms)))
-    ticks = sorted({steps for arms in lines.values() for line in arms.values() for steps, _ in line})
+    counts = {steps for arms in lines.values() for line in arms.values() for steps, _ in line}
+    ticks = _apart(sorted(counts, reverse=True), lambda steps: -math.log(steps))  # the last one has a label
     with rc_context(_RC):
         figure = _figure(*_panel_size(len(lines)))
         axes = _panels(figure, len(lines), sharey=True)
+        handles: dict[str, Any] = {}
         for panel, (attack, arms) in zip(axes, lines.items(), strict=True):
             for arm, line in arms.items():
                 label, color, marker = style[arm]
                 steps, miou = zip(*sorted(line), strict=True)
-                panel.plot(steps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2, label=label)
+                (handles[label],) = panel.plot(steps, miou, color=color, marker=marker, ms=9, mec="w", lw=2.2)
             panel.set_title(f"attack: {attack_title(attack)}, eps {eps:g}")
             panel.set_xscale("log")
             panel.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -197,7 +211,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
-        _arms_legend(figure, axes)
+        _legend(figure, handles)
         _save(figure, path)
 
 
@@ -222,16 +236,20 @@ def plot_per_class(
     shown = [i for i in range(count) if any(row[i] is not None for table in tables.values() for row in table.values())]
     arms = len(next(iter(tables.values())))
     with rc_context({**_RC, "axes.grid": False}):
-        figure = _figure(2.4 + 0.68 * len(shown), 1.0 + len(tables) * (0.9 + 0.42 * arms))
+        labels = {
+            arm: textwrap.fill(label, 40) for arm, (label, _, _) in _style(list(next(iter(tables.values())))).items()
+        }
+        left = _CHARACTER * max(len(line) for label in labels.values() for line in label.split("\n"))
+        wide = max(0.68 * len(shown), 1.1 * _CHARACTER * max(map(len, tables)))  # of the cells, and of the titles
+        figure = _figure(0.9 + left + wide, 1.0 + len(tables) * (0.9 + 0.42 * arms))
         axes = figure.subplots(len(tables), 1, squeeze=False, sharex=True)[:, 0]
         for panel, (title, table) in zip(axes, tables.items(), strict=True):
-            style = _style(list(table))
             cells = np.array([[np.nan if row[i] is None else row[i] for i in shown] for row in table.values()], float)
             panel.imshow(cells, cmap="viridis", vmin=0, vmax=1, aspect="auto")
             for y, x in np.argwhere(~np.isnan(cells)):
                 value = cells[y, x]
                 panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=10, color="wk"[int(value > 0.6)])
-            panel.set_yticks(range(len(table)), [style[arm][0] for arm in table])
+            panel.set_yticks(range(len(table)), [labels[arm] for arm in table])
             panel.set_title(title)
             panel.tick_params(length=0)
             panel.spines[:].set_visible(False)
@@ -254,9 +272,10 @@ def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         figure = _figure(11, 7) if probes else _figure(7, 4)
         panels = figure.subplots(2, 2, sharex=True) if probes else figure.subplots(1, 1, squeeze=False)
         loss = panels[0, 0]
-        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#000000", lw=1.8)
+        style = {"color": "#000000", "lw": 1.8, "marker": "o" if len(lines) == 1 else ""}
+        loss.plot([line["step"] for line in lines], [line["loss"] for line in lines], **style)
         loss.set_title("training loss")
-        loss.set_ylim(bottom=0)
+        loss.set_ylim(0, 1.08 * loss.get_ylim()[1])
         if probes:
             _plot_probes(probes, *panels.flatten()[1:])
         for panel in panels[-1]:
@@ -426,5 +445,5 @@ def plot_qualitative(
             for i in sorted(present)
             if i < len(class_names)
         ] + [Patch(facecolor=_hexadecimal(_UNLABELLED), edgecolor="#999999", label="not labelled")] * (255 in present)
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 8), fontsize=10)
+        _legend(figure, {str(patch.get_label()): patch for patch in patches}, most=8, fontsize=10)
         _save(figure, path)

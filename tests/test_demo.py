@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,53 @@ def test_ticks_of_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest
     plots.plot_robustness(rows[1:2], tmp_path / "x.png")
     labels = [[text.get_text() for text in figure.axes[0].get_xticklabels()] for figure in figures]
     assert labels == [["0", "0.01", "0.03"], ["0.01"]]
+
+
+ODD = ["_Net", "cost $5, or $6", r"x$\foo$y", "fast-newton (seed-1/fast-newton)", "a folder's long name " * 4, "f", "g"]
+
+
+def _texts(figure: Any) -> list[str]:
+    """All that is written there; none of it reaches beyond the picture, nor do labels of an axis lie on one another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    for text in shown:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert min(box.x0, box.y0) >= 0, text
+        assert max(box.x1 - figure.bbox.x1, box.y1 - figure.bbox.y1) <= 0, text
+    for panel in figure.axes:
+        boxes = [label.get_window_extent() for label in panel.get_xticklabels() if not label.get_rotation()]
+        assert all(one.x1 < other.x0 for one, other in pairwise(sorted(boxes, key=lambda box: box.x0)))
+    return [text.get_text() for text in shown]
+
+
+@pytest.mark.parametrize("attacks", [1, 2, 4])
+@pytest.mark.parametrize("arms", [1, 2, 7])
+def test_names_of_any_kind_are_told_whole_in_pictures(
+    arms: int, attacks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the last numbers of steps near one another, and few classes or many."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(_texts(figure)))
+    names = ODD[:arms]
+    rows = [
+        {"arm": arm, "attack": attack, "eps": eps, "steps": steps, "miou": 0.5}
+        for arm in names
+        for attack in ("worst-case", "a$b", "_c", "pgd")[:attacks]
+        for eps in (0.0, 0.03)
+        for steps in (3, 5, 10, 20, 40, 100, 101)
+    ]
+    plots.plot_robustness(rows, tmp_path / "x.png")
+    plots.plot_steps(rows, tmp_path / "x.png", eps=0.03)
+    title = "IoU under attack: the worst for each image, eps 0.0313725"
+    for classes in (1, 2, 19):
+        tables = {title: {arm: [0.5] * classes for arm in names}}
+        plots.plot_per_class(tables, tmp_path / "x.png", class_names=["b_$c$"] * classes)
+    for written in figures:
+        in_one_line = [" ".join(text.split()) for text in written]
+        assert all(in_one_line.count(" ".join(name.split())) == 1 for name in names)
+    assert "101" in figures[1]
+    assert all(title in written for written in figures[2:])
