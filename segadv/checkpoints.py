@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
-from .attacks.base import unwrapped
+from .attacks.base import is_expanded, unwrapped
 from .writing import atomic_write, write_text
 
 __all__ = [
@@ -163,8 +163,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os
     model.load_state_dict(weights)
 
 
+def require_loadable(model: nn.Module) -> None:
+    """ValueError where `load_state_dict` would raise, with a part of the weights already changed."""
+    if expanded := [name for name, value in model.state_dict().items() if is_expanded(value)]:
+        raise ValueError(
+            f"model must hold no expanded tensors in its state_dict(), got {expanded[:3]}: nothing can be loaded into "
+            "them; .clone() gives such a tensor memory of its own"
+        )
+
+
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """ValueError where they are not those of such a model."""
+    require_loadable(model)
     ours = {name: list(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: list(value.shape) for name, value in weights.items()}
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]

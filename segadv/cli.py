@@ -7,6 +7,7 @@ need when they run.
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import importlib.util
 import inspect
@@ -49,6 +50,18 @@ __all__ = ["main"]
 _RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data generate-streets")
 
 
+def _printed(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Names of files may be any bytes, and are printed as those; what the terminal's encoding lacks as its number."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+_PRINTED = "segadv.printed"
+codecs.register_error(_PRINTED, _printed)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM (from
     torchrun, say), 141 where the reader of its output left (`segadv doctor | head -3`).
@@ -67,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # the shell closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files may be any bytes
+        sys.stdout.reconfigure(errors=_PRINTED)
     command = None
     try:
         with _termination_interrupts():

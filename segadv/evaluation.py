@@ -588,7 +588,10 @@ def evaluate(
     if not tally.confusion:
         raise ValueError("loader gave no batch")
     if not tally.confusion["clean", 0.0, 0].any():
-        raise ValueError(f"loader gave no pixel whose label is other than {judge.ignored}")
+        raise ValueError(
+            f"loader gave no pixel whose label is other than {judge.ignored}; the splits named test have no labels in "
+            "Cityscapes and VOC: evaluate on val"
+        )
     measurements = [
         tally.measurement(name, ("clean", 0.0, 0) if value == 0 else (name, value, count))
         for name in [*names, *["worst-case"] * with_worst_case]

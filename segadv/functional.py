@@ -228,7 +228,7 @@ def segpgd_loss(
     Equivalent to::
 
         lam = step / (2 * steps)
-        w = torch.where((z.argmax(1) == labels) != targeted, 1 - lam, lam).to(z)   # z: logits at the labels' size
+        w = torch.where((z.argmax(1) == labels) != targeted, z.new_tensor(1 - lam), lam)   # z: at the labels' size
         (w * F.cross_entropy(z, labels.long(), ignore_index=ignore_index, reduction="none")).sum((1, 2)) / n_valid
 
     Source: Gu et al. 2022 (arXiv 2207.12391), eq. 5, where it is (t - 1) / (2 T) with t = 1 ... T.

@@ -56,6 +56,7 @@ def write_report(
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"class_names must be as many as the models' classes, {classes}, got {len(class_names)}")
     out = Path(folder)
+    (out / "report.md").unlink(missing_ok=True)  # it stands for the whole, and comes last
     result.to_csv(out / "curves.csv")
     result.to_details_csv(out / "details.csv")
     result.to_json(out / "results.json")
@@ -189,9 +190,9 @@ def _lines(
         "# Robustness report",
         "",
         f"{run['images']} image{'s' * (run['images'] != 1)}. mIoU comes from one confusion matrix over all pixels; "
-        "beside it stand the mean of the images' own mIoU and pixel accuracy. "
+        "beside it stand the mean of the images' own mIoU and pixel accuracy."
         + (
-            "The worst case takes of each image the outcome of the attack with the most wrong pixels; as it goes by "
+            " The worst case takes of each image the outcome of the attack with the most wrong pixels; as it goes by "
             "pixels, its mIoU may lie a little above that of a single attack."
             if strongest == "worst-case"
             else ""
@@ -261,7 +262,10 @@ def _lines(
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    def row(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return [row(cells) for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _three(entry: Measurement) -> str:

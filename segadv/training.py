@@ -34,12 +34,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks.base import FLOAT64, model_logits
+from .attacks.base import explain_float64, model_logits
 from .checkpoints import (
     check_weights,
     load_model,
     read_checkpoint,
     read_config,
+    require_loadable,
     share,
     write_checkpoint,
 )
@@ -193,6 +194,7 @@ class Trainer:
         # what would fail after the training, when files are written
         if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
             raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
+        require_loadable(model)
         try:
             self._identity()
         except TypeError as error:
@@ -316,8 +318,7 @@ class Trainer:
                 with contextlib.nullcontext() if last or self.processes == 1 else self._network.no_sync():  # type: ignore[operator]
                     results.append(self._accumulate(images[own], labels[own], chosen[part], pixels))
             except RuntimeError as error:
-                if images.dtype is torch.float64 and "double" in str(error).lower():
-                    raise ValueError(FLOAT64) from error
+                explain_float64(error, self.model, images)
                 raise
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.steps_done)

@@ -1822,6 +1822,13 @@ def test_float64_images_for_a_float32_model_are_named() -> None:
     with pytest.raises(ValueError, match=r"images must be of a dtype that the model takes, got float64; images.float"):
         FGSM(nn.Conv2d(3, 3, 1))(IMAGES.double(), LABELS)
 
+    class Mixed(nn.Conv2d):  # then it is not the images' precision, and others would not help
+        def forward(self, images: Tensor) -> Tensor:
+            return F.conv2d(images, self.weight.float())
+
+    with pytest.raises(RuntimeError, match="scalar type Double"):
+        FGSM(Mixed(3, 3, 1).double())(IMAGES.double(), LABELS)
+
 
 def test_a_model_without_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; show the model a batch"):

@@ -124,6 +124,13 @@ def test_a_name_that_is_not_written_down_is_any(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.strip()) == (0, b"f\xe4ld: 1 training and 0 validation images")
 
 
+def test_what_the_terminal_has_no_letters_for_is_printed_all_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "segadv", "data", "generate-streets", "日±", "--train", "1", "--val", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, rb"\u65e5\xb1: 1 training and 0 validation images")
+
+
 @pytest.mark.parametrize("closed", ["1", "2"])
 def test_closed_streams(closed: str) -> None:
     command = f"{shlex.quote(sys.executable)} -m segadv doctor {closed}>&-"

@@ -302,6 +302,27 @@ def test_a_report_is_not_written_into_a_training_run(tmp_path: Path, name: str) 
         report.require_report_folder(tmp_path)
 
 
+def test_names_of_any_kind_stand_in_one_cell_of_a_table() -> None:
+    assert report.table(["a|b", "c"], [["one\nline", "x"]]) == [r"| a\|b | c |", "| --- | --- |", "| one line | x |"]
+
+
+def test_a_report_that_cannot_be_written_is_none(
+    tmp_path: Path, data: list[Batch], network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of one whose pictures are of something else."""
+    result = evaluate(network, data, ["fgsm"], [0.0, 0.03])
+    report.write_report(tmp_path, result)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "_plot_per_class", fail)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_report(tmp_path, result)
+    assert not (tmp_path / "report.md").exists()
+    report.require_report_folder(tmp_path)  # the same command goes on there
+
+
 def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     image_module = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
@@ -314,6 +335,7 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     failed = Check("more steps are not weaker", False, "0.1, 0.2")
     checks = {"honest": [Check("it is", True, "1.000"), Check("unknown", None, "none")], "masked": [failed]}
     text = report.write_report(tmp_path, result, checks, command="segadv evaluate x")
+    assert not [line for line in text.splitlines() if line.endswith(" ")]
     assert (tmp_path / "report.md").read_text() == text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checks.csv", "curves.csv", "details.csv", "per_class.png", "report.md", "results.json", "robustness.png",

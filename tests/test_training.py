@@ -332,6 +332,23 @@ def test_an_incomplete_checkpoint_changes_nothing(missing: str, tmp_path: Path) 
     assert all(map(torch.equal, before, other.model.state_dict().values()))
 
 
+def test_a_model_that_nothing_can_be_loaded_into_is_refused(tmp_path: Path) -> None:
+    def model(scale: Tensor) -> nn.Module:
+        network = nn.Conv2d(3, CLASSES, 1)
+        network.register_buffer("scale", scale)
+        return network
+
+    message = r"no expanded tensors in its state_dict\(\), got \['scale'\].*\.clone\(\)"
+    with pytest.raises(ValueError, match=message):
+        Trainer(config(), model(torch.ones(1).expand(5)), Squares())
+    run(tmp_path, model(torch.ones(1).expand(5).clone()))
+    other = model(torch.ones(1).expand(5))
+    before = [value.clone() for value in other.state_dict().values()]
+    with pytest.raises(ValueError, match=message):
+        training.load_model(tmp_path / "last.pt", other)
+    assert all(map(torch.equal, before, other.state_dict().values()))
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

@@ -6,7 +6,9 @@ import io
 import pickle
 import random
 import re
+import struct
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -354,6 +356,17 @@ def png(mask: np.ndarray, mode: str = "L") -> bytes:
     return content.getvalue()
 
 
+def grey_of_few_bits(depth: int) -> bytes:
+    """A PNG of 8 x 1 pixels, class 1 each; Pillow writes no such file."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    row = b"\0" + bytes([sum(1 << shift for shift in range(0, 8, depth))] * depth)
+    header = struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+
+
 def jpeg(mode: str) -> bytes:
     content = io.BytesIO()
     Image.fromarray(sample(TRAIN[1])[0]).convert(mode).save(content, "JPEG")
@@ -394,6 +407,8 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str, str]] = {
     "re-ordered mask": (MASK, reordered, "unreadable", r"at index 1 the colour of class 5 \(bottle\).*restore"),
     "mask of 1 bit": (MASK, lambda old: png(sample(TRAIN[1])[1], "1"), "unreadable", r'"P" or "L", this one is "1"'),
     "mask of 16 bits": (MASK, lambda old: png(sample(TRAIN[1])[1].astype(np.uint16), "I;16"), "unreadable", '"I;16"'),
+    "grey mask of 2 bits": (MASK, lambda old: grey_of_few_bits(2), "unreadable", "grey of 2 or 4 bits.*save it with 8"),
+    "grey mask of 4 bits": (MASK, lambda old: grey_of_few_bits(4), "unreadable", "grey of 2 or 4 bits.*save it with 8"),
     "mask of another size": (MASK, lambda old: png(np.zeros((5, 7), np.uint8)), "other size", r"has 5 x 7.*restore"),
     "labels 21 and 254": (MASK, lambda old: png(with_label_21()), "wrong values", r"0\.\.20, or 255.*\[21, 254\].*255"),
     "truncated .mat": (MAT, lambda old: old[: len(old) // 2], "unreadable", r"mask of SBD.*restore"),
@@ -552,6 +567,18 @@ def test_check_counts(root: Path, workers: int, monkeypatch: pytest.MonkeyPatch)
     assert re.search(rf"  0 background +[\d.]+% +{train.images[0]} +[\d.]+% +{val.images[0]}\n", text)
     assert re.search(r"outside of the table +[\d.]+% +1 ", text)
     assert "2 problems:" in text
+
+
+def test_a_split_without_labels_is_told(voc: Path) -> None:
+    """As Cityscapes' test is; in part without them it is none."""
+    for name in TRAIN:
+        path = voc / "SegmentationClass" / f"{name}.png"
+        with Image.open(path) as image:
+            size = image.size
+        Image.new("L", size, 255).save(path)
+        found = check_files(VOC, voc, progress=False)[0]
+        assert found.problems == [] or name == TRAIN[-1]
+    assert found.problems == [("wrong values", "no pixel of the split has a class: it can only be looked at")]
 
 
 def test_the_tables_of_a_check_show_shares_and_extremes() -> None:

@@ -125,8 +125,7 @@ def forward(model: nn.Module, images: Tensor) -> Any:
     except RuntimeError as error:
         if "leaf Variable" in str(error):  # such a change, where they require a gradient
             raise ValueError(f"{_IN_PLACE}. Or it changes another tensor that requires a gradient") from error
-        if images.dtype is torch.float64 and "double" in str(error).lower():
-            raise ValueError(FLOAT64) from error
+        explain_float64(error, model, images)
         raise
     if images._version != version:
         raise ValueError(_IN_PLACE)
@@ -275,7 +274,7 @@ class _SavedBuffers:
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
         # torch lets nobody write to an expanded one
-        self._buffers = [buffer for buffer in dict.fromkeys(buffers) if not _is_expanded(buffer)]
+        self._buffers = [buffer for buffer in dict.fromkeys(buffers) if not is_expanded(buffer)]
         # `.data` shares the memory: a graph of the caller's that has saved a buffer goes on being valid. Of a sparse
         # tensor in coordinates it would be the memory of now, which no change stays in.
         self._data = [buffer if buffer.layout is torch.sparse_coo else buffer.data for buffer in self._buffers]
@@ -315,7 +314,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _is_expanded(buffer: Tensor) -> bool:
+def is_expanded(buffer: Tensor) -> bool:
     """Whether several of its elements are one in memory."""
     if buffer.layout is not torch.strided or buffer.is_contiguous():
         return False
@@ -588,7 +587,11 @@ _NO_GRADIENT = (
 )
 
 
-FLOAT64 = "images must be of a dtype that the model takes, got float64; images.float() helps"
+def explain_float64(error: RuntimeError, model: nn.Module, images: Tensor) -> None:
+    """ValueError instead of an error that comes of images in float64; not where the model itself is."""
+    in_float64 = any(parameter.dtype is torch.float64 for parameter in model.parameters())
+    if images.dtype is torch.float64 and not in_float64 and "double" in str(error).lower():
+        raise ValueError("images must be of a dtype that the model takes, got float64; images.float() helps") from error
 
 
 _IN_PLACE = (

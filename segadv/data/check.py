@@ -112,6 +112,8 @@ def _check_split(
             check.images += pixels > 0
             check.problems += problems
             bar.update()
+    if check.pixels.any() and not check.pixels[: len(kind.class_names)].any():
+        check.problems.append(("wrong values", "no pixel of the split has a class: it can only be looked at"))
     if doubt := kind.doubt(check.pixels):
         check.problems.append(("wrong values", doubt))
     return check

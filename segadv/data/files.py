@@ -184,7 +184,10 @@ def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
         remedy: what to do about another mode, for the message.
     """
     with opened(path) as image:
+        few_bits = any(tile[3] in ("L;2", "L;4") for tile in getattr(image, "tile", ()))
         image.load()
+    if few_bits:
+        raise ValueError(f"{path}: grey of 2 or 4 bits, which is read as multiples of its values; save it with 8 bits")
     if image.mode not in modes:
         allowed = " or ".join(f'"{mode}"' for mode in modes)
         raise ValueError(f'{path}: the image mode must be {allowed}, this one is "{image.mode}"; {remedy}')
