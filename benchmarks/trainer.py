@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from segadv import training
 from segadv.models import small_pspnet
@@ -93,17 +93,17 @@ def measure(config: TrainConfig) -> list[dict[str, float]]:
     torch.manual_seed(0)
     trainer: Any = Trainer(config, small_pspnet(), Scenes(8 * config.batch_size))
 
-    class TimedLoader(DataLoader[Any]):
-        def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-            batches = timers.around("batch", super().__iter__)()
+    class TimedLoader(training._Loader):
+        def __iter__(self) -> Iterator[Any]:
+            batches = super().__iter__()
             advance = timers.around("batch", lambda: next(batches, None))
             timers.began = time.perf_counter()
             while (batch := advance()) is not None:
                 yield batch
                 timers.next_step()
 
-    genuine = training.DataLoader, training.functional.cross_entropy, Tensor.backward
-    training.DataLoader = TimedLoader  # type: ignore[misc]
+    genuine = training._Loader, training.functional.cross_entropy, Tensor.backward
+    training._Loader = TimedLoader  # type: ignore[misc]
     training.functional.cross_entropy = timers.around("loss", genuine[1])
     Tensor.backward = timers.around("backward", genuine[2])  # type: ignore[method-assign]
     if trainer.attack is not None:
@@ -117,7 +117,7 @@ def measure(config: TrainConfig) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             trainer.run(folder, progress=False)
     finally:
-        training.DataLoader, training.functional.cross_entropy, Tensor.backward = genuine  # type: ignore[misc]
+        training._Loader, training.functional.cross_entropy, Tensor.backward = genuine  # type: ignore[misc]
     return timers.steps[WARM_UP:]
 
 
