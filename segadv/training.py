@@ -821,10 +821,13 @@ class _Loader(DataLoader[Any]):
     """On the CPU, whatever the default device: its generator is there, and processes that it forks cannot use a GPU."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        with torch.device("cpu"):
+        def reading() -> contextlib.AbstractContextManager[Any]:  # the device's takes time in every call of torch
+            return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+        with reading():
             batches = super().__iter__()
         while True:
-            with torch.device("cpu"):
+            with reading():
                 try:
                     batch = next(batches)
                 except StopIteration:
