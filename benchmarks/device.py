@@ -475,11 +475,13 @@ def _ended(processes: Iterable[subprocess.Popen[bytes]], seconds: float) -> Iter
     """Those that end within that time, as they do."""
     until = time.monotonic() + seconds
     running = list(processes)
-    while running and time.monotonic() < until:
-        time.sleep(0.1)
+    while running:
         for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
             yield process
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
 
 
 def every_walk(device: torch.device) -> None:

@@ -42,7 +42,8 @@ def check_close(name: str, ours: Tensor, expected: Tensor, *, tolerance: float) 
     """
     if ours.shape != expected.shape:
         raise RuntimeError(f"{name}: {list(ours.shape)}, expected {list(expected.shape)}")
-    dtype = torch.promote_types(torch.promote_types(ours.dtype, expected.dtype), torch.float32)
+    dtype = torch.promote_types(ours.dtype, expected.dtype)
+    dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else torch.float64
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     difference = (norm(ours.to(dtype) - expected.to(dtype)) / norm(expected.to(dtype)).clamp(min=1e-30)).item()
     if not difference <= tolerance:

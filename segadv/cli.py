@@ -52,6 +52,8 @@ _RESUMABLE = ("demo", "train", "evaluate", "reproduce", "data generate-streets")
 
 def _printed(error: UnicodeError) -> tuple[str | bytes, int]:
     """Names of files may be any bytes, and are printed as those; what the terminal's encoding lacks as its number."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1  # one by one
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:

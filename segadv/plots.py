@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -50,7 +50,7 @@ _ATTACKS = {
     "worst-case": "the worst for each image",
 }
 _COLUMNS = 3
-_CHARACTER, _LINE = 0.1, 0.22  # about the width of one and the height of the other, in inches
+_LINE = 0.22  # about its height, in inches
 _UNLABELLED = (255, 255, 255)  # no class has it; black is VOC's background
 _REFERENCE_MARKERS = (("o", False), ("D", False), ("s", True))
 _RC: dict[Any, Any] = {
@@ -106,18 +106,40 @@ def _panel_size(count: int) -> tuple[float, float]:
     return 5.0 * min(count, _COLUMNS), 0.6 + 3.8 * -(-count // _COLUMNS)
 
 
-def _legend(figure: Figure, handles: Mapping[str, Any], *, most: int = 6, **options: Any) -> None:
-    """label -> handle below everything, in as many columns as the figure is wide enough for; it becomes higher."""
-    if not any(handles):  # a single line without a name
+def _wrapped(label: str, room: float, size: float = 12) -> str:
+    """In lines of at most so many inches."""
+    columns = max(1, len(label))
+    while True:
+        lines = textwrap.wrap(label, columns) or [""]
+        if columns == 1 or _width(lines, size) <= room:
+            return "\n".join(lines)
+        columns -= 1
+
+
+def _width(lines: Iterable[str], size: float = 12) -> float:
+    """Of the widest one, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import FontProperties
+
+    figure = _figure(1, 1)
+    renderer, font = FigureCanvasAgg(figure).get_renderer(), FontProperties(size=size)
+    widths: list[float] = [renderer.get_text_width_height_descent(line, font, False)[0] for line in lines]
+    return max(widths) / figure.dpi
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, Any]], *, most: int = 6, size: float = 12) -> None:
+    """(label, handle) below everything, in as many columns as the figure is wide enough for; it becomes higher."""
+    if not any(label for label, _ in entries):  # a single line without a name
         return
     width, height = figure.get_size_inches()
-    labels = [textwrap.fill(label, int((width - 0.8) / _CHARACTER)) for label in handles]
-    widest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), most, int(width / (0.7 + _CHARACTER * widest))))
+    labels = [_wrapped(label, width - 1, size) for label, _ in entries]
+    widest = _width([line for label in labels for line in label.split("\n")], size)
+    columns = max(1, min(len(labels), most, int(width / (0.8 + widest))))
     lines = sum(label.count("\n") + 1 for label in labels)
     figure.set_figheight(height + _LINE * max(0, -(-lines // columns) - 1))
     labels = [f" {label}" if label.startswith("_") else label for label in labels]  # which matplotlib leaves out
-    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, **options)
+    handles = [handle for _, handle in entries]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=size)
 
 
 def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -158,7 +180,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
-        _legend(figure, handles)
+        _legend(figure, list(handles.items()))
         _save(figure, path)
 
 
@@ -211,7 +233,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
         for panel in axes[::_COLUMNS]:
             panel.set_ylabel("mIoU")
         axes[0].set_ylim(0, 1.08 * axes[0].get_ylim()[1])  # of all; room for markers
-        _legend(figure, handles)
+        _legend(figure, list(handles.items()))
         _save(figure, path)
 
 
@@ -234,14 +256,14 @@ def plot_per_class(
     count = len(next(iter(next(iter(tables.values())).values())))
     names = class_names or [str(i) for i in range(count)]
     shown = [i for i in range(count) if any(row[i] is not None for table in tables.values() for row in table.values())]
-    arms = len(next(iter(tables.values())))
     with rc_context({**_RC, "axes.grid": False}):
-        labels = {
-            arm: textwrap.fill(label, 40) for arm, (label, _, _) in _style(list(next(iter(tables.values())))).items()
-        }
-        left = _CHARACTER * max(len(line) for label in labels.values() for line in label.split("\n"))
-        wide = max(0.68 * len(shown), 1.1 * _CHARACTER * max(map(len, tables)))  # of the cells, and of the titles
-        figure = _figure(0.9 + left + wide, 1.0 + len(tables) * (0.9 + 0.42 * arms))
+        style = _style(list(next(iter(tables.values()))))
+        labels = {arm: _wrapped(label, 4) for arm, (label, _, _) in style.items()}
+        below = _width([names[i] for i in shown]) * math.sqrt(0.5)
+        left = max(_width([line for label in labels.values() for line in label.split("\n")]), below - 0.3)
+        wide = max(0.68 * len(shown), 1.05 * _width(tables, 13))  # of the cells, and of the titles
+        high = sum(max(0.42, _LINE * (label.count("\n") + 1)) for label in labels.values())
+        figure = _figure(0.9 + left + wide, max(1.0, 0.6 + below) + len(tables) * (0.9 + high))
         axes = figure.subplots(len(tables), 1, squeeze=False, sharex=True)[:, 0]
         for panel, (title, table) in zip(axes, tables.items(), strict=True):
             cells = np.array([[np.nan if row[i] is None else row[i] for i in shown] for row in table.values()], float)
@@ -437,7 +459,7 @@ def plot_qualitative(
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.spines[:].set_visible(False)
-            line[0].set_ylabel(style[example["arm"]][0])
+            line[0].set_ylabel(_wrapped(style[example["arm"]][0], max(0.5, cell * height / width)))
         for axes, title in zip(cells[0], titles, strict=True):
             axes.set_title(title)
         patches = [
@@ -445,5 +467,5 @@ def plot_qualitative(
             for i in sorted(present)
             if i < len(class_names)
         ] + [Patch(facecolor=_hexadecimal(_UNLABELLED), edgecolor="#999999", label="not labelled")] * (255 in present)
-        _legend(figure, {str(patch.get_label()): patch for patch in patches}, most=8, fontsize=10)
+        _legend(figure, [(str(patch.get_label()), patch) for patch in patches], most=8, size=10)
         _save(figure, path)

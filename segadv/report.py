@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .writing import write_text
 __all__ = ["require_report_folder", "write_report"]
 
 _USUAL_EPS = 0.03  # the eps of the papers, and nearly the field's 8/255
+_PIPE, _ESCAPED = r"(\\*)\|", r"\1\1\\|"
 _OF_THE_MODEL = ("align_corners", "output", "model_sha256")
 """What the arguments of equal attacks on two models may differ in."""
 
@@ -263,7 +265,7 @@ def _lines(
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def row(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(re.sub(_PIPE, _ESCAPED, ' '.join(cell.split())) for cell in cells)} |"
 
     return [row(cells) for cells in (header, ["---"] * len(header), *rows)]
 

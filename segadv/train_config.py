@@ -112,8 +112,9 @@ class TrainConfig:
         augmentation: how samples are changed before they are cropped.
         seed: decides the order of the data, augmentation, coins, dropout and the attack's random numbers (not
             the initialisation, which came with the model).
-        workers: processes that load data; 0 loads in the training process. From Python 3.14 on they read the script
-            that trains, too, which must then stand under ``if __name__ == "__main__":``.
+        workers: processes that load data; 0 loads in the training process. Where Python starts processes anew (macOS,
+            from 3.14 on Linux) they read the script, which must then train under ``if __name__ == "__main__":``, and
+            get the data set pickled.
         precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
         channels_last: keep images and convolution weights in the channels-last memory format.
         compile: compile the network with `torch.compile`, for training and attack; it compiles again at the first

@@ -194,7 +194,6 @@ class Trainer:
         # what would fail after the training, when files are written
         if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
             raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
-        require_loadable(model)
         try:
             self._identity()
         except TypeError as error:
@@ -216,6 +215,7 @@ class Trainer:
         self.validation_dataset = validation_dataset
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(self.device)
+        require_loadable(self.model)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.processes > 1 and cuda:
@@ -903,6 +903,8 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
+    if torch.get_default_device().type != "cpu":  # from the script, where the process reads it
+        torch.set_default_device("cpu")
 
 
 def resolve_device(name: str) -> torch.device:

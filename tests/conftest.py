@@ -115,6 +115,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name = "native" if request.param in {NATIVE_ON_GPU, *LESSER} else request.param
     torch.set_default_device("cuda" if request.param in ON_GPU else None)
     if request.param in ON_GPU:
+        torch.utils._device._device_constructors()  # a list made once, of the genuine ones
         for draw in (torch.rand, torch.randn, torch.randint):
             monkeypatch.setattr(torch, draw.__name__, drawn_on_the_cpu(draw))
     best = native.core.instruction_set() if native.core else None

@@ -125,10 +125,10 @@ def test_a_name_that_is_not_written_down_is_any(tmp_path: Path) -> None:
 
 
 def test_what_the_terminal_has_no_letters_for_is_printed_all_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "segadv", "data", "generate-streets", "日±", "--train", "1", "--val", "0"]
+    command = [sys.executable, "-m", "segadv", "data", "generate-streets", "日\udce4±", "--train", "1", "--val", "0"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
-    assert (result.returncode, result.stdout.strip()) == (0, rb"\u65e5\xb1: 1 training and 0 validation images")
+    assert (result.returncode, result.stdout.strip()) == (0, b"\\u65e5\xe4\\xb1: 1 training and 0 validation images")
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])

@@ -306,7 +306,10 @@ def test_ticks_of_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest
     assert labels == [["0", "0.01", "0.03"], ["0.01"]]
 
 
-ODD = ["_Net", "cost $5, or $6", r"x$\foo$y", "fast-newton (seed-1/fast-newton)", "a folder's long name " * 4, "f", "g"]
+ODD = [
+    "_Net", "cost $5, or $6", r"x$\foo$y", "fast-newton (seed-1/fast-newton)", "a folder's long name " * 4, "W" * 60,
+    "RESNET50_WITH_DILATED_CONVOLUTIONS_WITHOUT_PRETRAINED_WEIGHTS", "f",
+]  # fmt: skip
 
 
 def _texts(figure: Any) -> list[str]:
@@ -328,7 +331,7 @@ def _texts(figure: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("attacks", [1, 2, 4])
-@pytest.mark.parametrize("arms", [1, 2, 7])
+@pytest.mark.parametrize("arms", [1, 2, 8])
 def test_names_of_any_kind_are_told_whole_in_pictures(
     arms: int, attacks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,9 +351,19 @@ def test_names_of_any_kind_are_told_whole_in_pictures(
     title = "IoU under attack: the worst for each image, eps 0.0313725"
     for classes in (1, 2, 19):
         tables = {title: {arm: [0.5] * classes for arm in names}}
-        plots.plot_per_class(tables, tmp_path / "x.png", class_names=["b_$c$"] * classes)
-    for written in figures:
-        in_one_line = [" ".join(text.split()) for text in written]
-        assert all(in_one_line.count(" ".join(name.split())) == 1 for name in names)
+        for class_names in (["b_$c$"] * classes, [*["a"] * (classes - 1), "construction--flat--crosswalk-plain"]):
+            plots.plot_per_class(tables, tmp_path / "x.png", class_names=class_names)
+            assert title in figures[-1]
+            assert all(figures[-1].count(name) == class_names.count(name) for name in class_names)
+    label = torch.zeros(32, 64, dtype=torch.uint8)
+    label[0, 1], label[0, 2] = 1, 2
+    shown = {"label": label, "prediction": label, "adversarial_prediction": label}
+    shown |= {"image": torch.rand(3, 32, 64), "adversarial": torch.rand(3, 32, 64)}
+    alike = {"class_names": ["A", "not labelled", "A"], "colors": [(9, 9, 9), (99, 9, 9), (9, 99, 9)]}
+    examples = [{"arm": arm, **shown} for arm in names]
+    plots.plot_qualitative(examples, tmp_path / "x.png", attack="a$b", eps=8 / 255, **alike)
+    assert (figures[-1].count("A"), figures[-1].count("not labelled")) == (2, 1)
     assert "101" in figures[1]
-    assert all(title in written for written in figures[2:])
+    for written in figures:
+        without_space = ["".join(text.split()) for text in written]
+        assert all(without_space.count("".join(name.split())) == 1 for name in names)

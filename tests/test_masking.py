@@ -303,7 +303,11 @@ def test_a_report_is_not_written_into_a_training_run(tmp_path: Path, name: str) 
 
 
 def test_names_of_any_kind_stand_in_one_cell_of_a_table() -> None:
-    assert report.table(["a|b", "c"], [["one\nline", "x"]]) == [r"| a\|b | c |", "| --- | --- |", "| one line | x |"]
+    assert report.table(["a|b", "c"], [["one\nline", r"\x\|"]]) == [
+        r"| a\|b | c |",
+        "| --- | --- |",
+        r"| one line | \x\\\| |",
+    ]
 
 
 def test_a_report_that_cannot_be_written_is_none(

@@ -1321,6 +1321,36 @@ if __name__ == "__main__":
     subprocess.run(command, timeout=120, check=True)
 
 
+def test_processes_that_read_the_script_load_on_the_cpu_too(tmp_path: Path) -> None:
+    """As they do on macOS, and from Python 3.14 on; "meta" stands for a GPU."""
+    program = """
+import multiprocessing, sys, torch
+from segadv.models import small_pspnet
+from segadv.training import TrainConfig, Trainer
+
+torch.set_default_device("meta")
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        assert torch.empty(1).device.type == "cpu"
+        return torch.rand(3, 40, 48), torch.zeros(40, 48, dtype=torch.uint8)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    settings = TrainConfig(arm="basic", steps=2, batch_size=2, crop=(32, 32), workers=1, device="cpu", monitor_every=0)
+    with torch.device("cpu"):
+        model = small_pspnet()
+    Trainer(settings, model, Noise()).run(sys.argv[1], progress=False)
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "run")]
+    result = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 class Signals(Squares):
     """Writes to a file how the process that reads takes signals, and whether it has left the group of its parent."""
 

@@ -193,8 +193,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     model in eval mode as a whole) go on using their running statistics. SyncBatchNorm takes the statistics of
     its own process: nothing is communicated, so the processes may attack different numbers of images.
 
-    A model of `fully_shard` builds the graph for its weights, at the price of memory: it reads `requires_grad` in its
-    very first pass, and copies it to weights that it puts together in one pass and takes apart in another.
+    A model of `fully_shard` keeps `requires_grad`, which it reads in its very first pass, and copies to weights that it
+    puts together in one pass and takes apart in another. So the graph of its weights takes memory, its compiled parts
+    and Functions of one's own compute their gradients, for nothing, and gradients that it has not reduced yet, or is
+    told to reduce without need (`set_reduce_scatter_unused_params`), are in `.grad` after an attack.
 
     Raises:
         ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a

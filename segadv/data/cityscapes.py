@@ -121,7 +121,8 @@ class Cityscapes(SegmentationFiles):
 
     @staticmethod
     def read_mask(path: str) -> npt.NDArray[np.uint8]:
-        return read_pixels(path, ["L"], "use the files *_gtFine_labelIds.png of the archive gtFine, not *_color.png")
+        remedy = "use the files *_gtFine_labelIds.png of the archive gtFine, not *_color.png"
+        return read_pixels(path, ["L"], remedy, of_indices=True)
 
 
 def _by_city(folder: Path, ending: str) -> set[tuple[str, str]]:

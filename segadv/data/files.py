@@ -176,15 +176,17 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         ) from error
 
 
-def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
+def load_image(path: str, modes: Collection[str], remedy: str, *, of_indices: bool = False) -> Image.Image:
     """An image file as it is stored. An EXIF orientation is not applied: masks are drawn for the stored pixels.
 
     Args:
         modes: of Pillow; any other is refused.
         remedy: what to do about another mode, for the message.
+        of_indices: refuse grey of few bits, which Pillow multiplies.
     """
     with opened(path) as image:
-        few_bits = any(tile[3] in ("L;2", "L;4") for tile in getattr(image, "tile", ()))
+        stored = [str(tile[3]) for tile in getattr(image, "tile", ())] if of_indices and image.mode == "L" else []
+        few_bits = any(kind in name for name in stored for kind in ("L;2", "L;4"))
         image.load()
     if few_bits:
         raise ValueError(f"{path}: grey of 2 or 4 bits, which is read as multiples of its values; save it with 8 bits")
@@ -194,9 +196,9 @@ def load_image(path: str, modes: Collection[str], remedy: str) -> Image.Image:
     return image
 
 
-def read_pixels(path: str, modes: Collection[str], remedy: str) -> npt.NDArray[np.uint8]:
+def read_pixels(path: str, modes: Collection[str], remedy: str, *, of_indices: bool = False) -> npt.NDArray[np.uint8]:
     """The pixels of `load_image`: [H, W, 3] for the mode "RGB", [H, W] for "L" and "P"."""
-    return np.array(load_image(path, modes, remedy))
+    return np.array(load_image(path, modes, remedy, of_indices=of_indices))
 
 
 def names_in(folder: Path, ending: str) -> set[str]:

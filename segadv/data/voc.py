@@ -97,7 +97,8 @@ class VOC(SegmentationFiles):
 
     @staticmethod
     def read_mask(path: str) -> npt.NDArray[np.uint8]:
-        image = load_image(path, ["P", "L"], "masks hold class indices, not colours: restore the original palette PNG")
+        remedy = "masks hold class indices, not colours: restore the original palette PNG"
+        image = load_image(path, ["P", "L"], remedy, of_indices=True)
         palette = iter((image.getpalette() or [])[: 3 * len(_TABLE)])
         for index, color in enumerate(zip(palette, palette, palette, strict=False)):
             if _INDICES.get(color, index) != index:
