@@ -17,8 +17,8 @@ Errors, the same everywhere: TypeError if an argument is not a tensor, a number,
 one is needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors
 that are sparse or nested, do not fit together or are on different devices, and any other argument that is out of range.
 A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the
-stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too, except
-in compiled code). RuntimeError where a backend was asked for that cannot run.
+stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too, except in compiled code).
+RuntimeError where a backend was asked for that cannot run.
 
 No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Not inside of
 torch.compile, where it is PyTorch's affair: it refuses with the second backward, or returns wrong derivatives, as of
