@@ -260,7 +260,7 @@ def plot_per_class(
         style = _style(list(next(iter(tables.values()))))
         labels = {arm: _wrapped(label, 4) for arm, (label, _, _) in style.items()}
         below = _width([names[i] for i in shown]) * math.sqrt(0.5)
-        left = max(_width([line for label in labels.values() for line in label.split("\n")]), below - 0.3)
+        left = _width([line for label in labels.values() for line in label.split("\n")])
         wide = max(0.68 * len(shown), 1.05 * _width(tables, 13))  # of the cells, and of the titles
         high = sum(max(0.42, _LINE * (label.count("\n") + 1)) for label in labels.values())
         figure = _figure(0.9 + left + wide, max(1.0, 0.6 + below) + len(tables) * (0.9 + high))

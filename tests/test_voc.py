@@ -367,6 +367,16 @@ def grey_of_few_bits(depth: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+def test_grey_masks_of_few_bits_are_refused_and_images_are_not(tmp_path: Path, depth: int) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(grey_of_few_bits(depth))
+    for kind in DATASETS.values():
+        with pytest.raises(ValueError, match="grey of 2 or 4 bits"):
+            kind.read_mask(str(path))
+    assert (VOC.read_image(str(path)) == 255 // (2**depth - 1)).all()
+
+
 def jpeg(mode: str) -> bytes:
     content = io.BytesIO()
     Image.fromarray(sample(TRAIN[1])[0]).convert(mode).save(content, "JPEG")
