@@ -791,7 +791,8 @@ def _tuning_calls(run: Run, kernel: str) -> list[Call]:
         else:  # gradient_up: the backward operations alone
             with segadv.backend("triton"):
                 runner_up = library.averaged_gain(z, y, 255, False)[2]
-                _, _, shift, scale = library.cross_entropy(z, y, None, 255, False, False, True)
+                plain = (None, "cross_entropy", 0.0, False)
+                _, _, _, shift, scale, _ = library.cross_entropy(z, y, *plain, 255, False, False, True)
             one = torch.ones((), device=device).expand(y.shape)
             layout = (list(z.shape), False, dtype)
             calls.append(partial(library.margin_backward, one, y, runner_up, *layout, 255, False))

@@ -236,9 +236,7 @@ def segpgd_loss(
     lam = _segpgd_lambda(step, steps)
     true_or_false(targeted=targeted)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
-    return _quotient(
-        *autograd.apply(autograd.WeightedLoss, logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners)
-    )
+    return _quotient(*autograd.weighted_loss(logits4, labels3, "segpgd", lam, targeted, ignore_index, align_corners))
 
 
 def cospgd_loss(
@@ -273,9 +271,7 @@ def cospgd_loss(
     """
     true_or_false(targeted=targeted)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
-    return _quotient(
-        *autograd.apply(autograd.WeightedLoss, logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners)
-    )
+    return _quotient(*autograd.weighted_loss(logits4, labels3, "cospgd", 0.0, targeted, ignore_index, align_corners))
 
 
 def loss_and_grad(

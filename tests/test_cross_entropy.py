@@ -220,9 +220,9 @@ def test_what_is_kept_of_a_pixel_is_zero_where_it_is_not_valid(backend: str, own
     y[0, 3, 5] = 1
     ops = torch.ops.segadv
     kept = [
-        *ops.cross_entropy(z, y, None, 255, False, True, True)[2:],
-        *ops.weighted_loss(z, y, "segpgd", 0.25, False, 255, False, True)[2:],
-        *ops.weighted_loss(z, y, "cospgd", 0.0, False, 255, False, True)[2:],
+        *ops.cross_entropy(z, y, None, "cross_entropy", 0.0, False, 255, False, True, True)[3:5],
+        *ops.cross_entropy(z, y, None, "segpgd", 0.25, False, 255, False, False, True)[3:],
+        *ops.cross_entropy(z, y, None, "cospgd", 0.0, False, 255, False, False, True)[3:],
     ]
     assert len(kept) == 8
     for values in kept:

@@ -45,8 +45,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "averaged_gain": (z, y, 255, True),
         "gain_and_grad": (z, y, 255, False),
         "margin_backward": (per_pixel, y, runner_up, list(z.shape), channels_last, dtype, 255, False),
-        "cross_entropy": (z, y, weight, 255, False, True, True),
-        "weighted_loss": (z, y, "segpgd", 0.25, False, 255, False, True),
+        "cross_entropy": (z, y, weight, "cross_entropy", 0.0, False, 255, False, True, True),
         "cross_entropy_backward": (per_pixel, z, y, per_pixel, per_pixel, weight, per_pixel, 255, False),
         "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
         "l1_norm": (grad,),
@@ -85,13 +84,13 @@ def test_opcheck(backend: str, operation: str, own: tuple[int, int]) -> None:
         ]
         if backend == "native" and dtype is torch.float32:
             torch.library.opcheck(getattr(library, operation), tuple(transposed))
-        if operation in ("cross_entropy", "weighted_loss"):  # for_backward=False
+        if operation == "cross_entropy":  # for_backward=False
             without = (*arguments[:-1], False)
             torch.library.opcheck(getattr(library, operation), without)
             result, expected = (getattr(library, operation)(*given) for given in (without, arguments))
             assert torch.equal(result[0], expected[0])
             assert torch.equal(result[1], expected[1])
-            assert all(entry.numel() == 0 for entry in result[2:])
+            assert all(entry.numel() == 0 for entry in result[3:])
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -87,15 +87,17 @@ def operations(few: bool) -> Iterator[tuple[str, Any]]:
             )
             yield (
                 f"cross_entropy {name}",
-                lambda z=z, y=y, w=weight: OPERATIONS.cross_entropy(z, y, w, 255, False, True, True),
+                lambda z=z, y=y, w=weight: OPERATIONS.cross_entropy(
+                    z, y, w, "cross_entropy", 0.0, False, 255, False, True, True
+                ),
             )
             yield (
                 f"segpgd_loss {name}",
-                lambda z=z, y=y: OPERATIONS.weighted_loss(z, y, "segpgd", 0.25, False, 255, False, True),
+                lambda z=z, y=y: OPERATIONS.cross_entropy(z, y, None, "segpgd", 0.25, False, 255, False, False, True),
             )
             yield (
                 f"cospgd_loss {name}",
-                lambda z=z, y=y: OPERATIONS.weighted_loss(z, y, "cospgd", 0.0, True, 255, False, True),
+                lambda z=z, y=y: OPERATIONS.cross_entropy(z, y, None, "cospgd", 0.0, True, 255, False, False, True),
             )
             yield (
                 f"cross_entropy_backward {name}",

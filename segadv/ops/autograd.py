@@ -61,12 +61,27 @@ def _takes_one_pass(logits: Tensor, labels: Tensor) -> bool:
     )
 
 
-def _one_pass_backward(ctx: Any, grad_sum: Tensor) -> Tensor:
-    """The gradient of each image's sum [N, C, h, w] times what comes in for that sum [N]."""
-    (grad,) = ctx.saved_tensors  # to which a hook may have given another precision
-    with _remembered_backend(ctx):
-        scaled: Tensor = library.scale_gradient(grad, grad_sum.to(compute_dtype(grad.dtype)))
-    return scaled
+class InOnePass(torch.autograd.Function):
+    """(name, logits, the operation's other arguments) -> (sum per image [N], what its mean is divided by [N]), by the
+    operation that gives the sum's gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        operation = library.gain_and_grad if name == "averaged_gain" else library.loss_and_grad
+        total, *_, count, grad = operation(*arguments)
+        ctx.save_for_backward(grad)
+        ctx.name, ctx.further = name, len(arguments) - 1
+        ctx.mark_non_differentiable(count)
+        _remember_backend(ctx)
+        return total, count
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative(ctx.name)
+        (grad,) = ctx.saved_tensors  # to which a hook may have given another precision
+        with _remembered_backend(ctx):
+            scaled: Tensor = library.scale_gradient(grad, grad_sum.to(compute_dtype(grad.dtype)))
+        return None, scaled, *[None] * ctx.further
 
 
 class PixelMargin(torch.autograd.Function):
@@ -123,140 +138,82 @@ def _margin_backward(ctx: Any, grad_margin: Tensor) -> Tensor:
     return grad
 
 
-class AveragedGainInOnePass(torch.autograd.Function):
-    """`AveragedGain` whose forward computes the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
-    ) -> tuple[Tensor, Tensor]:
-        gain_sum, n_valid, grad = library.gain_and_grad(logits, labels, ignore_index, align_corners)
-        ctx.save_for_backward(grad)
-        _remember_backend(ctx)
-        ctx.mark_non_differentiable(n_valid)
-        return gain_sum, n_valid
-
-    @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_second_derivative("averaged_gain")
-        return _one_pass_backward(ctx, grad_sum), None, None, None
-
-
 def averaged_gain(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    function = AveragedGainInOnePass if _takes_one_pass(logits, labels) else AveragedGain
-    return apply(function, logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
+    if _takes_one_pass(logits, labels):
+        return apply(InOnePass, "averaged_gain", logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
+    return apply(AveragedGain, logits, labels, ignore_index, align_corners)  # type: ignore[no-any-return]
 
 
 class CrossEntropy(torch.autograd.Function):
-    """(logits, labels, weight) -> (loss [N, H, W] or its sum per image [N], sum of class weights [N])."""
+    """(logits, labels, ...) -> (loss [N, H, W] or its sum per image [N], n_valid [N], sum of the weights [N])."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        align_corners: bool,
-        per_pixel: bool,
-    ) -> tuple[Tensor, Tensor]:
-        loss, weight_sum, shift, scale = library.cross_entropy(
-            logits, labels, weight, ignore_index, align_corners, per_pixel, ctx.needs_input_grad[0]
-        )
-        ctx.save_for_backward(logits, labels, shift, scale, weight, None)
-        ctx.options = (ignore_index, align_corners)
-        ctx.mark_non_differentiable(weight_sum)
-        _remember_backend(ctx)
-        return loss, weight_sum
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_second_derivative("cross_entropy")
-        return _cross_entropy_backward(ctx, grad_loss), None, None, None, None, None
-
-
-class CrossEntropyInOnePass(torch.autograd.Function):
-    """`CrossEntropy` summed per image, whose forward computes the gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        align_corners: bool,
-    ) -> tuple[Tensor, Tensor]:
-        loss_sum, _, weight_sum, grad = library.loss_and_grad(
-            logits, labels, weight, "cross_entropy", 0.0, False, ignore_index, align_corners
-        )
-        ctx.save_for_backward(grad)
-        _remember_backend(ctx)
-        ctx.mark_non_differentiable(weight_sum)
-        return loss_sum, weight_sum
-
-    @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_second_derivative("cross_entropy")
-        return _one_pass_backward(ctx, grad_sum), None, None, None, None
-
-
-def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    per_pixel: bool,
-) -> tuple[Tensor, Tensor]:
-    if not per_pixel and _takes_one_pass(logits, labels):
-        return apply(CrossEntropyInOnePass, logits, labels, weight, ignore_index, align_corners)  # type: ignore[no-any-return]
-    return apply(CrossEntropy, logits, labels, weight, ignore_index, align_corners, per_pixel)  # type: ignore[no-any-return]
-
-
-class WeightedLoss(torch.autograd.Function):
-    """(logits, labels) -> (SegPGD or CosPGD loss summed per image [N], n_valid [N])."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
+        class_weight: Tensor | None,
         loss: str,
         lam: float,
         targeted: bool,
         ignore_index: int,
         align_corners: bool,
-    ) -> tuple[Tensor, Tensor]:
-        loss_sum, n_valid, shift, scale, pixel_weight = library.weighted_loss(
-            logits, labels, loss, lam, targeted, ignore_index, align_corners, ctx.needs_input_grad[0]
-        )
-        ctx.save_for_backward(logits, labels, shift, scale, None, pixel_weight)
+        per_pixel: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value, n_valid, weight_sum, shift, scale, pixel_weight = library.cross_entropy(
+            logits, labels, class_weight, loss, lam, targeted, ignore_index, align_corners, per_pixel,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        is_plain = loss == "cross_entropy"
+        ctx.save_for_backward(logits, labels, shift, scale, class_weight, None if is_plain else pixel_weight)
         ctx.options = (ignore_index, align_corners)
-        ctx.loss = loss
-        ctx.mark_non_differentiable(n_valid)
+        ctx.name = "cross_entropy" if is_plain else f"{loss}_loss"
+        ctx.mark_non_differentiable(n_valid, weight_sum)
         _remember_backend(ctx)
-        return loss_sum, n_valid
+        return value, n_valid, weight_sum
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        _refuse_second_derivative(f"{ctx.loss}_loss")
-        return _cross_entropy_backward(ctx, grad_sum), None, None, None, None, None, None
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        _refuse_second_derivative(ctx.name)
+        logits, labels, shift, scale, class_weight, pixel_weight = ctx.saved_tensors
+        # Hooks on saved tensors may give other strides back.
+        shift, scale = shift.contiguous(), scale.contiguous()
+        if pixel_weight is not None:
+            pixel_weight = pixel_weight.contiguous()
+        if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
+            grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
+        with _remembered_backend(ctx):
+            grad = library.cross_entropy_backward(
+                grad_loss, logits, labels, shift, scale, class_weight, pixel_weight, *ctx.options
+            )
+        return grad, *[None] * 8
 
 
-def _cross_entropy_backward(ctx: Any, grad_loss: Tensor) -> Tensor:
-    logits, labels, shift, scale, weight, pixel_weight = ctx.saved_tensors
-    # Hooks on saved tensors may give other strides back.
-    shift, scale = shift.contiguous(), scale.contiguous()
-    if pixel_weight is not None:
-        pixel_weight = pixel_weight.contiguous()
-    if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
-        grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
-    with _remembered_backend(ctx):
-        grad: Tensor = library.cross_entropy_backward(
-            grad_loss, logits, labels, shift, scale, weight, pixel_weight, *ctx.options
-        )
-    return grad
+_PLAIN = ("cross_entropy", 0.0, False)
+"""The arguments loss, lam and targeted of a cross-entropy without weights of the pixels."""
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    align_corners: bool,
+    per_pixel: bool,
+) -> tuple[Tensor, Tensor]:
+    arguments = (logits, labels, class_weight, *_PLAIN, ignore_index, align_corners)
+    if not per_pixel and _takes_one_pass(logits, labels):
+        return apply(InOnePass, "cross_entropy", *arguments)  # type: ignore[no-any-return]
+    value, _, weight_sum = apply(CrossEntropy, *arguments, per_pixel)
+    return value, weight_sum
+
+
+def weighted_loss(
+    logits: Tensor, labels: Tensor, loss: str, lam: float, targeted: bool, ignore_index: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    arguments = (logits, labels, None, loss, lam, targeted, ignore_index, align_corners)
+    value, n_valid, _ = apply(CrossEntropy, *arguments, False)
+    return value, n_valid
 
 
 class L1Norm(torch.autograd.Function):

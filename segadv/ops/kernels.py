@@ -189,43 +189,20 @@ class Kernels:
         self,
         logits: Tensor,
         labels: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        align_corners: bool,
-        per_pixel: bool,
-        for_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = compute_dtype(logits.dtype)
-        loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
-        weight_sum = empty_vector(logits)
-        shift, scale = empty_maps(labels, dtype, 2, for_backward)
-        self._cross_entropy(
-            logits,
-            labels,
-            ignore_index,
-            align_corners,
-            class_weight=weight,
-            pixel_loss=loss if per_pixel else None,
-            loss_sum=None if per_pixel else loss,
-            weight_sum=weight_sum,
-            shift=shift if for_backward else None,
-            scale=scale if for_backward else None,
-        )
-        return loss, weight_sum, shift, scale
-
-    def weighted_loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
+        class_weight: Tensor | None,
         loss: str,
         lam: float,
         targeted: bool,
         ignore_index: int,
         align_corners: bool,
+        per_pixel: bool,
         for_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        loss_sum, n_valid = empty_vector(logits), empty_vector(logits, torch.int64)
-        shift, scale, pixel_weight = empty_maps(labels, loss_sum.dtype, 3, for_backward)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        dtype, weighs = compute_dtype(logits.dtype), for_backward and loss != "cross_entropy"
+        value = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
+        n_valid, weight_sum = empty_vector(logits, torch.int64), empty_vector(logits)
+        shift, scale = empty_maps(labels, dtype, 2, for_backward)
+        (pixel_weight,) = empty_maps(labels, dtype, 1, weighs)
         self._cross_entropy(
             logits,
             labels,
@@ -234,19 +211,22 @@ class Kernels:
             loss=loss,
             lam=lam,
             targeted=targeted,
-            loss_sum=loss_sum,
+            class_weight=class_weight,
+            pixel_loss=value if per_pixel else None,
+            loss_sum=None if per_pixel else value,
             n_valid=n_valid,
+            weight_sum=weight_sum,
             shift=shift if for_backward else None,
             scale=scale if for_backward else None,
-            pixel_weight=pixel_weight if for_backward else None,
+            pixel_weight=pixel_weight if weighs else None,
         )
-        return loss_sum, n_valid, shift, scale, pixel_weight
+        return value, n_valid, weight_sum, shift, scale, pixel_weight
 
     def loss_and_grad(
         self,
         logits: Tensor,
         labels: Tensor,
-        weight: Tensor | None,
+        class_weight: Tensor | None,
         loss: str,
         lam: float,
         targeted: bool,
@@ -264,7 +244,7 @@ class Kernels:
             lam=lam,
             targeted=targeted,
             grad=grad,
-            class_weight=weight,
+            class_weight=class_weight,
             loss_sum=loss_sum,
             weight_sum=weight_sum,
             n_valid=n_valid,
@@ -278,7 +258,7 @@ class Kernels:
         labels: Tensor,
         shift: Tensor,
         scale: Tensor,
-        weight: Tensor | None,
+        class_weight: Tensor | None,
         pixel_weight: Tensor | None,
         ignore_index: int,
         align_corners: bool,
@@ -287,7 +267,7 @@ class Kernels:
         self._pixels(
             self.core.cross_entropy_backward, logits.shape, labels, ignore_index, align_corners,
             view(logits), view(labels), view(grad), ignore_index, align_corners,
-            view(grad_loss), view(shift), view(scale), view(weight), view(pixel_weight),
+            view(grad_loss), view(shift), view(scale), view(class_weight), view(pixel_weight),
         )  # fmt: skip
         return grad
 

@@ -83,51 +83,41 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
 
 
-# Cross-entropy, and segpgd_loss and cospgd_loss, which are weighted_loss here: csrc/cpu/cross_entropy.cpp. Without
-# for_backward the maps that the backward reads are not written, and empty.
+# Cross-entropy, and segpgd_loss and cospgd_loss, which weigh it: csrc/cpu/cross_entropy.cpp. Without for_backward the
+# maps that the backward reads are not written, and empty; so is always a plain cross-entropy's pixel_weight.
 
 
 @_define(
-    "(Tensor logits, Tensor labels, Tensor? weight, int ignore_index, bool align_corners, bool per_pixel,"
-    " bool for_backward)"
-    " -> (Tensor loss, Tensor weight_sum, Tensor shift, Tensor scale)"
+    "(Tensor logits, Tensor labels, Tensor? class_weight, str loss, float lam, bool targeted, int ignore_index,"
+    " bool align_corners, bool per_pixel, bool for_backward)"
+    " -> (Tensor value, Tensor n_valid, Tensor weight_sum, Tensor shift, Tensor scale, Tensor pixel_weight)"
 )
 def cross_entropy(  # type: ignore[no-untyped-def]
-    logits, labels, weight, ignore_index, align_corners, per_pixel, for_backward
+    logits, labels, class_weight, loss, lam, targeted, ignore_index, align_corners, per_pixel, for_backward
 ):
     dtype = compute_dtype(logits.dtype)
-    loss = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
-    return loss, empty_vector(logits), *empty_maps(labels, dtype, 2, for_backward)
+    value = empty_map(labels, dtype) if per_pixel else empty_vector(logits)
+    maps = empty_maps(labels, dtype, 2, for_backward)
+    maps += empty_maps(labels, dtype, 1, for_backward and loss != "cross_entropy")
+    return value, empty_vector(logits, torch.int64), empty_vector(logits), *maps
 
 
 @_define(
-    "(Tensor logits, Tensor labels, str loss, float lam, bool targeted, int ignore_index, bool align_corners,"
-    " bool for_backward)"
-    " -> (Tensor loss_sum, Tensor n_valid, Tensor shift, Tensor scale, Tensor pixel_weight)"
-)
-def weighted_loss(  # type: ignore[no-untyped-def]
-    logits, labels, loss, lam, targeted, ignore_index, align_corners, for_backward
-):
-    dtype = compute_dtype(logits.dtype)
-    return empty_vector(logits), empty_vector(logits, torch.int64), *empty_maps(labels, dtype, 3, for_backward)
-
-
-@_define(
-    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor shift, Tensor scale, Tensor? weight,"
+    "(Tensor grad_loss, Tensor logits, Tensor labels, Tensor shift, Tensor scale, Tensor? class_weight,"
     " Tensor? pixel_weight, int ignore_index, bool align_corners) -> Tensor"
 )
 def cross_entropy_backward(  # type: ignore[no-untyped-def]
-    grad_loss, logits, labels, shift, scale, weight, pixel_weight, ignore_index, align_corners
+    grad_loss, logits, labels, shift, scale, class_weight, pixel_weight, ignore_index, align_corners
 ):
     return gradient_like(logits)
 
 
 @_define(
-    "(Tensor logits, Tensor labels, Tensor? weight, str loss, float lam, bool targeted, int ignore_index,"
+    "(Tensor logits, Tensor labels, Tensor? class_weight, str loss, float lam, bool targeted, int ignore_index,"
     " bool align_corners) -> (Tensor loss_sum, Tensor n_valid, Tensor weight_sum, Tensor grad)"
 )
 def loss_and_grad(  # type: ignore[no-untyped-def]
-    logits, labels, weight, loss, lam, targeted, ignore_index, align_corners
+    logits, labels, class_weight, loss, lam, targeted, ignore_index, align_corners
 ):
     return empty_vector(logits), empty_vector(logits, torch.int64), empty_vector(logits), gradient_like(logits)
 

@@ -134,7 +134,7 @@ def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: float, targeted: bool) -> Tensor:
-    """The weight of each pixel [N, H, W]: SegPGD's 1 - lambda or lambda, or CosPGD's cosine."""
+    """The class_weight of each pixel [N, H, W]: SegPGD's 1 - lambda or lambda, or CosPGD's cosine."""
     if loss == "segpgd":
         correct = z.argmax(dim=1) == y.squeeze(1)
         # full_like: two Python numbers in a where would be rounded to float32
@@ -153,39 +153,28 @@ def _maps(target: _Labels, wanted: bool, *maps: Tensor) -> list[Tensor]:
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    per_pixel: bool,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = _upsample(logits, labels.shape[-2:], align_corners)
-    target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
-    log_softmax, shift, scale = _log_softmax_terms(z)
-    class_weight = torch.ones_like(scale) if weight is None else weight.to(z.dtype)[target.y.squeeze(1)]
-    loss = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * class_weight)
-    weight_sum = target.masked(class_weight).sum(dim=(1, 2))
-    shift, scale = _maps(target, for_backward, shift, scale)
-    return loss if per_pixel else loss.sum(dim=(1, 2)), weight_sum, shift, scale
-
-
-def weighted_loss(
-    logits: Tensor,
-    labels: Tensor,
+    class_weight: Tensor | None,
     loss: str,
     lam: float,
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
+    per_pixel: bool,
     for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     log_softmax, shift, scale = _log_softmax_terms(z)
-    pixel_weight = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
-    value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * pixel_weight)
-    shift, scale, pixel_weight = _maps(target, for_backward, shift, scale, pixel_weight)
-    return value.sum(dim=(1, 2)), target.n_valid, shift, scale, pixel_weight
+    weighs = loss != "cross_entropy"
+    if weighs:
+        factor = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
+    else:
+        factor = torch.ones_like(scale) if class_weight is None else class_weight.to(z.dtype)[target.y.squeeze(1)]
+    value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * factor)
+    weight_sum = target.masked(factor).sum(dim=(1, 2))
+    shift, scale = _maps(target, for_backward, shift, scale)
+    (pixel_weight,) = _maps(target, for_backward and weighs, factor)
+    return value if per_pixel else value.sum(dim=(1, 2)), target.n_valid, weight_sum, shift, scale, pixel_weight
 
 
 def cross_entropy_backward(
@@ -194,7 +183,7 @@ def cross_entropy_backward(
     labels: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weight: Tensor | None,
+    class_weight: Tensor | None,
     pixel_weight: Tensor | None,
     ignore_index: int,
     align_corners: bool,
@@ -202,8 +191,8 @@ def cross_entropy_backward(
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
-    if weight is not None:
-        coefficient = coefficient * weight.to(z.dtype)[target.y.squeeze(1)]
+    if class_weight is not None:
+        coefficient = coefficient * class_weight.to(z.dtype)[target.y.squeeze(1)]
     softmax = (z - shift.unsqueeze(1)).exp() * scale.unsqueeze(1)
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
@@ -215,26 +204,19 @@ def cross_entropy_backward(
 def loss_and_grad(
     logits: Tensor,
     labels: Tensor,
-    weight: Tensor | None,
+    class_weight: Tensor | None,
     loss: str,
     lam: float,
     targeted: bool,
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_valid = _Labels(labels, logits.shape[1], ignore_index, compute_dtype(logits.dtype)).n_valid
-    pixel_weight = None
-    if loss == "cross_entropy":
-        loss_sum, weight_sum, shift, scale = cross_entropy(
-            logits, labels, weight, ignore_index, align_corners, False, True
-        )
-    else:
-        loss_sum, _, shift, scale, pixel_weight = weighted_loss(
-            logits, labels, loss, lam, targeted, ignore_index, align_corners, True
-        )
-        weight_sum = pixel_weight.sum(dim=(1, 2))
+    loss_sum, n_valid, weight_sum, shift, scale, pixel_weight = cross_entropy(
+        logits, labels, class_weight, loss, lam, targeted, ignore_index, align_corners, False, True
+    )
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)
-    grad = cross_entropy_backward(one, logits, labels, shift, scale, weight, pixel_weight, ignore_index, align_corners)
+    weighs = None if loss == "cross_entropy" else pixel_weight
+    grad = cross_entropy_backward(one, logits, labels, shift, scale, class_weight, weighs, ignore_index, align_corners)
     return loss_sum, n_valid, weight_sum, grad
 
 
