@@ -518,7 +518,7 @@ def evaluate(
     with_worst_case = worst_case and len(names) > 1
     for value in positive if with_worst_case else ():
         judged["worst-case", value] = (max(judged[name, value][-1] for name in names),)
-    parameter = next(model.parameters(), None)
+    parameter = next((each for each in model.parameters() if not each.is_meta), None)  # some may be offloaded
     device = torch.device("cpu") if parameter is None else parameter.device
     network = unwrapped(model)
     with frozen(model):  # says what is wrong with a model that cannot be attacked

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks.base import model_logits
-from .checks import a_module, at_least, one_of
+from .checks import a_module, at_least, is_number, one_of
 from .compat import import_torchvision
 
 __all__ = [
@@ -385,7 +385,7 @@ def wrap(
     if output is not None and not callable(output):
         raise TypeError(f"output must be a callable or None, got a {type(output).__name__}")
     for name, values in (("mean", mean), ("std", std)):
-        if isinstance(values, (int, float)):
+        if is_number(values):
             raise TypeError(f"{name} must be a sequence, one number per channel, got {values}; [{values}] fits all")
     if mean is None:
         mean = [0.0] * (1 if std is None else len(std))
@@ -397,4 +397,4 @@ def wrap(
         raise ValueError(f"mean must be in [0, 1], the unit of the images (0.485, not 123.675), got {mean}")
     if not all(0 < entry < math.inf for entry in std):
         raise ValueError(f"std must be positive and finite, got {std}")
-    return _Wrapped(model, mean, std, output)
+    return _Wrapped(model, [float(entry) for entry in mean], [float(entry) for entry in std], output)

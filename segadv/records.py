@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attacks.base import unwrapped
 from .writing import atomic_write, explained
@@ -31,17 +32,20 @@ __all__ = ["Records", "content_hash", "model_hash", "versions"]
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
-    Those are what it prints, its modules' `forward`, and those of their attributes that are True, False, words, floats
-    or callables: of `torch.nn.Upsample` align_corners, of `segadv.models.wrap` output. Functions are seen by their byte
-    code and the plain values that they hold, other callables by what they print and hold. Neither other code nor
-    other attributes are seen; whole numbers may be counters.
+    Those are what it prints, its modules' `forward`, and those of their attributes that are True, False, words, floats,
+    callables, tensors, or lists, tuples and dicts of such: of `torch.nn.Upsample` align_corners, of
+    `segadv.models.wrap` output. Functions are seen by their byte code and the plain values that they hold, other
+    callables by what they print and hold. Neither other code nor other attributes are seen; whole numbers may be
+    counters. A model that keeps what it computed, a feature map say, is another one after each pass.
     """
     network = unwrapped(model)
     settings = [repr(network)]
     for name, module in network.named_modules(remove_duplicate=False):
         settings.append(f"{name} {_described(getattr(type(module), 'forward', None))}")
         for key, value in sorted(vars(module).items()):
-            told = isinstance(value, (bool, str, float)) or (callable(value) and not isinstance(value, nn.Module))
+            told = isinstance(value, (bool, str, float, tuple, list, dict, Tensor)) or callable(value)
+            if isinstance(value, nn.Module) or (isinstance(value, Tensor) and module._forward_pre_hooks):
+                told = False  # the weight that spectral_norm, say, has computed in an earlier pass, if in any
             if told and key not in _OF_EVERY_MODULE:
                 settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory
@@ -53,7 +57,8 @@ def model_hash(model: nn.Module) -> str:
 
 
 def _described(value: Any, depth: int = 0) -> str:
-    """Plain values as they are, functions by their byte code and what they hold, of anything else its type."""
+    """Plain values as they are, tensors by their content, functions by their byte code and what they hold, of anything
+    else its type."""
     if depth > _DEEPEST:  # a function that holds itself
         return "..."
     inner = functools.partial(_described, depth=depth + 1)
@@ -68,6 +73,8 @@ def _described(value: Any, depth: int = 0) -> str:
         return f"method {inner([value.__func__, value.__self__])}"
     if callable(value) and not isinstance(value, nn.Module):  # built in, a class, or an object that can be called
         return f"{value!r} {inner(getattr(value, '__dict__', None) if not isinstance(value, type) else None)}"
+    if isinstance(value, Tensor):
+        return content_hash(value)
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(inner, value))}]"
     if isinstance(value, dict):
@@ -85,13 +92,20 @@ def _held(cell: CellType) -> Any:
 
 
 def content_hash(*tensors: Tensor) -> str:
-    """SHA-256 over types, shapes and values."""
+    """SHA-256 over types, shapes and values; one without values, on the device meta, is never the same."""
     digest = hashlib.sha256()
     for tensor in tensors:
         gather = getattr(tensor, "full_tensor", None)
         if gather is not None:  # of `fully_shard`: all processes take part
             tensor = gather()
         digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        if tensor.is_meta:  # offloaded weights, say
+            digest.update(os.urandom(32))
+            continue
+        if is_traceable_wrapper_subclass(tensor):  # the quantised weights of other packages
+            names, described = tensor.__tensor_flatten__()
+            digest.update(f"{described} {content_hash(*(getattr(tensor, name) for name in names))}".encode())
+            continue
         if tensor.layout is torch.sparse_coo:  # its entries may stand in any order; memory may not hold them all
             entries = tensor.detach().coalesce()
             digest.update(content_hash(entries.indices(), entries.values()).encode())
@@ -162,7 +176,7 @@ class Records:
     def _path(self, attack: str, eps: float, key: Any) -> Path:
         assert self.folder is not None
         digest = hashlib.sha256(json.dumps([self.identity, key], sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', attack)}-{eps:g}-{digest[:20]}.npz"
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', attack)[:100]}-{eps:g}-{digest[:20]}.npz"
 
 
 def _read(path: Path) -> Tensor | None:

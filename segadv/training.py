@@ -158,13 +158,15 @@ class Trainer:
         validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config must be a TrainConfig(...), got a {type(config).__name__}")
         a_module(model)
         if hasattr(model, "_orig_mod"):  # the names in its checkpoints would be others
             raise TypeError("model must not be compiled: give what was compiled, and TrainConfig(compile=True)")
         for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
             if isinstance(given, DataLoader):
                 raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
-            if given is not None and not hasattr(given, "__len__"):
+            if not hasattr(given, "__len__") and (name == "dataset" or given is not None):
                 raise TypeError(f"{name} must have a length (__len__), got a {type(given).__name__}")
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
@@ -269,8 +271,11 @@ class Trainer:
         Raises:
             ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts;
                 float64 images that the model does not take.
+            TypeError: chosen is a mask, or holds what is no whole number.
         """
         size = self._part_size(len(images))
+        if any(getattr(entry, "dtype", type(entry)) in (bool, np.bool_, torch.bool) for entry in chosen):
+            raise TypeError("chosen must hold positions, got True or False; mask.nonzero().flatten() gives a mask's")
         chosen = [operator.index(position) for position in chosen]  # those of a tensor, too
         if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(images))):
             raise ValueError(f"chosen must hold different positions from 0 to {len(images) - 1}, got {chosen}")
@@ -583,8 +588,8 @@ class Trainer:
 
         Raises:
             OSError: it cannot be written.
-            FloatingPointError: a loss since the last line of metrics is not finite, or, after the last step, a trained
-                weight or a running statistic.
+            FloatingPointError: a loss since the last line of metrics, a trained weight or a running statistic is not
+                finite.
         """
         self._gather_window()
         self._check_finite()

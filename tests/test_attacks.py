@@ -420,6 +420,14 @@ def test_noise_given_is_the_random_start() -> None:
     for other in (noise[0], noise[:, :1], noise[..., :1]):
         with pytest.raises(ValueError, match=r"noise must be \[.*\] as the images, got \["):
             attack.outcomes(images, labels, [2], noise=other)
+    with pytest.raises(ValueError, match=r"noise must be of the images' dtype and device, .*, got torch\.int64 on cpu"):
+        attack.outcomes(images, labels, [2], noise=noise.long())
+    with pytest.raises(TypeError, match="noise must be a tensor, got a list"):
+        attack.outcomes(images, labels, [2], noise=noise.tolist())
+    attack.generator.manual_seed(3)
+    assert torch.equal(attack.outcomes(images, labels, np.array([2])), drawn)
+    with pytest.raises(TypeError, match="float"):
+        attack.outcomes(images, labels, [2.0])
     for steps in ([], [0], [3], [2, 1], [1, 1]):
         with pytest.raises(ValueError, match=r"steps must be increasing numbers out of 1 \.\.\. 2, got "):
             attack.outcomes(images, labels, steps)
@@ -751,6 +759,26 @@ def test_the_models_state_is_restored_when_it_raises(name: str, bn: str) -> None
     with pytest.raises(ArithmeticError, match="the model fails"):
         run(name, model, images, labels, bn=bn)
     assert_same(before, state(model))
+
+
+@every_attack
+def test_parameters_that_a_pass_replaces_require_gradients_as_before(name: str) -> None:
+    class Offloaded(Net):
+        """As Accelerate's hooks do it, which take a layer's weights from elsewhere for each pass."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            for module in self.modules():
+                for key, old in list(module._parameters.items()):
+                    module._parameters[key] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            return super().forward(images)
+
+    model, plain, (images, labels) = Offloaded(), Net(), sample()
+    plain.load_state_dict(model.state_dict())
+    model.bn.requires_grad_(False)
+    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    assert {*before.values()} == {False, True}
+    assert torch.equal(run(name, model, images, labels), run(name, plain, images, labels))
+    assert before == {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("bn", ["eval", "train"])
@@ -1101,6 +1129,7 @@ class SegmenterOutput:
     [
         (lambda z: {"out": z, "aux": None}, None),
         (lambda z: OrderedDict(logits=z), None),
+        (lambda z: {"out": None, "logits": z}, None),
         (lambda z: SegmenterOutput(None, z), None),
         (lambda z: SimpleNamespace(logits=z), None),
         (lambda z: (z, None), None),
@@ -1129,6 +1158,7 @@ def test_model_outputs(form: Callable[[Tensor], Any], output: Callable[[Any], Te
         ({"masks": 1}, None, r"model: it returned a dict with the keys \['masks'\].*output="),
         ((1, 2), None, r"model: it returned a tuple of \['int', 'int'\]"),
         ((), None, "model: it returned a tuple"),
+        ({"out": None, "logits": None}, None, r"model: it returned a dict with the keys \['out', 'logits'\]"),
         (None, None, "model: it returned a NoneType"),
         (
             torch.ones(1),
@@ -1256,8 +1286,8 @@ IMAGES, LABELS = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
         ({"eps": torch.ones(3)}, IMAGES, LABELS, ValueError, r"eps must be .* \[2\] on cpu, got float32 \[3\]"),
         ({"eps": torch.ones(2, device="meta")}, IMAGES, LABELS, ValueError, "eps must be .* on cpu, got .* on meta"),
         ({"eps": torch.ones(2, dtype=torch.int64)}, IMAGES, LABELS, ValueError, "eps must be .* floating.*, got int64"),
-        ({"output": lambda z: z[:1]}, IMAGES, LABELS, ValueError, "model: it returned float32 .1, 3"),
-        ({"output": lambda z: z.argmax(1)}, IMAGES, LABELS, ValueError, "model: it returned int64"),
+        ({"output": lambda z: z[:1]}, IMAGES, LABELS, ValueError, "output: it returned float32 .1, 3"),
+        ({"output": lambda z: z.argmax(1)}, IMAGES, LABELS, ValueError, "output: it returned int64"),
         ({"output": lambda z: z.detach()}, IMAGES, LABELS, ValueError, "no gradient passes"),
         (
             {"output": lambda z: torch.ones_like(z, requires_grad=True)},

@@ -24,6 +24,7 @@ import pytest
 import torch
 from test_attacks import StaticMemory
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from segadv import backend, evaluation, functional, records, results, writing
@@ -894,6 +895,16 @@ def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
     assert list((tmp_path / "disk" / "full").iterdir()) == []
 
 
+def test_attacks_of_long_names_are_recorded(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    attacks = {"mine" * 80: lambda network, eps: FGSM(network, eps=eps)}
+    first = evaluate(model, loader, attacks, [0.01], records=tmp_path)
+    model.forwards = 0
+    assert evaluate(model, loader, attacks, [0.01], records=tmp_path).rows == first.rows
+    assert model.forwards == 0
+
+
 def test_bad_labels_are_never_recorded(tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = functional.confusion_matrix
 
@@ -930,6 +941,36 @@ def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
     assert records.content_hash(torch.zeros(2)) != records.content_hash(torch.zeros(2, dtype=torch.int32))
 
 
+def test_content_of_other_kinds_of_tensors() -> None:
+    twice = [records.content_hash(TwoTensor(torch.zeros(2), torch.tensor([1.0, last]))) for last in (2, 2, 3)]
+    assert twice[0] == twice[1] != twice[2]
+    offloaded = torch.zeros(2, device="meta")
+    assert records.content_hash(offloaded) != records.content_hash(offloaded), "nobody knows its values"
+
+
+def test_offloaded_weights_are_evaluated_and_their_records_never_taken(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    class Offloaded(nn.Module):
+        """As Accelerate's hooks do it: weights are here for the time of a pass only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.weight = copy.deepcopy(model), model.conv.weight.detach().clone()
+            self.model.conv.weight = nn.Parameter(self.weight.to("meta"))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.func.functional_call(self.model, {"conv.weight": self.weight}, (images,))
+
+    offloaded, found = Offloaded(), []
+    expected = evaluate(model, loader, **ARGUMENTS).rows
+    for _ in range(2):
+        offloaded.model.forwards = 0
+        assert evaluate(offloaded, loader, **ARGUMENTS, records=tmp_path).rows == expected
+        found.append(offloaded.model.forwards)
+    assert found[0] == found[1] > 0
+
+
 class Scaled(nn.Module):
     """Prints neither its scale nor its code."""
 
@@ -957,16 +998,19 @@ def test_model_hash_sees_which_module_stands_there_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "_scale"])
+@pytest.mark.parametrize("kept", [float, torch.tensor, lambda scale: (1, [scale]), lambda scale: {"by": scale}])
 def test_records_of_a_model_with_another_attribute_are_never_taken(
-    name: str, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+    name: str, kept: Callable[[float], Any], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
     class Turning(nn.Sequential):
         def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images) * vars(self)[name]
+            scale = vars(self)[name]
+            scale = scale["by"] if isinstance(scale, dict) else scale[1][0] if isinstance(scale, tuple) else scale
+            return super().forward(images) * scale
 
     turning, found = Turning(model), []
     for scale in (1.0, -1.0):
-        setattr(turning, name, scale)
+        setattr(turning, name, kept(scale))
         found.append(evaluate(turning, loader, ["fgsm"], [0.0], records=tmp_path).rows)
         assert found[-1] == evaluate(turning, loader, ["fgsm"], [0.0]).rows
     assert found[0] != found[1]
@@ -989,6 +1033,10 @@ def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
     model(torch.rand(1, 3, 4, 4, requires_grad=True))
     with model[1].register_full_backward_hook(lambda *_: None):
         assert records.model_hash(model) == first
+    normed = nn.utils.spectral_norm(nn.Conv2d(3, 2, 1))
+    first = records.model_hash(normed.eval())
+    normed(torch.rand(1, 3, 4, 4))
+    assert records.model_hash(normed) == first
 
 
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,8 @@ def test_wrap_normalises() -> None:
     assert torch.equal(models.wrap(model, mean=MEAN)(images), model(images - mean))
     assert torch.equal(models.wrap(model, std=STD)(images), model(images / std))
     assert torch.equal(models.wrap(model, mean=[0.5], std=[0.5])(images), model((images - 0.5) / 0.5))
+    with warnings.catch_warnings(action="error"):
+        assert torch.equal(models.wrap(model, mean=torch.tensor(MEAN), std=np.array(STD))(images), wrapped(images))
     assert not wrapped.training
     assert models.wrap(model.train()).training
     double = models.wrap(model.eval().double(), mean=MEAN, std=STD)
@@ -199,6 +202,8 @@ def test_wrap_names_what_is_wrong() -> None:
         models.wrap(model, mean=[])
     with pytest.raises(TypeError, match=r"std must be a sequence, one number per channel, got 0\.2; \[0\.2\] fits all"):
         models.wrap(model, mean=[0.5], std=0.2)
+    with pytest.raises(TypeError, match=r"mean must be a sequence, one number per channel, got 0\.5; \[0\.5\]"):
+        models.wrap(model, mean=np.float32(0.5))
     for std in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="std must be positive and finite"):
             models.wrap(model, std=[1.0, std, 1.0])

@@ -388,6 +388,14 @@ def test_positions_that_are_none_are_refused(chosen: list[int]) -> None:
     assert trainer.steps_done == 0
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_a_mask_is_no_list_of_positions(kind: Callable[[list[bool]], Any]) -> None:
+    trainer = Trainer(config(arm="fgsm"), tiny_model(), Squares())
+    with pytest.raises(TypeError, match=r"chosen must hold positions, got True or False; mask\.nonzero\(\)\.flatten"):
+        trainer.step(torch.rand(2, 3, 16, 24), torch.zeros(2, 16, 24, dtype=torch.int64), kind([True, False]))
+    assert trainer.steps_done == 0
+
+
 # --- one step -----------------------------------------------------------------------------------------------
 
 
@@ -1635,9 +1643,12 @@ def test_trainer_names_what_is_wrong() -> None:
         (torch.compile(tiny_model(), backend="eager"), Squares(), "model must not be compiled: give what was compiled"),
         (tiny_model(), DataLoader(Squares(), 4), "dataset must be a Dataset of single samples, got a DataLoader"),
         (tiny_model(), iter(Squares()), r"dataset must have a length \(__len__\), got a "),
+        (tiny_model(), None, r"dataset must have a length \(__len__\), got a NoneType"),
     ):
         with pytest.raises(TypeError, match=message):
             Trainer(config(), model, data)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"config must be a TrainConfig\(\.\.\.\), got a dict"):
+        Trainer({"arm": "fgsm"}, tiny_model(), Squares())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"validation_dataset must have a length \(__len__\), got a "):
         Trainer(config(), tiny_model(), Squares(), validation_dataset=iter(Squares()))  # type: ignore[arg-type]
     if not torch.cuda.is_available():

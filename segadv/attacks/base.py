@@ -152,7 +152,7 @@ def model_logits(output: Any, extract: Callable[[Any], Tensor] | None = None) ->
     if extract is not None:
         logits = extract(output)
     elif isinstance(output, Mapping):
-        logits = output.get("out", output.get("logits"))
+        logits = output.get("logits") if output.get("out") is None else output["out"]
     elif not isinstance(output, Tensor):
         if hasattr(output, "logits"):
             logits = output.logits
@@ -208,7 +208,7 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
     training: dict[nn.Module, bool] = {}
     registered: dict[nn.Module, dict[str, Tensor | None]] = {}
     computed: dict[nn.Module, dict[str, Tensor]] = {}
-    required: list[tuple[Tensor, bool]] = []
+    required: list[tuple[nn.Module, str, Tensor, bool]] = []
     fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, there is no model of its
     is_sharded = False
     for name, module in network.named_modules():  # once: named_parameters and named_buffers would walk again
@@ -240,10 +240,10 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
                     "torch.inference_mode, so that no gradient passes through it; build or load the model outside of "
                     "that"
                 )
-        for parameter in module._parameters.values():
+        for own, parameter in module._parameters.items():
             # one that the caller computed, for functional_call say, is no leaf and stays as it is
             if parameter is not None and parameter.is_leaf:
-                required.append((parameter, parameter.requires_grad))
+                required.append((module, own, parameter, parameter.requires_grad))
     own_statistics = [module for module in training if bn == "train" and _uses_batch(module)]
     for module in own_statistics:
         if isinstance(module, torch.jit.ScriptModule):
@@ -263,8 +263,9 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
         _set_training(dict.fromkeys(training, False))
         if is_sharded:
             required.clear()
-        stack.callback(_require_grad, required)
-        _require_grad([(parameter, False) for parameter, _ in required])
+        stack.callback(_restore_required, required)
+        for *_, parameter, _ in required:
+            _require_grad(parameter, False)
         # parametrize.cached() of the caller's: weights computed here have no graph, and must not stay there
         stack.callback(setattr, parametrize, "_cache", parametrize._cache)
         parametrize._cache = {}
@@ -354,10 +355,17 @@ def _set_training(flags: Mapping[nn.Module, bool]) -> None:
             (object.__setattr__ if own else setattr)(module, "training", flag)
 
 
-def _require_grad(required: Iterable[tuple[Tensor, bool]]) -> None:
-    for parameter, flag in required:
-        if parameter.requires_grad != flag:
-            parameter.requires_grad_(flag)
+def _require_grad(parameter: Tensor, flag: bool) -> None:
+    if parameter.requires_grad != flag:
+        parameter.requires_grad_(flag)
+
+
+def _restore_required(required: Iterable[tuple[nn.Module, str, Tensor, bool]]) -> None:
+    """The flags of the parameters, and of those that the model put into their places, as offloading does."""
+    for module, name, parameter, flag in required:
+        _require_grad(parameter, flag)
+        if name in module._parameters and (now := module._parameters[name]) is not None and now.is_leaf:
+            _require_grad(now, flag)
 
 
 def _uses_batch(module: nn.Module) -> bool:
@@ -525,9 +533,10 @@ class Attack(ABC):
         """The model's forward pass, in the caller's autocast state."""
         logits = logits_of(self.model, images, self.output)
         if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[0] != images.shape[0]:
+            gave, dtype = "model" if self.output is None else "output", str(logits.dtype).removeprefix("torch.")
             raise ValueError(
-                f"model: it returned {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)} for "
-                f"images {list(images.shape)}; floating point logits [N, C, h, w] or [N, C] are needed"
+                f"{gave}: it returned {dtype} {list(logits.shape)} for images {list(images.shape)}; floating point "
+                "logits [N, C, h, w] or [N, C] are needed"
             )
         return logits
 

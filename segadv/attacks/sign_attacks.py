@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -251,9 +252,15 @@ class BIM(_SignAttack):
 
         Returns:
             confusion matrices, int64 [len(steps), N, C, C], row = label, column = prediction.
+
+        Raises, besides what the call raises:
+            ValueError: steps that do not increase, or are not in 1 ... self.steps; noise where there is no one random
+                start, or not like the images.
+            TypeError: a step that is no whole number; noise that is no tensor.
         """
-        if not steps or list(steps) != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
-            raise ValueError(f"steps must be increasing numbers out of 1 ... {self.steps}, got {list(steps)}")
+        steps = [operator.index(step) for step in steps]
+        if not steps or steps != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
+            raise ValueError(f"steps must be increasing numbers out of 1 ... {self.steps}, got {steps}")
         with self._isolated(images, labels) as (own_images, own_labels):
             _, _, judged = self._run(own_images, own_labels, judge=steps, noise=noise)
         return torch.stack([candidate.confusion for candidate in judged])
@@ -346,8 +353,15 @@ class PGD(BIM):
     ) -> tuple[Tensor, Tensor, list[_Candidate]]:
         if noise is not None and (self.restarts > 1 or not self.random_start):
             raise ValueError("noise must be None unless random_start=True and restarts=1")
-        if noise is not None and noise.shape != images.shape:
-            raise ValueError(f"noise must be {list(images.shape)} as the images, got {list(noise.shape)}")
+        if noise is not None:
+            functional._check_tensor("noise", noise)
+            if noise.shape != images.shape:
+                raise ValueError(f"noise must be {list(images.shape)} as the images, got {list(noise.shape)}")
+            if (noise.dtype, noise.device) != (images.dtype, images.device):
+                raise ValueError(
+                    f"noise must be of the images' dtype and device, {images.dtype} on {images.device}, got "
+                    f"{noise.dtype} on {noise.device}"
+                )
         if self.restarts == 1:
             return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})
