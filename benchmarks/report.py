@@ -573,7 +573,7 @@ def headline(results: Path) -> str:
     """The fused operations, and Fast Newton with segadv against conventional basic training, where the loss is a
     visible part of a step."""
     cases = {case.partition(",")[0]: records for case, records in _by_case(results / "overhead-cpu.csv").items()}
-    told, huge, scattered, over_fused = [], [], [], []
+    told, over_fused = [], []
     for name, title in (("small", "a small PSPNet"), ("segformer-b0", "SegFormer-B0 with 150 classes")):
         found = one(cases.get(name, []), **_NEWTON_OVER_CONVENTIONAL)
         ends = sorted(round(abs(end)) for end in (found.low, found.high))
@@ -581,11 +581,6 @@ def headline(results: Path) -> str:
             raise ReportError(f"{name}: whether it takes more or less time is not known: {with_interval(found)} %")
         direction = "less" if found.p50 < 0 else "more"
         told.append(f"{abs(found.p50):.0f} % {direction} time on {title} ({ends[0]} to {ends[1]} %)")
-        on_huge = _on_huge_pages(results, found.case)
-        basic = one(on_huge, operation="training step", provider=overhead.CONVENTIONAL, mode="basic")
-        over = one(on_huge, **_NEWTON_OVER_CONVENTIONAL)
-        huge.append(f"{with_interval(over)} % on {title} (that step: {basic.p20:.0f} to {basic.p80:.0f} ms)")
-        scattered.append(basic)
         own = one(cases[name], operation="overhead", provider=overhead.OURS, mode=_NEWTON_OVER_CONVENTIONAL["mode"])
         over_fused.append(f"{own.p50:.0f} %")
     large = one(cases.get("pspnet50", []), **_NEWTON_OVER_CONVENTIONAL)
@@ -608,9 +603,9 @@ def headline(results: Path) -> str:
         f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
         f"{large.p50:.0f} % more than in conventional code.",
         "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
-        f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast, "
-        "but a conventional basic step then varies so much, from p20 to p80, that Fast Newton's median over its says "
-        f"little: {', '.join(huge)}; {named(record.commit for record in scattered)}.",
+        f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast; "
+        "conventional training steps then vary too much for such a comparison "
+        "([figures](benchmarks/README.md#a-training-step)).",
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
@@ -626,11 +621,6 @@ _NEWTON_OVER_CONVENTIONAL = {
     "provider": overhead.OURS,
     "mode": "fast-newton, p = 0.5",
 }
-
-
-def _on_huge_pages(results: Path, case: str) -> list[Record]:
-    records = records_in(results / "overhead-cpu.csv")
-    return [record for record in records if (record.case, record.threads, record.thp) == (case, THREADS, 1)]
 
 
 def overhead_details(results: Path) -> str:
