@@ -297,6 +297,10 @@ def test_a_missing_file_is_named_and_its_partner(layer: str, what: str, copy: Pa
     [partner] = copy.glob(f"*/train/*/{re.split('_gtFine|_leftImg8bit', victim.name)[0]}_*")
     with pytest.raises(FileNotFoundError, match=f"{what} {partner} has no .*{victim.name}"):
         Cityscapes(copy, "train")
+    for path in copy.glob("gtFine/train/*/*.png"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"\n\.\.\. and [12] more like these$"):
+        Cityscapes(copy, "train")
 
 
 def test_size_mismatch_names_both_files_and_sizes(tmp_path: Path) -> None:

@@ -279,9 +279,15 @@ def test_the_networks_are_attacked_on_the_validation_scenes(tmp_path: Path, monk
     }
 
 
-def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is drawn instead of being written."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_the_picture_shows_mean_and_range(tmp_path: Path, figures: list[Any]) -> None:
     plots.plot_robustness(curves(MIOU, 0.02), tmp_path / "x.png")
     plots.plot_robustness([row for row in curves(MIOU, 0.02) if row["seed"] == 1], tmp_path / "x.png")
     several, single = figures
@@ -296,14 +302,117 @@ def test_the_picture_shows_mean_and_range(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(not panel.collections for panel in single.axes)
 
 
-def test_ticks_of_the_picture_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+def test_ticks_of_the_picture_do_not_overlap(tmp_path: Path, figures: list[Any]) -> None:
     rows = [{"attack": "fgsm", "eps": eps, "miou": 0.5} for eps in (0.0, 0.01, 0.03, 8 / 255)]
     plots.plot_robustness(rows, tmp_path / "x.png")
     plots.plot_robustness(rows[1:2], tmp_path / "x.png")
     labels = [[text.get_text() for text in figure.axes[0].get_xticklabels()] for figure in figures]
     assert labels == [["0", "0.01", "0.03"], ["0.01"]]
+
+
+def test_every_curve_is_the_mean_of_its_own_rows(tmp_path: Path, figures: list[Any]) -> None:
+    """In whatever order they come, and where an arm was not put under an attack."""
+    rows = [
+        {"arm": arm, "attack": attack, "eps": eps, "miou": miou - eps}
+        for arm, attack in (("a", "x"), ("a", "y"), ("b", "y"), ("a", "z"), ("a", "w"))
+        for eps, values in ((0.03, (0.1, 0.2, 0.6)), (0.0, (0.7,)))
+        for miou in values
+    ]
+    plots.plot_robustness(rows, tmp_path / "x.png")
+    (figure,) = figures
+    assert [panel.get_title() for panel in figure.axes] == [f"attack: {name}" for name in "xyzw"]
+    assert [len(panel.lines) for panel in figure.axes] == [1, 2, 1, 1]
+    for panel in figure.axes:
+        assert (panel.get_ylim()[0], panel.get_ylim()[1] > 0.75) == (0, True)
+        for line in panel.lines:
+            assert line.get_xdata().tolist() == [0.0, 0.03]
+            assert line.get_ydata() == pytest.approx([0.7, 0.27])
+
+
+def test_steps_are_those_of_one_eps_in_their_order(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [
+        {"arm": arm, "attack": attack, "eps": eps, "steps": steps, "miou": 1 / steps + eps}
+        for arm, attack, counts in (("a", "pgd", (40, 5, 10)), ("b", "pgd", (10,)), ("a", "fgsm", (1,)))
+        for eps in (0.01, 0.03)
+        for steps in counts
+    ]
+    plots.plot_steps(rows, tmp_path / "x.png", eps=0.03)
+    ((panel,),) = (figure.axes for figure in figures)
+    assert panel.get_title() == "attack: PGD, eps 0.03"
+    assert (panel.get_xscale(), panel.get_ylim()[0]) == ("log", 0)
+    drawn = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in panel.lines]
+    assert drawn == [[(steps, 1 / steps + 0.03) for steps in counts] for counts in ((5, 10, 40), (10,))]
+    with pytest.raises(ValueError, match=r"no attack was judged after several numbers of steps at 0\.02"):
+        plots.plot_steps(rows, tmp_path / "x.png", eps=0.02)
+
+
+def test_cells_of_the_classes(tmp_path: Path, figures: list[Any]) -> None:
+    """Columns that are empty everywhere are left out, and colours stand for the same in all tables."""
+    tables = {
+        "clean": {"a": [0.9, None, None], "b": [0.2, None, 0.61]},
+        "attacked": {"a": [0.1, None, 0.0], "b": [0.3, None, 0.3]},
+    }
+    plots.plot_per_class(tables, tmp_path / "x.png", class_names=["road", "sky", "car"])
+    panels = figures[0].axes
+    assert [text.get_text() for text in panels[-1].get_xticklabels()] == ["road", "car"]
+    for panel, (title, table) in zip(panels, tables.items(), strict=True):
+        assert (panel.get_title(), panel.images[0].get_clim()) == (title, (0, 1))
+        assert [text.get_text() for text in panel.get_yticklabels()] == list(table)
+        told = {(*text.get_position(), text.get_text(), text.get_color()) for text in panel.texts}
+        assert told == {
+            (x, y, f"{row[i]:.2f}", "k" if row[i] > 0.6 else "w")
+            for y, row in enumerate(table.values())
+            for x, i in enumerate((0, 2))
+            if row[i] is not None
+        }
+
+
+def test_bars_and_whiskers_of_the_overhead(tmp_path: Path, figures: list[Any]) -> None:
+    """A spread as large as a disturbed machine's does not make the rest small."""
+    times = {"basic": (90, 100, 110), "fgsm": (120, 130, 150), "bim-3": (170, 200, 2000)}
+    rows = [
+        {"arm": arm, "step_ms_p20": low, "step_ms_p50": mid, "step_ms_p80": high, "overhead_percent": mid - 100.0}
+        for arm, (low, mid, high) in times.items()
+    ]
+    references = {"one": {"fgsm": 12.0}, "two": {"fgsm": 33.0, "bim-3": 110.0}, "three": {"bim-3": 5.0}}
+    plots.plot_overhead(rows, tmp_path / "x.png", references=references)
+    ((panel,),) = (figure.axes for figure in figures)
+    assert [bar.get_height() for bar in panel.patches] == [30, 100]
+    whiskers = [entry.lines[2][0].get_segments()[0][:, 1] for entry in panel.containers if hasattr(entry, "has_yerr")]
+    assert [ends.tolist() for ends in whiskers] == [pytest.approx([20, 50]), pytest.approx([70, 1900])]
+    assert panel.get_ylim()[1] == pytest.approx(1.08 * 1.4 * 110)
+    assert [text.xy[1] for text in panel.texts] == pytest.approx([50, 1.4 * 110])
+    markers = [entry for entry in panel.collections if entry.get_label() in references]
+    assert [[value for _, value in entry.get_offsets()] for entry in markers] == [[12], [33, 110], [5]]
+    places = [x for entry in markers for x, _ in entry.get_offsets()]
+    assert len(set(places)) == len(places)
+    assert [entry.get_facecolor().tolist() == entry.get_edgecolor().tolist() for entry in markers] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_pictures_of_an_attack_stand_under_their_titles(tmp_path: Path, figures: list[Any]) -> None:
+    names = ("label", "prediction", "adversarial_prediction")
+    maps = {name: torch.full((2, 3), i, dtype=torch.uint8) for i, name in enumerate(names)}
+    maps["prediction"][0, 0] = 255
+    image, adversarial = torch.full((3, 2, 3), 0.5), torch.full((3, 2, 3), 0.52)
+    image[0, 0, 0], adversarial[0, 0, 0], adversarial[1, 0, 0] = -0.1, 1.1, 0.47
+    colors = ((9, 0, 0), (0, 9, 0), (0, 0, 9), (1, 1, 1))
+    example = {"arm": "basic", "image": image, "adversarial": adversarial, **maps}
+    for given in (example, example | {"prediction": maps["label"]}):
+        plots.plot_qualitative([given], tmp_path / "x.png", attack="fgsm", eps=0.02, class_names="abcd", colors=colors)
+    panels = {panel.get_title(): panel.images[0].get_array() for panel in figures[0].axes}
+    assert list(panels) == ["image", "label", "prediction", "FGSM, eps 0.02", "its prediction", "perturbation x10"]
+    for title, color in (("label", colors[0]), ("prediction", colors[1]), ("its prediction", colors[2])):
+        assert panels[title][1, 1].tolist() == list(color)
+    assert panels["prediction"][0, 0].tolist() == [255, 255, 255]
+    assert panels["image"][0, 0].tolist() == [0, 0.5, 0.5]
+    assert panels["FGSM, eps 0.02"][0, 0].tolist() == pytest.approx([1, 0.47, 0.52])
+    assert panels["perturbation x10"][0, 0].tolist() == pytest.approx([1, 0.2, 0.7])
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
+    assert legends == [["a", "b", "c", "not labelled"], ["a", "c"]]
 
 
 ODD = [

@@ -310,3 +310,25 @@ def test_training_picture(tmp_path: Path) -> None:
         plots.plot_training(drawn, tmp_path / f"{name}.png", title=name)
         with image_module.open(tmp_path / f"{name}.png") as image:
             assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_every_figure_of_a_training_is_drawn_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    names = (
+        "gradient_cosine", "fgsm_accuracy", "pgd_accuracy", "newton_eps_median", "newton_share_negative_gain",
+        "newton_eps_p10", "newton_eps_p90",
+    )  # fmt: skip
+    probes = [{"step": step, "loss": 9.0} | {name: step + i for i, name in enumerate(names)} for step in (-0.5, -0.4)]
+    plots.plot_training([*probes, {"step": 0, "loss": 8.0}], tmp_path / "x.png")
+    plots.plot_training([{"step": 3, "loss": 1.0}], tmp_path / "x.png")
+    loss, accuracy, cosine, newton, share = figures[0].axes
+    assert loss.lines[0].get_xydata().tolist() == [[-0.5, 9], [-0.4, 9], [0, 8]]
+    assert (loss.get_ylim()[0], cosine.get_ylim()[0], loss.lines[0].get_marker()) == (0, -0.5, "")
+    drawn = [[line.get_ydata()[0] for line in panel.lines] for panel in (accuracy, cosine, newton, share)]
+    assert drawn == [[0.5, 1.5], [-0.5], [2.5, 0], [3.5]]
+    assert [line.get_label() for line in accuracy.lines] == ["FGSM", "PGD-10"]
+    (band,) = newton.collections
+    assert band.get_paths()[0].get_extents().extents[[1, 3]].tolist() == [4.5, 5.6]
+    (alone,) = figures[1].axes
+    assert alone.lines[0].get_marker() == "o"

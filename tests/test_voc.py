@@ -424,6 +424,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str, str]] = {
     "truncated .mat": (MAT, lambda old: old[: len(old) // 2], "unreadable", r"mask of SBD.*restore"),
     "empty .mat": (MAT, lambda old: b"", "unreadable", r"mask of SBD.*restore"),
     "numbers that are no bytes": (MAT, lambda old: mat(np.zeros((4, 4), np.int16)), "unreadable", r"is int16 of shape"),
+    "colours in a .mat": (MAT, lambda old: mat(np.zeros((4, 4, 3), np.uint8)), "unreadable", r"uint8 of shape \(4, 4"),
     "random .mat": (MAT, lambda old: random.Random(1).randbytes(400), "unreadable", r"mask of SBD.*restore"),
 }  # fmt: skip
 
@@ -480,11 +481,13 @@ def test_missing_files_are_named(root: Path, relative: str, message: str) -> Non
     assert found.pairs == len(TRAIN_AUG) - 1
 
 
-def test_a_file_that_goes_away_later_is_named(voc: Path) -> None:
-    dataset = VOC(voc, "train")
-    Path(dataset.label_paths[0]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"SegmentationClass.2007_000032.png does not exist"):
-        dataset[0]
+def test_a_file_that_goes_away_later_is_named(root: Path) -> None:
+    for dataset in (VOC(root, "train"), TrainAug(root, "train")):
+        index = [path.endswith(".mat") for path in dataset.label_paths].index(type(dataset) is TrainAug)
+        path = Path(dataset.label_paths[index])
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{path.name} does not exist"):
+            dataset[index]
 
 
 @pytest.mark.parametrize(
@@ -612,11 +615,17 @@ def test_messages_count_what_they_leave_out(tmp_path: Path) -> None:
     assert found_in(tmp_path) == f"{tmp_path} contains: a, b, c, d, e, f, g, h"
     (tmp_path / "i").touch()
     assert found_in(tmp_path) == f"{tmp_path} contains: a, b, c, d, e, f, g, h, ... (9 in all)"
+    assert found_in(tmp_path / "a") == f"{tmp_path / 'a'} is no folder"
+    assert found_in(tmp_path / "j") == f"{tmp_path / 'j'} does not exist"
 
 
 @pytest.mark.parametrize("kind", [VOC, TrainAug])
 def test_a_missing_image_is_told_once(kind: type[VOC], root: Path) -> None:
     (root / f"VOCdevkit/VOC2012/JPEGImages/{VAL[0]}.jpg").unlink()
+    lists = root / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    for path in (lists / "train.txt", lists / "val.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (lists / "trainval.txt").write_bytes(b"not UTF-8: \xe4")
     (problem,) = (told for found in check_files(kind, root, progress=False) for told in found.problems)
     assert problem[0] == "missing"
     assert VAL[0] in problem[1]
@@ -640,6 +649,7 @@ def test_check_of_cityscapes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert out.endswith("no problems\ntrain has 3 pairs; 2975 are published\nval has 2 pairs; 500 are published\n")
     images, labels = (sorted(tmp_path.glob(f"{layer}/train/*/*.png")) for layer in ("leftImg8bit", "gtFine"))
     (images[0].parent / f"._{images[0].name}").touch()  # macOS leaves such files
+    (images[0].parents[1] / ".DS_Store").touch()
     labels[0].unlink()
     images[1].unlink()
     ids = np.array(Image.open(labels[2]))

@@ -126,5 +126,5 @@ class Cityscapes(SegmentationFiles):
 
 
 def _by_city(folder: Path, ending: str) -> set[tuple[str, str]]:
-    cities = sorted(city for city in folder.iterdir() if city.is_dir()) if folder.is_dir() else []
+    cities = folder.iterdir() if folder.is_dir() else []
     return {(city.name, name) for city in cities for name in names_in(city, ending)}

@@ -185,7 +185,7 @@ def load_image(path: str, modes: Collection[str], remedy: str, *, of_indices: bo
         of_indices: refuse grey of few bits, which Pillow multiplies.
     """
     with opened(path) as image:
-        stored = [str(tile[3]) for tile in getattr(image, "tile", ())] if of_indices and image.mode == "L" else []
+        stored = [str(tile[3]) for tile in getattr(image, "tile", ())] if of_indices else []
         few_bits = any(kind in name for name in stored for kind in ("L;2", "L;4"))
         image.load()
     if few_bits:
