@@ -279,6 +279,20 @@ def test_the_networks_are_attacked_on_the_validation_scenes(tmp_path: Path, monk
     }
 
 
+def test_a_picture_is_drawn_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    def half(self: Figure, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    (tmp_path / "x.png").write_bytes(b"before")
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="no space left"):
+        plots.plot_robustness([{"attack": "fgsm", "eps": 0.0, "miou": 0.5}], tmp_path / "x.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is drawn instead of being written."""

@@ -603,6 +603,9 @@ def test_the_tables_of_a_check_show_shares_and_extremes() -> None:
     for row in ("0 background 70.000% 3", "15 person 20.000% 2", "1 aeroplane 0.000% 0", "255 void 10.000% 1"):
         assert row.split() in rows
     assert lines[-2:] == ["no problems", "train has 1465 pairs; 1464 are published"]
+    lines = format_checks(VOC, [SplitCheck("mine", pairs=3)]).splitlines()
+    assert lines[1].split() == ["mine", "3", "-", "-", *"00000"]
+    assert (lines[-3].split(), *lines[-2:]) == (["255", "void", "-", "0"], "", "no problems")
 
 
 def test_messages_count_what_they_leave_out(tmp_path: Path) -> None:
