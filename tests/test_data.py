@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from segadv.data import (
     EpochSampler,
     generate_streets,
 )
-from segadv.data.streets import _halved
+from segadv.data.streets import _halved, _Scene
 
 SIZE = (96, 192)
 TRAIN, VAL = 7, 4
@@ -101,6 +102,32 @@ def test_label_ids_and_unlabelled_border(streets: Path) -> None:
         assert (ids > 4).mean() > 0.7
     assert seen <= set(TRAIN_IDS)
     assert seen >= {7, 8, 11, 17, 20, 21, 23, 24, 26}
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ("polygon", ([(-3.0, 0.0, 9.0), (3.0, 0.0, 9.0), (1.0, 4.0, 15.0)],)),
+        ("side", (3.0, (0.0, 4.0), (5.0, 20.0))),
+        ("front", ((-3.0, 3.0), (0.5, 2.0), 9.0)),
+        ("ellipse", ((1.0, 1.0, 9.0), (3.0, 1.0))),
+    ],
+)
+def test_what_is_drawn_is_labelled(shape: str, arguments: tuple[Any, ...]) -> None:
+    scene = _Scene(np.random.default_rng(0), 64, 96)
+    getattr(scene, shape)(*arguments, (0.5, 0.6, 0.7), 26)
+    drawn = np.asarray(scene.color).any(axis=2)
+    assert np.array_equal(np.asarray(scene.label) == 26, drawn)
+    assert 100 < drawn.sum() < drawn.size / 2
+
+
+def test_what_is_near_hides_what_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lay_out_sides", "lay_out_pavement", "lay_out_vehicles", "draw_background"):
+        monkeypatch.setattr(_Scene, name, lambda self: None)
+    scene = _Scene(np.random.default_rng(0), 64, 96)
+    for z, label in ((9.0, 24), (5.0, 26), (20.0, 11)):
+        scene.add(z, scene.front, (-90.0, 90.0), (-90.0, 90.0), z, (0.5, 0.6, 0.7), label)
+    assert np.unique(np.asarray(scene.render()[1])).tolist() == [1, 3, 26]  # bonnet, border, the nearest
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -186,21 +213,35 @@ def test_other_arguments_overwrite_nothing(copy: Path, change: dict[str, object]
     assert contents(copy) == before
 
 
+def test_a_manifest_of_something_else_is_left_alone(copy: Path) -> None:
+    (copy / "streets.json").write_text("{")
+    before = contents(copy)
+    with pytest.raises(FileExistsError, match=r"streets\.json exists and was not written by this generator"):
+        generate_streets(copy, train=TRAIN, val=VAL, size=SIZE, seed=3)
+    assert contents(copy) == before
+
+
 def test_other_data_sets_are_left_alone(tmp_path: Path) -> None:
     write_pair(tmp_path, Image.new("RGB", (8, 4)), Image.new("L", (8, 4)))
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match="ulm_000000_000019"):
         generate_streets(tmp_path, train=1, val=1, size=SIZE)
     assert contents(tmp_path) == before
+    shutil.rmtree(tmp_path / "leftImg8bit")
+    with pytest.raises(FileExistsError, match="ulm_000000_000019_gtFine"):
+        generate_streets(tmp_path, train=1, val=1, size=SIZE)
     # a file of somebody else's that bears one of our names
     name = "arbeiterstadt_000000_000019"
-    shutil.rmtree(tmp_path / "leftImg8bit")
     shutil.rmtree(tmp_path / "gtFine")
     write_pair(tmp_path, Image.new("RGB", SIZE[::-1]), Image.new("L", SIZE[::-1]), name)
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=name):
         generate_streets(tmp_path, train=1, val=1, size=SIZE)
     assert contents(tmp_path) == before
+    next(tmp_path.glob("gtFine/train/*/*.png")).write_bytes(b"no picture")
+    next(tmp_path.glob("leftImg8bit/train/*/*.png")).unlink()
+    with pytest.raises(FileExistsError, match=f"{name}.* is not the scene asked for"):
+        generate_streets(tmp_path, train=1, val=1, size=SIZE)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +250,8 @@ def test_other_data_sets_are_left_alone(tmp_path: Path) -> None:
         ({"train": -1}, "train must be a whole number of at least 0, got -1"),
         ({"val": -2}, "val must be a whole number of at least 0, got -2"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"size": (32, 320)}, r"size must be .* got \(32, 320\)"),
+        ({"size": (63, 320)}, r"size must be .* got \(63, 320\)"),
+        ({"size": (320, 63)}, r"size must be .* got \(320, 63\)"),
     ],
 )
 def test_generator_arguments(tmp_path: Path, arguments: dict[str, object], message: str) -> None:

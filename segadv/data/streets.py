@@ -765,7 +765,7 @@ def _is_ours(path: Path, origin: str) -> bool:
     try:
         with Image.open(path) as image:
             return image.info.get("Comment") == origin
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, ValueError):
         return False
 
 
