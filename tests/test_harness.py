@@ -258,6 +258,15 @@ def test_a_peak_is_that_of_the_call_alone() -> None:
     assert second < 30e6
 
 
+def test_resident_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.Path, "read_text", lambda self: "VmPeak:\t  9000 kB\nVmHWM:\t   300 kB\n")
+    assert measure._resident("VmHWM") == 300 * 1024
+
+
+def test_names_of_devices_in_those_of_files() -> None:
+    assert measure.slug("NVIDIA H100 (80 GB)") == "nvidia-h100-80-gb"
+
+
 def test_a_time_on_a_gpu_is_that_between_events_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
