@@ -124,11 +124,17 @@ def test_a_name_that_is_not_written_down_is_any(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.strip()) == (0, b"f\xe4ld: 1 training and 0 validation images")
 
 
-def test_what_the_terminal_has_no_letters_for_is_printed_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", b"\\u65e5\xe4\\xb1"), ("ascii:replace", b"???")], ids=["ascii", "replace"]
+)
+def test_what_the_terminal_has_no_letters_for_is_printed_all_the_same(
+    encoding: str, printed: bytes, tmp_path: Path
+) -> None:
+    """As bytes and numbers, unless the user chose otherwise."""
     command = [sys.executable, "-m", "segadv", "data", "generate-streets", "日\udce4±", "--train", "1", "--val", "0"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
-    assert (result.returncode, result.stdout.strip()) == (0, b"\\u65e5\xe4\\xb1: 1 training and 0 validation images")
+    assert (result.returncode, result.stdout.strip()) == (0, printed + b": 1 training and 0 validation images")
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])
