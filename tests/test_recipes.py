@@ -128,8 +128,10 @@ def test_a_reproduction_takes_its_evaluation_from_a_file(
     monkeypatch.chdir(tmp_path)
     Path("e.yaml").write_text("images: 1\n")
     command = f"reproduce cityscapes --quick --device cpu --monitor-every 0 --data {streets} --arms basic --evaluation"
-    assert run(f"{command} e.yaml --out first") == 0
-    assert yaml.safe_load(Path("first/config.yaml").read_text())["evaluation"]["images"] == 1
+    assert cli.main([*command.split(), "e.yaml", "--out", "first one"]) == 0
+    assert yaml.safe_load(Path("first one/config.yaml").read_text())["evaluation"]["images"] == 1
+    told = "\nsegadv reproduce cityscapes --config 'first one/config.yaml' --out 'first one'\n"
+    assert told in Path("first one/report.md").read_text()
     Path("e.yaml").write_text("nope: 1\n")
     message = failure(f"{command} e.yaml --out b", capsys)
     assert re.search("holds a key that is no option|does not accept nested key .*nope", message)
@@ -343,9 +345,10 @@ def test_a_config_that_is_no_runs_is_left_as_it_is(
     assert run(command) == 0
     (tmp_path / "last.pt").unlink()
     assert run(f"{command} --seed 1") == 0, "of a run that was killed before its first checkpoint"
-    (tmp_path / "config.yaml").write_bytes(b"# nobody's")
     (tmp_path / "run.json").unlink()
-    assert run(f"{command} --seed 1") == 0, "of a run's folder, as the checkpoint says"
+    for written in (b"# nobody's", b"steps: 2", b"model: {}", b"a: [", b"\xff"):
+        (tmp_path / "config.yaml").write_bytes(written)
+        assert run(f"{command} --seed 1") == 0, "of a run's folder, as the checkpoint says"
 
 
 def test_interrupted_training_continues_to_the_same_weights(
@@ -1027,6 +1030,7 @@ def test_evaluation_checks_its_values() -> None:
         Evaluation(images=-1)
     assert Evaluation(stronger=("pgd", "fgsm")).attacks == ["fgsm", "bim-10", "pgd"]
     assert Evaluation(stronger="pgd") == Evaluation(stronger=("pgd",))  # type: ignore[arg-type]
+    assert Evaluation(stronger="") == Evaluation()  # type: ignore[arg-type]
 
 
 # --- what reproduce hands on, keeps and shows ----------------------------------------------------------------------
@@ -1235,6 +1239,7 @@ def test_an_evaluation_counts_for_its_own_network_and_options_only(
     ("there", "message"),
     [
         ("a: [", "config.yaml is no YAML file: "),
+        ("\xff", "config.yaml is no YAML file: "),
         ("- 3", "holds a run with other options"),
         ("steps: 30000", "seed None there and 0 here"),
     ],
@@ -1242,7 +1247,7 @@ def test_an_evaluation_counts_for_its_own_network_and_options_only(
 def test_config_of_something_else_is_no_reproduction(
     there: str, message: str, voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(there)
+    (tmp_path / "config.yaml").write_bytes(there.encode("latin-1"))
     assert message in failure(reproduction("voc", voc, tmp_path), capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
