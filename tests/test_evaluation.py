@@ -1475,6 +1475,11 @@ def test_a_report_is_of_models_that_were_evaluated_alike(
     report._check_alike(EvaluationResult.merge({"a": first, "b": evaluate(Counting(), loader, **alike)}))
     corners = evaluate(model, loader, **alike, align_corners=True)
     report._check_alike(EvaluationResult.merge({"a": first, "b": corners}))
+    transferred = {}
+    for arm, source in (("a", nn.Conv2d(3, CLASSES, 1)), ("b", nn.Conv2d(3, CLASSES, 1))):
+        attacks = {"pgd": lambda _, eps, source=source: PGD(source, eps=eps, alpha=eps / 2, steps=4)}
+        transferred[arm] = evaluate(model, loader, attacks, [0.1])
+    report._check_alike(EvaluationResult.merge(transferred))
     others: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Any]]] = [
         (loader, {"steps": 5}), (loader, {"seed": 1}), (loader[:2], {}), (loader[::-1], {}),
         (in_batches_of(1, loader), {}),

@@ -374,6 +374,8 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     difference, error = results.miou_difference(other, best)
     told = f"mIoU under {plots.attack_title('worst-case')}, less that of {best.arm} on the same images: "
     assert f"{told}{other.arm} {difference:.3f} ± {error:.3f}." in text
+    assert "\n```bash\nsegadv evaluate x\n```\n" in text
+    assert f"data SHA-256 `{one.run['data_sha256'][:16]}`; " in text
     assert EvaluationResult.from_json(tmp_path / "results.json").rows == result.rows
 
     for eps in ([0.0], [0.0, 0.03]):
@@ -383,6 +385,7 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         assert "Gradient masking was not looked for." in text
         assert " ± " in text
         assert "less that of" not in text
+        assert "```" not in text
         assert "0 steps" not in text
         assert "steps.png" not in text
         assert "other numbers of steps" not in text
@@ -406,7 +409,9 @@ def test_a_report_says_of_which_models_the_checks_were(
         ({"one": [unknown], "two": [unknown]}, "Gradient masking could not be looked for."),
         ({"one": []}, "Gradient masking was not looked for."),
     ):
-        assert f"\n{told}\n" in report.write_report(tmp_path, both, checks)
+        text = report.write_report(tmp_path, both, checks)
+        assert f"\n{told}\n" in text
+        assert ("## Signs of gradient masking" in text) == any(checks.values())
     name = type(network).__name__
     assert "FAILED gradient masking checks" in report.write_report(tmp_path, alone, {name: [failed]})
     with pytest.raises(ValueError, match=f"checks must be of models in the result, {name}; got mine"):
@@ -423,7 +428,9 @@ def test_without_a_worst_case_the_report_shows_the_strongest_attack(
     result = evaluate(network, data, attacks, [0.0, 0.03], steps=10, worst_case=False)
     left = {entry.attack: entry.row["miou"] for entry in result.final if entry.eps}
     assert left["pgd"] < left["fgsm"]
-    assert "pixel accuracy: PGD" in report.write_report(tmp_path, result)
+    text = report.write_report(tmp_path, result)
+    assert "pixel accuracy: PGD" in text
+    assert "worst" not in text
 
 
 NONE = torch.zeros(0)  # how a figure depends on the images is not asked
@@ -474,6 +481,10 @@ def test_pictures_show_the_usual_eps_among_those_with_most_steps(
     text = report.write_report(tmp_path, result)
     assert f"## mIoU at eps {shown:g}, attack by attack" in text
     assert drawn["plot_steps"][-1] == {"eps": shown}
+    assert "\n2 images. mIoU comes" in text
+    assert "\n1 image. mIoU comes" in report.write_report(tmp_path, made(("pgd", 0.0, 0, 90), images=1))
+    title = next(line for line in text.splitlines() if line.startswith("| trained with | clean |"))
+    assert re.findall(r"\beps ([\d.]+)", title) == [f"{eps:g}" for eps in steps]
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
