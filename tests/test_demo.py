@@ -346,7 +346,7 @@ def test_every_curve_is_the_mean_of_its_own_rows(tmp_path: Path, figures: list[A
 def test_steps_are_those_of_one_eps_in_their_order(tmp_path: Path, figures: list[Any]) -> None:
     rows = [
         {"arm": arm, "attack": attack, "eps": eps, "steps": steps, "miou": 1 / steps + eps}
-        for arm, attack, counts in (("a", "pgd", (40, 5, 10)), ("b", "pgd", (10,)), ("a", "fgsm", (1,)))
+        for arm, attack, counts in (("a", "pgd", (100, 2, 1, 10)), ("b", "pgd", (10,)), ("a", "fgsm", (1,)))
         for eps in (0.01, 0.03)
         for steps in counts
     ]
@@ -354,8 +354,9 @@ def test_steps_are_those_of_one_eps_in_their_order(tmp_path: Path, figures: list
     ((panel,),) = (figure.axes for figure in figures)
     assert panel.get_title() == "attack: PGD, eps 0.03"
     assert (panel.get_xscale(), panel.get_ylim()[0]) == ("log", 0)
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["100", "10", "2", "1"]
     drawn = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in panel.lines]
-    assert drawn == [[(steps, 1 / steps + 0.03) for steps in counts] for counts in ((5, 10, 40), (10,))]
+    assert drawn == [[(steps, 1 / steps + 0.03) for steps in counts] for counts in ((1, 2, 10, 100), (10,))]
     with pytest.raises(ValueError, match=r"no attack was judged after several numbers of steps at 0\.02"):
         plots.plot_steps(rows, tmp_path / "x.png", eps=0.02)
 
