@@ -212,6 +212,9 @@ def test_wrap_names_what_is_wrong() -> None:
             models.wrap(model, mean=[mean])
     with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\].*got \[2, 4, 5, 6\]"):
         models.wrap(model, mean=MEAN)(torch.zeros(2, 4, 5, 6))
+    for mean in (MEAN, [0.5]):
+        with pytest.raises(ValueError, match=r"images must be \[N, .*got \[5, 6\]"):
+            models.wrap(model, mean=mean)(torch.zeros(5, 6))
 
     class Strange(nn.Module):
         def forward(self, images: Tensor) -> str:
