@@ -197,6 +197,8 @@ def test_the_tables_show_mean_and_range_of_the_seeds(spread: float, ranges: str,
     assert len(lines[row]) == len(lines[row + 1])
     assert "of 3 trainings" in text
     assert f"the range of fast-newton overlaps that of {overlapping}.\n" in text
+    above = demo._report(curves(MIOU | {"basic": 0.9}, 0.026), overhead, {"train": 60.0}, 400)
+    assert "the range of fast-newton overlaps that of random-fgsm.\n" in above
     single = demo._report([row for row in curves(MIOU, spread) if row["seed"] == 1], overhead, {"train": 60.0}, 400)
     assert "range" not in single
 
