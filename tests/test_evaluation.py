@@ -299,6 +299,7 @@ def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -
     back = EvaluationResult.from_json(tmp_path / "result.json")
     assert back.rows == result.rows
     assert all(map(torch.equal, back.confusion, result.confusion))
+    assert [entry.row for entry in back.measurements] == [entry.row for entry in result.measurements]
 
     merged = EvaluationResult.merge({"basic": result, "fast-newton": back})
     merged.to_csv(tmp_path / "curves.csv")
@@ -1360,6 +1361,7 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert {warning.filename for warning in told} == {__file__}
     with pytest.warns(UserWarning, match=r"pixels in \[\d+, 2\d\d\], outside"):  # the negative of a byte is none
         evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: (255 * images).byte()}, [0.1])
+    evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: images.double()}, [0.1])
 
 
 @pytest.mark.parametrize("kind", [BIM, PGD])
