@@ -137,10 +137,11 @@ def test_steps_are_constants(backend: str) -> None:
         assert not result.requires_grad
 
 
+@pytest.mark.parametrize("shape", [(3, 65, 67), (3, 5, 17)], ids=str)
 @pytest.mark.parametrize("value", [0.7, -0.498878479])
-def test_the_norm_of_like_numbers(backend: str, value: float) -> None:
-    """Rounding errors of like numbers are alike, too: they must not add up."""
-    grad = torch.full((1, 3, 65, 67), value)
+def test_the_norm_of_like_numbers(backend: str, value: float, shape: tuple[int, int, int]) -> None:
+    """Rounding errors of like numbers are alike, too: they must not add up, nor where less than a block is left."""
+    grad = torch.full((1, *shape), value)
     expected = grad.double().abs().sum()[None].float()
     torch.testing.assert_close(F.l1_norm(grad), expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
 
@@ -204,6 +205,16 @@ def test_a_gradient_of_nan_moves_no_pixel(backend: str) -> None:
     grad[0, 1, 2, 3] = torch.nan
     expected = (images + 0.1 * grad.nan_to_num().sign()).clamp(0, 1)
     torch.testing.assert_close(F.sign_step(images, grad, 0.1), expected, rtol=0, atol=1e-7)
+
+
+def test_a_pixel_of_nan_stays_nan(backend: str) -> None:
+    """In the box, and in the ball around another one: an image that is broken does not look whole."""
+    images, grad, gain = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.ones(2)
+    origin = images.clone()
+    images[0, 1, 2, 3] = torch.nan
+    ball = F.sign_step(images, grad, 0.1, origin=origin, eps=0.05)
+    for result in (F.sign_step(images, grad, 0.1), ball, F.newton_step(images, grad, gain)[0]):
+        assert torch.equal(result.isnan(), images.isnan())
 
 
 def test_what_is_given_per_image_may_have_any_strides_and_precision(backend: str) -> None:
