@@ -672,9 +672,9 @@ def test_bad_labels_are_named_with_their_place(
     z, y = torch.randn(2, 3, *own), torch.zeros(2, 40, 60, dtype=dtype)
     if z.is_cuda:  # looked for on request only, where it would stall the stream
         monkeypatch.setenv("SEGADV_CHECK", "1")
-    y[1, 7, 11] = 77
-    y[1, 30, 2] = 78
-    message = r"labels must be class indices in \[0, 3\).* or ignore_index = 255, got 77 at \[n, y, x\] = \[1, 7, 11\]"
+    y[1, 7, 11] = 3  # as of labels that count from 1
+    y[1, 7, 13], y[1, 30, 2] = 77, 78
+    message = r"labels must be class indices in \[0, 3\).* or ignore_index = 255, got 3 at \[n, y, x\] = \[1, 7, 11\]"
     calls = (
         F.pixel_margin,
         F.averaged_gain,
