@@ -411,6 +411,7 @@ ADDRESSES = pytest.mark.skipif(
         ("logits", 0, (8, 6)),
         ("logits", 1, (8, 6)),
         ("logits", 2, (8, 6)),
+        ("logits", 3, (8, 6)),
         ("logits", 0, (2, 3)),
         ("logits", 1, (2, 3)),
         ("labels", 0, (8, 6)),
