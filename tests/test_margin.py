@@ -125,14 +125,16 @@ def test_resampled_ties_go_to_the_lowest_class(backend: str, label: int) -> None
     assert (F.argmax_labels(z, (8, 15)) == 0).all()
 
 
+@pytest.mark.parametrize(("own", "void"), [((8, 8), 0), ((2, 2), 2)], ids=["full", "up"])
 @pytest.mark.parametrize("label", [0, 1, 2])
-def test_other_classes_all_minus_infinity(backend: str, label: int) -> None:
-    z, y = torch.full((1, 3, 1, 1), -torch.inf), torch.tensor([[[label]]])
-    z[0, label] = 2.0
-    gain_sum, _, grad = F.gain_and_grad(z, y)
+def test_other_classes_all_minus_infinity(backend: str, label: int, own: tuple[int, int], void: int) -> None:
+    """Resampled: where no weight is 0, by which eager PyTorch multiplies infinity."""
+    z, y = torch.full((1, 3, *own), -torch.inf), torch.full((1, 8, 8), 255)
+    z[0, label], y[:, void : 8 - void, void : 8 - void] = 2.0, label
+    gain_sum, n_valid, grad = F.gain_and_grad(z, y)
     assert gain_sum.item() == torch.inf
-    assert grad.sum() == 0  # +1 at the label, -1 at another class
-    assert grad[0, label].item() == 1
+    count, runner_up = int(n_valid), 1 if label == 0 else 0
+    assert grad.sum((0, 2, 3)).tolist() == [count * ((c == label) - (c == runner_up)) for c in range(3)]
 
 
 @pytest.mark.parametrize("own", [(4, 6), (2, 3)])
