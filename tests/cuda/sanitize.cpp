@@ -1,13 +1,14 @@
 // Every kernel once, in every walk over the pixels and all floating types, under the sanitizers that built this
-// program. What they compute is tested elsewhere: here the numbers are only looked at for being there.
+// program: those of csrc/cuda or, with SANITIZE_CPU, of csrc/cpu. What they compute is tested elsewhere: here the
+// numbers are only looked at for being there.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/dtype.h"
-#include "emulation.h"
 #include "segadv.h"
 
 using namespace segadv;
@@ -49,11 +50,38 @@ void fill(const TensorView& view, int64_t numel) {
     static_cast<S*>(view.data)[i] = from_compute<S>(static_cast<Compute<S>>((i * 7919 + 13) % 997) / Compute<S>(100));
 }
 
-void check(const cuda::Error& error, const std::string& what) {
-  if (!error) return;
-  std::fprintf(stderr, "%s: %s: %s\n", what.c_str(), error.kernel, error.message);
+void fail(const std::string& what, const char* kernel, const char* message) {
+  std::fprintf(stderr, "%s: %s: %s\n", what.c_str(), kernel, message);
   std::exit(1);
 }
+
+// call(kernel, parameters, workspace, position of the first bad label, or -1, what)
+#if defined(SANITIZE_CPU)
+namespace kernels = segadv::cpu;
+
+template <class Params>
+void call(int64_t (*kernel)(const Params&), const std::decay_t<Params>& params, void*, int64_t bad,
+          const std::string& what) {
+  if (kernel(params) != bad) fail(what, "on the CPU", "another place of the first bad label than expected");
+}
+void* pixel_workspace(Memory&, const Problem&) { return nullptr; }
+void* image_workspace(Memory&, int64_t, int64_t) { return nullptr; }
+#else
+namespace kernels = segadv::cuda;
+
+template <class Params>
+void call(cuda::Error (*kernel)(const Params&, void*, int64_t), const std::decay_t<Params>& params, void* workspace,
+          int64_t, const std::string& what) {
+  if (const cuda::Error error = kernel(params, workspace, 0)) fail(what, error.kernel, error.message);
+}
+void* pixel_workspace(Memory& memory, const Problem& problem) {
+  const int64_t *z = problem.logits.size, *y = problem.labels.size;
+  return memory.workspace(cuda::pixel_workspace(z[0], z[1], z[2], z[3], y[1], y[2], problem.align_corners));
+}
+void* image_workspace(Memory& memory, int64_t n, int64_t numel) {
+  return memory.workspace(cuda::image_workspace(n, numel));
+}
+#endif
 
 template <class S>
 void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, int64_t W, Shifted shifted,
@@ -74,15 +102,18 @@ void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, in
   fill<S>(problem.logits, N * C * h * w);
   uint8_t* labels = static_cast<uint8_t*>(problem.labels.data);
   for (int64_t i = 0; i < N * H * W; ++i) labels[i] = static_cast<uint8_t>(i % 11 == 0 ? 255 : i % C);
-  labels[N * H * W - 1] = static_cast<uint8_t>(C);  // the second image becomes NaN
+  const int64_t bad = N * H * W - 1;
+  labels[bad] = static_cast<uint8_t>(C);  // on a GPU the second image becomes NaN
   const auto map = [&] { return memory.tensor(wide, {N, H, W}); };
   const auto vector = [&](DType type) { return memory.tensor(type, {N}); };
-  void* const workspace = memory.workspace(cuda::pixel_workspace(N, C, h, w, H, W, align_corners));
+  void* const workspace = pixel_workspace(memory, problem);
   const TensorView runner_up = memory.tensor(DType::kUInt8, {N, H, W}), sum = vector(wide);
-  check(cuda::margin({problem, map(), runner_up, sum, vector(DType::kInt64)}, workspace, 0), what);
+  call(kernels::margin, {problem, map(), runner_up, sum, vector(DType::kInt64)}, workspace, bad, what);
+#if !defined(SANITIZE_CPU)
   const Compute<S>* sums = static_cast<const Compute<S>*>(sum.data);
-  if (!std::isfinite(sums[0]) || !std::isnan(sums[1])) check({1, "margin", "other sums than expected"}, what);
-  check(cuda::margin_backward({problem, runner_up, map()}, workspace, 0), what);
+  if (!std::isfinite(sums[0]) || !std::isnan(sums[1])) fail(what, "margin", "other sums than expected");
+#endif
+  call(kernels::margin_backward, {problem, runner_up, map()}, workspace, bad, what);
   for (Loss loss : {Loss::kCrossEntropy, Loss::kSegPGD, Loss::kCosPGD}) {
     CrossEntropyParams params{};
     params.problem = problem;
@@ -91,17 +122,19 @@ void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, in
     params.pixel_loss = map(), params.shift = map(), params.scale = map(), params.pixel_weight = map();
     params.loss_sum = vector(wide), params.weight_sum = vector(wide), params.n_valid = vector(DType::kInt64);
     if (loss == Loss::kCrossEntropy) params.class_weight = memory.tensor(wide, {C});
-    check(cuda::cross_entropy(params, workspace, 0), what);
-    check(cuda::cross_entropy_backward({problem, params.pixel_loss, params.shift, params.scale,
-                                        params.class_weight, params.pixel_weight}, workspace, 0), what);
+    call(kernels::cross_entropy, params, workspace, bad, what);
+    call(kernels::cross_entropy_backward,
+         {problem, params.pixel_loss, params.shift, params.scale, params.class_weight, params.pixel_weight},
+         workspace, bad, what);
   }
   problem.grad = {};
   for (bool per_image : {false, true}) {
     const int64_t images = per_image ? N : 1;
     const TensorView prediction = memory.tensor(DType::kUInt8, {N, H, W});
-    check(cuda::confusion({problem, prediction, memory.tensor(DType::kInt64, {images, C, C}), per_image,
-                           memory.tensor(DType::kInt32, {images, 3, C * C + 1}), memory.tensor(DType::kInt64, {1})},
-                          nullptr, 0), what);
+    call(kernels::confusion,
+         {problem, prediction, memory.tensor(DType::kInt64, {images, C, C}), per_image,
+          memory.tensor(DType::kInt32, {images, 3, C * C + 1}), memory.tensor(DType::kInt64, {1})},
+         nullptr, bad, what);
   }
 }
 
@@ -121,22 +154,22 @@ void run_steps(DType dtype, DType wide, int64_t n, int64_t numel, Tensor shifted
   const TensorView grad = like_images(Tensor::kGrad), out = like_images(Tensor::kResult);
   const TensorView norm = memory.tensor(wide, {n});
   fill<S>(grad, n * numel);
-  void* workspace = memory.workspace(cuda::image_workspace(n, numel));
+  void* workspace = image_workspace(memory, n, numel);
   const std::string what = std::to_string(n) + " x " + std::to_string(numel);
-  check(cuda::l1_norm({n, numel, grad, norm}, workspace, 0), what);
-  check(cuda::scale_gradient({n, numel, grad, norm, out}, nullptr, 0), what);
+  call(kernels::l1_norm, {n, numel, grad, norm}, workspace, -1, what);
+  call(kernels::scale_gradient, {n, numel, grad, norm, out}, nullptr, -1, what);
   if constexpr (std::is_same_v<S, Compute<S>>) {
     const TensorView images = like_images(Tensor::kImages), origin = like_images(Tensor::kOrigin);
     const TensorView gain = memory.tensor(dtype, {n}), eps = memory.tensor(dtype, {n});
-    check(cuda::newton_step({n, numel, images, grad, gain, out, eps, norm, 0, 1, 0.5, true}, workspace, 0), what);
-    check(cuda::sign_step({n, numel, images, grad, origin, out, 0.1, 0.1, gain, {}, 0, 1}, nullptr, 0), what);
+    call(kernels::newton_step, {n, numel, images, grad, gain, out, eps, norm, 0, 1, 0.5, true}, workspace, -1, what);
+    call(kernels::sign_step, {n, numel, images, grad, origin, out, 0.1, 0.1, gain, {}, 0, 1}, nullptr, -1, what);
   }
 }
 
 template <class S>
 void run_all(DType dtype, DType wide) {
   const int64_t sizes[][4] = {{6, 8, 6, 8},  {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9},
-                              {1, 1, 70, 3}, {3, 64, 5, 61}};
+                              {1, 1, 70, 3}, {3, 64, 5, 61}, {6, 33, 26, 133}};
   for (const auto& size : sizes)
     for (Shifted shifted : {Shifted::kNone, Shifted::kInputs, Shifted::kMaps})
       run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], shifted);
