@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/layout.h"
 #include "common/step.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -70,7 +71,7 @@ SEGADV_INLINE void scale_row(const S* grad, S* scaled, int64_t count, Compute<S>
 // all images.
 template <class F>
 void for_each_item(int64_t n, int64_t numel, F&& f) {
-  const int64_t per_image = (numel + kItem - 1) / kItem;
+  const int64_t per_image = ceil_div(numel, kItem);
   parallel_for(n * per_image, [&](int64_t i) {
     const int64_t begin = i % per_image * kItem;
     const int64_t count = std::min(kItem, numel - begin);
@@ -80,7 +81,7 @@ void for_each_item(int64_t n, int64_t numel, F&& f) {
 
 template <class S>
 std::vector<double> norms(const S* grad, int64_t n, int64_t numel) {
-  const int64_t per_image = (numel + kItem - 1) / kItem;
+  const int64_t per_image = ceil_div(numel, kItem);
   std::vector<double> partial(n * per_image), norm(n, 0.0);
   for_each_item(n, numel, [&](int64_t, int64_t item, int64_t i, int64_t count) SEGADV_BODY {
     partial[item] = absolute_sum(grad + i, count);

@@ -11,6 +11,7 @@
 
 #include "common/bilinear.h"
 #include "common/dtype.h"
+#include "common/layout.h"
 #include "common/margin.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -112,17 +113,10 @@ SEGADV_INLINE void load_classes(const TensorView& map, const T& tile, int32_t* c
   load_classes(map, tile.n, tile.y, tile.x, tile.count, classes);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Pixels of which all classes take about 64 KiB: a multiple of 16 in [16, kMaxTile].
 inline int tile_for(int64_t classes, size_t element) {
   const int64_t pixels = (64 << 10) / (classes * static_cast<int64_t>(element)) / 16 * 16;
   return static_cast<int>(std::clamp<int64_t>(pixels, 16, kMaxTile));
-}
-
-// Whether rows follow each other without a gap, so that an image is one long row.
-inline bool rows_join(const TensorView& view, int row_dim) {
-  return !view || view.stride[row_dim] == view.stride[row_dim + 1] * view.size[row_dim + 1];
 }
 
 template <class S>

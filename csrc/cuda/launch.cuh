@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/layout.h"
 #include "segadv.h"
 
 #if defined(SEGADV_EMULATED)
@@ -25,8 +26,6 @@ constexpr int kThreads = 128;
 #endif
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class... Parameters, class... Arguments>
 Error launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int64_t stream,

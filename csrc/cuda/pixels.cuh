@@ -595,11 +595,6 @@ inline bool resamples(const Problem& problem) {
   return problem.logits.size[2] != problem.labels.size[1] || problem.logits.size[3] != problem.labels.size[2];
 }
 
-// Whether rows follow each other without a gap, so that an image is one long row.
-inline bool rows_join(const TensorView& view, int row_dim) {
-  return view.data == nullptr || view.stride[row_dim] == view.stride[row_dim + 1] * view.size[row_dim + 1];
-}
-
 // Whether logits, or their gradient, are channels_last, with an offset in 32 bits for the pixels of a warp.
 inline bool classes_are_neighbours(const TensorView& view) {
   return view.data == nullptr || (view.stride[1] == 1 && view.stride[3] < (1 << 24));
