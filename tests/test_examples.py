@@ -26,6 +26,7 @@ Logits = Callable[[Tensor], Tensor]
 
 NEEDED = {
     "segformer": ("transformers",),
+    "mask2former": ("transformers", "scipy"),
     "hf_trainer": ("transformers", "accelerate"),
     "smp_models": ("segmentation_models_pytorch",),
     "torchvision_deeplabv3": ("torchvision",),
@@ -144,6 +145,36 @@ def test_segformer_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(steps) == 8
     for before, after, eps in (map(float, step) for step in steps):
         assert after < before / 2  # Newton's step brings the linearised gain to zero
+        assert 0 < eps < 0.5
+
+
+# --- Hugging Face Mask2Former -------------------------------------------------------------------------------------
+
+
+def test_mask2former_of_queries() -> None:
+    mask2former = example("mask2former")
+    network = randomise_norms(mask2former.tiny_mask2former(num_classes=3)).double()
+    images, labels = case()
+    output = network(pixel_values=images)
+    classes, masks = output.class_queries_logits.softmax(2), output.masks_queries_logits.sigmoid()
+    scores = torch.stack([sum(classes[:, q, c, None, None] * masks[:, q] for q in range(6)) for c in range(3)], 1)
+    logits = mask2former.of_queries(output)
+    assert classes.shape == (2, 6, 4)
+    torch.testing.assert_close(logits.softmax(1), scores / scores.sum(1, keepdim=True), rtol=1e-10, atol=0)
+    torch.testing.assert_close(logits.exp(), scores, rtol=1e-10, atol=0)
+
+    def plain(images: Tensor) -> Tensor:
+        result: Tensor = mask2former.of_queries(network(pixel_values=images))
+        return result
+
+    assert_newton(network, plain, images, labels, output=mask2former.of_queries)
+
+
+def test_mask2former_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = re.findall(rf"gain {NUMBER} -> {NUMBER} by a step of eps {NUMBER}", run("mask2former", capsys))
+    assert len(steps) == 8
+    for before, after, eps in (map(float, step) for step in steps):
+        assert after < before / 1.5
         assert 0 < eps < 0.5
 
 
