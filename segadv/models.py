@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks.base import model_logits
-from .checks import a_module, at_least, is_number, one_of
+from .checks import a_module, at_least, one_of
 from .compat import import_torchvision
 
 __all__ = [
@@ -378,15 +378,13 @@ def wrap(
     Raises:
         ValueError: mean and std of different lengths, a mean outside of [0, 1], a std that is not positive or not
             finite; in the forward pass images with another number of channels. (A single entry fits any number.)
-        TypeError: ``model`` is no nn.Module, ``output`` no callable; in the forward pass an output that is not
-            understood.
+        TypeError: ``model`` is no nn.Module, ``output`` no callable, mean or std no numbers; in the forward pass an
+            output that is not understood.
     """
     a_module(model)
     if output is not None and not callable(output):
         raise TypeError(f"output must be a callable or None, got a {type(output).__name__}")
-    for name, values in (("mean", mean), ("std", std)):
-        if is_number(values):
-            raise TypeError(f"{name} must be a sequence, one number per channel, got {values}; [{values}] fits all")
+    mean, std = _per_channel("mean", mean), _per_channel("std", std)
     if mean is None:
         mean = [0.0] * (1 if std is None else len(std))
     if std is None:
@@ -397,4 +395,13 @@ def wrap(
         raise ValueError(f"mean must be in [0, 1], the unit of the images (0.485, not 123.675), got {mean}")
     if not all(0 < entry < math.inf for entry in std):
         raise ValueError(f"std must be positive and finite, got {std}")
-    return _Wrapped(model, [float(entry) for entry in mean], [float(entry) for entry in std], output)
+    return _Wrapped(model, mean, std, output)
+
+
+def _per_channel(name: str, values: Sequence[float] | None) -> list[float] | None:
+    try:
+        return None if values is None else [float(entry) for entry in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a sequence, one number per channel, got {values!r}; one of a single number fits all"
+        ) from error

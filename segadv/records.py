@@ -24,7 +24,8 @@ from .attacks.base import unwrapped
 from .writing import atomic_write, explained
 
 _DEEPEST = 8
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+# transformers sets the last one in a model's first pass
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_output_capturing_hooks_installed"}
 
 __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
@@ -36,17 +37,20 @@ def model_hash(model: nn.Module) -> str:
     callables, tensors, or lists, tuples and dicts of such: of `torch.nn.Upsample` align_corners, of
     `segadv.models.wrap` output. Functions are seen by their byte code and the plain values that they hold, other
     callables by what they print and hold. Neither other code nor other attributes are seen; whole numbers may be
-    counters. A model that keeps what it computed, a feature map say, is another one after each pass.
+    counters, and a tensor that a hook sets or that is called a cache comes from an earlier pass, if there was one. A
+    model that keeps what it computed elsewhere, a feature map say, is another one after each pass.
     """
     network = unwrapped(model)
     settings = [repr(network)]
     for name, module in network.named_modules(remove_duplicate=False):
         settings.append(f"{name} {_described(getattr(type(module), 'forward', None))}")
+        # weights of weight_norm, spectral_norm and prune
+        hooks = module._forward_pre_hooks.values()
+        computed = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
         for key, value in sorted(vars(module).items()):
             told = isinstance(value, (bool, str, float, tuple, list, dict, Tensor)) or callable(value)
-            if isinstance(value, nn.Module) or (isinstance(value, Tensor) and module._forward_pre_hooks):
-                told = False  # the weight that spectral_norm, say, has computed in an earlier pass, if in any
-            if told and key not in _OF_EVERY_MODULE:
+            from_a_pass = key in computed or "cache" in key
+            if told and not from_a_pass and not isinstance(value, nn.Module) and key not in _OF_EVERY_MODULE:
                 settings.append(f"{name}.{key} {_described(value)}")
     # without addresses in memory
     digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", "\n".join(settings)).encode())
@@ -74,7 +78,10 @@ def _described(value: Any, depth: int = 0) -> str:
     if callable(value) and not isinstance(value, nn.Module):  # built in, a class, or an object that can be called
         return f"{value!r} {inner(getattr(value, '__dict__', None) if not isinstance(value, type) else None)}"
     if isinstance(value, Tensor):
-        return content_hash(value)
+        try:
+            return content_hash(value)
+        except (RuntimeError, TypeError, ValueError):  # of a kind whose values cannot be read: never the same
+            return os.urandom(32).hex()
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(inner, value))}]"
     if isinstance(value, dict):
@@ -104,8 +111,11 @@ def content_hash(*tensors: Tensor) -> str:
             continue
         if is_traceable_wrapper_subclass(tensor):  # the quantised weights of other packages
             names, described = tensor.__tensor_flatten__()
+            described = re.sub("0x[0-9a-f]+", "", str(described))
             digest.update(f"{described} {content_hash(*(getattr(tensor, name) for name in names))}".encode())
             continue
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
         if tensor.layout is torch.sparse_coo:  # its entries may stand in any order; memory may not hold them all
             entries = tensor.detach().coalesce()
             digest.update(content_hash(entries.indices(), entries.values()).encode())

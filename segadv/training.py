@@ -273,7 +273,7 @@ class Trainer:
                 float64 images that the model does not take.
             TypeError: chosen is a mask, or holds what is no whole number.
         """
-        size = self._part_size(len(images))
+        size, chosen = self._part_size(len(images)), list(chosen)
         if any(getattr(entry, "dtype", type(entry)) in (bool, np.bool_, torch.bool) for entry in chosen):
             raise TypeError("chosen must hold positions, got True or False; mask.nonzero().flatten() gives a mask's")
         chosen = [operator.index(position) for position in chosen]  # those of a tensor, too

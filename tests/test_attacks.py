@@ -781,6 +781,32 @@ def test_parameters_that_a_pass_replaces_require_gradients_as_before(name: str) 
     assert before == {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
+def test_parameters_that_a_pass_exchanges_or_replaces_by_anything_keep_their_flags() -> None:
+    class Exchanging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, CLASSES, 1), nn.Conv2d(3, CLASSES, 1)
+            self.kept = nn.ParameterDict({key: nn.Parameter(torch.ones(2)) for key in ("int", "none", "made", "last")})
+
+        def forward(self, images: Tensor) -> Tensor:
+            first, second, kept = self.first._parameters, self.second._parameters, self.kept._parameters
+            first["weight"], second["weight"] = second["weight"], first["weight"]
+            kept["int"] = torch.ones(2, dtype=torch.int8)
+            kept["none"] = None
+            with torch.inference_mode():
+                kept["made"] = torch.ones(2)
+            result: Tensor = self.first(images) + self.second(images)
+            return result
+
+    model, (images, labels) = Exchanging().double(), sample()
+    model.second.weight.requires_grad_(False)
+    own = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    FGSM(model)(images, labels)
+    assert model.second.weight.requires_grad
+    assert not model.first.weight.requires_grad
+    assert own == {parameter: parameter.requires_grad for parameter in own}
+
+
 @pytest.mark.parametrize("bn", ["eval", "train"])
 def test_norm_layers_see_the_statistics_asked_for_and_dropout_is_off(bn: str) -> None:
     model, (images, labels) = Net(), sample()

@@ -945,6 +945,9 @@ def test_model_hash_sees_every_weight_and_buffer(model: Counting) -> None:
 def test_content_of_other_kinds_of_tensors() -> None:
     twice = [records.content_hash(TwoTensor(torch.zeros(2), torch.tensor([1.0, last]))) for last in (2, 2, 3)]
     assert twice[0] == twice[1] != twice[2]
+    quantised = [torch.quantize_per_tensor(step * torch.ones(2), step, 0, torch.qint8) for step in (0.1, 0.1, 0.2)]
+    hashes = [records.content_hash(each) for each in quantised]
+    assert hashes[0] == hashes[1] != hashes[2]
     offloaded = torch.zeros(2, device="meta")
     assert records.content_hash(offloaded) != records.content_hash(offloaded), "nobody knows its values"
 
@@ -1038,6 +1041,14 @@ def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
     first = records.model_hash(normed.eval())
     normed(torch.rand(1, 3, 4, 4))
     assert records.model_hash(normed) == first
+    normed.bias_cache = {"cpu": torch.ones(3)}  # as timm's attention fills it
+    hashes = set()
+    for normed.mean in (torch.zeros(3), torch.ones(3), torch.ones(3)):
+        normed.bias_cache["cpu"] += 1
+        hashes.add(records.model_hash(normed))
+    assert len(hashes) == 2, "an attribute beside those of a hook is seen, a cache is not"
+    normed.mean = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    assert records.model_hash(normed) != records.model_hash(normed), "nobody knows its values"
 
 
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:

@@ -76,6 +76,9 @@ def test_opcheck(backend: str, operation: str, own: tuple[int, int]) -> None:
     for dtype, channels_last in native if backend == "native" else native[:1]:
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
+        if operation == "cross_entropy":  # and with weights of the pixels, which are kept
+            weighs = (*arguments[:2], None, "segpgd", 0.25, False, 255, False, False, True)
+            torch.library.opcheck(getattr(library, operation), weighs)
         transposed = [
             value.transpose(1, 2).contiguous().transpose(1, 2)
             if isinstance(value, Tensor) and value.dim() == 3

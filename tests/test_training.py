@@ -388,6 +388,16 @@ def test_positions_that_are_none_are_refused(chosen: list[int]) -> None:
     assert trainer.steps_done == 0
 
 
+def test_positions_may_come_from_an_iterator() -> None:
+    batch = torch.rand(4, 3, 16, 24), torch.randint(CLASSES, (4, 16, 24))
+    results = [
+        Trainer(config(arm="fgsm"), tiny_model(), Squares()).step(*batch, chosen)
+        for chosen in ([0, 2], iter([0, 2]), torch.tensor([0, 2]))
+    ]
+    assert results[0].eps.shape == (2,)
+    assert len({float(result.loss) for result in results}) == 1
+
+
 @pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
 def test_a_mask_is_no_list_of_positions(kind: Callable[[list[bool]], Any]) -> None:
     trainer = Trainer(config(arm="fgsm"), tiny_model(), Squares())

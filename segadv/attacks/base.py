@@ -362,9 +362,16 @@ def _require_grad(parameter: Tensor, flag: bool) -> None:
 
 def _restore_required(required: Iterable[tuple[nn.Module, str, Tensor, bool]]) -> None:
     """The flags of the parameters, and of those that the model put into their places, as offloading does."""
-    for module, name, parameter, flag in required:
+    for *_, parameter, flag in required:
         _require_grad(parameter, flag)
-        if name in module._parameters and (now := module._parameters[name]) is not None and now.is_leaf:
+    restored = {id(parameter) for *_, parameter, _ in required}
+    for module, name, _, flag in required:
+        if name not in module._parameters:
+            continue
+        now: object = module._parameters[name]
+        if id(now) in restored or not isinstance(now, Tensor) or not now.is_leaf or now.is_inference():
+            continue
+        if now.is_floating_point() or now.is_complex():
             _require_grad(now, flag)
 
 

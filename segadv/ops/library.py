@@ -83,8 +83,9 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
 
 
-# Cross-entropy, and segpgd_loss and cospgd_loss, which weigh it: csrc/cpu/cross_entropy.cpp. Without for_backward the
-# maps that the backward reads are not written, and empty; so is always a plain cross-entropy's pixel_weight.
+# Cross-entropy, and segpgd_loss and cospgd_loss, which weigh it and take no class_weight: csrc/cpu/cross_entropy.cpp.
+# Without for_backward the maps that the backward reads are not written, and empty; so is always a plain
+# cross-entropy's pixel_weight.
 
 
 @_define(

@@ -134,7 +134,7 @@ def _log_softmax_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: float, targeted: bool) -> Tensor:
-    """The class_weight of each pixel [N, H, W]: SegPGD's 1 - lambda or lambda, or CosPGD's cosine."""
+    """The weight of each pixel [N, H, W]: SegPGD's 1 - lambda or lambda, or CosPGD's cosine."""
     if loss == "segpgd":
         correct = z.argmax(dim=1) == y.squeeze(1)
         # full_like: two Python numbers in a where would be rounded to float32

@@ -209,7 +209,7 @@ def cross_entropy_backward(
     labels: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weight: Tensor | None,
+    class_weight: Tensor | None,
     pixel_weight: Tensor | None,
     ignore_index: int,
     align_corners: bool,
@@ -217,7 +217,7 @@ def cross_entropy_backward(
     grad = gradient_like(logits)
     bad = gradient.launch_gradient(
         grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, shift=shift,
-        scale=scale, class_weight=weight, pixel_weight=pixel_weight,
+        scale=scale, class_weight=class_weight, pixel_weight=pixel_weight,
     )  # fmt: skip
     finish(bad, poisoned=[grad])
     return grad
