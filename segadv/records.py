@@ -36,9 +36,9 @@ def model_hash(model: nn.Module) -> str:
     Those are what it prints, its modules' `forward`, and those of their attributes that are True, False, words, floats,
     callables, tensors, or lists, tuples and dicts of such: of `torch.nn.Upsample` align_corners, of
     `segadv.models.wrap` output. Functions are seen by their byte code and the plain values that they hold, other
-    callables by what they print and hold. Neither other code nor other attributes are seen; whole numbers may be
-    counters, and a tensor that a hook sets or that is called a cache comes from an earlier pass, if there was one. A
-    model that keeps what it computed elsewhere, a feature map say, is another one after each pass.
+    callables by what they print and hold. Neither other code nor other attributes are seen: a whole number by itself
+    may be a counter, and what a hook sets or is called a cache comes from an earlier pass, if there was one. A model
+    that keeps what it computed elsewhere, a feature map say, is another one after each pass.
     """
     network = unwrapped(model)
     settings = [repr(network)]
