@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segadv
+from segadv.records import model_hash
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
 Logits = Callable[[Tensor], Tensor]
@@ -134,6 +135,14 @@ def test_segformer_loss_and_step() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
     torch.testing.assert_close(gradients(ours, network), gradients(theirs, network), rtol=1e-8, atol=1e-12)
     assert_newton(model, plain, images, labels)
+
+
+def test_segformer_is_the_same_model_after_its_first_pass() -> None:
+    """So that an evaluation that was stopped goes on."""
+    network = example("segformer").tiny_segformer(num_classes=3).eval()
+    first = model_hash(network)
+    network(pixel_values=torch.rand(1, 3, 64, 64))
+    assert model_hash(network) == first
 
 
 def test_segformer_runs(capsys: pytest.CaptureFixture[str]) -> None:
