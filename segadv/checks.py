@@ -113,19 +113,24 @@ def names_out_of(known: Collection[str], **arguments: Iterable[str]) -> None:
             raise ValueError(f"{name} must be names out of {', '.join(known)}; got {unknown}{meant}")
 
 
-def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """ValueError where pixels are clearly outside of the range to which attacks clip; `name` is what gave them."""
+def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0), *, slack: float = _OVERSHOOT) -> None:
+    """ValueError where pixels are outside of the range to which attacks clip; `name` is what gave them.
+
+    Args:
+        slack: by what part of the range they may be.
+    """
     if not images.numel():
         return
     low, high = (value.item() for value in images.aminmax())
-    slack = _OVERSHOOT * (bounds[1] - bounds[0])
+    slack *= bounds[1] - bounds[0]
     if math.isnan(low):
         place = images.isnan().nonzero()[0].tolist()
         raise ValueError(f"{name}: a pixel is NaN, the first one at {place}; pixels must be numbers")
     if not (low >= bounds[0] - slack and high <= bounds[1] + slack):
         raise ValueError(
             f"{name}: pixels must be in [{bounds[0]:g}, {bounds[1]:g}], found {low:.4g} to {high:.4g}. Divide bytes by "
-            "255; put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...)"
+            "255; put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...); where "
+            f"resampling overshot: images.clamp({bounds[0]:g}, {bounds[1]:g})"
         )
 
 

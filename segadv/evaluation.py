@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
+from .attacks.base import check_sizes, frozen, has_label, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import (
     a_module,
@@ -122,9 +122,15 @@ class _Judge:
     def __init__(self, model: nn.Module, ignore_index: int, align_corners: bool) -> None:
         self.model = model
         self.options: dict[str, Any] = {"ignore_index": ignore_index, "align_corners": align_corners}
-        self.ignored = f"ignore_index={ignore_index}"
-        self.invalid: list[Tensor] = []
-        self.strayed: dict[tuple[str, float], list[Tensor]] = {}
+        self.ignore_index = ignore_index
+        self.strayed: dict[tuple[str, float], Tensor] = {}
+        """(attack, eps) -> how far pixels went below 0, above 1 and out of the ball, so far."""
+        self._latest_strayed: dict[tuple[str, float], Tensor] = {}
+        self.found: Counter[tuple[str, str, float]] = Counter()
+        """(what, attack, eps) -> how many: "label", bad labels; "nan", images whose loss is; "unmoved" images."""
+        self._noted: dict[tuple[str, str, float], Tensor] = {}
+        self._latest: dict[tuple[str, str, float], int] = {}
+        self._looked_at_logits = False
 
     def looked_at(self, adversarial: Tensor, images: Tensor, name: str, eps: float) -> Tensor:
         """What an attack of the caller's gave, if that is images; how far they are from what they may be is noted."""
@@ -137,27 +143,49 @@ class _Judge:
         if images.numel():
             low, high = adversarial.aminmax()
             far = (adversarial - images).abs().amax() - eps
-            self.strayed.setdefault((name, eps), []).append(torch.stack([-low, high - 1, far]).double().cpu())
+            latest = torch.stack([-low, high - 1, far]).double().cpu()
+            self._latest_strayed[name, eps] = latest
+            self.strayed[name, eps] = torch.maximum(latest, self.strayed.get((name, eps), latest))  # or NaN
         return adversarial.to(images.dtype)
 
+    def note(self, what: str, attack: str, eps: float, number: Tensor) -> None:
+        """Of one batch; a GPU is not waited for."""
+        self._noted[what, attack, eps] = number
+
+    def note_run(self, attack: str, eps: float, loss: Tensor, unmoved: Tensor, labels: Tensor) -> None:
+        """[N] each: of an iterative attack."""
+        self.note("nan", attack, eps, loss.isnan().sum())
+        self.note("unmoved", attack, eps, (unmoved & has_label(labels, self.ignore_index)).sum())
+
+    def settle(self) -> None:
+        """Reads what was noted, when the outcomes of the batch have been waited for."""
+        self._latest = {key: int(number) for key, number in self._noted.items()}
+        self._noted.clear()
+        self.found.update(self._latest)
+
     def approves(self, attack: str, eps: float) -> bool:
-        """Whether the outcomes of a batch may be kept. Those of images out of box or ball are not: whoever goes on
-        with them would not be warned.
+        """Whether the outcomes of the batch just settled may be kept. Those of which a warning or an error tells are
+        not: whoever goes on with them would not be told."""
+        latest = self._latest_strayed.get((attack, eps))
+        strayed = latest is not None and not (latest <= _ROUNDING).all()  # also where one is NaN
+        wrong = any(number for (what, *_), number in self.found.items() if what != "unmoved")
+        return not (strayed or wrong or self._latest.get(("unmoved", attack, eps)))
 
-        Raises:
-            ValueError: bad labels.
-        """
-        self.check()
-        batches = self.strayed.get((attack, eps))
-        return batches is None or bool((batches[-1] <= _ROUNDING).all())  # not where one is NaN
-
-    def warn_of_strays(self) -> None:
-        """Attacks whose images are not numbers are an error; some leave box and ball on purpose."""
-        for (name, eps), batches in self.strayed.items():
-            below, above, far = torch.stack(batches).amax(0).tolist()
+    def warn(self) -> None:
+        """Some attacks leave box and ball on purpose."""
+        unmoved: dict[str, list[str]] = {}
+        for (what, name, eps), number in self.found.items():
+            if what == "unmoved" and number:
+                unmoved.setdefault(name, []).append(f"{number} at eps {eps:g}")
+        for name, counts in unmoved.items():
+            warnings.warn(
+                f"attack {name!r} left images where it began, as their gradients are 0: {', '.join(counts)}. This says "
+                "nothing of the model's robustness; rounding, saturation or half precision in it may be the reason",
+                stacklevel=levels_to_the_caller(),
+            )
+        for (name, eps), strayed in self.strayed.items():
+            below, above, far = strayed.tolist()
             told = f"attack {name!r} at eps {eps:g}"
-            if not math.isfinite(below + above + far):
-                raise ValueError(f"{told} gave pixels that are NaN or infinite")
             if max(below, above) > _ROUNDING:
                 box = f"[{-below:g}, {1 + above:g}]"
                 warnings.warn(f"{told} gave pixels in {box}, outside of [0, 1]", stacklevel=levels_to_the_caller())
@@ -166,9 +194,9 @@ class _Judge:
                 warnings.warn(f"{told} {moved}", stacklevel=levels_to_the_caller())
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, attack: str, eps: float) -> Tensor:
         """Confusion matrices, int64 [N, C, C]."""
-        return self.count(self.logits(images), labels)
+        return self.count(self.logits(images), labels, attack, eps)
 
     def logits(self, images: Tensor) -> Tensor:
         return logits_of(self.model, images)
@@ -178,23 +206,40 @@ class _Judge:
         options = {name: getattr(attack, name) for name in self.options}
         return options == self.options and attack.output is None
 
-    def count(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def count(self, logits: Tensor, labels: Tensor, attack: str, eps: float) -> Tensor:
+        loss = functional.cross_entropy(logits, labels, reduction="image", **self.options)
+        self.note("nan", attack, eps, loss.isnan().sum())
         return functional.confusion_matrix(logits, labels, per_image=True, **self.options)
 
     def clean(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The same, of the clean images; notes bad labels."""
-        matrices = self.count(logits, labels)
-        self.invalid.append(matrices.invalid)  # type: ignore[attr-defined]
+        matrices = self.count(logits, labels, "clean", 0.0)
+        self.note("label", "clean", 0.0, matrices.invalid)  # type: ignore[attr-defined]
+        if not self._looked_at_logits and logits.numel():
+            self._looked_at_logits = True
+            if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 0.01).all():
+                warnings.warn(
+                    "model gives numbers of at least 0 that add up to 1 over the classes: are they probabilities? "
+                    "Attacks need logits; the gradient of a softmax may vanish",
+                    stacklevel=levels_to_the_caller(),
+                )
         return matrices
 
-    @property
-    def number_invalid(self) -> int:
-        """Bad labels are looked at only here: on a GPU that waits for all work."""
-        return int(torch.stack(self.invalid).sum()) if self.invalid else 0
-
-    def check(self, number_invalid: int | None = None) -> None:
-        if invalid := self.number_invalid if number_invalid is None else number_invalid:
-            raise ValueError(f"labels must be classes of the model or {self.ignored}; {invalid} pixels are neither")
+    def check(self) -> None:
+        """ValueError for bad labels, and for images and losses that are NaN."""
+        if invalid := self.found["label", "clean", 0.0]:  # before the others: on a GPU the loss is NaN there, too
+            ignored = f"ignore_index={self.ignore_index}"
+            raise ValueError(f"labels must be classes of the model or {ignored}; {invalid} pixels are neither")
+        for (attack, eps), strayed in self.strayed.items():
+            if not strayed.isfinite().all():
+                raise ValueError(f"attack {attack!r} at eps {eps:g} gave pixels that are NaN or infinite")
+        for (what, attack, eps), number in self.found.items():
+            if what == "nan" and number:
+                under = f" under attack {attack!r} at eps {eps:g}" if eps else ""
+                raise ValueError(
+                    f"model: its logits are NaN or infinite at labelled pixels of {number} images{under}, and nothing "
+                    "can be measured there (float16 overflows where bfloat16 and float32 do not)"
+                )
 
 
 def _clean(judge: _Judge) -> _Work:
@@ -215,8 +260,10 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
             clean = attack._differentiate(own_images, own_labels)
             gradient = clean.own_grad
         matrices = [judge.clean(clean.logits, labels)]
+        unmoved = ~gradient.flatten(1).any(1) & has_label(labels, judge.ignore_index)
         for value in eps:
-            matrices.append(judge(functional.sign_step(images, gradient, value), labels))
+            judge.note("unmoved", "fgsm", value, unmoved.sum())
+            matrices.append(judge(functional.sign_step(images, gradient, value), labels, "fgsm", value))
         return torch.stack(matrices)[:, None]
 
     return _Work("fgsm", (0.0, *eps), (1,), outcomes, arguments)
@@ -228,27 +275,37 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
     # "bim-10" gives its last iterate after the ten steps of its name, and is nothing else on its way
     judged = _judged_steps(singles[0].steps) if singles[0].best else (singles[0].steps,)
 
-    def stacked(values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    def stacked(
+        values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrices [eps, steps, N, C, C], and [eps, N] the last loss and whether an image did not move."""
         count = len(values)
         if count == 1 or images.device.type != "cpu" or count * labels.numel() <= _CPU_PIXELS:
             sizes = images.new_tensor(values).repeat_interleave(len(images))
             attack: Any = ATTACKS[name](model, sizes, steps, **judge.options)
             start = _repeated(noise, count) if isinstance(attack, PGD) else None
             try:
-                matrices = attack.outcomes(_repeated(images, count), _repeated(labels, count), judged, noise=start)
-                return matrices.unflatten(1, (count, -1)).transpose(0, 1)  # type: ignore[no-any-return]
+                matrices, loss, unmoved = attack._outcomes(
+                    _repeated(images, count), _repeated(labels, count), judged, noise=start
+                )
+                matrices = matrices.unflatten(1, (count, -1)).transpose(0, 1)
+                return matrices, loss.unflatten(0, (count, -1)), unmoved.unflatten(0, (count, -1))
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
                 del attack, start  # what did not fit must not take the halves' memory
         halves = (values[: count // 2], values[count // 2 :])
-        return torch.cat([stacked(half, images, labels, noise) for half in halves])
+        first, second = (stacked(half, images, labels, noise) for half in halves)
+        return tuple(map(torch.cat, zip(first, second, strict=True)))  # type: ignore[return-value]
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         # The noise belongs to the batch: the same for all eps and attacks, however they are stacked.
         generator = torch.Generator(images.device).manual_seed(seed)
         noise = uniform_noise(images, generator)
-        return stacked(eps, images, labels, noise)
+        matrices, *others = stacked(eps, images, labels, noise)
+        for value, loss, unmoved in zip(eps, *others, strict=True):
+            judge.note_run(name, value, loss, unmoved, labels)
+        return matrices
 
     return _Work(name, eps, judged, outcomes, [attack.arguments for attack in singles])
 
@@ -263,6 +320,12 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
     network = unwrapped(model)
     if isinstance(attack, Attack) and attack.bn == "train" and any(part is network for part in attack.model.modules()):
         raise ValueError(f'attacks[{name!r}] must have bn="eval", as evaluate runs the model in eval mode, got "train"')
+    if isinstance(attack, Attack) and getattr(attack, "targeted", False):
+        raise ValueError(
+            f"attacks[{name!r}] must not be targeted: evaluate gives it the true labels. For targets of yours: "
+            f"lambda model, eps: lambda images, labels: {type(attack).__name__}(model, eps=eps, targeted=True)"
+            "(images, targets)"
+        )
     arguments, iterative = [], None
     # Of the package's own, and of nobody's sub-class, it is known what the call does and depends on.
     if isinstance(attack, Attack) and type(attack).__module__.startswith("segadv.attacks."):
@@ -279,13 +342,13 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
         judged = (int(steps) if isinstance(steps, Integral) and int(steps) > 0 else 1,)
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
-            seed_generators(images.device, seed)
-            if iterative:
-                return iterative.outcomes(images, labels, judged)[None]
-            with frozen(model):  # whatever the attack does to it, or to its arguments, ends here
-                adversarial = attack(images.clone(), labels.clone())
-            return judge(judge.looked_at(adversarial, images, name, eps), labels)[None, None]
+        if iterative:
+            matrices, loss, unmoved = iterative._outcomes(images, labels, judged)
+            judge.note_run(name, eps, loss, unmoved, labels)
+            return matrices[None]
+        with frozen(model):  # whatever the attack does to it, or to its arguments, ends here
+            adversarial = attack(images.clone(), labels.clone())
+        return judge(judge.looked_at(adversarial, images, name, eps), labels, name, eps)[None, None]
 
     return _Work(name, (eps,), judged, outcomes, arguments)
 
@@ -534,6 +597,16 @@ def evaluate(
         "versions": versions(),
     }
     store, tally = Records(records, identity, approve=judge.approves), _Tally()
+
+    def computed(work: _Work, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seed_generators(device, seed)
+            outcomes = work.outcomes(images, labels, seed).cpu()
+        judge.settle()
+        if not sharded:  # where all processes have to raise together
+            judge.check()
+        return outcomes
+
     data: list[str] = []  # hashes of the samples, those of a batch in one entry
     images_seen, batch_size = 0, 0
     # Passes of a batch through the model, so that the time left is right in spite of unequal attacks.
@@ -553,7 +626,7 @@ def evaluate(
                     f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed"
                 )
             check_sizes(images, labels)
-            in_range(images, f"batch {index} of the loader")
+            in_range(images, f"batch {index} of the loader", slack=_ROUNDING)
             content = "".join(content_hash(*sample) for sample in zip(images, labels, strict=True))
             data.append(content)
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))
@@ -563,34 +636,34 @@ def evaluate(
             finals: dict[float, list[Tensor]] = {value: [] for value in positive}
             for work in works:
                 depends_on = [[arguments, work.steps, number, content] for arguments in work.arguments]
-                compute = partial(work.outcomes, images, labels, batch_seed)
+                compute = partial(computed, work, images, labels, batch_seed)
                 outcomes = store.outcomes(work.attack, work.eps, depends_on, compute)
                 for value, by_steps in zip(work.eps, outcomes, strict=True):
                     if value == 0:
-                        tally.add("clean", 0.0, 0, by_steps[0])
+                        clean = by_steps[0]
+                        tally.add("clean", 0.0, 0, clean)
                         continue
                     for count, matrices in zip(work.steps, by_steps, strict=True):
                         tally.add(work.attack, value, count, matrices)
                     finals[value].append(by_steps[-1])
                 bar.update(work.passes)
             for value in positive if with_worst_case else ():
-                tally.add("worst-case", value, judged["worst-case", value][0], _worst(finals[value]))
-    number_invalid = judge.number_invalid
+                tally.add("worst-case", value, judged["worst-case", value][0], _worst([*finals[value], clean]))
     if sharded:
-        shares = distributed.gather((tally, number_invalid, images_seen, batch_size, data))
+        shares = distributed.gather((tally, judge.found, images_seen, batch_size, data))
         tally = _Tally.merged([share[0] for share in shares])
-        number_invalid = sum(share[1] for share in shares)
+        judge.found = sum((share[1] for share in shares), Counter())
         images_seen = sum(share[2] for share in shares)
         batch_size = max(share[3] for share in shares)
         data = _in_turn([share[4] for share in shares])
-    judge.check(number_invalid)
-    judge.warn_of_strays()
+    judge.check()
+    judge.warn()
     if not tally.confusion:
         raise ValueError("loader gave no batch")
     if not tally.confusion["clean", 0.0, 0].any():
         raise ValueError(
-            f"loader gave no pixel whose label is other than {judge.ignored}; the splits named test have no labels in "
-            "Cityscapes and VOC: evaluate on val"
+            f"loader gave no pixel whose label is other than ignore_index={ignore_index}; the splits named test have "
+            "no labels in Cityscapes and VOC: evaluate on val"
         )
     measurements = [
         tally.measurement(name, ("clean", 0.0, 0) if value == 0 else (name, value, count))

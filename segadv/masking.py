@@ -66,7 +66,7 @@ def masking_checks(
     3. PGD with more steps is not weaker. Its last iterate is judged: of a best iterate this is always true.
     4. Random noise, every channel of every pixel moved by +eps or -eps, is not stronger than FGSM.
     5. PGD against another model is not stronger than PGD against this one.
-    6. The mean loss along the direction of FGSM does not fall between 0 and eps.
+    6. The mean loss along the direction of FGSM rises, and does not fall between 0 and eps.
 
     A failed check is a reason to doubt the model's robustness: gradients may lead the attacks astray. Or the model
     hardly looks at the image: what is left at eps 0.5 may be the accuracy of one class everywhere. That all checks
@@ -114,7 +114,8 @@ def masking_checks(
     transfer = {name: value for name, value in accuracy.items() if name.startswith("from ")}
     losses = _losses_along_fgsm(model, batches, eps, options)
     loss = losses.mean(0).tolist()
-    rising = (losses.diff(dim=1) >= 0).all(1).double().mean().item()
+    highest = itertools.accumulate(loss, max)
+    rising = ((losses.diff(dim=1) >= 0).all(1) & (losses[:, -1] > losses[:, 0])).double().mean().item()
 
     return [
         Check(
@@ -147,7 +148,7 @@ def masking_checks(
         ),
         Check(
             "the loss only rises along FGSM's direction",
-            all(later >= 0.99 * highest for highest, later in zip(itertools.accumulate(loss, max), loss, strict=True)),
+            loss[-1] > loss[0] and all(later >= 0.99 * top for top, later in zip(highest, loss, strict=True)),
             f"mean cross-entropy {loss[0]:.3f} at 0, {loss[_POINTS // 2]:.3f} at {eps / 2:g}, "
             f"{loss[-1]:.3f} at {eps:g}; it only rises for {rising:.0%} of the images",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import dataclasses
@@ -11,11 +12,15 @@ import math
 import operator
 import os
 import re
+import subprocess
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +40,10 @@ from segadv.models import small_pspnet, wrap
 CLASSES = 19
 
 
+class Counts:
+    forwards = backwards = 0
+
+
 class Counting(nn.Module):
     """A small network that counts its forward passes and those of them that were differentiated."""
 
@@ -43,18 +52,20 @@ class Counting(nn.Module):
         self.conv = nn.Conv2d(3, CLASSES, 3, padding=1)
         self.dropout = nn.Dropout(0.5)
         self.norm = nn.BatchNorm2d(CLASSES)
-        self.forwards = 0
-        self.backwards = 0
+        self.counts = Counts()  # numbers among its own attributes would make it another model after each pass
+
+    forwards = property(lambda self: self.counts.forwards, lambda self, value: setattr(self.counts, "forwards", value))
+    backwards = property(lambda self: self.counts.backwards, lambda self, v: setattr(self.counts, "backwards", v))
 
     def forward(self, images: Tensor) -> Tensor:
-        self.forwards += 1
+        self.counts.forwards += 1
         logits: Tensor = self.dropout(self.norm(self.conv(images)))
         if logits.requires_grad:
             logits.register_hook(self._count)
         return logits
 
     def _count(self, gradient: Tensor) -> None:
-        self.backwards += 1
+        self.counts.backwards += 1
 
 
 @pytest.fixture
@@ -274,7 +285,7 @@ def test_attacks_and_eps_of_other_types(model: Counting, loader: list[tuple[Tens
     assert evaluate(model, loader, "fgsm", np.array([0.0, 0.25], np.float32)).rows == expected  # type: ignore[arg-type]
 
 
-def test_invalid_labels_that_a_gpu_only_counts_raise_at_the_end(
+def test_invalid_labels_that_a_gpu_only_counts_raise_after_the_first_attack(
     model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine = functional.confusion_matrix
@@ -285,9 +296,9 @@ def test_invalid_labels_that_a_gpu_only_counts_raise_at_the_end(
         return matrix
 
     monkeypatch.setattr(functional, "confusion_matrix", counting)
-    with pytest.raises(ValueError, match="6 pixels are neither"):
+    with pytest.raises(ValueError, match="2 pixels are neither"):
         evaluate(model, loader, eps=[0.0])
-    assert model.forwards == len(loader), "looked at before the end"
+    assert model.forwards == 1
 
 
 def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -512,6 +523,20 @@ def test_a_model_that_is_wrong_everywhere_is_evaluated() -> None:
     assert (row["miou"], row["pixel_accuracy"]) == (0, 0)
 
 
+def test_the_worst_case_is_never_better_than_the_clean_image(
+    model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """It is in every ball."""
+
+    def helpful(network: nn.Module, eps: float) -> Any:
+        attack = FGSM(network, eps=eps, targeted=True)
+        return lambda images, labels: attack(images, labels)
+
+    result = evaluate(model, loader, {"helpful": helpful, "kind": helpful}, [0.0, 0.05])
+    accuracy = {(row["attack"], row["eps"]): row["pixel_accuracy"] for row in result.rows}
+    assert accuracy["helpful", 0.05] > accuracy["helpful", 0.0] >= accuracy["worst-case", 0.05]
+
+
 def test_of_equally_bad_attacks_the_first_is_the_worst_case() -> None:
     """Each turns one of two pixels, into another class."""
     labels = torch.zeros(1, 1, 2, dtype=torch.uint8)
@@ -588,10 +613,10 @@ def test_eps_are_stacked_as_far_as_memory_allows(
 ) -> None:
     arguments = {"attacks": ["pgd"], "eps": [0.01, 0.02, 0.03, 0.04, 0.05], "steps": 3}
     expected = evaluate(model, loader, **arguments)
-    genuine, sizes = PGD.outcomes, []
+    genuine, sizes = PGD._outcomes, []
     failed: list[weakref.ref[Tensor]] = []
 
-    def small_memory(self: PGD, images: Tensor, *args: Any, noise: Tensor, **kwargs: Any) -> Tensor:
+    def small_memory(self: PGD, images: Tensor, *args: Any, noise: Tensor, **kwargs: Any) -> Any:
         sizes.append(len(images))
         assert not any(ref() is not None for ref in failed), "what did not fit takes the memory of what may"
         if len(images) > room:
@@ -599,13 +624,27 @@ def test_eps_are_stacked_as_far_as_memory_allows(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return genuine(self, images, *args, noise=noise, **kwargs)
 
-    monkeypatch.setattr(PGD, "outcomes", small_memory)
+    monkeypatch.setattr(PGD, "_outcomes", small_memory)
     room = 6
     assert evaluate(model, loader, **arguments).rows == expected.rows
     assert sizes[:6] == [15, 6, 9, 3, 6, 5]  # the batches have 3, 1 and 2 images
     room = 2
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, loader, **arguments)
+
+
+def test_a_model_that_draws_random_numbers_is_repeated(loader: list[tuple[Tensor, Tensor]]) -> None:
+    class Random(Counting):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(images), 0.5)
+
+    model, names = Random(), ["fgsm", "bim", "pgd"]
+    state = torch.get_rng_state()
+    first = evaluate(model, loader, names, [0.0, 0.03], steps=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert evaluate(model, loader, names, [0.0, 0.03], steps=3).rows == first.rows
+    assert evaluate(model, loader, names, [0.0, 0.03], steps=3, seed=1).rows != first.rows
 
 
 def test_attacks_of_the_caller_are_seeded_and_judged_on_their_way(
@@ -1001,8 +1040,20 @@ def test_model_hash_sees_which_module_stands_there_again() -> None:
         assert records.model_hash(nn.Sequential(one, two, one)) != records.model_hash(nn.Sequential(one, two, two))
 
 
+@dataclasses.dataclass
+class Settings:
+    by: float
+
+
 @pytest.mark.parametrize("name", ["scale", "_scale"])
-@pytest.mark.parametrize("kept", [float, torch.tensor, lambda scale: (1, [scale]), lambda scale: {"by": scale}])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        float, int, np.float32, np.array, torch.tensor, lambda scale: (1, [scale]), lambda scale: {"by": scale},
+        lambda scale: SimpleNamespace(by=scale), lambda scale: argparse.Namespace(by=scale), Settings,
+        lambda scale: {int(scale)},
+    ],
+)  # fmt: skip
 def test_records_of_a_model_with_another_attribute_are_never_taken(
     name: str, kept: Callable[[float], Any], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -1010,13 +1061,68 @@ def test_records_of_a_model_with_another_attribute_are_never_taken(
         def forward(self, images: Tensor) -> Tensor:
             scale = vars(self)[name]
             scale = scale["by"] if isinstance(scale, dict) else scale[1][0] if isinstance(scale, tuple) else scale
-            return super().forward(images) * scale
+            scale = next(iter(scale)) if isinstance(scale, set) else getattr(scale, "by", scale)
+            return super().forward(images) * torch.as_tensor(scale)
 
     turning, found = Turning(model), []
     for scale in (1.0, -1.0):
         setattr(turning, name, kept(scale))
         found.append(evaluate(turning, loader, ["fgsm"], [0.0], records=tmp_path).rows)
         assert found[-1] == evaluate(turning, loader, ["fgsm"], [0.0]).rows
+    assert found[0] != found[1]
+
+
+SIGN = 1
+
+
+def signed(images: Tensor) -> Tensor:
+    return images * SIGN
+
+
+@pytest.mark.parametrize("where", ["class", "method", "static method", "property", "module", "pre-hook", "hook"])
+def test_records_of_a_model_with_other_code_are_never_taken(
+    where: str,
+    tmp_path: Path,
+    model: Counting,
+    loader: list[tuple[Tensor, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What changes between the two is neither printed, nor an attribute of the model, nor in its forward."""
+
+    def turning(sign: int) -> nn.Module:
+        class Turning(nn.Sequential):
+            factor = sign if where == "class" else 1
+
+            if sign == 1 or where not in ("method", "static method", "property"):
+                turned = property(lambda self: 1)
+                own = staticmethod(lambda images: images)
+
+                def prepared(self, images: Tensor) -> Tensor:
+                    return images
+            else:
+                turned = property(lambda self: -1 if where == "property" else 1)
+                own = staticmethod(lambda images: -images if where == "static method" else images)
+
+                def prepared(self, images: Tensor) -> Tensor:
+                    return -images if where == "method" else images
+
+            def forward(self, images: Tensor) -> Tensor:
+                return super().forward(signed(self.own(self.prepared(images)))) * self.factor * self.turned
+
+        made = Turning(model)
+        if where == "pre-hook":
+            made.register_forward_pre_hook(lambda module, inputs: (sign * inputs[0],))
+        elif where == "hook":
+            made.register_forward_hook(lambda module, inputs, output: sign * output)
+        elif where == "module":
+            monkeypatch.setitem(globals(), "SIGN", sign)
+        return made
+
+    found = []
+    for sign in (1, -1):
+        network = turning(sign)
+        found.append(evaluate(network, loader, ["fgsm"], [0.0], records=tmp_path).rows)
+        assert found[-1] == evaluate(network, loader, ["fgsm"], [0.0]).rows
     assert found[0] != found[1]
 
 
@@ -1051,6 +1157,37 @@ def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
     assert records.model_hash(normed) != records.model_hash(normed), "nobody knows its values"
 
 
+def test_model_hash_ends_for_what_holds_itself_and_is_that_of_another_process() -> None:
+    knots: list[Any] = [[1] for _ in range(12)]
+    for knot in knots:
+        knot.extend(knots)
+    chain: list[Any] = []
+    for _ in range(10_000):
+        chain = [chain]
+    tied, tied_again, other = (Scaled(value) for value in (1.0, 1.0, 1.0))
+    tied.knots, tied_again.knots, other.knots = knots, copy.deepcopy(knots), [*copy.deepcopy(knots), 2]
+    tied.chain = tied_again.chain = other.chain = chain
+    hashes = [records.model_hash(each) for each in (tied, tied_again, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+    code = """
+import torch
+from segadv import records
+class Model(torch.nn.Identity):
+    def forward(self, images):
+        return images if self.words & {"a", "b"} else None
+model = Model()
+model.words, model.f = {"a", "b", "c", ("d", "e")}, lambda: sorted(("d", "e"))
+print(records.model_hash(model))
+"""
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "12"]
+    printed = [
+        subprocess.run([sys.executable, "-c", code], env=each, check=True, capture_output=True, text=True).stdout
+        for each in environments
+    ]
+    assert printed[0] == printed[1] != ""
+
+
 def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_parameters() -> None:
     def network(activation: nn.Module, scale: float, *, extra: object = None) -> nn.Module:
         made = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), activation)
@@ -1071,7 +1208,7 @@ def test_model_hash_sees_buffers_that_are_not_saved_and_modules_without_paramete
     hashes = [records.model_hash(each) for each in scaled]
     assert hashes[0] == hashes[2] != hashes[1]
     scaled[0].calls = 5
-    assert records.model_hash(scaled[0]) == hashes[0], "a counter"
+    assert records.model_hash(scaled[0]) != hashes[0], "it may be a setting"
     assert records.model_hash(ScaledOtherwise(1.0)) != hashes[0]
     assert records.model_hash(Scaled("a")) != records.model_hash(Scaled("b"))
     assert records.model_hash(nn.MaxPool2d(2)) != records.model_hash(nn.MaxPool2d(3))
@@ -1259,16 +1396,17 @@ def test_shares_are_put_together(
     assert together([loader[1], loader[0], loader[2]]).run["batch_size"] == 3
     changed = [loader[0], (loader[1][0], loader[1][1].clamp(min=1)), loader[2]]
     assert len({together(data).run["data_sha256"] for data in (loader, changed, [*loader[:2], loader[0]])}) == 3
+    genuine = evaluation._Judge.settle
     for at in range(2):
-        genuine = evaluation._Judge.number_invalid
-        monkeypatch.setattr(
-            evaluation._Judge,
-            "number_invalid",
-            property(lambda self, at=at: 2 * (evaluation.distributed.rank() == at)),
-        )
+
+        def counting(self: evaluation._Judge, at: int = at) -> None:
+            if evaluation.distributed.rank() == at and ("label", "clean", 0.0) in self._noted:
+                self.note("label", "clean", 0.0, torch.tensor(2 if not self.found else 0))
+            genuine(self)
+
+        monkeypatch.setattr(evaluation._Judge, "settle", counting)
         with pytest.raises(ValueError, match="2 pixels are neither"):
             together(loader)
-        monkeypatch.setattr(evaluation._Judge, "number_invalid", genuine)
 
 
 class Gentle(PGD):
@@ -1719,3 +1857,110 @@ def test_a_sparse_buffer_that_dense_would_not_fit_into_memory() -> None:
 def test_entries_of_a_sparse_buffer_may_stand_in_any_order_and_twice() -> None:
     same = [([[0, 2]], [3.0, 1.0]), ([[2, 0]], [1.0, 3.0]), ([[0, 2, 0]], [1.0, 1.0, 2.0])]
     assert len({records.content_hash(torch.sparse_coo_tensor(*entries, (4,))) for entries in same}) == 1
+
+
+# --- what must not be taken for robustness ------------------------------------------------------------------
+
+PASSES: dict[str, Any] = {
+    "fgsm": ["fgsm"], "bim-10": ["bim-10"], "bim": ["bim"], "pgd": ["pgd"], "segpgd": ["segpgd"], "cospgd": ["cospgd"],
+    "restarts": {"restarts": lambda model, eps: PGD(model, eps=eps, alpha=eps, steps=2, restarts=2, best=True)},
+    "mine": {"mine": lambda model, eps: lambda images, labels: (images + 0.9 * eps).clamp(0, 1)},
+}  # fmt: skip
+
+
+class Overflowing(Counting):
+    """NaN for every image out of which an attack was made, or for the first pixel of all."""
+
+    def __init__(self, value: float, *, everywhere: bool) -> None:
+        super().__init__()
+        self.value, self.everywhere = value, everywhere
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        first = torch.zeros_like(logits)
+        first[:, 1, 0, 0] = self.value
+        changed = torch.tensor(True) if self.everywhere else (images * 256).frac().any()
+        return logits + torch.where(changed, first, torch.zeros_like(first))
+
+
+@pytest.fixture
+def bytes_loader(loader: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Pixels are multiples of 1/256, the first one is labelled."""
+    for _, labels in loader:
+        labels[:, 0, 0] = 2
+    return [((images * 256).floor() / 256, labels) for images, labels in loader]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_an_error(
+    value: float, tmp_path: Path, bytes_loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    message = r"model: its logits are NaN or infinite at labelled pixels of 3 images, and nothing can be measured"
+    for attacks in (["fgsm"], ["pgd"], PASSES["mine"]):
+        with pytest.raises(ValueError, match=message):
+            evaluate(Overflowing(value, everywhere=True), bytes_loader, attacks, [0.0, 0.1], records=tmp_path)
+    assert not list(tmp_path.iterdir())
+    void = [(images, labels.clone()) for images, labels in bytes_loader]
+    for _, labels in void:
+        labels[:, 0, 0] = 255
+    evaluate(Overflowing(value, everywhere=True), void, ["fgsm", "pgd"], [0.0, 0.1], steps=3)  # where nothing counts
+    evaluate(Overflowing(-math.inf, everywhere=True), bytes_loader, ["fgsm"], [0.0, 0.1])  # a class that is left out
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_logits_that_are_no_numbers_under_an_attack_are_an_error(
+    name: str, tmp_path: Path, bytes_loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    model = Overflowing(math.nan, everywhere=False)
+    evaluate(model, bytes_loader, PASSES[name], [0.0])
+    with pytest.raises(ValueError, match=rf"labelled pixels of 3 images under attack '{name}' at eps 0.1, and nothing"):
+        evaluate(model, bytes_loader, PASSES[name], [0.0, 0.1], steps=4, records=tmp_path)
+    assert {path.name.partition("-0-")[0] for path in tmp_path.iterdir()} <= {"clean"}
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name != "mine"])
+def test_attacks_that_find_no_gradient_are_told_of(
+    name: str, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    class Rounding(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            some = (images - images.detach()) * (images.mean((1, 2, 3)) > 0.5).view(-1, 1, 1, 1)
+            return super().forward(images.detach() + some)  # no gradient for the other images
+
+    loader = [(images, labels) for images, labels in loader if (images.mean((1, 2, 3)) <= 0.5).any()]
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    labels[(images.mean((1, 2, 3)) <= 0.5).nonzero()[0]] = 255  # an image with nothing to attack is no sign
+    unmoved = int((images.mean((1, 2, 3)) <= 0.5).sum()) - 1
+    assert unmoved > 0
+    batch = [(images, labels)]
+    told = rf"attack '{name}' left images where it began, as their gradients are 0: {unmoved} at eps 0.01, {unmoved} at"
+    for _ in range(2):  # not recorded: told again
+        with pytest.warns(UserWarning, match=told):
+            evaluate(Rounding(model), batch, PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, batch, PASSES[name], [0.0, 0.01, 0.02], steps=4)
+
+
+def test_targeted_attacks_are_refused(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    attacks = {"to": lambda network, eps: PGD(network, eps=eps, alpha=eps, targeted=True)}
+    with pytest.raises(ValueError, match=r"attacks\['to'\] must not be targeted.*PGD\(model, eps=eps, targeted=True\)"):
+        evaluate(model, loader, attacks, [0.01])
+
+
+def test_images_out_of_the_box_are_refused(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    """However little: an attack would bring them back into it, farther than eps."""
+    images, labels = loader[1]
+    with pytest.raises(ValueError, match=r"batch 1 of the loader: pixels must be in \[0, 1\].*images.clamp\(0, 1\)"):
+        evaluate(model, [loader[0], (images * 1.03, labels)], ["fgsm"], [0.01])
+    evaluate(model, [(images.clamp(0.1) * (1 + 2e-7), labels)], ["fgsm"], [0.01])
+
+
+@pytest.mark.parametrize(("final", "told"), [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False)])
+def test_probabilities_in_the_place_of_logits_are_told_of(
+    final: nn.Module, told: bool, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate(nn.Sequential(model, final), loader, ["fgsm"], [0.0, 0.01])
+    assert ["are they probabilities?" in str(each.message) for each in caught] == [True] * told

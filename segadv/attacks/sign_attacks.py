@@ -190,6 +190,18 @@ class _Candidate(NamedTuple):
         )
 
 
+class _Run(NamedTuple):
+    """What an iterative attack came to."""
+
+    images: Tensor
+    loss: Tensor
+    """[N] where the last gradient was taken."""
+    judged: list[_Candidate]
+    """What there was after each of the steps that were asked for."""
+    unmoved: Tensor | None
+    """bool [N], whether no step moved anything, where that was asked for: the gradient was always 0."""
+
+
 @dataclass(kw_only=True, eq=False)
 class BIM(_SignAttack):
     """Basic iterative method: x_0 = x, x_{t+1} = clip(project(x_t + alpha * sign(grad CE(x_t)))).
@@ -261,25 +273,27 @@ class BIM(_SignAttack):
         steps = [operator.index(step) for step in steps]
         if not steps or steps != sorted(set(steps)) or not 1 <= steps[0] <= steps[-1] <= self.steps:
             raise ValueError(f"steps must be increasing numbers out of 1 ... {self.steps}, got {steps}")
+        return self._outcomes(images, labels, steps, noise=noise)[0]
+
+    def _outcomes(
+        self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`outcomes`, and `loss` and `unmoved` of the `_Run`."""
         with self._isolated(images, labels) as (own_images, own_labels):
-            _, _, judged = self._run(own_images, own_labels, judge=steps, noise=noise)
-        return torch.stack([candidate.confusion for candidate in judged])
+            run = self._run(own_images, own_labels, judge=steps, noise=noise)
+        assert run.unmoved is not None
+        return torch.stack([candidate.confusion for candidate in run.judged]), run.loss, run.unmoved
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
-        adversarial, loss, _ = self._run(images, labels)
-        return adversarial, AttackInfo(eps=self._eps_of(images), loss=loss)
+        run = self._run(images, labels)
+        return run.images, AttackInfo(eps=self._eps_of(images), loss=run.loss)
 
-    def _run(
-        self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
-        """Adversarial images, the last loss [N], and what there was after the steps in `judge`."""
+    def _run(self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None) -> _Run:
         if noise is not None:
             raise ValueError("noise must be None, as the attack has no random start")
         return self._iterate(images, labels, images, judge, matrices=bool(judge))
 
-    def _iterate(
-        self, images: Tensor, labels: Tensor, start: Tensor, judge: Sequence[int], *, matrices: bool
-    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
+    def _iterate(self, images: Tensor, labels: Tensor, start: Tensor, judge: Sequence[int], *, matrices: bool) -> _Run:
         iterate, best, judged = start, None, []
         for step in range(self.steps):
             loss = self._differentiate(iterate, labels, step=step, steps=self.steps)
@@ -289,10 +303,11 @@ class BIM(_SignAttack):
             iterate = functional.sign_step(
                 iterate, loss.grad, self.alpha, origin=images, eps=self.eps, bounds=self.bounds
             )
+        unmoved = (iterate == start).flatten(1).all(1) if matrices else None
         if not (self.best or self.steps in judge):
-            return iterate, loss.mean, judged
+            return _Run(iterate, loss.mean, judged, unmoved)
         best = self._judged(iterate, self._logits(iterate), labels, best, matrices=matrices)
-        return best.images, loss.mean, judged + [best] * (self.steps in judge)
+        return _Run(best.images, loss.mean, judged + [best] * (self.steps in judge), unmoved)
 
     def _judged(
         self, iterate: Tensor, logits: Tensor, labels: Tensor, before: _Candidate | None, *, matrices: bool
@@ -348,9 +363,7 @@ class PGD(BIM):
                 f"restarts must be 1 with random_start=False, where all runs are the same, got {self.restarts}"
             )
 
-    def _run(
-        self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[_Candidate]]:
+    def _run(self, images: Tensor, labels: Tensor, *, judge: Sequence[int] = (), noise: Tensor | None = None) -> _Run:
         if noise is not None and (self.restarts > 1 or not self.random_start):
             raise ValueError("noise must be None unless random_start=True and restarts=1")
         if noise is not None:
@@ -365,11 +378,13 @@ class PGD(BIM):
         if self.restarts == 1:
             return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})
-        _, loss, kept = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
-        for _ in range(1, self.restarts):
-            _, loss, candidates = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
-            kept = [mine.or_better(other) for mine, other in zip(kept, candidates, strict=True)]
-        return kept[-1].images, loss, [entry for step, entry in zip(at, kept, strict=True) if step in judge]
+        kept: list[_Candidate] = []
+        for _ in range(self.restarts):
+            run = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
+            pairs = zip(kept or run.judged, run.judged, strict=True)
+            kept = [mine.or_better(other) for mine, other in pairs]
+        judged = [entry for step, entry in zip(at, kept, strict=True) if step in judge]
+        return run._replace(images=kept[-1].images, judged=judged)
 
     def _start(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if not self.random_start:
