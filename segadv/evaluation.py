@@ -422,7 +422,7 @@ class _Tally:
             """Over the classes of each image."""
             return values.new_zeros(count, dtype=torch.float64).index_add_(0, image, values.double())
 
-        image_miou = (sums(intersection / union) / sums(torch.ones_like(union))).mean().item()
+        miou_of_each = sums(intersection / union) / sums(torch.ones_like(union))
         all_intersections, all_unions = overlap(self.confusion[key]).double()
         iou = class_iou(self.confusion[key])
         # without an image only its classes change; one of which nothing is left is gone, with the IoU 0 until then
@@ -430,7 +430,7 @@ class _Tally:
         changes = (all_intersections[kind] - intersection) / rest.clamp(min=1) - iou[kind]
         classes = (all_unions > 0).sum() - sums(rest == 0)
         without_each = (iou.nansum() + sums(changes)) / classes.clamp(min=1)
-        return Measurement("", attack, *key[1:], image_miou, self.confusion[key], without_each)
+        return Measurement("", attack, *key[1:], self.confusion[key], miou_of_each, without_each)
 
 
 def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:

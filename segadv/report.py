@@ -44,9 +44,15 @@ def write_report(
         command: what repeats it, for the reader.
 
     Raises:
+        TypeError: a result that is none.
         ValueError: the models were put under different attacks, eps or steps, on different images, or have different
             numbers of classes; class_names of another number; checks of a model that is not in the result.
     """
+    if not isinstance(result, EvaluationResult):
+        raise TypeError(
+            f"result must be an EvaluationResult, got a {type(result).__name__}; those of several models become one by "
+            "EvaluationResult.merge({name: result, ...})"
+        )
     if "model_sha256" in result.run:  # not merged yet
         result = EvaluationResult.merge({result.run["model"]: result})
     checks = checks or {}

@@ -92,19 +92,24 @@ class Measurement:
         attack: its name, or "worst-case".
         eps: 0 is the clean prediction.
         steps: of the attack; 0 where eps is 0. For "worst-case" the largest of the attacks' numbers.
-        image_miou: mean over the images of the mIoU of each (over the classes in its labels or predictions).
         confusion: int64 [C, C] over all pixels of the set, row = label, column = prediction.
-        without_each: float64 [N], the mIoU of the set without its first image, without its second, and so on, of the
-            images with a labelled pixel.
+        miou_of_each: float64 [N], the mIoU of each image with a labelled pixel, in their order, over the classes in its
+            labels or predictions.
+        without_each: float64 [N], the mIoU of the set without the first of these images, without the second, and so on.
     """
 
     arm: str
     attack: str
     eps: float
     steps: int
-    image_miou: float
     confusion: Tensor
+    miou_of_each: Tensor
     without_each: Tensor
+
+    @property
+    def image_miou(self) -> float:
+        """Mean of `miou_of_each`."""
+        return self.miou_of_each.mean().item()
 
     @property
     def row(self) -> dict[str, Any]:
@@ -229,7 +234,7 @@ class EvaluationResult:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `run`, `rows` and all measurements; `from_json` gives the same result back."""
         measurements = [
-            entry.row | {"confusion": entry.confusion.tolist(), "without_each": entry.without_each.tolist()}
+            entry.row | {name: getattr(entry, name).tolist() for name in ("confusion", "miou_of_each", "without_each")}
             for entry in self.measurements
         ]
         content = {"run": self.run, "rows": self.rows, "measurements": measurements}
@@ -242,13 +247,14 @@ class EvaluationResult:
         Raises:
             ValueError: the file holds something else.
         """
-        names = ("arm", "attack", "eps", "steps", "image_miou")
+        names = ("arm", "attack", "eps", "steps")
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             measurements = [
                 Measurement(
                     **{name: entry[name] for name in names},
                     confusion=torch.tensor(entry["confusion"]),
+                    miou_of_each=torch.tensor(entry["miou_of_each"], dtype=torch.float64),
                     without_each=torch.tensor(entry["without_each"], dtype=torch.float64),
                 )
                 for entry in content["measurements"]

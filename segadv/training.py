@@ -738,15 +738,21 @@ class Trainer:
         )
         p10, median, p90 = np.quantile(eps.numpy(), [0.1, 0.5, 0.9]).tolist() if len(eps) else [None] * 3
         share_skipped = _mean(skipped)
-        if share_skipped is not None and share_skipped > 0.01 and not self._warned and distributed.rank() == 0:
-            self._warned = True
-            warnings.warn(
+        message = ""
+        if share_skipped is not None and share_skipped > 0.01:
+            message = (
                 f"the attack left {share_skipped:.1%} of its images as they were in the steps up to "
                 f"{self.steps_done}: no labelled pixel, or a gain or gradient that is 0, infinite or NaN "
-                '(with precision "fp16" that is an overflow; "bf16" has none)',
-                RuntimeWarning,
-                stacklevel=levels_to_the_caller(),
+                '(with precision "fp16" that is an overflow; "bf16" has none)'
             )
+        elif silent := int((losses == 0).sum()):
+            message = (
+                f"the loss was exactly 0 in {silent} of the {len(losses)} steps up to {self.steps_done}: no pixel of "
+                f"their batches has a label other than {IGNORE_INDEX}, the one of pixels that do not count"
+            )
+        if message and not self._warned and distributed.rank() == 0:
+            self._warned = True
+            warnings.warn(message, RuntimeWarning, stacklevel=levels_to_the_caller())
         self._window = []
         last_read, self._clock = self._clock, (self.steps_done, time.perf_counter())
         return {

@@ -438,6 +438,7 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
         assert torch.equal(entry.confusion, torch.stack(expected[entry.attack]).sum(0))
         mious[entry.attack] = sum(map(plain_miou, expected[entry.attack])) / len(expected[entry.attack])
         assert entry.image_miou == pytest.approx(mious[entry.attack], rel=1e-12)
+        assert entry.miou_of_each.tolist() == pytest.approx([plain_miou(matrix) for matrix in expected[entry.attack]])
     without = {name: without_each(matrices) for name, matrices in expected.items()}
     for entry in result.measurements:
         assert entry.without_each.tolist() == pytest.approx(without[entry.attack], rel=1e-12)

@@ -132,7 +132,12 @@ class Rounded(nn.Module):
 
 def test_a_model_without_useful_gradients_is_found(data: list[Batch], network: nn.Module) -> None:
     """Rounding stops gradients: white-box attacks find nothing, those on the network behind it do."""
-    by_name = {check.name: check for check in masking_checks(Rounded(network, 256), data, sources={"it": network})}
+    told = "attack 'pgd' left images where it began, as their gradients are 0"
+    with pytest.warns(UserWarning, match=told):
+        by_name = {check.name: check for check in masking_checks(Rounded(network, 256), data, sources={"it": network})}
+    flat = by_name["the loss only rises along FGSM's direction"]
+    assert not flat.passed
+    assert flat.finding.endswith("it only rises for 0% of the images")
     assert by_name["an attack on another model is not stronger than one on this"].passed is False
     assert by_name["accuracy falls with eps, to about 0"].passed is False
 
@@ -244,6 +249,7 @@ MEASURED: dict[str, Any] = {
         ({"losses": [[1.0, 0.995, *[1.1] * 9]]}, None),
         ({"losses": [[1.0, 0.98, *[1.1] * 9]]}, 5),
         ({"losses": [[1.0 - 0.005 * i for i in range(11)]]}, 5),
+        ({"losses": [[1.0] * 11]}, 5),
         ({"losses": [[2.0 - 0.1 * i for i in range(11)], [1.0 + 0.2 * i for i in range(11)]]}, None),  # of the mean
     ],
 )
@@ -266,7 +272,7 @@ def test_verdicts_follow_from_the_numbers(
             ]
         matrices = [torch.tensor([[round(1000 * share), round(1000 - 1000 * share)], [0, 0]]) for *_, share in found]
         return EvaluationResult(
-            [Measurement("", *entry[:3], 0.0, matrix, NONE) for entry, matrix in zip(found, matrices, strict=True)]
+            [Measurement("", *entry[:3], matrix, NONE, NONE) for entry, matrix in zip(found, matrices, strict=True)]
         )
 
     monkeypatch.setattr(masking, "evaluate", fake)
@@ -445,7 +451,15 @@ def made(*measured: tuple[str, float, int, int], **changes: Any) -> EvaluationRe
     """Of attack, eps, steps, and how many of 100 pixels of the first of two classes are right; the second's all are."""
     return EvaluationResult(
         [
-            Measurement("", attack, eps, steps, right / 1000, torch.tensor([[right, 100 - right], [0, 100]]), NONE)
+            Measurement(
+                "",
+                attack,
+                eps,
+                steps,
+                torch.tensor([[right, 100 - right], [0, 100]]),
+                miou_of_each=torch.tensor([right / 1000]),
+                without_each=NONE,
+            )
             for attack, eps, steps, right in measured
         ],
         RUN | changes,
@@ -530,8 +544,15 @@ def miou_of(right: int) -> float:
     return (right / 100 + 100 / (200 - right)) / 2
 
 
+def test_a_report_of_several_results_that_are_not_merged_is_refused(tmp_path: Path) -> None:
+    one = made(("fgsm", 0.0, 0, 50))
+    with pytest.raises(TypeError, match=r"result must be an EvaluationResult, got a dict; .*EvaluationResult.merge\("):
+        report.write_report(tmp_path / "report", {"a": one, "b": one})  # type: ignore[arg-type]
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_report_is_of_models_with_equally_many_classes(tmp_path: Path) -> None:
     one = made(("fgsm", 0.0, 0, 90))
-    other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, 0.5, torch.eye(3, dtype=torch.int64), NONE)], RUN)
+    other = EvaluationResult([Measurement("", "fgsm", 0.0, 0, torch.eye(3, dtype=torch.int64), NONE, NONE)], RUN)
     with pytest.raises(ValueError, match=r"'a' and 'b' were evaluated .* or on different numbers of classes"):
         report.write_report(tmp_path, EvaluationResult.merge({"a": one, "b": other}))

@@ -1028,7 +1028,7 @@ def evaluated(path: Path, shift: float) -> Path:
                 for done in sorted({steps // 2, steps}):  # also judged on its way
                     wrong = 100 * (i + j) + int(1000 * eps) + int(shift * 1000) + (steps - done)
                     confusion = torch.tensor([[1000 - wrong, wrong], [wrong, 1000 - wrong]])
-                    measurements.append(Measurement("", attack, eps, done, 0.5, confusion, torch.zeros(0)))
+                    measurements.append(Measurement("", attack, eps, done, confusion, torch.ones(1), torch.zeros(0)))
         versions = {"segadv": "0.1.0", "torch": "2.13.0", "numpy": "2.4", "python": "3.11"}
         run = {"images": 32, "device": "cpu", "versions": versions, "git_commit": COMMIT}
         results[arm] = EvaluationResult(measurements, run)

@@ -1446,6 +1446,23 @@ def test_one_image_in_a_hundred_may_stay_as_it_was(
     assert any("as they were" in str(warning.message) for warning in recwarn) == warned
 
 
+@pytest.mark.parametrize("void", [0, 3, 25])
+def test_steps_without_a_labelled_pixel_are_told_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, void: int
+) -> None:
+    class Void(Squares):
+        def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+            image, label = super().__getitem__(index)
+            return image, torch.full_like(label, 255) if trainer.steps_done < void else label
+
+    settings = config(arm="basic", steps=25, log_every=25, monitor_every=0)
+    trainer = Trainer(settings, tiny_model(), Void())
+    trainer.run(tmp_path, progress=False)
+    told = [str(warning.message) for warning in recwarn if "exactly 0" in str(warning.message)]
+    expected = f"the loss was exactly 0 in {void} of the 25 steps up to 25: no pixel of their batches has a label other"
+    assert [message[: len(expected)] for message in told] == [expected] * bool(void)
+
+
 def test_metrics_of_the_arms(tmp_path: Path) -> None:
     for arm in training.ARMS:
         run(tmp_path / arm, arm=arm, steps=3)

@@ -399,7 +399,8 @@ class SegPGD(PGD):
 
     Weights 1 - lambda and lambda, lambda = step / (2 * steps) with step = 0 ... steps - 1: early steps
     turn correct pixels, later ones also keep the others wrong. Source: Gu et al. 2022 (arXiv 2207.12391),
-    algorithm 1. Arguments and defaults as `PGD`.
+    algorithm 1. Targeted, a pixel at its target is a correct one, and the weights change places: lambda on those that
+    are there, 1 - lambda on the others. Arguments and defaults as `PGD`.
     """
 
     loss: ClassVar[functional.Loss] = "segpgd"
@@ -409,7 +410,8 @@ class SegPGD(PGD):
 class CosPGD(PGD):
     """`PGD` on `functional.cospgd_loss`, a cross-entropy weighted by how well the prediction fits the label.
 
-    Source: Agnihotri et al. 2024 (arXiv 2302.02213). Arguments and defaults as `PGD`.
+    Targeted, the weight is 1 less that. Source: Agnihotri et al. 2024 (arXiv 2302.02213). Arguments and defaults as
+    `PGD`.
     """
 
     loss: ClassVar[functional.Loss] = "cospgd"
