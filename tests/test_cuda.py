@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import emulated
 import oracle
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import segadv
 from segadv import functional as F
-from segadv.ops import backends
+from segadv.ops import backends, native
 from segadv.ops.native import compiled_for
 
 # own size, labels' size: vectors; no vectors; columns of 8 pixels; 4; two chunks; a pixel more than 8; one pixel each;
@@ -149,8 +150,8 @@ def test_more_blocks_than_a_block_has_threads() -> None:
             gain_sum, n_valid, _ = F.gain_and_grad(z, y)
             results.append((gain_sum, n_valid, F.cross_entropy(z, y, reduction="image")))
     assert results[1][1].tolist() == [71 * 71, 121 * 71 - 1]
-    for ours, native in zip(*results, strict=True):
-        torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-3)
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,12 @@ def test_gradients_with_more_rows_of_warps_stay_inside_of_their_workspace(
         with segadv.backend(name):
             found.append(torch.autograd.grad(F.pixel_margin(z, y).sum() + F.averaged_gain(z, y).sum(), z)[0])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_aligned_corners_stay_inside_of_their_workspace() -> None:
+    """Which is larger than without: a logit has more pixels. emulated.py looks behind it."""
+    z, y = torch.randn(2, 150, 3, 2, requires_grad=True), torch.randint(0, 150, (2, 4, 40))
+    compare_with_native(z, y, align_corners=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -292,9 +299,9 @@ def test_errors_name_the_kernel_and_the_sizes() -> None:
         ("90-real", [(9, 0)]),
         ("80-real", [(8, 0), (8, 6), (8, 9)]),
         ("86", [(8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]),
+        *((f"100a{kind}", [(10, 0)]) for kind in ("-real", "-virtual", "")),
         ("90a-real", [(9, 0)]),
-        ("100a-real", [(10, 0)]),
-        ("100f-real", [(10, 0), (10, 3)]),
+        *((f"100f{kind}", [(10, 0), (10, 3)]) for kind in ("-real", "-virtual", "")),
         ("100-virtual", [(10, 0), (10, 3), (12, 0)]),
         ("75-real 80-real 90-real 120-real 120-virtual", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]),
     ],
@@ -302,6 +309,39 @@ def test_errors_name_the_kernel_and_the_sizes() -> None:
 def test_which_gpus_an_architecture_serves(architectures: str, runs: list[tuple[int, int]]) -> None:
     capabilities = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
     assert [capability for capability in capabilities if compiled_for(capability, architectures.split())] == runs
+
+
+def test_why_the_native_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason is told in its turn, the second GPU's too."""
+    gpus, errors = [(9, 0), (8, 6)], ["the driver is too old", ""]
+    core = SimpleNamespace(check=lambda: errors.pop(0), compiler="13.0", architectures="90-real 120-virtual")
+
+    def reason(device_type: str = "cuda") -> str | None:
+        native._cuda_unavailable.cache_clear()
+        return native.CPU.unavailable(device_type)
+
+    monkeypatch.setattr(native, "cuda_core", None)
+    assert "SEGADV_CUDA=ON" in str(reason())
+    monkeypatch.setattr(native, "cuda_core", core)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert reason() == "its kernels are for NVIDIA GPUs"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason() == "no GPU is visible to torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
+    assert reason() == "its CUDA kernels (CUDA 13.0) cannot run: the driver is too old"
+    errors.append("")
+    assert reason() == (
+        "its CUDA kernels were compiled for 90-real, 120-virtual, not for GPU 1 of compute capability 8.6; install "
+        "segadv again on this machine, or with CUDAARCHS=86"
+    )
+    gpus.pop()
+    assert reason() is None
+    assert reason("cpu") is None
+    assert reason("xpu") == "this build has no kernels for xpu tensors"
+    native._cuda_unavailable.cache_clear()
 
 
 # --- the emulation itself -----------------------------------------------------------------------------------------

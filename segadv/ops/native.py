@@ -77,13 +77,13 @@ def compiled_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
     """Whether code for CMake's `architectures` runs on such a GPU.
 
     "90-real" is machine code, for 9.0 and what follows within the 9s; "120-virtual" is PTX, for all that follows;
-    "120" is both. "90a" is for 9.0 alone.
+    "120" is both. "90a" is for 9.0 alone, "100f" for the 10s.
     """
     for architecture in architectures:
         number, _, kind = architecture.partition("-")
         digits = number.rstrip("af")
         compiled = (int(digits[:-1]), int(digits[-1]))
-        same_generation = kind != "virtual" and capability[0] == compiled[0]
+        same_generation = capability[0] == compiled[0]
         later = kind != "real" and digits == number
         if capability == compiled or (
             not number.endswith("a") and (same_generation or later) and capability > compiled
