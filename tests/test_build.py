@@ -310,12 +310,27 @@ def test_core_and_package_tell_the_same_version() -> None:
     assert segadv.build_info()["native_version"] == segadv.__version__
 
 
-def test_core_of_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "_segadv_native.py").write_text("interface_version = 99\n")
+@pytest.mark.parametrize("number", [0, 99])
+def test_core_of_another_version_is_refused(tmp_path: Path, number: int) -> None:
+    (tmp_path / "_segadv_native.py").write_text(f"interface_version = {number}\n")
     result = run(sys.executable, "-c", "import segadv", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert result.returncode != 0
-    assert "has interface 99, this package" in result.stderr
+    assert f"has interface {number}, this package" in result.stderr
     assert "install segadv again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("ImportError('undefined symbol')", "the extension _segadv_native does not load: undefined symbol\n"),
+        ("ModuleNotFoundError('')", "the extension _segadv_native is not installed; installing segadv builds it where"),
+    ],
+)
+def test_why_there_is_no_core(tmp_path: Path, error: str, message: str) -> None:
+    (tmp_path / "_segadv_native.py").write_text(f"raise {error}\n")
+    code = "import segadv; info = segadv.build_info(); print(info['native'], info['native_missing'])"
+    result = run(sys.executable, "-c", code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert result.stdout.startswith(f"False {message}"), result.stderr
 
 
 def test_missing_compiler_is_named(tmp_path: Path) -> None:
