@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import segadv
 from segadv import functional as F
-from segadv.ops import backends, common, library
+from segadv.ops import backends, common, library, native
 
 SIZES = {"full": (6, 8), "up": (3, 4)}
 
@@ -35,7 +36,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
     y = torch.randint(0, 5, (2, 6, 8))
     y[0, 0] = 255
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    images, grad = torch.rand(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    images, grad = torch.rand(2, 3, 6, 8, dtype=wide), torch.randn(2, 3, 6, 8, dtype=wide)
     if channels_last:
         images, grad = (t.contiguous(memory_format=torch.channels_last) for t in (images, grad))
     runner_up = torch.zeros(2, 6, 8, dtype=torch.uint8)
@@ -48,7 +49,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "cross_entropy": (z, y, weight, "cross_entropy", 0.0, False, 255, False, True, True),
         "cross_entropy_backward": (per_pixel, z, y, per_pixel, per_pixel, weight, per_pixel, 255, False),
         "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
-        "l1_norm": (grad,),
+        "l1_norm": (grad.to(dtype),),
         "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),
         "sign_step": (images, grad, 0.1, None, images.clone(), 0.1, None, 0.0, 1.0),
         "scale_gradient": (z, torch.rand(2, dtype=wide)),
@@ -76,9 +77,11 @@ def test_opcheck(backend: str, operation: str, own: tuple[int, int]) -> None:
     for dtype, channels_last in native if backend == "native" else native[:1]:
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
-        if operation == "cross_entropy":  # and with weights of the pixels, which are kept
+        if operation == "cross_entropy":  # and with weights of the pixels, which are kept for a backward alone
             weighs = (*arguments[:2], None, "segpgd", 0.25, False, 255, False, False, True)
             torch.library.opcheck(getattr(library, operation), weighs)
+            for given in ((*weighs[:-1], False), (*weighs[:3], "cospgd", *weighs[4:])):
+                torch.library.opcheck(getattr(library, operation), given, test_utils="test_faketensor")
         transposed = [
             value.transpose(1, 2).contiguous().transpose(1, 2)
             if isinstance(value, Tensor) and value.dim() == 3
@@ -215,7 +218,8 @@ def test_inductor_fullgraph() -> None:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(z.relu() * 2, y) + F.averaged_gain(z, y).sum()
 
-    expected, got = loss(z, y), torch.compile(loss, fullgraph=True)(z, y)
+    with torch._dynamo.config.patch(only_allow_pt2_compliant_ops=True):
+        expected, got = loss(z, y), torch.compile(loss, fullgraph=True)(z, y)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(expected, z))
 
@@ -389,6 +393,52 @@ def test_explicit_request_that_cannot_be_met_fails(monkeypatch: pytest.MonkeyPat
     assert "none-such" in backends.report()
 
 
+def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native backend's kernels for it, else Triton's, else the reference; what was asked for or an error."""
+    refused = set()
+
+    def that_is_told_of(name: str) -> SimpleNamespace:
+        return SimpleNamespace(unavailable=lambda kind: f"{name} is off" if (name, kind) in refused else None)
+
+    known = {name: that_is_told_of(name) for name in ("native", "triton", "reference")}
+    monkeypatch.setattr(backends, "BACKENDS", known)
+    monkeypatch.setattr(backends, "_warned", {"xpu"})
+    monkeypatch.delenv("SEGADV_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.select("cuda") is backends._CUDA
+    for name, expected in (known | {"native": backends._CUDA}).items():
+        with segadv.backend(name):
+            assert backends.select("cuda") is expected
+            assert backends.select("cpu") is known[name]
+            with segadv.backend(None):
+                assert backends.select("cuda") is backends._CUDA
+    assert backends.report().splitlines()[4:] == ["cuda: native", *(f"  {name}: can run" for name in known)]
+    with segadv.backend("triton"):
+        assert backends.report().splitlines()[4] == "cuda: triton (requested)"
+    refused.add(("native", "cuda"))
+    assert backends.select("cuda") is known["triton"]
+    assert backends.select("cpu") is known["native"]
+    with segadv.backend("native"):
+        message = "backend 'native' was requested for cuda tensors but cannot run: native is off"
+        with pytest.raises(RuntimeError, match=message):
+            backends.select("cuda")
+        assert backends.report().splitlines()[::4] == ["cpu: native (requested)", f"cuda: none ({message})"]
+    refused.add(("triton", "cuda"))
+    with pytest.warns(RuntimeWarning, match=r"for cuda tensors .native: native is off; triton: triton is off\)"):
+        assert backends.select("cuda") is known["reference"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.report().splitlines()[4:] == ["cuda: no GPU is visible to torch"]
+
+
+@pytest.mark.parametrize("value", ["", "triton"])
+def test_the_backend_of_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one asks for nothing; what a thread asks for itself comes first."""
+    monkeypatch.setenv("SEGADV_BACKEND", value)
+    assert backends.requested() == (value or None)
+    with segadv.backend("reference"):
+        assert backends.requested() == "reference"
+
+
 def test_triton_is_refused_with_the_reason_and_never_the_default_on_the_cpu() -> None:
     code = (
         "import torch, segadv\n"
@@ -432,10 +482,11 @@ def test_a_triton_that_does_not_load_is_a_reason(content: str, tmp_path: Path) -
     assert result.stdout.startswith("triton does not load: "), result.stderr
 
 
-def test_triton_of_another_distribution_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "told"), [("__version__ = '9.9'\n", "9.9"), ("", "None")])
+def test_triton_of_another_distribution_is_named(content: str, told: str, tmp_path: Path) -> None:
     """pytorch-triton, pytorch-triton-rocm, triton-windows: no metadata under the name of the module."""
     (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("__version__ = '9.9'\n")
+    (tmp_path / "triton" / "__init__.py").write_text(content)
     code = (
         "import importlib.metadata as m\n"
         "def missing(name): raise m.PackageNotFoundError(name)\n"
@@ -444,7 +495,24 @@ def test_triton_of_another_distribution_is_named(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.stdout == "9.9\n", result.stderr
+    assert result.stdout == f"{told}\n", result.stderr
+
+
+def test_what_is_installed_and_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, threads = native.core, torch.get_num_threads()
+    best = core.instruction_set()
+    try:
+        torch.set_num_threads(3)
+        for name in core.instruction_sets():
+            core.use_instruction_set(name)
+            info = segadv.build_info()
+            assert (info["instruction_set"], info["threads"]) == (name, 3)
+    finally:
+        core.use_instruction_set(best)
+        torch.set_num_threads(threads)
+    assert info["native_path"] == core.__file__
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert segadv.build_info()["triton"] is None
 
 
 def test_import_needs_no_extras() -> None:
@@ -689,6 +757,10 @@ def test_bad_labels_are_named_with_their_place(
     for call in calls:
         with pytest.raises(ValueError, match=message):
             call(z, y)
+    y[0, 0, 0] = 4
+    with pytest.raises(ValueError, match=r"or ignore_index = 77, got 4 at \[n, y, x\] = \[0, 0, 0\]"):
+        F.averaged_gain(z, y, ignore_index=77)
+    y[0, 0, 0] = 0
     if dtype is not torch.uint8:
         y[0, 39, 59] = -1
         with pytest.raises(ValueError, match=r"or ignore_index = 255, got -1 at \[n, y, x\] = \[0, 39, 59\]"):

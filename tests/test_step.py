@@ -247,15 +247,15 @@ def test_empty_batch(backend: str) -> None:
     assert F.sign_step(images, images, 0.1).shape == images.shape
 
 
-def test_images_without_pixels_have_a_step_of_0(backend: str) -> None:
+def test_images_without_pixels_have_a_norm_and_a_step_of_0(backend: str) -> None:
     images = torch.rand(2, 3, 0, 4)
     torch.use_deterministic_algorithms(True)  # then new memory holds NaN
     try:
-        adversarial, eps = F.newton_step(images, images, torch.ones(2))
+        adversarial, eps, norm = library.newton_step(images, images, torch.ones(2), 0.0, 1.0, False, None)
     finally:
         torch.use_deterministic_algorithms(False)
     assert adversarial.shape == images.shape
-    assert eps.tolist() == [0, 0]
+    assert eps.tolist() == norm.tolist() == [0, 0]
 
 
 def test_radius_without_meaning(backend: str) -> None:
