@@ -73,8 +73,8 @@ def test_every_registered_operation_is_tested_and_has_every_backend() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_opcheck(backend: str, operation: str, own: tuple[int, int]) -> None:
     native = [(dtype, layout) for dtype in (torch.float32, torch.bfloat16, torch.float64) for layout in (False, True)]
-    # What an operation registers is the same for all backends.
-    for dtype, channels_last in native if backend == "native" else native[:1]:
+    # What an operation registers is the same for all backends; the reference leaves layouts to PyTorch.
+    for dtype, channels_last in native[: {"native": 6, "reference": 2}.get(backend, 1)]:
         arguments = sample_inputs(own, dtype, channels_last)[operation]
         torch.library.opcheck(getattr(library, operation), arguments)
         if operation == "cross_entropy":  # and with weights of the pixels, which are kept for a backward alone
@@ -88,7 +88,7 @@ def test_opcheck(backend: str, operation: str, own: tuple[int, int]) -> None:
             else value
             for value in arguments
         ]
-        if backend == "native" and dtype is torch.float32:
+        if backend in ("native", "reference") and dtype is torch.float32:
             torch.library.opcheck(getattr(library, operation), tuple(transposed))
         if operation == "cross_entropy":  # for_backward=False
             without = (*arguments[:-1], False)

@@ -544,6 +544,7 @@ def test_an_outgoing_nan_reaches_its_logits_alone(backend: str) -> None:
     z_eager = z.detach().clone().requires_grad_()
     outgoing = torch.randn(2, 16, 35)
     outgoing[0, 6, 17] = torch.nan
+    y[1, 3, 4], outgoing[1, 3, 4] = 255, torch.nan  # that of a void pixel reaches none
     (grad,) = torch.autograd.grad(F.pixel_margin(z, y), z, outgoing)
     (expected,) = torch.autograd.grad(oracle.pixel_margin(z_eager, y), z_eager, outgoing)
     torch.testing.assert_close(grad, expected, equal_nan=True)

@@ -55,7 +55,7 @@ class _Labels:
     def __init__(self, labels: Tensor, num_classes: int, ignore_index: int, dtype: torch.dtype) -> None:
         if labels.device.type == "cpu":
             check_labels(labels, num_classes, ignore_index)
-        wide = labels.long().contiguous()  # as its fake tensors, all that comes out of it is dense
+        wide = labels.long()
         in_range = (wide >= 0) & (wide < num_classes)
         not_ignored = wide != ignore_index
         self.valid = in_range & not_ignored
@@ -67,7 +67,7 @@ class _Labels:
         self.poison = torch.where(self.bad.any(dim=2).any(dim=1), zero + float("nan"), zero)
 
     def masked(self, value: Tensor) -> Tensor:
-        """value [N, H, W] with 0 at ignored pixels, NaN all over an image with a bad label."""
+        """value [N, H, W], dense, with 0 at ignored pixels, NaN all over an image with a bad label."""
         return (value.where(self.valid, 0) + self.poison.view(-1, 1, 1)).contiguous()
 
 
@@ -169,7 +169,7 @@ def cross_entropy(
     if weighs:
         factor = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
     else:
-        factor = torch.ones_like(scale) if class_weight is None else class_weight.to(z.dtype)[target.y.squeeze(1)]
+        factor = torch.ones_like(scale) if class_weight is None else class_weight[target.y.squeeze(1)]
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * factor)
     weight_sum = target.masked(factor).sum(dim=(1, 2))
     shift, scale = _maps(target, for_backward, shift, scale)
@@ -192,7 +192,7 @@ def cross_entropy_backward(
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
     if class_weight is not None:
-        coefficient = coefficient * class_weight.to(z.dtype)[target.y.squeeze(1)]
+        coefficient = coefficient * class_weight[target.y.squeeze(1)]
     softmax = (z - shift.unsqueeze(1)).exp() * scale.unsqueeze(1)
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
