@@ -319,6 +319,8 @@ def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     found = [row for provider, ms in times.items() for row in rows(provider, ms)]
     found += rows("native", 0.1, of_copy=0.75)
     found += rows("native", 0.01, operation="enqueueing confusion_matrix") + rows("copy", 1.0, operation="copy")
+    # without ours, or without what is usual, there is nothing to compare
+    found += rows("eager", 0.3, operation="l1_norm") + rows("native", 0.3, operation="argmax_labels")
     write_records(tmp_path / "nvidia-x1.csv", found)
     write_records(tmp_path / "overhead-nvidia-x1.csv", found)  # another command's
     text = report.gpus(tmp_path)
@@ -922,6 +924,17 @@ def test_a_further_step_is_half_of_what_two_more_cost() -> None:
     assert attacks.further_step_over_step(three, one, one + 16, one) == pytest.approx(25)
 
 
+def test_numbers_have_the_digits_that_they_deserve() -> None:
+    assert [report.three_digits(value) for value in (304.6, 99.95, 99.94, 4.84)] == ["305", "100", "99.9", "4.8"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "share"), [(3, "73 %"), (4, "87 %"), (8, "87 %"), (9, "91 %"), (19, "91 %"), (20, "")]
+)
+def test_what_intervals_of_few_rounds_hold(rounds: int, share: str) -> None:
+    assert "".join(re.findall(r"\d+ %", report._few(rounds))) == share
+
+
 def test_two_rows_where_one_is_meant_are_an_error() -> None:
     rows = [record("overhead", "segadv"), record("overhead", "segadv", dtype="bfloat16")]
     assert report.one(rows, operation="overhead", dtype="bfloat16") is rows[1]
@@ -1101,6 +1114,13 @@ def test_rows_of_demos_and_evaluations_name_the_commit_that_ran_them(tmp_path: P
         path.write_text(path.read_text().replace(f'"{COMMIT}"', "null"))  # outside of a clone
         with pytest.raises(report.ReportError, match=f"{path} names no commit, .*: give --commit"):
             records(path, None)
+
+
+def test_rows_of_a_demo_on_a_gpu_name_that(tmp_path: Path) -> None:
+    path = finished_demo(tmp_path / "results.json", [0])
+    path.write_text(path.read_text().replace('"gpu": null', '"gpu": "NVIDIA X1"'))
+    rows = report.demo_records(path, "c0ffee")
+    assert {(row.device, row.machine) for row in rows} == {("cuda", "NVIDIA X1, 2 cores")}
 
 
 def test_rows_of_an_evaluation_on_a_gpu_name_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
