@@ -229,6 +229,22 @@ def test_many_pixels(backend: str) -> None:
     assert torch.equal(F.gain_and_grad(z, y)[2], expected)
 
 
+def test_several_images_of_rows_with_gaps_and_more_pixels_than_a_tile_has(backend: str) -> None:
+    """The native walk takes 512 neighbours of a row at most, and 2^15 pixels of an image, at once."""
+    z, y = torch.randn(2, 3, 64, 540)[..., :520].requires_grad_(), torch.randint(0, 3, (2, 64, 520))
+    z_eager = z.detach().clone().requires_grad_()
+    margin, expected = F.pixel_margin(z, y), oracle.pixel_margin(z_eager, y)
+    losses, expected_losses = F.cross_entropy(z, y, reduction="none"), oracle.cross_entropy_map(z_eager, y)
+    assert torch.equal(margin, expected)
+    torch.testing.assert_close(losses, expected_losses)
+    outgoing = torch.randn(y.shape)
+    grads, expected_grads = (
+        [torch.autograd.grad(value, leaf, outgoing)[0] for value in values]
+        for leaf, values in ((z, (margin, losses)), (z_eager, (expected, expected_losses)))
+    )
+    torch.testing.assert_close(grads, expected_grads)
+
+
 @pytest.mark.parametrize("margin", [0.7, 0.498878479])
 @pytest.mark.parametrize("own", [(64, 64), (8, 8)], ids=str)
 def test_the_mean_of_like_margins(backend: str, own: tuple[int, int], margin: float) -> None:
@@ -243,11 +259,11 @@ def test_every_number_of_half_precision(interpreted: bool, dtype: torch.dtype) -
     """As a logit; and what lies between two of them, as a gradient: rounded to nearest, ties to even."""
     numbers = torch.arange(-(2**15), 2**15).short().view(dtype).view(1, 256, 256)
     half = 2**15 if dtype is torch.bfloat16 else 2**12
-    distances = [1, half - 1, half, half + 1]
+    distances = [0, 1, half - 1, half, half + 1]
     if interpreted and dtype is torch.bfloat16:
         # tl.load and tl.store in its interpreter take subnormal bfloat16 for 0, and cut float32 off instead of rounding
         numbers = numbers.where(numbers.isfinite() & (numbers.abs() >= torch.finfo(dtype).tiny), 1)
-        distances = distances[:2]  # where both are the same
+        distances = distances[:3]  # where both are the same
     z, y = torch.stack([numbers, torch.zeros_like(numbers)], dim=1), torch.zeros(1, 256, 256, dtype=torch.uint8)
     torch.testing.assert_close(F.pixel_margin(z, y), numbers.float(), rtol=0, atol=0, equal_nan=True)
     z = torch.zeros_like(z).requires_grad_()
@@ -590,6 +606,18 @@ def test_resampled_ties_are_ties(backend: str, seed: int) -> None:
     for label in (0, 1):
         margin = F.pixel_margin(z, torch.full((1, 40, 50), label))
         assert (margin == 0).all()
+
+
+def test_classes_that_tie_at_one_logit(backend: str) -> None:
+    """There the lowest of them wins, though it lies below the others all around."""
+    z = torch.randint(-2, 3, (1, 1, 4, 6)).float().repeat(1, 4, 1, 1)
+    z[:, 1:3] += 1
+    z[:, :3, 2, 0], z[:, 3] = 0, -9
+    expected = torch.ones(1, 13, 21, dtype=torch.long)  # weights are quarters: nothing is rounded
+    expected[0, 8, 0] = 0
+    _, runner_up = torch.ops.segadv.pixel_margin(z, torch.full_like(expected, 3), 255, True)
+    assert torch.equal(runner_up.long(), expected)
+    assert torch.equal(F.argmax_labels(z, (13, 21), align_corners=True).long(), expected)
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
