@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import oracle
@@ -454,6 +455,23 @@ def test_large_logits(backend: str, scale: float) -> None:
     atol = 4 * 2**-23 / y.numel()  # where a probability is near 1, 1 - p is known to some ulp of 1
     torch.testing.assert_close(grad.double(), grad64, rtol=1e-5, atol=atol)
     torch.testing.assert_close(F.loss_and_grad(z, y)[2].double() / y.numel(), grad64, rtol=1e-5, atol=atol)
+
+
+def test_exponential_and_logarithm_to_a_few_ulp(backend: str) -> None:
+    """Of two logits down to where float32 ends: sigmoid(-d) and log(1 + exp(-d)). Of equal logits: log(C)."""
+    eps = torch.finfo(torch.float32).eps
+    distance = torch.linspace(0, 87, 4096).view(1, 64, 64)
+    z, y = torch.stack([torch.zeros_like(distance), -distance], dim=1), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    losses, grad = F.cross_entropy(z, y, reduction="none").double(), F.loss_and_grad(z, y)[2].double()
+    d = distance.double()
+    torch.testing.assert_close(losses, (-d).exp().log1p(), rtol=2 * eps, atol=eps)
+    relative = (grad[:, 1] / (-d).sigmoid() - 1).abs()
+    assert (relative <= (4 + d) * eps).all()  # 2^(d log2(e)), as a GPU computes it, has the rounding of its exponent
+    if backend == "native" and not z.is_cuda:
+        assert relative.max() <= 4 * eps
+    for classes in (*range(2, 40), 300):
+        loss = F.cross_entropy(torch.zeros(1, classes), torch.zeros(1, dtype=torch.long)).item()
+        assert loss == pytest.approx(math.log(classes), rel=2 * eps)
 
 
 @pytest.mark.parametrize("at", [(2, 3), (-1, -1), (0, 0)])
