@@ -735,6 +735,18 @@ def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None
         call()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((0, 0, (1,)), r"a tensor is \(address, dtype, sizes, strides\)"),
+        ((0, 0, (1,) * 5, (1,) * 5), "a tensor of at most 4 dimensions is needed"),
+    ],
+)
+def test_the_core_refuses_what_is_no_view_of_a_tensor(given: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        native.core.l1_norm(0, 0, given, None, 1)
+
+
 @pytest.mark.parametrize("own", [(40, 60), (5, 8)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 def test_bad_labels_are_named_with_their_place(
