@@ -15,7 +15,8 @@ using namespace segadv;
 
 namespace {
 
-enum class Shifted { kNone, kInputs, kMaps };  // which tensors begin one element behind a multiple of 16 bytes
+// Which tensors begin one element behind a multiple of 16 bytes; kRows: the rows of the logits, each one element more.
+enum class Shifted { kNone, kInputs, kMaps, kRows };
 
 // Memory of exactly the right size, so that one element too far is seen.
 struct Memory {
@@ -92,12 +93,14 @@ void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, in
                            std::to_string(W) + ", dtype " + std::to_string(static_cast<int>(dtype));
   Memory memory;
   memory.aligned = shifted != Shifted::kInputs;
-  const auto logits = [&] {
-    TensorView view = memory.tensor(dtype, {N, C, h, w});
+  const auto logits = [&](int64_t gap = 0) {
+    TensorView view = memory.tensor(dtype, {N, C, h, w + gap});
+    view.size[3] = w;
     if (channels_last) view.stride[1] = 1, view.stride[2] = w * C, view.stride[3] = C;
     return view;
   };
-  Problem problem{logits(), memory.tensor(DType::kUInt8, {N, H, W}), logits(), 255, align_corners};
+  const TensorView given = logits(shifted == Shifted::kRows), grad = logits();
+  Problem problem{given, memory.tensor(DType::kUInt8, {N, H, W}), grad, 255, align_corners};
   memory.aligned = shifted != Shifted::kMaps;
   fill<S>(problem.logits, N * C * h * w);
   uint8_t* labels = static_cast<uint8_t*>(problem.labels.data);
@@ -171,7 +174,7 @@ void run_all(DType dtype, DType wide) {
   const int64_t sizes[][4] = {{6, 8, 6, 8},  {5, 7, 5, 7}, {3, 5, 24, 37}, {33, 40, 5, 9},
                               {1, 1, 70, 3}, {3, 64, 5, 61}, {6, 33, 26, 133}};
   for (const auto& size : sizes)
-    for (Shifted shifted : {Shifted::kNone, Shifted::kInputs, Shifted::kMaps})
+    for (Shifted shifted : {Shifted::kNone, Shifted::kInputs, Shifted::kMaps, Shifted::kRows})
       run<S>(dtype, wide, 5, size[0], size[1], size[2], size[3], shifted);
   for (int64_t classes : {5, 16, 70})
     for (int64_t width : {8, 7})
