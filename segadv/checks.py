@@ -128,7 +128,7 @@ def in_range(images: Tensor, name: str, bounds: tuple[float, float] = (0.0, 1.0)
         raise ValueError(f"{name}: a pixel is NaN, the first one at {place}; pixels must be numbers")
     if not (low >= bounds[0] - slack and high <= bounds[1] + slack):
         raise ValueError(
-            f"{name}: pixels must be in [{bounds[0]:g}, {bounds[1]:g}], found {low:.4g} to {high:.4g}. Divide bytes by "
+            f"{name}: pixels must be in [{bounds[0]:g}, {bounds[1]:g}], found {low:.7g} to {high:.7g}. Divide bytes by "
             "255; put mean and standard deviation into the model: segadv.models.wrap(model, mean=..., std=...); where "
             f"resampling overshot: images.clamp({bounds[0]:g}, {bounds[1]:g})"
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, frozen, has_label, is_plain, logits_of, unwrapped
+from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import (
     a_module,
@@ -130,7 +130,8 @@ class _Judge:
         """(what, attack, eps) -> how many: "label", bad labels; "nan", images whose loss is; "unmoved" images."""
         self._noted: dict[tuple[str, str, float], Tensor] = {}
         self._latest: dict[tuple[str, str, float], int] = {}
-        self._looked_at_logits = False
+        self._probabilities: bool | None = None
+        """Whether the model seems to give them, once its logits were looked at."""
 
     def looked_at(self, adversarial: Tensor, images: Tensor, name: str, eps: float) -> Tensor:
         """What an attack of the caller's gave, if that is images; how far they are from what they may be is noted."""
@@ -143,19 +144,21 @@ class _Judge:
         if images.numel():
             low, high = adversarial.aminmax()
             far = (adversarial - images).abs().amax() - eps
-            latest = torch.stack([-low, high - 1, far]).double().cpu()
-            self._latest_strayed[name, eps] = latest
-            self.strayed[name, eps] = torch.maximum(latest, self.strayed.get((name, eps), latest))  # or NaN
+            self._latest_strayed = {(name, eps): torch.stack([-low, high - 1, far]).double().cpu()}
+            self.add_strays(self._latest_strayed)
         return adversarial.to(images.dtype)
+
+    def add_strays(self, *strayed: Mapping[tuple[str, float], Tensor]) -> None:
+        for key, distances in chain.from_iterable(each.items() for each in strayed):
+            self.strayed[key] = torch.maximum(distances, self.strayed.get(key, distances))  # NaN where one is
 
     def note(self, what: str, attack: str, eps: float, number: Tensor) -> None:
         """Of one batch; a GPU is not waited for."""
         self._noted[what, attack, eps] = number
 
-    def note_run(self, attack: str, eps: float, loss: Tensor, unmoved: Tensor, labels: Tensor) -> None:
-        """[N] each: of an iterative attack."""
-        self.note("nan", attack, eps, loss.isnan().sum())
-        self.note("unmoved", attack, eps, (unmoved & has_label(labels, self.ignore_index)).sum())
+    def note_unmoved(self, attack: str, eps: float, unmoved: Tensor, matrices: Tensor) -> None:
+        """bool [N] and [N, C, C] after the attack; of an image of which no pixel is right, nothing is missed."""
+        self.note("unmoved", attack, eps, (unmoved & (matrices.diagonal(dim1=1, dim2=2).sum(1) > 0)).sum())
 
     def settle(self) -> None:
         """Reads what was noted, when the outcomes of the batch have been waited for."""
@@ -169,7 +172,7 @@ class _Judge:
         latest = self._latest_strayed.get((attack, eps))
         strayed = latest is not None and not (latest <= _ROUNDING).all()  # also where one is NaN
         wrong = any(number for (what, *_), number in self.found.items() if what != "unmoved")
-        return not (strayed or wrong or self._latest.get(("unmoved", attack, eps)))
+        return not (strayed or wrong or self._probabilities or self._latest.get(("unmoved", attack, eps)))
 
     def warn(self) -> None:
         """Some attacks leave box and ball on purpose."""
@@ -179,8 +182,9 @@ class _Judge:
                 unmoved.setdefault(name, []).append(f"{number} at eps {eps:g}")
         for name, counts in unmoved.items():
             warnings.warn(
-                f"attack {name!r} left images where it began, as their gradients are 0: {', '.join(counts)}. This says "
-                "nothing of the model's robustness; rounding, saturation or half precision in it may be the reason",
+                f"attack {name!r} left images where it began: {', '.join(counts)}. Their gradients are 0 or NaN, or "
+                "lead out of [0, 1]: this says nothing of the model's robustness. Rounding, saturation or half "
+                "precision in it may be the reason",
                 stacklevel=levels_to_the_caller(),
             )
         for (name, eps), strayed in self.strayed.items():
@@ -215,9 +219,9 @@ class _Judge:
         """The same, of the clean images; notes bad labels."""
         matrices = self.count(logits, labels, "clean", 0.0)
         self.note("label", "clean", 0.0, matrices.invalid)  # type: ignore[attr-defined]
-        if not self._looked_at_logits and logits.numel():
-            self._looked_at_logits = True
-            if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 0.01).all():
+        if self._probabilities is None and logits.numel():
+            self._probabilities = bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 0.01).all())
+            if self._probabilities:
                 warnings.warn(
                     "model gives numbers of at least 0 that add up to 1 over the classes: are they probabilities? "
                     "Attacks need logits; the gradient of a softmax may vanish",
@@ -260,10 +264,10 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
             clean = attack._differentiate(own_images, own_labels)
             gradient = clean.own_grad
         matrices = [judge.clean(clean.logits, labels)]
-        unmoved = ~gradient.flatten(1).any(1) & has_label(labels, judge.ignore_index)
         for value in eps:
-            judge.note("unmoved", "fgsm", value, unmoved.sum())
-            matrices.append(judge(functional.sign_step(images, gradient, value), labels, "fgsm", value))
+            adversarial = functional.sign_step(images, gradient, value)
+            matrices.append(judge(adversarial, labels, "fgsm", value))
+            judge.note_unmoved("fgsm", value, _equal(adversarial, images), matrices[-1])
         return torch.stack(matrices)[:, None]
 
     return _Work("fgsm", (0.0, *eps), (1,), outcomes, arguments)
@@ -278,18 +282,18 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
     def stacked(
         values: tuple[float, ...], images: Tensor, labels: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Matrices [eps, steps, N, C, C], and [eps, N] the last loss and whether an image did not move."""
+        """Matrices [eps, steps, N, C, C], and bool [eps, N]: is a loss NaN, did the image not move."""
         count = len(values)
         if count == 1 or images.device.type != "cpu" or count * labels.numel() <= _CPU_PIXELS:
             sizes = images.new_tensor(values).repeat_interleave(len(images))
             attack: Any = ATTACKS[name](model, sizes, steps, **judge.options)
             start = _repeated(noise, count) if isinstance(attack, PGD) else None
             try:
-                matrices, loss, unmoved = attack._outcomes(
+                matrices, broken, unmoved = attack._outcomes(
                     _repeated(images, count), _repeated(labels, count), judged, noise=start
                 )
                 matrices = matrices.unflatten(1, (count, -1)).transpose(0, 1)
-                return matrices, loss.unflatten(0, (count, -1)), unmoved.unflatten(0, (count, -1))
+                return matrices, broken.unflatten(0, (count, -1)), unmoved.unflatten(0, (count, -1))
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -303,8 +307,9 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
         generator = torch.Generator(images.device).manual_seed(seed)
         noise = uniform_noise(images, generator)
         matrices, *others = stacked(eps, images, labels, noise)
-        for value, loss, unmoved in zip(eps, *others, strict=True):
-            judge.note_run(name, value, loss, unmoved, labels)
+        for value, outcome, broken, unmoved in zip(eps, matrices, *others, strict=True):
+            judge.note("nan", name, value, broken.sum())
+            judge.note_unmoved(name, value, unmoved, outcome[-1])
         return matrices
 
     return _Work(name, eps, judged, outcomes, [attack.arguments for attack in singles])
@@ -343,12 +348,17 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         if iterative:
-            matrices, loss, unmoved = iterative._outcomes(images, labels, judged)
-            judge.note_run(name, eps, loss, unmoved, labels)
+            matrices, broken, unmoved = iterative._outcomes(images, labels, judged)
+            judge.note("nan", name, eps, broken.sum())
+            judge.note_unmoved(name, eps, unmoved, matrices[-1])
             return matrices[None]
         with frozen(model):  # whatever the attack does to it, or to its arguments, ends here
             adversarial = attack(images.clone(), labels.clone())
-        return judge(judge.looked_at(adversarial, images, name, eps), labels, name, eps)[None, None]
+        adversarial = judge.looked_at(adversarial, images, name, eps)
+        outcome = judge(adversarial, labels, name, eps)
+        if isinstance(attack, FGSM):  # others leave images as they are on purpose
+            judge.note_unmoved(name, eps, _equal(adversarial, images), outcome)
+        return outcome[None, None]
 
     return _Work(name, (eps,), judged, outcomes, arguments)
 
@@ -369,6 +379,11 @@ def _keeps_to(attack: BIM, eps: float) -> bool:
     """Whether its images stay in box and ball, so that they need not be looked at."""
     # narrower bounds come after the ball, and lead out of it
     return attack.bounds == (0, 1) and float(torch.as_tensor(attack.eps).amax()) <= eps + _ROUNDING
+
+
+def _equal(images: Tensor, others: Tensor) -> Tensor:
+    """bool [N]."""
+    return (images == others).flatten(1).all(1)
 
 
 def _judged_steps(steps: int) -> tuple[int, ...]:
@@ -522,7 +537,8 @@ def evaluate(
     depends on the choice of the images says `miou_error`; for two models `miou_difference`.
 
     * eps = 0 is the clean prediction; it is counted once and serves all attacks.
-    * "worst-case": for each image, the outcome of the attack that leaves the most valid pixels wrong.
+    * "worst-case": for each image, the outcome that leaves the most valid pixels wrong: that of an attack, or the
+      clean prediction, as the clean image is in every ball.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
       runs would give, but for "segpgd": its lambda rises to 1/2 over all its steps, so that what is reported
       for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps.
@@ -549,9 +565,8 @@ def evaluate(
         align_corners: how logits of another size than the labels are resampled.
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. A model is told
-            from others by its parameters, buffers, what it prints, and its modules' `forward` and attributes that are
-            True, False, words, floats or functions (such as ``output=`` of `segadv.models.wrap`), not by other code
-            and attributes: give another folder where those change. Attacks from factories are recorded where they are
+            from others by all that `segadv.records.model_hash` sees; where something else changes, give another folder.
+            What a warning tells of is not recorded. Attacks from factories are recorded where they are
             one of `segadv.attacks`, not a sub-class, with bn="eval", have neither a generator nor a callable, and stay
             in box and ball.
         progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
@@ -564,9 +579,10 @@ def evaluate(
         TypeError: a model that is no nn.Module, an attack that is neither a name nor a factory, a loader that gives no
             tensors, an argument of another type.
         ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled pixel, images
-            that are clearly not in [0, 1], labels of another size than the images, labels that are neither a class nor
-            `ignore_index`, an attack of the caller's that gives something else than finite images of the same shape, or
-            has bn="train" with the evaluated model, which runs in eval mode.
+            that are not in [0, 1], logits that are NaN or infinite at labelled pixels, so that there is no loss, on
+            clean images or under an attack, labels of another size than the images, labels that are neither a class nor
+            `ignore_index`, an attack of the caller's that gives something else than finite images of the same shape, is
+            targeted, or has bn="train" with the evaluated model, which runs in eval mode.
     """
     a_module(model)
     at_least(0, seed=seed)
@@ -650,9 +666,10 @@ def evaluate(
             for value in positive if with_worst_case else ():
                 tally.add("worst-case", value, judged["worst-case", value][0], _worst([*finals[value], clean]))
     if sharded:
-        shares = distributed.gather((tally, judge.found, images_seen, batch_size, data))
+        shares = distributed.gather((tally, judge.found, images_seen, batch_size, data, judge.strayed))
         tally = _Tally.merged([share[0] for share in shares])
         judge.found = sum((share[1] for share in shares), Counter())
+        judge.add_strays(*(share[5] for share in shares))
         images_seen = sum(share[2] for share in shares)
         batch_size = max(share[3] for share in shares)
         data = _in_turn([share[4] for share in shares])

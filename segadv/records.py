@@ -11,7 +11,8 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from itertools import chain
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, NoneType, SimpleNamespace
@@ -25,13 +26,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .attacks.base import unwrapped
 from .writing import atomic_write, explained
 
-_DEEPEST = 32
+_DEEPEST = 100
 # transformers sets the last one, and hooks, in a model's first pass
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_output_capturing_hooks_installed"}
 _HOOKS_OF_THE_FIRST_PASS = "transformers.utils.output_capturing"
 _PLAIN = (bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format, np.generic)
-_HOLDERS = (tuple, list, dict, set, frozenset, Tensor, np.ndarray, SimpleNamespace, argparse.Namespace)
-_OF_THE_VERSIONS = ("builtins", "torch")
+_HOLDERS = (tuple, list, dict, set, frozenset, Enum, Tensor, np.ndarray, SimpleNamespace, argparse.Namespace)
 
 __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
@@ -39,32 +39,41 @@ __all__ = ["Records", "content_hash", "model_hash", "versions"]
 def model_hash(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and values of a model's parameters and buffers, and over its settings.
 
-    Those are what it prints, the methods and plain attributes of its modules' classes, their forward hooks, and those
-    of the modules' attributes that are plain values (True, words, numbers, NumPy's too), callables, tensors, arrays,
-    or lists, tuples, dicts, sets, namespaces and dataclasses of such: of `torch.nn.Upsample` align_corners, of
-    `segadv.models.wrap` output. Functions are seen by their byte code, the values that they hold, and the functions and
-    plain values of their module that they name; other callables by what they print and hold. Neither other objects nor
-    other modules' functions are seen, nor what a hook sets or is called a cache. A model that counts its passes, or
-    keeps what it computed (a feature map, say), is another one after each.
+    Those are what it prints, the methods and plain attributes of its modules' classes, their hooks, and those of the
+    modules' attributes that are plain values (True, words, numbers, NumPy's too), callables, tensors, arrays, or lists,
+    tuples, dicts, sets, enums, namespaces and dataclasses of such: of `torch.nn.Upsample` align_corners, of
+    `segadv.models.wrap` output. Functions are seen by their byte code, the values that they hold, and the functions,
+    classes and constants of their module that they name; other callables by their class and what they hold. Neither
+    other objects nor other modules' functions are seen, nor what a hook sets or is called a cache. A model that counts
+    its passes, or keeps of them what it computed, a feature map or a size say, is another one after each.
     """
     network = unwrapped(model)
     described = _Describer()
-    settings = [repr(network)]
+    settings = [_without_addresses(network)]
     for name, module in network.named_modules(remove_duplicate=False):
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        lasting = [hook for hook in hooks if getattr(hook, "__module__", None) != _HOOKS_OF_THE_FIRST_PASS]
-        settings.append(f"{name} {described.class_of(module)} {described(lasting)}")
+        hooks = [
+            hook
+            for kind in (
+                module._forward_pre_hooks,
+                module._forward_hooks,
+                module._backward_pre_hooks,
+                module._backward_hooks,
+            )
+            for hook in kind.values()
+            if getattr(hook, "__module__", None) != _HOOKS_OF_THE_FIRST_PASS
+        ]
+        settings.append(f"{name} {type(module)} {described.members(type(module), described)} {described(hooks)}")
+        if _is_part_of(type(module), "torch._dynamo"):  # around a compiled model, whose attributes come in their turn
+            continue
         # weights of weight_norm, spectral_norm and prune
         computed = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
         for key, value in sorted(vars(module).items()):
-            told = value is not None and (
-                isinstance(value, (*_PLAIN, *_HOLDERS)) or callable(value) or _is_record(value)
-            )
-            from_a_pass = key in computed or "cache" in key
-            if told and not from_a_pass and not isinstance(value, nn.Module) and key not in _OF_EVERY_MODULE:
+            told = isinstance(value, (*_PLAIN, *_HOLDERS)) or callable(value) or _is_record(value)
+            of_torch = key in _OF_EVERY_MODULE or key.startswith("__composable_api")  # the latter of fully_shard
+            is_cached = isinstance(getattr(type(module), key, None), functools.cached_property) or "cache" in key
+            if told and not (of_torch or is_cached or key in computed or value is None or isinstance(value, nn.Module)):
                 settings.append(f"{name}.{key} {described(value)}")
-    # without addresses in memory
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", "\n".join(settings)).encode())
+    digest = hashlib.sha256("\n".join(settings).encode())
     named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
     for name, value in chain(*named):
         digest.update(f"{name} {content_hash(value)}\n".encode())
@@ -72,43 +81,49 @@ def model_hash(model: nn.Module) -> str:
 
 
 class _Describer:
-    """Plain values as they are, tensors by their content, functions by their code and what they hold and name, of
-    anything else its type. What was described before is named by its number."""
+    """Plain values as they are, of others a hash: tensors by their content, functions by their code and what they hold
+    and name, of anything else its type. Whether two are one object makes no difference."""
 
     def __init__(self) -> None:
-        self.before: dict[int, tuple[int, Any]] = {}
-        """id -> number, and the object, which keeps the id its own."""
+        self._described: dict[int, tuple[str, Any]] = {}
+        """id -> what was said, and the object, which keeps the id its own; "..." within itself."""
 
     def __call__(self, value: Any, depth: int = 0) -> str:
         if isinstance(value, _PLAIN):
-            return repr(value)
+            return hex(value) if isinstance(value, int) else repr(value)  # decimal digits may be too many
         if depth > _DEEPEST:
             return "..."
+        if id(value) not in self._described:
+            self._described[id(value)] = "...", value
+            text = self._text(value, functools.partial(self, depth=depth + 1))
+            self._described[id(value)] = hashlib.sha256(text.encode()).hexdigest(), value
+        return self._described[id(value)][0]
+
+    def _text(self, value: Any, inner: Callable[[Any], str]) -> str:
         if isinstance(value, Tensor):
             try:
                 return content_hash(value)
             except (RuntimeError, TypeError, ValueError):  # of a kind whose values cannot be read: never the same
                 return os.urandom(32).hex()
-        inner = functools.partial(self, depth=depth + 1)
-        if isinstance(value, tuple):  # which of them are one object is the interpreter's choice
-            return f"({', '.join(map(inner, value))})"
-        if id(value) in self.before:
-            return f"#{self.before[id(value)][0]}"
-        self.before[id(value)] = len(self.before), value
-        if isinstance(value, list):
-            return f"[{', '.join(map(inner, value))}]"
-        if isinstance(value, dict):
-            return inner([entry for item in value.items() for entry in item])
-        if isinstance(value, (set, frozenset)):
-            return f"{{{', '.join(sorted(_Describer()(each, depth + 1) for each in value))}}}"
         if isinstance(value, np.ndarray):
-            return inner([str(value.dtype), value.shape, value.tolist() if value.dtype.hasobject else value.tobytes()])
+            content = inner(value.tolist()) if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
+            return f"array {value.dtype} {value.shape} {content}"
+        if isinstance(value, (tuple, list)):
+            return f"{'list' if isinstance(value, list) else 'tuple'} {[inner(each) for each in value]}"
+        if isinstance(value, dict):
+            return f"dict {[(inner(key), inner(each)) for key, each in value.items()]}"
+        if isinstance(value, (set, frozenset)):
+            return f"set {sorted(map(inner, value))}"
         if isinstance(value, CodeType):
-            return f"{value.co_code.hex()} {value.co_names} {inner(value.co_consts)}"
+            return f"code {value.co_code.hex()} {value.co_names} {inner(value.co_consts)}"
         if isinstance(value, FunctionType):
             held = [value.__code__, value.__defaults__, value.__kwdefaults__, *map(_held, value.__closure__ or ())]
-            return f"function {inner(held)} {inner(_named_by(value))}"
-        if isinstance(value, functools.partial):
+            named = {
+                name: self.members(each, inner) if isinstance(each, type) else inner(each)
+                for name, each in _named_by(value).items()
+            }
+            return f"function {inner(held)} {named}"
+        if isinstance(value, functools.partial | functools.partialmethod):
             return f"partial {inner([value.func, value.args, value.keywords])}"
         if isinstance(value, MethodType):
             return f"method {inner([value.__func__, value.__self__])}"
@@ -116,39 +131,67 @@ class _Describer:
             return f"method {inner(value.__func__)}"
         if isinstance(value, property):
             return f"property {inner(value.fget)}"
-        if isinstance(value, (SimpleNamespace, argparse.Namespace)) or _is_record(value):
+        if isinstance(value, functools.cached_property):
+            return f"property {inner(value.func)}"
+        if isinstance(value, Enum):
+            return f"{type(value)} {value.name} {inner(value.value)}"
+        if isinstance(value, (SimpleNamespace, argparse.Namespace)):
             return f"{type(value)} {inner(vars(value))}"
-        if callable(value) and not isinstance(value, nn.Module):  # built in, a class, or an object that can be called
-            return f"{value!r} {inner(getattr(value, '__dict__', None) if not isinstance(value, type) else None)}"
+        if _is_record(value):
+            return f"{type(value)} {inner({entry.name: getattr(value, entry.name, None) for entry in fields(value)})}"
+        if isinstance(value, type):
+            return repr(value)
+        if callable(value) and not isinstance(value, nn.Module):  # built in, or an object that can be called
+            attributes = getattr(value, "__dict__", None) or {}
+            # what no_grad and autocast, as decorators, found the last time
+            holds = inner({name: each for name, each in attributes.items() if not str(name).startswith("prev")})
+            return f"{_without_addresses(value)} {self.members(type(value), inner)} {holds}"
         return str(type(value))
 
-    def class_of(self, module: nn.Module) -> str:
-        """What the module's class is made of, but for what torch's version decides."""
-        classes = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _OF_THE_VERSIONS]
-        found = [
-            (name, value)
-            for kind in classes
-            for name, value in sorted(vars(kind).items())
-            if "cache" not in name and (callable(value) or not name.startswith("__"))
-        ]
-        return f"{type(module)} {self(found)}"
+    def members(self, kind: type, inner: Callable[[Any], str]) -> str:
+        """What a class and those above it are made of, but for what torch's and Python's versions decide."""
+        found = []
+        for each in kind.__mro__:
+            if _is_part_of(each, "torch", "builtins", "functools"):
+                continue
+            for name, value in sorted(vars(each).items()):
+                if isinstance(value, type) and value.__qualname__.startswith(f"{each.__qualname__}."):
+                    found.append(f"{name} {self.members(value, inner)}")
+                elif "cache" not in name and (callable(value) or not name.startswith("__")):
+                    found.append(f"{name} {inner(value)}")
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _without_addresses(value: Any) -> str:
+    return re.sub("0x[0-9a-f]+", "", repr(value))
+
+
+def _is_part_of(value: Any, *packages: str) -> bool:
+    module = f"{getattr(value, '__module__', None)}."
+    return any(module.startswith(f"{package}.") for package in packages)
 
 
 def _is_record(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _named_by(function: FunctionType) -> dict[str, Any]:
-    """Functions and plain values of its module."""
-    if function.__module__ is None or function.__module__.partition(".")[0] in _OF_THE_VERSIONS:
+    """Functions, classes and constants of its module."""
+    if _is_part_of(function, "torch"):
         return {}
-    found = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    found = {name: function.__globals__.get(name) for name in sorted(_names(function.__code__))}
     return {
         name: value
         for name, value in found.items()
-        if isinstance(value, (*_PLAIN, tuple, Tensor, np.ndarray))
-        or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
+        if isinstance(value, (*_PLAIN, Tensor, np.ndarray, tuple))
+        or (isinstance(value, _HOLDERS) and name.isupper())  # others come and go, as registries and caches
+        or (callable(value) and getattr(value, "__module__", None) == function.__module__)
     }
+
+
+def _names(code: CodeType) -> set[str]:
+    """Those of comprehensions, lambdas and functions within, too."""
+    return {*code.co_names}.union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _held(cell: CellType) -> Any:

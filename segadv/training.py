@@ -748,7 +748,8 @@ class Trainer:
         elif silent := int((losses == 0).sum()):
             message = (
                 f"the loss was exactly 0 in {silent} of the {len(losses)} steps up to {self.steps_done}: no pixel of "
-                f"their batches has a label other than {IGNORE_INDEX}, the one of pixels that do not count"
+                f"their batches has a label other than {IGNORE_INDEX}, that of pixels that do not count, or the "
+                "network is sure of all of them"
             )
         if message and not self._warned and distributed.rank() == 0:
             self._warned = True

@@ -6,6 +6,8 @@ import argparse
 import copy
 import csv
 import dataclasses
+import enum
+import functools
 import itertools
 import json
 import math
@@ -1127,6 +1129,150 @@ def test_records_of_a_model_with_other_code_are_never_taken(
     assert found[0] != found[1]
 
 
+LEVELS = [4]
+TABLE = {"levels": 4}
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+class Blocked(torch.autograd.Function):
+    forward = Straight.forward
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(gradient)
+
+
+Blocked.__name__ = Blocked.__qualname__ = "Straight"
+
+
+@functools.lru_cache
+def levels() -> int:
+    return 4
+
+
+class Quantised(nn.Module):
+    """What it depends on stands elsewhere in its file."""
+
+    class Settings:
+        levels = 4
+
+    @functools.cached_property
+    def levels(self) -> int:
+        return 4
+
+    @torch.no_grad()
+    def counted(self) -> int:
+        return self.levels + self.Settings.levels + TABLE["levels"] + LEVELS[0]
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, images: Tensor) -> Tensor:
+        parts = [signed(part) for part in images]
+        return Straight.apply(torch.stack(parts) * self.counted() * levels())
+
+
+def other_levels() -> int:
+    return 5
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("LEVELS", [5]), ("TABLE", {"levels": 5}), ("SIGN", -1), ("Straight", Blocked),
+        ("levels", functools.lru_cache(functools.update_wrapper(other_levels, levels.__wrapped__, updated=()))),
+    ],
+)  # fmt: skip
+def test_model_hash_sees_what_functions_name(name: str, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = records.model_hash(Quantised())
+    monkeypatch.setitem(globals(), name, other)
+    assert records.model_hash(Quantised()) != first
+
+
+@pytest.mark.parametrize("changed", ["Settings.levels", "levels", "counted"])
+def test_model_hash_sees_what_belongs_to_a_class(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = records.model_hash(Quantised())
+    if changed == "Settings.levels":
+        monkeypatch.setattr(Quantised.Settings, "levels", 5)
+    elif changed == "levels":
+        monkeypatch.setattr(Quantised.levels, "func", lambda self: 5)
+    else:
+        monkeypatch.setattr(Quantised, "counted", lambda self: 5)
+    assert records.model_hash(Quantised()) != first
+
+
+def test_model_hash_is_that_of_equal_models() -> None:
+    class Listed(nn.Module):
+        def __init__(self, sizes: Any = [4, 8], rates: Any = (0.1, [0.2])) -> None:  # noqa: B006
+            super().__init__()
+            self.sizes, self.rates, self.again = sizes, rates, sizes
+
+    models = [Listed(), Listed([4, 8], (0.1, [0.2])), copy.deepcopy(Listed())]
+    assert len({records.model_hash(each) for each in models}) == 1
+    assert records.model_hash(Listed([4, 9])) != records.model_hash(models[0])
+    quantised = Quantised()
+    first = records.model_hash(quantised)
+    quantised(torch.rand(1, 3, 2, 2))
+    assert records.model_hash(quantised) == first, "neither what is cached nor what a decorator found"
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    levels: int
+
+
+class Level(enum.Enum):
+    LOW = 4
+    HIGH = 5
+
+
+def test_model_hash_of_unusual_attributes_ends_soon() -> None:
+    def held(value: Any) -> str:
+        model = Scaled(1.0)
+        model.value = value
+        return records.model_hash(model)
+
+    tuples: tuple[Any, ...] = (1,)
+    for _ in range(64):
+        tuples = (tuples, tuples)
+    closures: set[Any] = set()
+    closures.update([lambda: closures, lambda: (closures, 1), lambda: (closures, 2)])
+    nameless = type("Nameless", (), {"__module__": None, "__call__": lambda self: 1})
+    unusual = [
+        10**5000, -(10**5000), tuples, closures, nameless(), Slotted(4), Slotted(5), Level.LOW, Level.HIGH,
+        np.array([None, 1]), np.arange(4), np.arange(4.0), "0xff", "0xfe", [1], (1,), {1}, {1: 1},
+    ]  # fmt: skip
+    assert len({held(value) for value in unusual}) == len(unusual)
+    assert held(np.zeros(10**7)) != held(np.ones(10**7))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_records_of_a_compiled_model_are_found_again(compile: bool, tmp_path: Path) -> None:
+    """By another process."""
+    code = f"""
+import sys, torch
+from segadv.evaluation import evaluate
+torch.manual_seed(0)
+model, calls = torch.nn.Conv2d(3, 2, 1), []
+batch = [(torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))]
+if {compile}:
+    model = torch.compile(model, backend="eager")
+for _ in range(2):
+    evaluate(model, batch, ["fgsm"], [0.0, 0.1], records=sys.argv[1])
+"""
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True)
+        assert len([*tmp_path.iterdir()]) == 2
+
+
 def test_model_hash_sees_the_names_of_parameters() -> None:
     def difference(*names: str) -> nn.Module:
         module = nn.Module()  # of "a" and "b", say
@@ -1143,7 +1289,8 @@ def test_model_hash_is_that_of_before_the_first_pass_and_of_a_hook() -> None:
     model.compile(backend="eager")
     model(torch.rand(1, 3, 4, 4, requires_grad=True))
     with model[1].register_full_backward_hook(lambda *_: None):
-        assert records.model_hash(model) == first
+        assert records.model_hash(model) != first, "it may change gradients"
+    assert records.model_hash(model) == first
     normed = nn.utils.spectral_norm(nn.Conv2d(3, 2, 1))
     first = records.model_hash(normed.eval())
     normed(torch.rand(1, 3, 4, 4))
@@ -1934,13 +2081,80 @@ def test_attacks_that_find_no_gradient_are_told_of(
     unmoved = int((images.mean((1, 2, 3)) <= 0.5).sum()) - 1
     assert unmoved > 0
     batch = [(images, labels)]
-    told = rf"attack '{name}' left images where it began, as their gradients are 0: {unmoved} at eps 0.01, {unmoved} at"
+    told = rf"attack '{name}' left images where it began: {unmoved} at eps 0.01, {unmoved} at eps 0.02. Their gradients"
     for _ in range(2):  # not recorded: told again
         with pytest.warns(UserWarning, match=told):
             evaluate(Rounding(model), batch, PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(model, batch, PASSES[name], [0.0, 0.01, 0.02], steps=4)
+
+
+def last_only(images: Tensor) -> Tensor:
+    """bool [N], whether the images have gone almost as far as they may."""
+    return ((images * 256 - (images * 256).round()).abs() > 256 * 0.0009).flatten(1).any(1)
+
+
+@pytest.mark.parametrize("restarts", [1, 2])
+@pytest.mark.parametrize("best", [False, True])
+def test_logits_that_are_no_numbers_at_the_last_iterate_are_an_error(
+    restarts: int, best: bool, bytes_loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    class Late(Counting):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return torch.where(last_only(images).view(-1, 1, 1, 1), math.nan, logits)
+
+    def attack(model: nn.Module, eps: float) -> BIM:
+        options: dict[str, Any] = {"eps": eps, "alpha": eps / 2, "steps": 2, "best": best}
+        return BIM(model, **options) if restarts == 1 else PGD(model, **options, restarts=2)
+
+    for images, labels in bytes_loader:
+        labels[:] = 2  # of which NaN is none: an iterate that is NaN is the worst
+        images.clamp_(0.1, 0.9)
+    loader = [((images * 256).floor() / 256, labels) for images, labels in bytes_loader]
+    with pytest.raises(ValueError, match=r"its logits are NaN or infinite at labelled pixels of \d images under"):
+        evaluate(Late(), loader, {"late": attack}, [0.001])
+
+
+def test_gradients_that_are_nan_are_told_of(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    class Root(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return model(images) + (images * 0).sum(1, keepdim=True).sqrt()
+
+    for attacks in (["fgsm"], ["bim"], {"fgsm": lambda network, eps: FGSM(network, eps=eps)}):
+        with pytest.warns(UserWarning, match="left images where it began: 6 at eps 0.01. Their gradients are 0 or NaN"):
+            evaluate(Root(), loader, attacks, [0.01], steps=3)
+
+
+def test_attacks_that_have_nothing_to_do_are_not_told_of(loader: list[tuple[Tensor, Tensor]]) -> None:
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([images[:, :1] * 0 + 300, images], 1)
+
+    wrong = [(images, torch.ones_like(labels)) for images, labels in loader]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(Sure(), wrong, ["fgsm", "cospgd", "segpgd"], [0.0, 0.03], steps=3)
+
+
+def test_a_restart_that_moves_an_image_is_enough(
+    model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, runs = PGD._iterate, []
+
+    for parity in (0, 1):
+
+        def stuck(self: PGD, *args: Any, parity: int = parity, **options: Any) -> Any:
+            run = genuine(self, *args, **options)
+            runs.append(run)
+            return run._replace(unmoved=run.unmoved | (len(runs) % 2 == parity))
+
+        monkeypatch.setattr(PGD, "_iterate", stuck)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluate(model, loader, PASSES["restarts"], [0.03])
+    assert len(runs) == 2 * 2 * len(loader)
 
 
 def test_targeted_attacks_are_refused(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -1965,3 +2179,29 @@ def test_probabilities_in_the_place_of_logits_are_told_of(
         warnings.simplefilter("always")
         evaluate(nn.Sequential(model, final), loader, ["fgsm"], [0.0, 0.01])
     assert ["are they probabilities?" in str(each.message) for each in caught] == [True] * told
+
+
+def test_probabilities_are_told_of_again_where_there_are_records(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="are they probabilities?"):
+            evaluate(nn.Sequential(model, nn.Softmax(1)), loader, ["fgsm"], [0.0, 0.01], records=tmp_path)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_pixels_that_are_no_numbers_in_one_share_are_an_error_in_all(
+    at: int, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[Any] = []
+    monkeypatch.setattr(evaluation.distributed, "gather", lambda share: (shares.append(share), shares[:])[1])
+    monkeypatch.setattr(evaluation.distributed, "world_size", lambda: 2)
+    broken = {"mine": lambda model, eps: lambda images, labels: images * (math.nan if rank == at else 1)}
+    for _ in range(2):  # what the first of two processes lacks comes with the second time
+        for rank in range(2):
+            monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
+            if rank < at and not shares:
+                evaluate(model, loader[rank::2], broken, [0.01], sharded=True)
+                continue
+            with pytest.raises(ValueError, match=r"attack 'mine' at eps 0.01 gave pixels that are NaN or infinite"):
+                evaluate(model, loader[rank::2], broken, [0.01], sharded=True)

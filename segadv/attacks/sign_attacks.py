@@ -181,6 +181,8 @@ class _Candidate(NamedTuple):
     """[N] number of pixels that serve the attack."""
     confusion: Tensor
     """int64 [N, C, C], or [N, 0] where only the score was asked for."""
+    broken: Tensor
+    """bool [N], whether the cross-entropy is NaN; False where only the score was asked for."""
 
     def or_better(self, other: _Candidate) -> _Candidate:
         """Of each image the one with the higher score; this one where they are equal."""
@@ -198,8 +200,8 @@ class _Run(NamedTuple):
     """[N] where the last gradient was taken."""
     judged: list[_Candidate]
     """What there was after each of the steps that were asked for."""
-    unmoved: Tensor | None
-    """bool [N], whether no step moved anything, where that was asked for: the gradient was always 0."""
+    unmoved: Tensor
+    """bool [N], whether no step moved anything; of no meaning where nothing was asked for."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -278,11 +280,13 @@ class BIM(_SignAttack):
     def _outcomes(
         self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`outcomes`, and `loss` and `unmoved` of the `_Run`."""
+        """`outcomes`; and bool [N], whether the cross-entropy of one of them is NaN, and `unmoved` of the `_Run`."""
         with self._isolated(images, labels) as (own_images, own_labels):
             run = self._run(own_images, own_labels, judge=steps, noise=noise)
-        assert run.unmoved is not None
-        return torch.stack([candidate.confusion for candidate in run.judged]), run.loss, run.unmoved
+        confusion, broken = (
+            torch.stack([getattr(candidate, name) for candidate in run.judged]) for name in ("confusion", "broken")
+        )
+        return confusion, broken.any(0), run.unmoved
 
     def _perturb(self, images: Tensor, labels: Tensor) -> tuple[Tensor, AttackInfo]:
         run = self._run(images, labels)
@@ -303,7 +307,7 @@ class BIM(_SignAttack):
             iterate = functional.sign_step(
                 iterate, loss.grad, self.alpha, origin=images, eps=self.eps, bounds=self.bounds
             )
-        unmoved = (iterate == start).flatten(1).all(1) if matrices else None
+        unmoved = (iterate == start).flatten(1).all(1) if judge else loss.pixels < 0
         if not (self.best or self.steps in judge):
             return _Run(iterate, loss.mean, judged, unmoved)
         best = self._judged(iterate, self._logits(iterate), labels, best, matrices=matrices)
@@ -319,6 +323,12 @@ class BIM(_SignAttack):
                 logits, labels, per_image=True, ignore_index=self.ignore_index, align_corners=self.align_corners
             )
             hits, pixels = confusion.diagonal(dim1=1, dim2=2).sum(1), confusion.sum((1, 2))
+            broken = hits < 0
+            if matrices:
+                loss = functional.cross_entropy(
+                    logits, labels, reduction="image", ignore_index=self.ignore_index, align_corners=self.align_corners
+                )
+                broken = loss.isnan()
         else:  # classification into many classes: a matrix for each image would be most of the memory
             labels = labels.long()  # a comparison would take a number modulo 256 for uint8
             valid = (labels != self.ignore_index) & (labels >= 0) & (labels < classes)
@@ -330,8 +340,8 @@ class BIM(_SignAttack):
                 )
             )
             hits, pixels = (each.reshape(len(labels), -1).sum(1) for each in (valid & (prediction == labels), valid))
-            confusion = hits.new_empty(len(hits), 0)
-        candidate = _Candidate(iterate, hits if self.targeted else pixels - hits, confusion)
+            confusion, broken = hits.new_empty(len(hits), 0), hits < 0
+        candidate = _Candidate(iterate, hits if self.targeted else pixels - hits, confusion, broken)
         return candidate if before is None or not self.best else before.or_better(candidate)
 
 
@@ -378,13 +388,14 @@ class PGD(BIM):
         if self.restarts == 1:
             return self._iterate(images, labels, self._start(images, labels, noise), judge, matrices=bool(judge))
         at = sorted({*judge, self.steps})
-        kept: list[_Candidate] = []
-        for _ in range(self.restarts):
+        run = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
+        kept, unmoved = run.judged, run.unmoved
+        for _ in range(1, self.restarts):
             run = self._iterate(images, labels, self._start(images, labels), at, matrices=bool(judge))
-            pairs = zip(kept or run.judged, run.judged, strict=True)
-            kept = [mine.or_better(other) for mine, other in pairs]
+            kept = [mine.or_better(other) for mine, other in zip(kept, run.judged, strict=True)]
+            unmoved = unmoved & run.unmoved
         judged = [entry for step, entry in zip(at, kept, strict=True) if step in judge]
-        return run._replace(images=kept[-1].images, judged=judged)
+        return _Run(kept[-1].images, run.loss, judged, unmoved)
 
     def _start(self, images: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if not self.random_start:
