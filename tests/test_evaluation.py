@@ -2178,7 +2178,9 @@ def test_probabilities_in_the_place_of_logits_are_told_of(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         evaluate(nn.Sequential(model, final), loader, ["fgsm"], [0.0, 0.01])
-    assert ["are they probabilities?" in str(each.message) for each in caught] == [True] * told
+        evaluate(nn.Sequential(model, final), loader, ["bim"], [0.0])
+    assert ["are they probabilities?" in str(each.message) for each in caught] == [True, True] * told
+    assert all(each.filename == __file__ for each in caught)
 
 
 def test_probabilities_are_told_of_again_where_there_are_records(
