@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, frozen, is_plain, logits_of, unwrapped
+from .attacks.base import check_sizes, frozen, has_no_loss, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import (
     a_module,
@@ -211,8 +211,7 @@ class _Judge:
         return options == self.options and attack.output is None
 
     def count(self, logits: Tensor, labels: Tensor, attack: str, eps: float) -> Tensor:
-        loss = functional.cross_entropy(logits, labels, reduction="image", **self.options)
-        self.note("nan", attack, eps, loss.isnan().sum())
+        self.note("nan", attack, eps, has_no_loss(logits, labels, **self.options).sum())
         return functional.confusion_matrix(logits, labels, per_image=True, **self.options)
 
     def clean(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -649,6 +649,17 @@ def has_label(labels: Tensor, ignore_index: int) -> Tensor:
     return valid.flatten(1).any(1) if valid.dim() > 1 else valid
 
 
+def has_no_loss(logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool) -> Tensor:
+    """bool [N]: the images whose cross-entropy is NaN."""
+    if (
+        logits.device.type == "cpu" and logits.isfinite().all()
+    ):  # far fewer of them than pixels; a GPU is not waited for
+        return logits.new_zeros(len(logits), dtype=torch.bool)
+    return functional.cross_entropy(
+        logits, labels, reduction="image", ignore_index=ignore_index, align_corners=align_corners
+    ).isnan()
+
+
 def per_image(value: Tensor, like: Tensor) -> Tensor:
     """value [N] as [N, 1, ...], to be broadcast over `like`."""
     return value.view(-1, *[1] * (like.dim() - 1))

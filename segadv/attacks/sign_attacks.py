@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import functional
 from ..checks import at_least, is_number, levels_to_the_caller
-from .base import Attack, AttackInfo, checked_size, has_label, per_image
+from .base import Attack, AttackInfo, checked_size, has_label, has_no_loss, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
 
@@ -325,10 +325,7 @@ class BIM(_SignAttack):
             hits, pixels = confusion.diagonal(dim1=1, dim2=2).sum(1), confusion.sum((1, 2))
             broken = hits < 0
             if matrices:
-                loss = functional.cross_entropy(
-                    logits, labels, reduction="image", ignore_index=self.ignore_index, align_corners=self.align_corners
-                )
-                broken = loss.isnan()
+                broken = has_no_loss(logits, labels, ignore_index=self.ignore_index, align_corners=self.align_corners)
         else:  # classification into many classes: a matrix for each image would be most of the memory
             labels = labels.long()  # a comparison would take a number modulo 256 for uint8
             valid = (labels != self.ignore_index) & (labels >= 0) & (labels < classes)
