@@ -175,7 +175,8 @@ class _Judge:
         return not (strayed or wrong or self._probabilities or self._latest.get(("unmoved", attack, eps)))
 
     def warn(self) -> None:
-        """Some attacks leave box and ball on purpose."""
+        """Of what is no error: images that an attack could not move, and those that leave box or ball, as some do on
+        purpose."""
         unmoved: dict[str, list[str]] = {}
         for (what, name, eps), number in self.found.items():
             if what == "unmoved" and number:
