@@ -527,7 +527,7 @@ def _evaluate(arguments: Namespace) -> None:
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    if arguments.steps != "100" and {*attacks} <= {"fgsm", "bim-10"}:
+    if arguments.steps != "100" and {*attacks} <= {*ATTACKS} - {"bim", "pgd", "segpgd", "cospgd"}:
         raise ValueError("steps has no effect without bim, pgd, segpgd or cospgd among the attacks")
     trained = [load_trained(path) for path in arguments.checkpoints]
     names = _arm_names(arguments.checkpoints, [config["arm"] for _, config in trained])

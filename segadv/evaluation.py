@@ -80,6 +80,11 @@ def _strong(kind: type[BIM]) -> Callable[..., BIM]:
     return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=steps, best=True, **options)
 
 
+def _of_so_many_steps(kind: type[BIM], count: int) -> Callable[..., BIM]:
+    """As in the tables of Gu et al. 2022 (arXiv 2207.12391): the last iterate."""
+    return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=count, **options)
+
+
 ATTACKS: Mapping[str, Callable[..., Any]] = {
     "fgsm": lambda model, eps, steps, **options: FGSM(model, eps=eps, **options),
     "bim-10": lambda model, eps, steps, **options: BIM(model, eps=eps, alpha=0.004, steps=10, **options),
@@ -87,6 +92,11 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
     "pgd": _strong(PGD),
     "segpgd": _strong(SegPGD),
     "cospgd": _strong(CosPGD),
+    **{
+        f"{name}-{count}": _of_so_many_steps(kind, count)
+        for name, kind in (("pgd", PGD), ("segpgd", SegPGD))
+        for count in (10, 20, 40, 100)
+    },
 }
 """The attacks that `evaluate` knows by name: (model, eps as a float or [N], steps, **options) -> attack."""
 
@@ -276,7 +286,7 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
 def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
     """All eps in one batch, as far as memory allows, judged on the way."""
     singles = [ATTACKS[name](model, value, steps, **judge.options) for value in eps]
-    # "bim-10" gives its last iterate after the ten steps of its name, and is nothing else on its way
+    # those with a number in their name give the last iterate after so many steps, and are nothing else on their way
     judged = _judged_steps(singles[0].steps) if singles[0].best else (singles[0].steps,)
 
     def stacked(
@@ -541,7 +551,7 @@ def evaluate(
       clean prediction, as the clean image is in every ball.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
       runs would give, but for "segpgd": its lambda rises to 1/2 over all its steps, so that what is reported
-      for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps.
+      for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".
     * Work is shared: one gradient for FGSM at all eps; iterative attacks take several eps in one batch (on a GPU
       all, or half as many whenever memory does not suffice).
     * A batch keeps a matrix of classes x classes for each image, attack, eps and judged step: give small batches where
@@ -552,7 +562,9 @@ def evaluate(
         loader: batches whose first two entries are images [N, 3, H, W] in [0, 1] and labels [N, H, W].
         attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
             Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
-            iterate, random start but for "bim"). Or a mapping from names to factories: ``factory(model, eps)``
+            iterate, random start but for "bim"); "pgd-10", "segpgd-10" and those of 20, 40 and 100 steps (the same
+            but for the last iterate: Gu et al. 2022, arXiv 2207.12391). Or a mapping from names to factories:
+            ``factory(model, eps)``
             gives the attack, and ``attack(images, labels)`` the adversarial images; what it does to its arguments, and
             to the model's flags and buffers, lasts for the call, but not what it does to `.grad`. A UserWarning tells
             of images outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.

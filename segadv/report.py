@@ -200,8 +200,8 @@ def _lines(
         f"{run['images']} image{'s' * (run['images'] != 1)}. mIoU comes from one confusion matrix over all pixels; "
         "beside it stand the mean of the images' own mIoU and pixel accuracy."
         + (
-            " The worst case takes of each image the outcome of the attack with the most wrong pixels; as it goes by "
-            "pixels, its mIoU may lie a little above that of a single attack."
+            " The worst case takes of each image what leaves the most pixels wrong, an attack or the clean image; as "
+            "it goes by pixels, its mIoU may lie a little above that of a single attack."
             if strongest == "worst-case"
             else ""
         ),

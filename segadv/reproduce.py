@@ -62,7 +62,7 @@ class Evaluation:
 
     Args:
         stronger: further attacks, such as pgd, segpgd, cospgd; with them comes the worst case for each image.
-        steps: of these.
+        steps: of these, where their names do not say how many.
         images: the first so many of the validation split; 0: all.
         batch_size: images at once, as far as their sizes are equal.
 
@@ -441,8 +441,8 @@ def _report(
     ]
     if evaluation.stronger:
         lines += [
-            f"The attacks beside FGSM and BIM-10 have {evaluation.steps} steps; the worst case takes of each image the "
-            "attack with the most wrong pixels.",
+            f"BIM, PGD, SegPGD and CosPGD have {evaluation.steps} steps, where their names do not say another number; "
+            "the worst case takes of each image what leaves the most pixels wrong, an attack or the clean image.",
             "",
         ]
     device, processes = overhead["environment"]["device"], overhead["processes"]

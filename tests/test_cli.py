@@ -374,6 +374,7 @@ def test_data_train_evaluate(
     assert "steps gives the number without an eps twice" in failure(f"{command} --steps 3,4", capsys)
     assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps 1/0:3", capsys)
     assert "steps has no effect" in failure(f"{command} --steps 3", capsys)
+    assert "steps has no effect" in failure(f"{command} --attacks bim-10,segpgd-10 --steps 3", capsys)
     assert "out of fgsm, bim-10, bim, pgd" in failure(f"{command} --attacks pdg", capsys)
     for steps in ("many", "3:0.02", "0.02:", "2.5"):
         assert "steps must be like 100, or like 20,0.03:100" in failure(f"{command} --steps {steps}", capsys)

@@ -574,23 +574,35 @@ def test_steps_on_the_way_are_shorter_runs(name: str, model: Counting, loader: l
     assert torch.equal(long.confusion[0], long.measurements[-1].confusion)
 
 
-@pytest.mark.parametrize("name", STRONG)
-def test_named_attacks_are_the_packages(name: str, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
-    """By hand: the noise of a batch from its seed, alpha = eps / 3, the best iterate."""
+@pytest.mark.parametrize(
+    ("name", "kind", "steps", "best"),
+    [
+        *((name, name, 4, True) for name in STRONG),
+        *((f"{kind}-{steps}", kind, steps, False) for kind in ("pgd", "segpgd") for steps in (10, 20, 40, 100)),
+    ],
+)
+def test_named_attacks_are_the_packages(
+    name: str, kind: str, steps: int, best: bool, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    """By hand: the noise of a batch from its seed, alpha = eps / 3, the best iterate, or the last one of as many steps
+    as the name says."""
     model, loader = model.double(), in_double(loader)
     result = evaluate(model, loader, [name], [0.02], steps=4, seed=9)
     expected = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
     for index, (images, labels) in enumerate(loader):
         seed = int(np.random.SeedSequence(9, spawn_key=(index,)).generate_state(1)[0])
-        attack = STRONG[name](model, eps=0.02, alpha=0.02 / 3, steps=4, best=True)
-        if name != "bim":
+        attack = STRONG[kind](model, eps=0.02, alpha=0.02 / 3, steps=steps, best=best)
+        if kind != "bim":
             attack.generator = torch.Generator().manual_seed(seed)
         adversarial = attack(images, labels)
         expected += sum(plain_confusion(model, x, y) for x, y in zip(adversarial, labels, strict=True))
     assert torch.equal(result.confusion[0], expected)
+    assert result.measurements[-1].steps == steps
+    assert len(result.measurements) == 1 or best
     assert result.run["attacks"][name][0]["alpha"] == pytest.approx(0.02 / 3)
-    again = evaluate(model, loader, [name], [0.02], steps=4, seed=10)
-    assert torch.equal(again.confusion[0], expected) == (name == "bim")
+    if best:  # after more steps the start makes no difference
+        again = evaluate(model, loader, [name], [0.02], steps=4, seed=10)
+        assert torch.equal(again.confusion[0], expected) == (name == "bim")
 
 
 def test_stacked_eps_give_what_single_ones_give(
