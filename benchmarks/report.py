@@ -5,8 +5,9 @@ here. `--check` writes nothing, says what is out of step, and fails then. A tabl
 A picture carries the hash of the file that it was drawn from.
 
 `--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote, `--robustness RESULTS_JSON ...`
-results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times, and
-`--robustness-longer` results/robustness-longer.csv from what it wrote about longer trainings.
+results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times,
+`--robustness-longer` results/robustness-longer.csv from what it wrote about longer trainings, and `--segpgd`
+results/segpgd.csv from what it wrote about PGD's and SegPGD's.
 """
 
 from __future__ import annotations
@@ -877,7 +878,7 @@ def demo_outcome(results: Path) -> str:
     return f"{table(header, lines)}\n\n{notes}"
 
 
-# --- how robust its networks are: robustness.csv, robustness-longer.csv -------------------------------------------
+# --- how robust its networks are: robustness.csv, robustness-longer.csv, segpgd.csv ---------------------------------
 
 UNDER_ATTACK, CHECK = "mIoU under attack", "check for gradient masking"
 _UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
@@ -925,47 +926,78 @@ def _check_records(checks_csv: Path, training: int, like: Record) -> list[Record
 
 def robustness(results: Path, name: str = "robustness.csv") -> str:
     """Attack by attack at one eps, the worst case at others."""
-    rows = records_in(results / name)
-    records, checks = ([row for row in rows if row.operation == what] for what in (UNDER_ATTACK, CHECK))
-    found: dict[tuple[str, str, float], list[float]] = {}
-    steps: dict[float, int] = {}
-    images, trainings = set(), set()
-    for record in records:
-        match = _UNDER_ATTACK_CASE.fullmatch(record.case)
-        if match is None:
-            raise ReportError(f"{name}: {record.case!r} is not like 'eps 0.03, 20 steps, 32 images, training 0'")
-        eps = float(match[1])
-        found.setdefault((record.provider, record.mode, eps), []).append(record.p50)
-        steps[eps] = max(steps.get(eps, 0), int(match[2]))
-        images.add(match[3])
-        trainings.add(match[4])
-    attacks = [attack for attack in dict.fromkeys(attack for _, attack, _ in found) if attack not in ("fgsm", _WORST)]
-    columns = [(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in (*attacks, _WORST))]
+    found = _UnderAttack(records_in(results / name), name)
+    columns = [(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in (*found.attacks, _WORST))]
     columns += [(_WORST, eps) for eps in _OTHER_EPS]
-    lines = []
-    for arm in dict.fromkeys(record.provider for record in records):
-        cells = []
-        for attack, eps in columns:
-            values = found.get((arm, attack, eps), [])
-            if len(values) != len(trainings):
-                raise ReportError(
-                    f"{name}: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {len(trainings)} trainings"
-                )
-            cells.append(mean_and_range(values))
-        lines.append([arm, *cells])
-    titles = ["clean", *(plots.attack_title(attack) for attack in attacks), "worst case"]
+    titles = ["clean", *map(plots.attack_title, found.attacks), "worst case"]
     titles += [f"worst case at {eps:g}" for eps in _OTHER_EPS]
-    how = f"mean and range of {len(trainings)} trainings" if len(trainings) > 1 else "one training"
-    most = max(steps[eps] for eps in _OTHER_EPS)
-    at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != steps[_ROBUST_EPS] else ""
+    lines = found.lines(columns)
+    most = max(found.steps[eps] for eps in _OTHER_EPS)
+    shown = found.steps[_ROBUST_EPS]
+    at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != shown else ""
     notes = paragraph(
-        f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}; BIM-10 has 10 steps, "
-        f"the others have {steps[_ROBUST_EPS]}{at_others}. The worst case is that of each image under these and FGSM, "
-        "by its right pixels; so its mIoU may be a little above that of the strongest of them. "
-        f"{_of_checks(checks)}"
-        f"{provenance((r.machine for r in records), (r.versions for r in records), (r.commit for r in records))}"
+        f"{found.what}; BIM-10 has 10 steps, the others have {shown}{at_others}. The worst case is that of each image "
+        "under these and FGSM, by its right pixels; so its mIoU may be a little above that of the strongest of them. "
+        f"{_of_checks(found.checks)}{found.provenance}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
+
+
+def segpgd(results: Path) -> str:
+    """Gu et al.'s comparison: both attacks with equal numbers of steps, on networks trained with either."""
+    found = _UnderAttack(records_in(results / "segpgd.csv"), "segpgd.csv")
+    lines = found.lines([(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in found.attacks)])
+    notes = paragraph(f"{found.what}. {found.provenance}")
+    return f"{table(['trained with', 'clean', *map(plots.attack_title, found.attacks)], lines)}\n\n{notes}"
+
+
+class _UnderAttack:
+    """What rows say of networks under attack; ReportError where one is missing."""
+
+    def __init__(self, rows: Sequence[Record], name: str) -> None:
+        self.name = name
+        self.records, self.checks = ([row for row in rows if row.operation == what] for what in (UNDER_ATTACK, CHECK))
+        self.found: dict[tuple[str, str, float], list[float]] = {}
+        self.steps: dict[float, int] = {}
+        """eps -> the largest number of steps of an attack."""
+        images, trainings = set(), set()
+        for record in self.records:
+            match = _UNDER_ATTACK_CASE.fullmatch(record.case)
+            if match is None:
+                raise ReportError(f"{name}: {record.case!r} is not like 'eps 0.03, 20 steps, 32 images, training 0'")
+            eps = float(match[1])
+            self.found.setdefault((record.provider, record.mode, eps), []).append(record.p50)
+            self.steps[eps] = max(self.steps.get(eps, 0), int(match[2]))
+            images.add(match[3])
+            trainings.add(match[4])
+        self.trainings = len(trainings)
+        how = f"mean and range of {self.trainings} trainings" if self.trainings > 1 else "one training"
+        self.what = f"mIoU of {', '.join(sorted(images))} validation scenes at eps {_ROBUST_EPS:g}, {how}"
+
+    @property
+    def attacks(self) -> list[str]:
+        """But for FGSM and the worst case."""
+        return [each for each in dict.fromkeys(attack for _, attack, _ in self.found) if each not in ("fgsm", _WORST)]
+
+    @property
+    def provenance(self) -> str:
+        rows = self.records
+        return provenance((r.machine for r in rows), (r.versions for r in rows), (r.commit for r in rows))
+
+    def lines(self, columns: Sequence[tuple[str, float]]) -> list[list[str]]:
+        """A line for each arm: its name, and mean and range for each (attack, eps)."""
+        lines = []
+        for arm in dict.fromkeys(record.provider for record in self.records):
+            cells = []
+            for attack, eps in columns:
+                values = self.found.get((arm, attack, eps), [])
+                if len(values) != self.trainings:
+                    raise ReportError(
+                        f"{self.name}: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {self.trainings} trainings"
+                    )
+                cells.append(mean_and_range(values))
+            lines.append([arm, *cells])
+        return lines
 
 
 def _of_checks(checks: Sequence[Record]) -> str:
@@ -1005,6 +1037,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "demo": demo_outcome,
     "robustness": robustness,
     "robustness-longer": lambda results: robustness(results, "robustness-longer.csv"),
+    "segpgd": segpgd,
 }
 
 
@@ -1119,7 +1152,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of step")
     parser.add_argument("--demo", type=Path, metavar="RESULTS_JSON", help="a demo's results.json, for demo.csv")
-    for name in ("robustness", "robustness-longer"):
+    for name in ("robustness", "robustness-longer", "segpgd"):
         parser.add_argument(
             f"--{name}",
             type=Path,
@@ -1132,7 +1165,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     try:
         if options.demo:
             write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit))
-        for name in ("robustness", "robustness-longer"):
+        for name in ("robustness", "robustness-longer", "segpgd"):
             if evaluations := getattr(options, name.replace("-", "_")):
                 write_anew(root / RESULTS / f"{name}.csv", robustness_records(evaluations, options.commit))
         stale = outdated(root) if options.check else regenerate(root)
