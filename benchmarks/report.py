@@ -240,11 +240,11 @@ def _operations_notes(measured: Operations) -> str:
         if case == "cityscapes19"
     ]
     return (
-        "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and what is less than "
-        "a megabyte counts as one. *Faster* is against the better of eager and `torch.compile`, whose averaged gain is "
-        "the faster of two; *less memory* against the way that takes least, of the averaged gain also the slower one. "
+        "Medians of interleaved rounds; memory is the peak beyond the inputs, results included, and less than a "
+        "megabyte counts as one. *Faster* compares with the better of eager and `torch.compile`, each in the faster of "
+        "two ways to write the averaged gain; *less memory* with whichever of all these ways takes least. "
         "Logits and labels are smooth, as a trained network's; in *noise* every one is a random number of its own, the "
-        "worst case of margins and of counting. Part of eager's time is page faults of its large buffers: with "
+        "worst case for margins and for counting. Part of eager's time is page faults of its large buffers: with "
         "`THP_MEM_ALLOC_ENABLE=1`, torch's switch for huge pages, on both sides the ratios at "
         f"{CASES['cityscapes19'].size}² are {', '.join(huge)}."
     )
@@ -400,9 +400,9 @@ def repeated_in_a_sentence(results: Path) -> str:
     ours = [second.get(*key, "segadv") for key in fused]
     steps = _repeated_steps(results)
     return paragraph(
-        "Repeated [on another CPU](benchmarks/README.md#on-another-cpu): at "
-        f"{CASES['cityscapes19'].size}² {times} as fast as the better of eager and `torch.compile`, with huge pages on "
-        f"both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step {_of_networks(results)} "
+        "Repeated [on another CPU, with older kernels](benchmarks/README.md#on-another-cpu): at "
+        f"{CASES['cityscapes19'].size}² {times} as fast as with the better of eager and `torch.compile`, with huge pages "
+        f"on both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step {_of_networks(results)} "
         f"({_where(steps)})."
     )
 
@@ -593,24 +593,24 @@ def headline(results: Path) -> str:
     on_huge_pages = [f"{measured.faster(*key, thp=1):.0f}" for key in (gain, loss)]
     points = (
         f"**Operations** ({_short_machine(measured.get(*gain, 'segadv'))}): "
-        "value and gradient of the averaged gain (an image's mean margin between the right class and "
-        f"the best other one) of logits upsampled to {CASES[gain[2]].size}² are {faster[0]} times as "
-        f"fast as the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; cross-entropy "
-        f"{faster[1]} times, in 1/{less[1]}.",
+        "value and gradient of the averaged gain (an image's mean margin between the logit of the right class and "
+        f"the largest other one) of logits upsampled to {CASES[gain[2]].size}² are {faster[0]} times as "
+        f"fast as with the better of eager PyTorch and `torch.compile`, in 1/{less[0]} of the memory; those of "
+        f"cross-entropy {faster[1]} times as fast, in 1/{less[1]}.",
         f"**Training** ({_short_machine(large)}): "
-        "a Fast Newton step, half of the samples attacked, takes, against a *basic* step in conventional "
-        f"eager code, {' and '.join(told)}; in brackets 95 % intervals within a run, beside which runs at other hours "
-        "differ by as much again. So the fused loss pays for the attack. Against basic training with the same "
+        "compared with a *basic* step (no attack) in conventional eager code, a Fast Newton step that attacks half "
+        f"of the samples takes {' and '.join(told)}: the fused loss pays for the attack. In brackets 95 % intervals "
+        "within one run; runs at other hours differ by as much again. Over basic training with the same "
         f"fused loss it takes {' and '.join(over_fused)} more, and on PSPNet50, whose loss is a small part of a step, "
-        f"{large.p50:.0f} % more than in conventional code.",
+        f"{large.p50:.0f} % more than conventional basic training.",
         "**Page faults** of large buffers are a part of eager code's time. With `THP_MEM_ALLOC_ENABLE=1`, torch's "
         f"switch for huge pages, on both sides, these operations are {' and '.join(on_huge_pages)} times as fast; "
-        "conventional training steps then vary too much for such a comparison "
+        "conventional training steps then vary too much to be compared "
         "([figures](benchmarks/README.md#a-training-step)).",
     )
     where = "GPUs are [still to come](#limits)" if cpus_only else "GPUs are in the tables there"
     listed = "\n".join(paragraph(point, bullet="* ") for point in points)
-    return f"On two cores of a CPU ([tables and commands](#what-it-costs)); {where}:\n\n{listed}"
+    return f"Measured on two CPU cores ([tables and commands](#what-it-costs)); {where}:\n\n{listed}"
 
 
 def _short_machine(record: Record) -> str:
@@ -662,7 +662,7 @@ def other_packages_in_a_sentence(results: Path) -> str:
         by_ours = one(records, operation=f"{operation}, time by segadv's", provider=package)
         title = _PEERS_TITLES[operation].removesuffix(" without random start")
         told.append(f"{title} {by_ours.p50:.1f} times as long ({package})")
-    return paragraph(f"Other packages take longer to the same outputs: {'; '.join(told)}.")
+    return paragraph(f"Other packages take longer than segadv for the same outputs: {'; '.join(told)}.")
 
 
 _OWN = ("eager", "compile", "segadv", "segadv, compile")
