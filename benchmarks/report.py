@@ -401,9 +401,9 @@ def repeated_in_a_sentence(results: Path) -> str:
     steps = _repeated_steps(results)
     return paragraph(
         "Repeated [on another CPU, with older kernels](benchmarks/README.md#on-another-cpu): at "
-        f"{CASES['cityscapes19'].size}² {times} as fast as with the better of eager and `torch.compile`, with huge pages "
-        f"on both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step {_of_networks(results)} "
-        f"({_where(steps)})."
+        f"{CASES['cityscapes19'].size}² {times} as fast as with the better of eager and `torch.compile`, with huge "
+        f"pages on both sides {', '.join(huge)} times ({_where(ours)}); Fast Newton's training step "
+        f"{_of_networks(results)} ({_where(steps)})."
     )
 
 
@@ -936,8 +936,8 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
     shown = found.steps[_ROBUST_EPS]
     at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != shown else ""
     notes = paragraph(
-        f"{found.what}; BIM-10 has 10 steps, the others have {shown}{at_others}. The worst case is that of each image "
-        "under these and FGSM, by its right pixels; so its mIoU may be a little above that of the strongest of them. "
+        f"{found.what}; BIM-10 has 10 steps, the others have {shown}{at_others}. The worst case is chosen for each image "
+        "among these and FGSM, by its wrong pixels; so its mIoU may be a little above that of the strongest of them. "
         f"{_of_checks(found.checks)}{found.provenance}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"

@@ -171,8 +171,8 @@ def _require_utf8(values: Iterable[object]) -> None:
     for value in values:
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(
-                f"names that are written down must be UTF-8, got {value!r}; rename it, or set PYTHONUTF8=1 where the "
-                "name is UTF-8 and the locale is not"
+                f"names that are written to files must be UTF-8, got {value!r}; rename it, or set PYTHONUTF8=1 where "
+                "the name is UTF-8 and the locale is not"
             )
 
 
@@ -243,44 +243,55 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
 
-    demo = _subparser("Generates data, trains the five arms, attacks and compares them, measures their overhead.")
-    demo.add_argument("--out", required=True, help="folder for everything; a demo stopped there is continued")
+    demo = _subparser(
+        "Generates data, trains the paper's five arms, attacks and compares them, measures what training costs."
+    )
+    demo.add_argument("--out", required=True, help="folder for everything; a demo that was stopped there continues")
     demo.add_argument(
-        "--quick", action="store_true", help="a check that all works: the same code on so little that nothing is learnt"
+        "--quick",
+        action="store_true",
+        help="check that everything works: the same code on so little data that nothing is learnt",
     )
     demo.add_argument("--seed", type=int, default=0, help="of data, initialisation and training")
     demo.add_argument(
-        "--seeds", type=int, default=1, help="trainings of every arm, with seed, seed + 1, ...: shows mean and range"
+        "--seeds",
+        type=int,
+        default=1,
+        help="trainings of every arm, with seed, seed + 1, ...; above 1 mean and range are shown",
     )
     commands.add_subcommand("demo", demo, help="the whole comparison in one command")
 
     train = _subparser(
-        "Trains one arm on the split 'train' of a data set. Options come from --config and from the command line, "
-        "which overrides the file; their names may be written with - for _."
+        "Trains with one method, the arm, on the split 'train' of a data set. Options come from --config and from the "
+        "command line, which overrides the file; their names may be written with - instead of _."
     )
     _add_training_options(train)
     commands.add_subcommand("train", train, help="train one arm")
 
     evaluate = _subparser("Attacks trained models and writes a report: tables, pictures, gradient-masking checks.")
-    evaluate.add_argument("checkpoints", nargs="+", help="last.pt of training runs; several are compared")
+    evaluate.add_argument(
+        "checkpoints", nargs="+", help="last.pt or model.safetensors of training runs; several are compared"
+    )
     evaluate.add_argument("--data", required=True, help="folder of the data set")
     evaluate.add_argument(
-        "--dataset", default="", help=f"kind of data set: {', '.join(DATASETS)}; that of the training unless given"
+        "--dataset", default="", help=f"kind of data set: {', '.join(DATASETS)}; unless given, that of the training"
     )
-    evaluate.add_argument("--out", required=True, help="folder for report.md and all else; a stopped one is continued")
-    evaluate.add_argument("--split", default="val", help="of the data")
-    evaluate.add_argument("--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"out of {', '.join(ATTACKS)}")
+    evaluate.add_argument("--out", required=True, help="folder of the report; a stopped evaluation continues")
+    evaluate.add_argument("--split", default="val", help="of the data set")
+    evaluate.add_argument(
+        "--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"some of {', '.join(ATTACKS)}, with commas between them"
+    )
     eps = ",".join(f"{value:g}" for value in EPS)
     evaluate.add_argument("--eps", default=eps, help="numbers in [0, 1], such as 0.03 or 8/255; 0 is clean")
     evaluate.add_argument(
         "--steps",
         type=str,
         default="100",
-        help="of bim, pgd, segpgd, cospgd; 20,0.03:100 is 20 steps, but 100 at eps 0.03",
+        help="number of steps of bim, pgd, segpgd, cospgd; 20,0.03:100 is 20, but 100 at eps 0.03",
     )
-    evaluate.add_argument("--images", type=int, default=0, help="the first so many of the split; 0: all")
+    evaluate.add_argument("--images", type=int, default=0, help="number of images, the first of the split; 0: all")
     evaluate.add_argument(
-        "--check-images", type=int, default=8, help="so many of them for the gradient-masking checks; 0: no checks"
+        "--check-images", type=int, default=8, help="how many of them the gradient-masking checks use; 0: no checks"
     )
     evaluate.add_argument("--batch-size", type=int, default=4, help="images at once")
     evaluate.add_argument("--seed", type=int, default=0, help="of the attacks' random starts")
@@ -289,31 +300,33 @@ def _parser() -> ArgumentParser:
 
     reproduce = _subparser(
         "Repeats the comparison of Wiens & Hammer 2022: trains its five arms, attacks them with FGSM and BIM-10, times "
-        "their steps, and writes its figures and tables with ours beside them. A stopped command continues."
+        "their steps, and writes its figures and tables beside ours. A command that was stopped continues."
     )
     commands.add_subcommand("reproduce", reproduce, help="the paper's comparison on its data sets")
     settings = reproduce.add_subcommands(dest="setting")
     for name in SETTINGS:
         settings.add_subcommand(name, _reproduce_parser(name), help=f"with the recipe {SETTINGS[name]}")
 
-    data = _subparser("Makes and checks data.")
+    data = _subparser("Generates or checks data.")
     commands.add_subcommand("data", data, help="generate street scenes, check a data set")
     kinds = data.add_subcommands(dest="kind")
     streets = _subparser("Writes generated street scenes as PNG files in the layout of Cityscapes.")
-    streets.add_argument("dir", help="folder; an interrupted one is completed")
+    streets.add_argument("dir", help="folder; an incomplete one is completed")
     streets.add_argument("--train", type=int, default=200, help="number of training images")
     streets.add_argument("--val", type=int, default=48, help="number of validation images")
     streets.add_argument("--size", type=HeightxWidth, default="160x320", help="height x width")
-    streets.add_argument("--seed", type=int, default=0, help="decides every pixel")
+    streets.add_argument("--seed", type=int, default=0, help="decides every pixel of the scenes")
     kinds.add_subcommand("generate-streets", streets, help="write the scenes")
 
-    check = _subparser("Reads all files of a data set and lists every problem with file and remedy; exit code 2 then.")
+    check = _subparser(
+        "Reads all files of a data set and lists every problem with its file and remedy; then the exit code is 2."
+    )
     check.add_argument("dir", help="folder of the data set")
     check.add_argument("--dataset", default="cityscapes", help=f"one of {', '.join(DATASETS)}")
     check.add_argument("--split", default="train,val", help="one or several, with commas between them")
-    kinds.add_subcommand("check", check, help="verify counts, sizes, files and label values")
+    kinds.add_subcommand("check", check, help="check numbers, sizes, files and label values")
 
-    doctor = _subparser("Tells what is compiled in, which backend runs on which device, and why another does not.")
+    doctor = _subparser("Shows what is compiled in, which backend runs on which device, and why another does not.")
     commands.add_subcommand("doctor", doctor, help="what runs here, and why")
     return parser
 
@@ -325,16 +338,16 @@ def _subparser(description: str, **options: Any) -> ArgumentParser:
 def _reproduce_parser(setting: str) -> ArgumentParser:
     recipe = SETTINGS[setting]
     parser = _subparser(
-        f"Trains with the recipe {recipe} unless options say otherwise. Their names may be written with - for _.",
+        f"Trains with the recipe {recipe} unless options say otherwise; their names may have - instead of _.",
         default_config_files=[str(recipe_file(recipe))],
     )
     _add_training_options(parser, without={"arm"})
     every = ",".join(PAPER_ARMS)
-    parser.add_argument("--arms", type=str, default=every, help="those to train now, with commas between them")
+    parser.add_argument("--arms", type=str, default=every, help="arms to train now, with commas between them")
     parser.add_class_arguments(Evaluation, "evaluation")
-    parser.add_argument("--overhead_steps", type=int, default=25, help="timed steps of each arm")
+    parser.add_argument("--overhead_steps", type=int, default=25, help="number of steps timed for each arm")
     parser.add_argument(
-        "--quick", action="store_true", help="--config quick, few images and steps: only shows that everything works"
+        "--quick", action="store_true", help="--config quick, few images and steps: checks only that everything works"
     )
     _explain(parser, {"evaluation": Evaluation})
     return parser
@@ -347,14 +360,15 @@ def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = 
     )
     parser.add_argument("--dataset", default="cityscapes", help=f"kind of data set: {', '.join(DATASETS)}")
     parser.add_argument("--data", required=True, help="folder of the data set")
-    parser.add_argument("--out", required=True, help="folder for the run; one that was stopped there is continued")
+    parser.add_argument("--out", required=True, help="folder for the run; a run that was stopped there continues")
     parser.add_argument("--crop", type=HeightxWidth, default="{}x{}".format(*TrainConfig.crop))
     parser.add_class_arguments(TrainConfig, skip={"crop", *without})
     parser.add_class_arguments(ModelConfig, "model")
     explained = _explained(TrainConfig) | {
         "arm": f"training method: {', '.join(ARMS)}",
         "crop": "height x width of the training crops, such as 128x256",
-        "seed": "of the initialisation, the order of the data, augmentation, coins, dropout and attack",
+        "seed": "of initialisation, order of the data, augmentation, choice of attacked samples, dropout and attack",
+        "workers": "processes that load data; 0 loads in the training process",
     }
     nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
     _explain(parser, {"model": ModelConfig, **nested})
@@ -462,7 +476,7 @@ def _write_options(path: Path, options: str, model: ModelConfig, directory: RunD
     there = path.exists()
     if there and not (directory.checkpoint.exists() or directory.run.exists()):
         if path.read_bytes() != options.encode():  # what a run killed at its start left is the same
-            raise ValueError(f"{path} is no run's, and this one would overwrite it; give another output folder")
+            raise ValueError(f"{path} belongs to no run, and this one would overwrite it; give another output folder")
     elif there and directory.checkpoint.exists():
         try:
             before = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
@@ -474,8 +488,8 @@ def _write_options(path: Path, options: str, model: ModelConfig, directory: RunD
                 f"model.{name} {before[name]!r} there, {getattr(model, name)!r} here" for name in differing
             )
             raise ValueError(
-                f"{directory.path} holds a run that began with other weights ({told}): a run that goes on "
-                "has its own; name them as there, or give another output folder"
+                f"{directory.path} holds a run that began with other weights ({told}): give the same "
+                "ones to continue it, or another output folder"
             )
     write_text(path, options, of_run=True)
 

@@ -18,9 +18,9 @@ def import_torchvision() -> ModuleType | None:
 
     A torchvision that was built for CUDA, beside a torch for the CPU, fails at its import ("operator
     torchvision::nms does not exist"), and with it everything that imports it: timm, torchmetrics, transformers,
-    segmentation-models-pytorch. All it misses then is the schemas of two operators. They are defined here, in this
-    case alone; models, transforms and data sets work with that, the compiled operators (nms, roi_align, ...) and
-    image codecs do not. Call it before importing a package that imports torchvision.
+    segmentation-models-pytorch. All it lacks then is the schemas of two operators. They are defined here, in this
+    case only; models, transforms and data sets then work, the compiled operators (nms, roi_align, ...) and image codecs
+    do not. Call it before importing a package that imports torchvision.
 
     Raises:
         ImportError, RuntimeError: torchvision is installed, but cannot be imported for another reason.

@@ -1,7 +1,7 @@
 """Evaluation under attack: worst case per image, mIoU pooled and per image, curves over eps and over steps.
 
-One call, `evaluate`, puts a model under several attacks. All that is measured comes from one thing: the confusion
-matrix of each image after each attack, at each eps, after some numbers of steps.
+One call, `evaluate`, puts a model under several attacks. Everything measured comes from the confusion matrix of each
+image after each attack, at each eps, after some numbers of steps.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class _Judge:
         for name, counts in unmoved.items():
             warnings.warn(
                 f"attack {name!r} left images where it began: {', '.join(counts)}. Their gradients are 0 or NaN, or "
-                "lead out of [0, 1]: this says nothing of the model's robustness. Rounding, saturation or half "
+                "lead out of [0, 1]: this says nothing about the model's robustness. Rounding, saturation or half "
                 "precision in it may be the reason",
                 stacklevel=levels_to_the_caller(),
             )
@@ -544,17 +544,17 @@ def evaluate(
 
     Images are taken whole, as the loader gives them; all pixels of the set go into one confusion matrix per
     attack, eps and number of steps (`miou`), and each image's mIoU is averaged beside it (`image_miou`). How far miou
-    depends on the choice of the images says `miou_error`; for two models `miou_difference`.
+    depends on the choice of the images is told by `miou_error`, for two models by `miou_difference`.
 
-    * eps = 0 is the clean prediction; it is counted once and serves all attacks.
-    * "worst-case": for each image, the outcome that leaves the most valid pixels wrong: that of an attack, or the
-      clean prediction, as the clean image is in every ball.
+    * eps = 0 is the clean prediction; it is computed once, for all attacks.
+    * "worst-case": for each image, the outcome with the most wrong valid pixels: that of an attack, or the clean
+      prediction, as the clean image is in every ball.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
-      runs would give, but for "segpgd": its lambda rises to 1/2 over all its steps, so that what is reported
-      for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".
+      runs would give, except for "segpgd": its lambda rises towards 1/2 over all its steps, so that what is
+      reported for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".
     * Work is shared: one gradient for FGSM at all eps; iterative attacks take several eps in one batch (on a GPU
       all, or half as many whenever memory does not suffice).
-    * A batch keeps a matrix of classes x classes for each image, attack, eps and judged step: give small batches where
+    * A batch needs a matrix of classes x classes for each image, attack, eps and judged step: give small batches where
       there are thousands of classes.
 
     Args:
@@ -562,38 +562,38 @@ def evaluate(
         loader: batches whose first two entries are images [N, 3, H, W] in [0, 1] and labels [N, H, W].
         attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
             Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
-            iterate, random start but for "bim"); "pgd-10", "segpgd-10" and those of 20, 40 and 100 steps (the same
-            but for the last iterate: Gu et al. 2022, arXiv 2207.12391). Or a mapping from names to factories:
-            ``factory(model, eps)``
-            gives the attack, and ``attack(images, labels)`` the adversarial images; what it does to its arguments, and
-            to the model's flags and buffers, lasts for the call, but not what it does to `.grad`. A UserWarning tells
-            of images outside of [0, 1], or farther than eps from the clean ones, as some attacks' are on purpose.
+            iterate, random start but for "bim"); "pgd-10", "segpgd-10" and those of 20, 40 and 100 steps (the same,
+            but the last iterate: Gu et al. 2022, arXiv 2207.12391). Or a mapping from names to factories:
+            ``factory(model, eps)`` gives the attack, and ``attack(images, labels)`` the adversarial images. What it
+            does to its arguments and to the model's flags and buffers is undone after the call, what it does to
+            `.grad` is not. A UserWarning tells of images outside [0, 1], or farther than eps from the clean ones, as
+            some attacks' are on purpose.
         eps: the sizes of the perturbation, in the images' unit.
-        steps: of "bim", "pgd", "segpgd" and "cospgd": a number, or a mapping from each eps to one.
+        steps: number of steps of "bim", "pgd", "segpgd" and "cospgd", or a mapping from each eps to one.
         worst_case: adds "worst-case" where there are several attacks.
-        seed: of the random starts; with the batch's number it decides them. (It seeds PyTorch's global generator
-            for attacks from factories and restores it; a generator that a factory makes is its own.)
+        seed: with the batch's number it decides the random starts. (It seeds PyTorch's global generator, which is
+            restored, for attacks from factories; a generator that a factory makes is its own affair.)
         ignore_index: label of the pixels that count nowhere.
         align_corners: how logits of another size than the labels are resampled.
         records: folder for the outcomes of every attack, eps and batch. Called again with it, `evaluate` goes
             on where it was stopped; records of another model, data or arguments are never taken. A model is told
             from others by all that `segadv.records.model_hash` sees; where something else changes, give another folder.
-            What a warning tells of is not recorded. Attacks from factories are recorded where they are
-            one of `segadv.attacks`, not a sub-class, with bn="eval", have neither a generator nor a callable, and stay
-            in box and ball.
-        progress: shows a progress bar with the time left, a line per minute where stderr is no terminal; needs
+            Outcomes that a warning is about are not recorded. Attacks from factories are recorded only if they are of
+            a class of `segadv.attacks` itself, with bn="eval", have neither a generator nor a callable, and stay in
+            box and ball.
+        progress: show a progress bar with the time left, or a line per minute where stderr is no terminal; needs
             tqdm.
-        sharded: the loader gives this process's share of the batches, which may be none; counts of all processes
-            are added up, and all get the result. Every process of the group has to call it. An image in two shares
-            counts twice: a `DistributedSampler` repeats some, ``batches[rank::processes]`` does not.
+        sharded: the loader gives this process's share of the batches, which may be none; the counts of all processes
+            are added up, and all get the result. Every process of the group has to make the call. An image in two
+            shares counts twice: a `DistributedSampler` repeats some, ``batches[rank::processes]`` does not.
 
     Raises:
         TypeError: a model that is no nn.Module, an attack that is neither a name nor a factory, a loader that gives no
             tensors, an argument of another type.
-        ValueError: an unknown attack, eps outside [0, 1], a loader without a batch or without a labelled pixel, images
-            that are not in [0, 1], logits that are NaN or infinite at labelled pixels, so that there is no loss, on
-            clean images or under an attack, labels of another size than the images, labels that are neither a class nor
-            `ignore_index`, an attack of the caller's that gives something else than finite images of the same shape, is
+        ValueError: an unknown attack; eps outside [0, 1]; a loader without a batch or without a labelled pixel; images
+            that are not in [0, 1]; logits that are NaN or infinite at labelled pixels, on clean images or under an
+            attack, so that there is no loss; labels of another size than the images, or neither a class nor
+            `ignore_index`; an attack of the caller's that gives something else than finite images of the same shape, is
             targeted, or has bn="train" with the evaluated model, which runs in eval mode.
     """
     a_module(model)

@@ -8,22 +8,22 @@ Shapes and types, the same everywhere:
   float64 logits).
 * labels [N, H, W], int64, int32, int16 or uint8: a class in [0, C), or `ignore_index`. Classification is
   logits [N, C] with labels [N]; what is [N, H, W] below is then [N].
-* Floating results are float32 (float64 for float64 logits); gradients have the logits' dtype and shape.
+* Floating-point results are float32 (float64 for float64 logits); gradients have the logits' dtype and shape.
 * `valid` means labels != ignore_index; n_v is the number of valid pixels of an image. An image, or a batch,
   without a valid pixel has gain, loss and gradient 0.
 * The lowest class index wins ties, as in `argmax`. NaN logits give NaN.
 
-Errors, the same everywhere: TypeError if an argument is not a tensor, a number, a whole one, or True or False, where
-one is needed; ValueError for a dtype or shape that is not named above, fewer than 2 or more than 32767 classes, tensors
-that are sparse or nested, do not fit together or are on different devices, and any other argument that is out of range.
-A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU, where looking would stall the
-stream, it makes the floating results of its image NaN (SEGADV_CHECK=1 raises there too, except in compiled code).
-RuntimeError where a backend was asked for that cannot run.
+Errors, the same everywhere: TypeError for an argument of the wrong kind (not a tensor, a number, a whole number, or
+True or False, where one is needed); ValueError for a dtype or shape that is not named above, for fewer than 2 or more
+than 32767 classes, for tensors that are sparse or nested, do not fit together or are on different devices, and for any
+other argument out of range. A label that is neither a class nor `ignore_index` is a ValueError on the CPU; on a GPU,
+where a check would stall the stream, it makes the floating-point results of its image NaN (with SEGADV_CHECK=1 it is an
+error there too, except in compiled code). RuntimeError for a requested backend that cannot run.
 
-No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Not inside of
-torch.compile, where it is PyTorch's affair: it refuses with the second backward, or returns wrong derivatives, as of
-its own cross_entropy (torch 2.13). Losses, margins, averaged_gain and l1_norm under a torch.func transform (grad, vmap,
-jvp) raise RuntimeError too, compiled or not. All else is detached: constants, for autograd and for torch.func.
+No operation on logits has a second derivative: a backward under create_graph=True raises RuntimeError. Inside
+torch.compile that is up to PyTorch, which raises in the second backward or returns wrong derivatives, as for its own
+cross_entropy (torch 2.13). Losses, margins, averaged_gain and l1_norm under a torch.func transform (grad, vmap, jvp)
+raise RuntimeError too, compiled or not. All other results are detached: constants, for autograd and for torch.func.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def pixel_margin(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, ali
 def averaged_gain(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, align_corners: bool = False) -> Tensor:
     """Mean logit margin of an image over its valid pixels: gbar = (1 / n_v) sum_j g_j.
 
-    Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. The backward keeps one byte per pixel (two
-    from 257 classes on), or, if the logits have at most a quarter of the labels' pixels and are not float16, the
+    Differentiable: +1 / n_v at every label, -1 / n_v at every runner-up. For the backward one byte per pixel is kept
+    (two from 257 classes on) or, if the logits have at most a quarter of the labels' pixels and are not float16, the
     gradient itself.
 
     Args:
@@ -164,9 +164,9 @@ def cross_entropy(
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
         weight: [C] floating point class weights; no gradient reaches them.
-        reduction: "mean", over the valid pixels of the batch, divided by the sum of their weights; "image", the
-            same for each image; "sum"; "none". Where that sum is 0, "mean" and "image" are not divided: 0 without a
-            valid pixel (PyTorch: NaN).
+        reduction: "mean", the sum over the valid pixels of the batch divided by the sum of their weights; "image", the
+            same for each image; "sum"; "none". Where the sum of weights is 0, nothing is divided: without a valid pixel
+            the result is 0 (PyTorch: NaN).
 
     Returns:
         a scalar ("mean", "sum"), [N] ("image") or [N, H, W] ("none"), float32 or float64.
@@ -176,7 +176,7 @@ def cross_entropy(
         z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
         F.cross_entropy(z, labels.long(), weight=weight, ignore_index=ignore_index, reduction=reduction)
 
-    and for "image" to the "sum" of each image, divided by the sum of `weight[y]` over its valid pixels.
+    and for "image" to the "sum" of each image divided by the sum of `weight[y]` over its valid pixels.
 
     Raises, besides what all raise:
         ValueError: a reduction of another name; a weight that is not a floating point [C] on the logits' device.
@@ -291,7 +291,7 @@ def loss_and_grad(
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
         loss: "cross_entropy", "segpgd" or "cospgd".
-        step, steps: of SegPGD, as in `segpgd_loss`; ignored for the other losses.
+        step, steps: as in `segpgd_loss`; ignored for the other losses.
         targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
 
     Returns:
@@ -327,7 +327,7 @@ def loss_and_grad(
 
 
 def l1_norm(grad: Tensor) -> Tensor:
-    """Sum of absolute values of each image's gradient. Differentiable, as often as wanted.
+    """Sum of absolute values of each image's gradient. Differentiable any number of times.
 
     Args:
         grad: [N, ...], float32, bfloat16, float16 or float64.
@@ -368,8 +368,8 @@ def newton_step(
         grad: gradient of the gain with respect to the images, their shape and dtype.
         gain: [N].
         bounds: lowest and highest pixel value.
-        clamp_negative: eps = max(0, eps). The literal equation steps backwards where the gain is negative,
-            that is where the image is misclassified on average already.
+        clamp_negative: eps = max(0, eps). The equation taken literally steps backwards where the gain is negative,
+            that is, where the image is already misclassified on average.
         max_eps: caps |eps|. The paper has no cap.
 
     Returns:
@@ -448,8 +448,8 @@ def sign_step(
 
     Raises, besides what all raise:
         ValueError: images in half precision; bounds that are not (low, high) with low < high; origin without eps, or
-            eps without origin; an alpha or eps that is not finite in the images' dtype; a negative eps. Tensors [N] are
-            not looked at, which would wait for a GPU; a NaN in one shows in its image.
+            eps without origin; an alpha or eps that is not finite in the images' dtype; a negative eps. The values of
+            tensors [N] are not checked, which would wait for a GPU; a NaN in one makes its image NaN.
     """
     low, high = _check_step(images, grad, bounds)
     if (origin is None) != (eps is None):
@@ -495,12 +495,12 @@ def confusion_matrix(
     Args:
         logits: [N, C, h, w] (or [N, C]).
         labels: [N, H, W] (or [N]).
-        per_image: one matrix for each image.
+        per_image: return one matrix for each image.
 
     Returns:
         int64 [C, C], or [N, C, C]. Its attribute `invalid` (an int64 scalar tensor) counts the pixels left out
-        because their label is neither a class nor ignore_index: always 0 on the CPU, where they raise. Look at
-        it once per epoch on a GPU. Inside torch.compile the attribute is not attached.
+        because their label is neither a class nor ignore_index: always 0 on the CPU, where such labels raise; on a
+        GPU, look at it once per epoch. Inside torch.compile the attribute is not attached.
 
     Equivalent to::
 

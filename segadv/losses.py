@@ -13,7 +13,7 @@ __all__ = ["CrossEntropyLoss"]
 class CrossEntropyLoss(nn.Module):
     """`torch.nn.CrossEntropyLoss` for logits of any size: bilinear upsampling is part of the loss.
 
-    Full-resolution logits are never built, and the gradient lands on the logits that came. Without a valid pixel the
+    Full-resolution logits are never built, and the gradient is that of the logits as given. Without a valid pixel the
     loss is 0. There is no label smoothing.
 
     Args:
@@ -31,12 +31,14 @@ class CrossEntropyLoss(nn.Module):
         z = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners)
         nn.CrossEntropyLoss(weight=weight, ignore_index=ignore_index, reduction=reduction)(z, labels.long())
 
+    (PyTorch has no "image".)
+
     Raises:
         TypeError: a weight that is no tensor, an ignore_index that is no whole number, an align_corners that is neither
             True nor False.
         ValueError: a weight that is not a floating point [C], an unknown reduction.
 
-    In the call, what `segadv.functional.cross_entropy` raises.
+    The call raises what `segadv.functional.cross_entropy` does.
     """
 
     weight: Tensor | None

@@ -33,11 +33,11 @@ _POINTS = 10
 
 @dataclass(frozen=True)
 class Check:
-    """One sign of masked gradients that was looked for.
+    """The result of one check for gradient masking.
 
     Attributes:
-        name: what should be so.
-        passed: whether it is; None where it could not be checked.
+        name: what should hold.
+        passed: whether it does; None where it could not be checked.
         finding: the figures, in words.
     """
 
@@ -58,12 +58,12 @@ def masking_checks(
     align_corners: bool = False,
     records: str | os.PathLike[str] | None = None,
 ) -> list[Check]:
-    """Six checks; accuracy is pixel accuracy over the loader's images, of which a few suffice.
+    """Six checks for gradient masking; accuracy is pixel accuracy over the loader's images, of which a few suffice.
 
-    1. Accuracy falls with eps and is about 0 at eps 0.5, where nothing of an image need be left ("pgd" and
+    1. Accuracy falls with eps and is about 0 at eps 0.5, where any image can become uniform grey ("pgd" and
        "segpgd", the worse for each image).
     2. PGD is not weaker than FGSM.
-    3. PGD with more steps is not weaker. Its last iterate is judged: of a best iterate this is always true.
+    3. PGD with more steps is not weaker. Its last iterate is judged: for the best iterate this always holds.
     4. Random noise, every channel of every pixel moved by +eps or -eps, is not stronger than FGSM.
     5. PGD against another model is not stronger than PGD against this one.
     6. The mean loss along the direction of FGSM rises, and does not fall between 0 and eps.

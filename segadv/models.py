@@ -288,8 +288,8 @@ class ModelConfig:
 
     Args:
         name: a key of `MODELS`.
-        pretrained: pspnet50: start from timm's ImageNet weights (`pspnet50`).
-        backbone: pspnet50: a file with the backbone's initial weights; empty: none.
+        pretrained: start from timm's ImageNet weights; pspnet50 only.
+        backbone: a file with the backbone's initial weights, or empty; pspnet50 only.
 
     Raises:
         ValueError: an unknown name; weights for a network that takes none, or from two places.
@@ -366,7 +366,7 @@ def wrap(
     """A module that takes images in [0, 1], normalises them inside and returns logits.
 
     So attacks step in pixel space, where eps has its meaning, whatever the network was trained on. Auxiliary outputs
-    are left out: a network that is trained with them normalises in its own forward.
+    are dropped: to train with them, normalise in the network's own forward instead.
 
     Args:
         model: any network, in any mode; it becomes the sub-module ``.model`` and keeps its parameters.

@@ -38,13 +38,13 @@ def write_report(
     Args:
         folder: made where it does not exist.
         result: of one model, as `segadv.evaluation.evaluate` gives it, or of several, after `EvaluationResult.merge`.
-        checks: name in the report -> what `segadv.masking.masking_checks` found; None: it was not asked. A single
-            model is called by its class. Of one that no check could be made of, the report says so.
+        checks: name in the report -> what `segadv.masking.masking_checks` returned; None: no checks were made. A single
+            model is named after its class. The report says which models could not be checked.
         class_names: those of the data set, for ``per_class.png``; None: numbers.
-        command: what repeats it, for the reader.
+        command: the command that repeats it, for the reader.
 
     Raises:
-        TypeError: a result that is none.
+        TypeError: a result that is no `EvaluationResult`.
         ValueError: the models were put under different attacks, eps or steps, on different images, or have different
             numbers of classes; class_names of another number; checks of a model that is not in the result.
     """
@@ -200,8 +200,8 @@ def _lines(
         f"{run['images']} image{'s' * (run['images'] != 1)}. mIoU comes from one confusion matrix over all pixels; "
         "beside it stand the mean of the images' own mIoU and pixel accuracy."
         + (
-            " The worst case takes of each image what leaves the most pixels wrong, an attack or the clean image; as "
-            "it goes by pixels, its mIoU may lie a little above that of a single attack."
+            " The worst case takes, for each image, the outcome with the most wrong pixels, of an attack or of the "
+            "clean image; as pixels decide, its mIoU may lie a little above that of a single attack."
             if strongest == "worst-case"
             else ""
         ),
@@ -225,15 +225,19 @@ def _lines(
         *_errors([final[arm, strongest, shown] for arm in arms], plots.attack_title(strongest)),
         "![mIoU against eps](robustness.png)",
         "",
-        *(["The attacks have other numbers of steps at other eps, where the curves may bend.", ""] if differ else []),
+        *(
+            ["The attacks have different numbers of steps at different eps, so the curves may bend.", ""]
+            if differ
+            else []
+        ),
     ]
     if with_steps:
         lines += [
             f"## More steps, eps {shown:g}",
             "",
             "Each line is one run, judged on its way (the best iterate so far of each image). BIM, PGD and CosPGD "
-            "would give the same with fewer steps; SegPGD's weights depend on the number of all steps, so that its "
-            "line shows its longest run on the way. Curves that still fall at the end ask for more steps.",
+            "would give the same with fewer steps; SegPGD's weights depend on the number of all steps, so its line "
+            "shows its longest run on the way. Curves that still fall at the end call for more steps.",
             "",
             "![mIoU against the number of steps](steps.png)",
             "",
@@ -292,7 +296,7 @@ def _errors(entries: Sequence[Measurement], title: str) -> list[str]:
     if best.row["miou_error"] is None:
         return []
     lines = [
-        "± is the standard error over the choice of the images (a jackknife); of other trainings it knows nothing."
+        "± is the standard error over the choice of the images (a jackknife); it says nothing about other trainings."
     ]
     others = {entry.arm: miou_difference(entry, best) for entry in entries if entry is not best}
     if others:

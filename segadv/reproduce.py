@@ -61,9 +61,9 @@ class Evaluation:
     """How the trained networks are attacked, beside FGSM and BIM-10 at the paper's eps.
 
     Args:
-        stronger: further attacks, such as pgd, segpgd, cospgd; with them comes the worst case for each image.
-        steps: of these, where their names do not say how many.
-        images: the first so many of the validation split; 0: all.
+        stronger: further attacks, such as pgd, segpgd, cospgd; they add the worst case for each image.
+        steps: number of steps of these, where their names do not give one.
+        images: number of images, the first of the validation split; 0: all.
         batch_size: images at once, as far as their sizes are equal.
 
     Raises:

@@ -140,8 +140,8 @@ def _jackknife(without_each: Tensor) -> float | None:
 def miou_difference(first: Measurement, second: Measurement) -> tuple[float, float | None]:
     """The first's mIoU less the second's, and the standard error of that over the choice of the images.
 
-    Both are of the same images, in the same order: what makes some of them hard for both cancels. Of other trainings of
-    the same network the error knows nothing.
+    Both are of the same images, in the same order: what makes some of them hard for both cancels. The error says
+    nothing about other trainings of the same network.
 
     Source: the jackknife (Quenouille 1956; Tukey 1958): sqrt((N - 1) / N * sum_i (d_i - mean d)^2), d_i the difference
     without image i; None for one image.

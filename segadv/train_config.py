@@ -1,4 +1,4 @@
-"""What a training run is made of: the arms, the config, the coins and the schedule."""
+"""The settings of a training run: arms, config, the choice of attacked samples, and the learning rate."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ class Validation:
     """When and how a training run evaluates its model under attack, with `segadv.evaluation.evaluate`.
 
     Args:
-        every: steps between evaluations, and one after the last step; 0 makes none.
-        images: the first so many of the validation data set; 0: all.
-        attacks: names out of `segadv.evaluation.ATTACKS`; bim, pgd, segpgd and cospgd take 100 steps every time.
+        every: steps between evaluations; the last step is followed by one too. 0: none.
+        images: number of images, the first of the validation data set; 0: all.
+        attacks: some of fgsm, bim-10, bim, pgd, segpgd and cospgd (`segadv.evaluation.ATTACKS`); the last four take
+            100 steps.
         eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
-        batch_size: images at once; they are taken whole, so that 1 is needed where their sizes differ.
+        batch_size: images at once; they are taken whole, so where their sizes differ it has to be 1.
 
     Raises:
         ValueError: a value outside its range.
@@ -93,38 +94,38 @@ def _make_ints(config: object) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training run is made of.
+    """The settings of a training run.
 
     Args:
         arm: name of the training method, a key of `ARMS`.
-        eps: size of the perturbation of the arms that have one, all but basic and fast-newton, in the images' unit
-            (8/255, not 8); also of the probes. The papers' is 0.03.
-        adversarial_share: probability of a sample to be made adversarial, 0 to 1.
+        eps: size of the perturbation, in the images' unit (8/255, not 8), for all arms but basic and fast-newton and
+            for the probes. The papers' is 0.03.
+        adversarial_share: probability that a sample is made adversarial, 0 to 1.
         steps: number of optimiser steps of the whole run.
         batch_size: samples per step, over all processes and accumulated parts; at least 2 (batch normalisation).
-        accumulation: parts that a process works off one after the other for one step, to save memory. The gradient
-            is that of the whole batch; batch normalisation takes the statistics of each part.
+        accumulation: number of parts in which a process takes its share of a batch, one after the other, to save
+            memory. The gradient is that of the whole batch; batch normalisation takes the statistics of each part.
         crop: height and width of the training crops, in pixels.
-        learning_rate: of the first step; it falls as (1 - step / steps) ** power.
+        learning_rate: that of the first step; it falls as (1 - step / steps) ** power.
         momentum: of SGD.
         weight_decay: L2, on all parameters.
         power: of the poly schedule.
         augmentation: how samples are changed before they are cropped.
         seed: decides the order of the data, augmentation, coins, dropout and the attack's random numbers (not
             the initialisation, which came with the model).
-        workers: processes that load data; 0 loads in the training process. Where Python starts processes anew (macOS,
-            from 3.14 on Linux) they read the script, which must then train under ``if __name__ == "__main__":``, and
-            get the data set pickled.
+        workers: processes that load data; 0 loads in the training process. Where Python does not fork (macOS, from 3.14
+            on Linux) they run the script again, which must then train under
+            ``if __name__ == "__main__":``, and get the data set pickled.
         precision: "fp32", or "bf16" or "fp16" for mixed precision (fp16 needs CUDA; bf16 is recommended).
         channels_last: keep images and convolution weights in the channels-last memory format.
-        compile: compile the network with `torch.compile`, for training and attack; it compiles again at the first
-            steps with other numbers of attacked samples.
+        compile: compile the network with `torch.compile`, for training and attack; it is compiled again at the first
+            steps with another number of attacked samples.
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
-        monitor_every: steps between probes for catastrophic overfitting; 0 makes none.
+        monitor_every: steps between probes for catastrophic overfitting; 0: none.
         validation: evaluation under attack on the way.
-        allow_other_split: continue a checkpoint of another number of processes or of accumulated parts. The
+        allow_other_split: continue a checkpoint made with another number of processes or of accumulated parts. The
             batches stay the same; rounding, the random numbers of attack and dropout and, where batch normalisation
             sees other parts, its statistics do not.
 
@@ -200,8 +201,7 @@ def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def adversarial_coins(seed: int, epoch: int, length: int, share: float) -> npt.NDArray[np.bool_]:
-    """Which samples of a data set are made adversarial in an epoch: bool [length], each with probability
-    share.
+    """Which samples of a data set are made adversarial in an epoch: bool [length], True with probability `share`.
 
     The coin of a sample is the index-th number of a stream that belongs to (seed, epoch): it depends neither
     on the arm nor on the batch the sample is in, the number of workers or the length of the data set. Drawn

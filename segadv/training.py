@@ -101,12 +101,12 @@ class StepResult:
     """What one step measured, on the training device (reading it waits for the device).
 
     Attributes:
-        loss: [], of the whole batch; of several processes each has its share's part, and the parts add up.
+        loss: [], of the whole batch; with several processes each has the part of its share, and the parts add up.
         eps: [K], step size for each of the K attacked samples.
         gain: [K], averaged gain of the clean images where the attack computes it (Fast Newton), otherwise
             [0].
         skipped: bool [K], whether the attack left the image as it was. With a random start (pgd, segpgd,
-            rs-fgsm, n-fgsm) that is one without a valid pixel; one without a usable gradient keeps the noise.
+            rs-fgsm, n-fgsm) that happens only without a valid pixel: without a usable gradient the noise stays.
     """
 
     loss: Tensor
@@ -121,20 +121,20 @@ class Trainer:
     Every process gets its share of the same batches, gradients are averaged (DistributedDataParallel) so that each
     step is that of one process with the whole batch, and all processes have the same weights at any time. Batch
     normalisation is synchronised on GPUs; on the CPU, where PyTorch cannot do that, each process takes the
-    statistics of its share and the running ones are averaged. With `TrainConfig.accumulation` its statistics are
+    statistics of its share and the running ones are averaged. With `TrainConfig.accumulation` the statistics are
     those of a part. Only the first process writes files. With several processes the loss has to reach every parameter
-    that requires a gradient: freeze, or remove, what the logits do not depend on, such as an auxiliary head.
+    that requires a gradient: freeze or remove what the logits do not depend on, such as an auxiliary head.
 
     Args:
         config: the run.
         model: images [N, 3, H, W] -> logits, or what `segadv.attacks.base.model_logits` finds them in.
-            Trained in place, and moved to the device. The loss is the cross-entropy of the logits alone: a UserWarning
-            names a parameter that it does not reach, such as an auxiliary head's.
+            Trained in place, and moved to the device. The loss is the cross-entropy of these logits alone: a
+            UserWarning names a parameter that it does not reach, such as an auxiliary head's.
         dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length. Where
-            it has num_classes, labels are checked when they are read; where it has image_paths, errors name them.
+            it has num_classes, labels are checked against it when read; where it has image_paths, errors name them.
         validation_dataset: the same, for config.validation.
-        description: plain values (fit for JSON) that say what model and dataset are; written to checkpoints and
-            compared when one is continued.
+        description: plain values (fit for JSON) that say what model and dataset are; written to checkpoints, and
+            compared when a run continues.
 
     Attributes:
         steps_done: number of steps taken so far.
@@ -142,11 +142,11 @@ class Trainer:
             of the probe before.
 
     Raises:
-        TypeError: a model that is no nn.Module or compiled, a DataLoader for a data set, or one without length; a
-            config with values that JSON does not know, such as NumPy's float32.
-        ValueError: a device that does not exist here, fp16 without CUDA, fewer samples than one batch, a batch that
-            cannot be divided among the processes and parts, validation without a data set, a model that is frozen as a
-            whole or whose state is not all tensors.
+        TypeError: a model that is no nn.Module, or is compiled; a DataLoader in place of a data set, or a data set
+            without a length; a config with values that JSON does not know, such as NumPy's float32.
+        ValueError: a device that does not exist here; fp16 without CUDA; fewer samples than one batch; a batch that
+            cannot be divided among the processes and parts; validation without a data set; a model that is frozen as a
+            whole, or whose state is not all tensors.
     """
 
     def __init__(
@@ -258,20 +258,20 @@ class Trainer:
 
         The loss is the mean over the valid pixels of the whole batch: of all processes and all parts. All random
         numbers of a step (attack, dropout) come from seeds that belong to (config.seed, step, part of the batch),
-        which is why no random state needs to be saved. It seeds PyTorch's global generator, so that two trainers
-        in two threads of one process disturb one another.
+        so no random state needs to be saved. A step seeds PyTorch's global generator: two trainers in two threads of
+        one process disturb one another.
 
         Args:
             images: [N, 3, H, W] in [0, 1], this process's share of the batch; left as they are. Parts are equal
                 slices, one after the other.
             labels: [N, H, W].
-            chosen: positions in the share to be made adversarial; the basic arm ignores them. In each part they come
-                first in the batch that the network sees, the others after them, both in the order of the batch.
+            chosen: positions in the share to be made adversarial; the basic arm ignores them. In each part the network
+                sees these samples first, then the others, both in the order of the batch.
 
         Raises:
-            ValueError: chosen holds what is no position of the batch, or one twice; a batch that has no equal parts;
-                float64 images that the model does not take.
-            TypeError: chosen is a mask, or holds what is no whole number.
+            ValueError: chosen holds something that is no position in the batch, or a position twice; a batch that
+                cannot be split into equal parts; float64 images that the model does not take.
+            TypeError: chosen is a mask, or holds something that is no whole number.
         """
         size, chosen = self._part_size(len(images)), list(chosen)
         if any(getattr(entry, "dtype", type(entry)) in (bool, np.bool_, torch.bool) for entry in chosen):
@@ -406,7 +406,7 @@ class Trainer:
 
         Writes to out_dir, each file replaced in one go or appended to:
 
-        * ``last.pt``, the checkpoint, complete; in the end also ``model.safetensors``, the weights to be shared.
+        * ``last.pt``, the whole checkpoint; in the end also ``model.safetensors``, the weights to be shared.
         * ``metrics.jsonl``, one JSON object every config.log_every steps, about the steps since the line before:
           step (number of steps done), epoch, loss (mean), learning_rate (of the last step), adversarial_share (of
           all samples), and of the attacked ones eps_median, eps_p10, eps_p90, share_negative_gain (Fast Newton),
@@ -420,22 +420,22 @@ class Trainer:
         * ``run.json``: see `segadv.run_directory.RunDirectory`.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
-        interrupted, wherever it was killed; so do two processes (more: to rounding, because the order in which their
-        gradients are added up belongs to the run). Ctrl-C ends the step, or the batch of a validation, that is running,
-        writes a checkpoint and raises KeyboardInterrupt; a validation that was ended is made when the run continues.
-        Several processes stop together two steps later, after a validation that is running. So does SIGTERM where it is
-        handled as Ctrl-C (`signal.default_int_handler`), as the command line does. (torchrun kills them after 30 s: a
-        validation, or a GPU that waits for a process that has ended, may take longer, and then the last checkpoint
-        continues, which is from before that validation.)
+        interrupted, wherever it was killed; so does a run of two processes (of more: to rounding,
+        because the order in which their gradients are added up differs from run to run). Ctrl-C finishes the current
+        step, or batch of a validation, writes a checkpoint and raises KeyboardInterrupt; a validation that was cut
+        short is made when the run continues. Several processes stop together two steps later, or after the current
+        validation. SIGTERM does the same where it is handled as Ctrl-C (`signal.default_int_handler`), as the command
+        line does. (torchrun kills processes after 30 s. A validation, or a GPU that waits for a process that has ended,
+        may take longer; then the run continues from the last checkpoint, made before that validation.)
 
         Args:
-            progress: show a progress bar; a line per minute where the standard error stream is no terminal. A line
+            progress: show a progress bar, or a line per minute where the standard error stream is no terminal. A line
                 tells if the run was already finished.
 
         Raises:
             ValueError: last.pt belongs to another config, data set length or architecture, or cannot be read; or
                 another process is training in out_dir.
-            OSError: a file cannot be written, for a full disk for example. The last checkpoint is whole.
+            OSError: a file cannot be written, because the disk is full for example. The last checkpoint is whole.
             FloatingPointError: the loss, or a weight, is not finite. The last checkpoint is from before that.
             RuntimeError: another process of the group ended.
         """
@@ -581,10 +581,10 @@ class Trainer:
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint; at any moment, `path` is the previous one or the new one, each whole.
+        """Writes a checkpoint; at any moment, `path` is the whole previous one or the whole new one.
 
-        It holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it. Of several
-        processes each has to call it.
+        It holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it. With several
+        processes each has to make the call.
 
         Raises:
             OSError: it cannot be written.
@@ -616,7 +616,7 @@ class Trainer:
         }
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Continues from a checkpoint of `save`. Of several processes the first reads it, and each has to call.
+        """Continues from a checkpoint of `save`. With several processes the first reads it; each has to make the call.
 
         Raises:
             ValueError: it belongs to another config, description, data set length, architecture or number of
@@ -631,7 +631,7 @@ class Trainer:
 
         state = distributed.from_first(read)
         if "optimizer" not in state:
-            raise ValueError(f"{path} holds weights only, to continue a run its last.pt is needed")
+            raise ValueError(f"{path} holds weights only; to continue a run its last.pt is needed")
         if missing := [name for name in self._state() if name not in state]:
             raise ValueError(f"{path} is no complete checkpoint, it lacks {', '.join(missing)}")
         is_over = state["steps_done"] >= self.config.steps or state["stopped_at"] is not None

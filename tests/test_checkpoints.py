@@ -403,7 +403,7 @@ def test_shared_weights_are_read_like_a_checkpoint(whole: tuple[Path, Trainer]) 
         training.load_model(folder / "model.safetensors", nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"is a folder: give its last\.pt or model\.safetensors"):
         training.load_model(folder, nn.Linear(2, 3))
-    with pytest.raises(ValueError, match="holds weights only, to continue a run"):
+    with pytest.raises(ValueError, match="holds weights only; to continue a run"):
         trainer().load(folder / "model.safetensors")
 
 

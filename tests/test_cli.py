@@ -112,7 +112,7 @@ def test_names_that_are_written_down_are_utf8(
     status = main([*command.split(), os.fsdecode(b"f\xe4ld")])
     told = capsys.readouterr().err
     assert status == 2, told
-    assert r"names that are written down must be UTF-8, got 'f\udce4ld'" in told
+    assert r"names that are written to files must be UTF-8, got 'f\udce4ld'" in told
     assert list(tmp_path.iterdir()) == []
 
 

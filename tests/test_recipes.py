@@ -328,7 +328,7 @@ def test_a_config_that_is_no_runs_is_left_as_it_is(
     command = f"train {SMALL} --data {streets} --steps 2 --arm basic --out {tmp_path}"
     for written in (b"# mine\nsteps: 2\n", b"\xff"):
         (tmp_path / "config.yaml").write_bytes(written)
-        assert f"{tmp_path}/config.yaml is no run's, and this one would overwrite it" in failure(command, capsys)
+        assert f"{tmp_path}/config.yaml belongs to no run, and this one would overwrite it" in failure(command, capsys)
         found = content(tmp_path)
         assert found.pop("config.yaml") == written
         assert found.keys() == {".lock"}

@@ -2,15 +2,16 @@
 
 An attack
 
-* takes one forward and one input gradient per step (`torch.autograd.grad`, never `.backward()`) and no weight
+* computes one forward pass and one input gradient per step (`torch.autograd.grad`, never `.backward()`) and no weight
   gradients, and goes around a DistributedDataParallel wrapper, so that no collective is started;
 * runs the model in eval mode and leaves every module's `training` flag, every buffer, and every parameter's
   `requires_grad` and `.grad` as they were, also when the model raises (`frozen`); a model belongs to one thread at a
-  time, and a `train()` of its own that does more than set flags is not called;
-* never waits for a GPU, but for the range of the images in the first call with a model: no `.item()`, no boolean
-  indexing, so that it can be captured in a CUDA graph, after a call with the same sizes, in which Triton compiles;
+  time, and if it overrides `train()`, that is not called;
+* never waits for a GPU, except to check the range of the images in the first call with a model: no `.item()`, no
+  boolean indexing, so that it can be captured in a CUDA graph, after a call with the same sizes, in which Triton
+  compiles;
 * leaves the caller's tensors alone, and returns a detached tensor of the images' dtype, device and memory
-  format, inside the box and, where it has an eps, inside the ball;
+  format, inside the box and, where it has an eps, inside the ball (but for NFGSM, which projects nothing);
 * may be called under `no_grad`, `inference_mode` and autocast: the model's forward runs under the caller's
   autocast, images and steps stay in full precision;
 * treats each image independently: neither gradient nor step depends on the neighbours in the batch, unless the
@@ -61,11 +62,11 @@ class AttackInfo:
     """What an attack did to each image; every entry is [N], detached, on the images' device.
 
     Attributes:
-        eps: size of the step in the units of the images. FastNewton: the step it computed, negative where it
-            helps the model, 0 where the image was left as it is; RandomFGSM: the drawn step; CheckpointFGSM: the
-            chosen part of its eps; others: their eps.
+        eps: in the units of the images. FastNewton: the step it computed, negative where it helps the model, 0 where
+            the image was left as it is; RandomFGSM: the drawn step; CheckpointFGSM: the chosen part of its eps;
+            others: their eps.
         loss: mean of the attack's loss over the image's valid pixels, where the last gradient was taken. None
-            for FastNewton. (Of no images all fields are empty.)
+            for FastNewton. (Without images all fields are empty.)
         gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
         grad_norm: L1 norm of the averaged gain's gradient with respect to the image. FastNewton only:
             eps == gain / grad_norm, before clamp_negative and max_eps.
@@ -184,22 +185,22 @@ def frozen(model: nn.Module, *, bn: str = "eval") -> Iterator[None]:
 
     Restored, also after an exception, are the `training` flag of every module, every buffer, `requires_grad` of every
     parameter, and the weights that hooks compute before each forward (`torch.nn.utils.weight_norm`, `spectral_norm`,
-    `prune`). `.grad` is not touched; what a model's own code or hooks keep elsewhere is theirs. (Buffers that a model
-    fills lazily, at its first or its largest input, are discarded afterwards. If the model records elsewhere that they
-    exist, run it once on such an input before.)
+    `prune`). `.grad` is not touched; what a model's own code or hooks keep elsewhere is not restored. (Buffers that a
+    model creates lazily, at its first or its largest input, are discarded afterwards. If the model records elsewhere
+    that they exist, run it once on such an input before.)
 
     With bn="train" a norm layer that the caller has in train mode and that keeps running statistics uses the
     batch's own, as the training forward does, and writes nothing. Norm layers in eval mode (frozen ones, or a
     model in eval mode as a whole) go on using their running statistics. SyncBatchNorm takes the statistics of
     its own process: nothing is communicated, so the processes may attack different numbers of images.
 
-    A model of `fully_shard` keeps `requires_grad`, which it reads in its very first pass, and copies to weights that it
-    puts together in one pass and takes apart in another. So the graph of its weights takes memory, its compiled parts
-    and Functions of one's own compute their gradients, for nothing, and gradients that it has not reduced yet, or is
-    told to reduce without need (`set_reduce_scatter_unused_params`), are in `.grad` after an attack.
+    With `fully_shard` the parameters keep `requires_grad`, which it reads in its very first pass and copies to weights
+    that it gathers in one pass and frees in another. So the graph of the weights takes memory, compiled parts and
+    custom Functions compute weight gradients for nothing, and gradients that it has not reduced yet, or is told to
+    reduce without need (`set_reduce_scatter_unused_params`), are in `.grad` after an attack.
 
     Raises:
-        ValueError: a DistributedDataParallel wrapper inside the model, where it cannot be gone around, or a
+        ValueError: a DistributedDataParallel wrapper inside the model, where no attack can go around it, or a
             FullyShardedDataParallel one, which allows no gradient of its input; parameters or buffers that have no
             shape yet, or were made under inference_mode, through which no gradient passes; bn="train" with a
             ScriptModule.
@@ -393,22 +394,22 @@ class Attack(ABC):
 
     Args:
         model: nn.Module from images to logits (or to what `model_logits` understands), in any mode, also
-            compiled or wrapped in DistributedDataParallel. Logits of another size than the labels stay as
-            they are: the resampling is part of the loss.
+            compiled or wrapped in DistributedDataParallel. Logits may be of another size than the labels: the
+            loss includes the resampling.
         ignore_index: label of the pixels that do not count.
         align_corners: of that resampling.
         bounds: lowest and highest pixel value; the result is clipped to it. eps and alpha are in its units.
         bn: "eval": norm layers use their running statistics. "train": those that are in train mode use the
             batch's own, through which its images influence each other: the gradient is that of the sum of all images'
-            means. Nothing is written. Dropout is off in both.
+            mean losses. Running statistics are not updated; dropout is off in both.
         output: callable from what the model returns to the logits.
 
     Raises:
         TypeError: an argument of the wrong type; in the call, a model output that is not understood.
         ValueError: an argument out of its range, such as an eps in units of 0..255; in the call, half
-            precision images, tensors that do not fit together, logits that let no gradient pass; on the CPU bad labels
-            and images clearly outside `bounds`, on a GPU under SEGADV_CHECK=1, which waits for it, and such images also
-            in the first call with a model. Refused are also reentrant checkpointing, FullyShardedDataParallel
+            precision images, tensors that do not fit together, logits that let no gradient pass; bad labels and images
+            clearly outside `bounds`, on a GPU only under SEGADV_CHECK=1, which waits for it (such images also in the
+            first call with a model). Refused are also reentrant checkpointing, FullyShardedDataParallel
             (fully_shard is supported) and torch.func transforms around the attack (inside the model they are
             supported).
     """
@@ -424,7 +425,7 @@ class Attack(ABC):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        """In every call, too: they may have been set anew."""
+        """In every call, too: they may have been changed since."""
         a_module(self.model)
         if self.output is not None and not callable(self.output):
             raise TypeError(f"output must be a callable or None, got a {type(self.output).__name__}")
@@ -475,12 +476,12 @@ class Attack(ABC):
         return (adversarial, info) if return_info else adversarial
 
     def input_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Gradient with respect to the images, like them, that the attack's first step uses; with a random start, the
-        one that it would use without.
+        """Gradient with respect to the images, like them, as the attack's first step uses it, but at the images
+        themselves where the attack has a random start.
 
-        The gradient is that of the mean over the image's valid pixels times a positive factor near the root of their
-        number, with bn="train" one for all images, which its sign does not see: FGSM at many eps costs one gradient
-        and, for each eps, `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is
+        It is the gradient of the mean over the image's valid pixels, times a positive factor near the root of their
+        number (with bn="train" one for all images), which leaves its sign: FGSM at many eps costs one gradient and,
+        for each eps, `functional.sign_step(images, gradient, eps, bounds=...)`. A targeted attack's gradient is
         that of -loss, as sign attacks ascend; FastNewton's is that of the gain. Arguments as in the call.
         """
         with self._isolated(images, labels) as (own_images, own_labels):

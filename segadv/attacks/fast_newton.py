@@ -16,13 +16,13 @@ __all__ = ["FastNewton", "fast_newton_step"]
 
 @dataclass(kw_only=True, eq=False)
 class FastNewton(Attack):
-    """One Newton step on the averaged gain gbar: the smallest max-norm step to where its linearisation is 0.
+    """One Newton step on the averaged gain gbar: the smallest step in the max-norm to where its linearisation is 0.
 
     eps_n = gbar_n / ||grad gbar_n||_1 (eq. 18); clip(x - eps_n * sign(grad gbar_n)) (eq. 19). Every image
-    gets an eps of its own, so that there is none to choose.
+    gets its own eps; there is none to choose.
 
-    An image stays as it is where no pixel is valid, where the gradient vanishes, and where gain or
-    gradient is not finite (overflow in float16; bfloat16 is the better choice).
+    An image stays as it is if none of its pixels is valid, if its gradient vanishes, or if gain or gradient is not
+    finite (overflow in float16; bfloat16 is the better choice).
 
     Args, besides those of `Attack`:
         clamp_negative: eps = max(0, eps). The equation as it stands gives eps < 0 where the averaged gain is

@@ -83,7 +83,7 @@ class FGSM(_SignAttack):
 
 @dataclass(kw_only=True, eq=False)
 class RandomFGSM(FGSM):
-    """`FGSM` with a step size of its own for each image, drawn from U(0, eps).
+    """`FGSM` with a step size for each image that is drawn from U(0, eps).
 
     Source: Wiens & Hammer 2022 (doi 10.5220/0010788400003122), section 4.1.2.
 
@@ -143,7 +143,7 @@ class CheckpointFGSM(FGSM):
     for what FastNewton computes, the step to where the averaged gain is 0; with one pixel it is Kim's method.
 
     Args, besides those of `FGSM`:
-        checkpoints: c, at the price of c - 1 forward passes: the last needs none.
+        checkpoints: c; costs c - 1 forward passes, as the last part needs none.
 
     `AttackInfo`: the chosen k / c * eps, and loss.
     """
@@ -215,11 +215,11 @@ class BIM(_SignAttack):
     Args, besides those of `Attack`:
         eps: radius of the ball in the units of the images; a float, or a tensor [N] on their device. Unless given,
             8/255 of the width of `bounds`.
-        alpha: step size, likewise; 2/255. A UserWarning says when steps * alpha < eps, too little to reach the
-            ball's surface; not where one of them is a tensor, which would have to be waited for.
+        alpha: step size, likewise; by default 2/255 of that width. A UserWarning says when steps * alpha < eps, too
+            little to reach the ball's surface (not where one of them is a tensor, which may be on a GPU).
         steps: number of steps.
         targeted: the labels are the target, and the steps descend.
-        best: give for each image the iterate 1 ... steps with the most wrong valid pixels (targeted: with the
+        best: return for each image the iterate 1 ... steps with the most wrong valid pixels (targeted: with the
             most pixels at their target), the earliest of equals. One more forward pass judges the last.
 
     `AttackInfo`: eps, and loss at the last gradient that was computed.
@@ -251,25 +251,25 @@ class BIM(_SignAttack):
         functional._number_or_vector("alpha", self.alpha, images)
 
     def outcomes(self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None) -> Tensor:
-        """What the model makes of the images after some of the attack's steps, from one run.
+        """How the model classifies the images after some of the attack's steps, from one run.
 
-        Entry i judges what the attack has after steps[i] steps: the best iterate so far of each image (`best`),
-        or the iterate itself. That is the result of the same attack with fewer steps; but for SegPGD, whose
-        lambda goes on being step / (2 * self.steps): there it is a long run seen on its way.
+        Entry i judges what the attack has after steps[i] steps: each image's best iterate so far (`best`), or the
+        iterate itself. That is the result of the same attack with fewer steps, except with SegPGD, whose lambda
+        remains step / (2 * self.steps): there it is a long run seen on its way.
 
         Args:
             images, labels: as in the call.
             steps: increasing numbers out of 1 ... self.steps. Judging the last step costs a forward pass, the
                 others none.
-            noise: [N, ...] like the images, in [-1, 1]: the random start in units of eps, instead of one that
-                is drawn. Without random start and with restarts there is none to give.
+            noise: [N, ...] like the images, in [-1, 1]: the random start in units of eps, instead of a drawn one.
+                Only for attacks with a random start and without restarts.
 
         Returns:
             confusion matrices, int64 [len(steps), N, C, C], row = label, column = prediction.
 
         Raises, besides what the call raises:
-            ValueError: steps that do not increase, or are not in 1 ... self.steps; noise where there is no one random
-                start, or not like the images.
+            ValueError: steps that do not increase, or are not in 1 ... self.steps; noise for an attack that takes none,
+                or not like the images.
             TypeError: a step that is no whole number; noise that is no tensor.
         """
         steps = [operator.index(step) for step in steps]
@@ -353,7 +353,7 @@ class PGD(BIM):
     Args, besides those of `BIM`:
         random_start: False starts at the image.
         restarts: number of runs. Each image gets the run whose outcome has the most wrong valid pixels
-            (judged as `best` does, the earliest of equals), at the price of one more forward pass per run.
+            (judged as with `best`, the earliest of equals), which costs one more forward pass per run.
         generator: of the random numbers, on the images' device; None: the device's default one.
     """
 
@@ -405,10 +405,10 @@ class PGD(BIM):
 class SegPGD(PGD):
     """`PGD` on `functional.segpgd_loss`, a cross-entropy that weighs correct and wrong pixels differently.
 
-    Weights 1 - lambda and lambda, lambda = step / (2 * steps) with step = 0 ... steps - 1: early steps
-    turn correct pixels, later ones also keep the others wrong. Source: Gu et al. 2022 (arXiv 2207.12391),
-    algorithm 1. Targeted, a pixel at its target is a correct one, and the weights change places: lambda on those that
-    are there, 1 - lambda on the others. Arguments and defaults as `PGD`.
+    Their weights are 1 - lambda and lambda, lambda = step / (2 * steps) with step = 0 ... steps - 1: early steps turn
+    correct pixels, later ones also keep the others wrong. Source: Gu et al. 2022 (arXiv 2207.12391), algorithm 1.
+    Targeted, "correct" means at the target, and the weights change places: lambda on such pixels, 1 - lambda on the
+    others. Arguments and defaults are those of `PGD`.
     """
 
     loss: ClassVar[functional.Loss] = "segpgd"
@@ -418,8 +418,8 @@ class SegPGD(PGD):
 class CosPGD(PGD):
     """`PGD` on `functional.cospgd_loss`, a cross-entropy weighted by how well the prediction fits the label.
 
-    Targeted, the weight is 1 less that. Source: Agnihotri et al. 2024 (arXiv 2302.02213). Arguments and defaults as
-    `PGD`.
+    Targeted, the weight is 1 minus that. Source: Agnihotri et al. 2024 (arXiv 2302.02213). Arguments and defaults are
+    those of `PGD`.
     """
 
     loss: ClassVar[functional.Loss] = "cospgd"

@@ -60,11 +60,11 @@ class Augmentation:
 class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
     """Random crops of another data set's samples, flipped, resized, rotated and blurred at random.
 
-    What comes out is that of this chain: resize the image to (round(scale * H), round(scale * W)), rotate it about its
-    centre, cut a crop at a random place of that canvas, flip the crop, blur it. But all of it up to the flip is one
+    The result is that of this chain: resize the image to (round(scale * H), round(scale * W)), rotate it about its
+    centre, cut a crop at a random place of that canvas, flip the crop, blur it. But everything up to the flip is one
     affine map from the crop's pixel centres to the image, and only what the crop sees is sampled, once: the image
     bilinearly, the label at the nearest pixel. A pixel whose centre is mapped beyond the image is 0, and `IGNORE_INDEX`
-    in the label; a crop larger than the canvas has it at a random place, where the flip leaves it.
+    in the label; a crop larger than the canvas holds it at a random place, where the flip leaves it.
 
     Where the size shrinks, the part of the image that the crop sees is first resized with antialiasing, as
     ``torch.nn.functional.interpolate(antialias=True)`` and torchvision's Resize do it, and the map starts from there:
@@ -73,10 +73,10 @@ class Augmented(Dataset[tuple[Tensor, Tensor, int]]):
     Without resizing and rotation, crop and flip copy pixels unchanged.
 
     Args:
-        dataset: ``dataset[index]`` is (image float32 [3, H, W], label uint8 [H, W]). Of `SegmentationFiles` the
-            stored 8-bit pixels are read, and only the crop is converted; where the size shrinks, they are
-            antialiased in 8 bits then, which is up to 1/255 from what floats give.
-        crop: (h, w) of what comes out.
+        dataset: ``dataset[index]`` is (image float32 [3, H, W], label uint8 [H, W]). `SegmentationFiles`
+            are read as 8-bit pixels, and only the crop is converted; where the size shrinks, antialiasing is in 8 bits
+            then, up to 1/255 from what floats give.
+        crop: (h, w) of the result.
         seed: with the epoch and the index it decides everything random about a sample.
         augmentation: what happens before the crop is taken.
 

@@ -55,12 +55,12 @@ def check_files(
     workers: int | None = None,
     progress: bool = True,
 ) -> list[SplitCheck]:
-    """Reads all images and masks of some splits of a data set and gathers what is wrong, instead of raising.
+    """Reads all images and masks of some splits of a data set and collects what is wrong, instead of raising.
 
     Args:
         kind: class of the data set, one of the values of `segadv.data.DATASETS`.
         root: its folder.
-        workers: processes that read; None: one for every CPU that this process may use, none for few files.
+        workers: processes that read; None: one for every CPU that this process may use, but none for few files.
         progress: show a progress bar, where the standard error stream is a terminal.
 
     Raises:

@@ -30,7 +30,7 @@ class Listing:
     """The files of a split, before any of them is opened.
 
     Attributes:
-        images, labels: paths; those at the same position belong together.
+        images, labels: paths; those at equal positions belong together.
         missing: a message for every file that should be there and is not.
         orphans: a message for every mask without an image that no list names; they do no harm.
     """
@@ -60,7 +60,7 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Args:
         root: folder of the data set.
-        split: "train", "val" or what else the data set has.
+        split: "train", "val" or another one that the data set has.
 
     Raises:
         FileNotFoundError: a folder, an image or a mask is missing.
@@ -89,7 +89,7 @@ class SegmentationFiles(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     @classmethod
     def list_files(cls, root: Path, split: str) -> Listing:
-        """The files of a split. Raises FileNotFoundError where the layout is another."""
+        """The files of a split. Raises FileNotFoundError where the layout is not as expected."""
         raise NotImplementedError
 
     def __len__(self) -> int:

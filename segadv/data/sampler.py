@@ -29,7 +29,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         seed: with the epoch it decides the permutation.
         start_step: first batch to give: a resumed run gets the tail of the uninterrupted run's batches.
         steps: number of batches of the whole run, counted from step 0.
-        rank, processes: gives the share of one of several processes, which together get the batches that a single
+        rank, processes: give the share of one of several processes, which together get the batches that a single
             one would get.
         accumulation: parts of a batch. Process r gets, part after part, the r-th slice of each, so that the parts
             are made of the same samples for any number of processes.
