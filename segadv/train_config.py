@@ -123,7 +123,7 @@ class TrainConfig:
         device: "auto" (CUDA where there is one, else the CPU), or a name that `torch.device` takes.
         log_every: steps per line of metrics.jsonl.
         checkpoint_every: steps between checkpoints.
-        monitor_every: steps between probes for catastrophic overfitting; 0: none.
+        monitor_every: steps between probes for catastrophic overfitting; 0: none (not with rs-fgsm).
         validation: evaluation under attack on the way.
         allow_other_split: continue a checkpoint made with another number of processes or of accumulated parts. The
             batches stay the same; rounding, the random numbers of attack and dropout and, where batch normalisation
@@ -169,7 +169,11 @@ class TrainConfig:
         at_least(0, seed=self.seed, workers=self.workers)
         at_least(1, steps=self.steps, accumulation=self.accumulation)
         at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every)
-        at_least(1 if self.arm in EARLY_STOP else 0, monitor_every=self.monitor_every)
+        at_least(0, monitor_every=self.monitor_every)
+        if self.arm in EARLY_STOP and not self.monitor_every:
+            raise ValueError(
+                f"monitor_every must be at least 1 with the arm {self.arm}, which stops by its probes, got 0"
+            )
         at_least(2, batch_size=self.batch_size)
         at_least(8, **{"crop height": self.crop[0], "crop width": self.crop[1]})
         _make_ints(self)

@@ -239,7 +239,9 @@ def test_rs_fgsm_stops_early_with_the_weights_of_before(tmp_path: Path, monkeypa
     assert (again.steps_done, again.stopped_at) == (9, 9)
     assert_same_state(again, stopped)
 
-    with pytest.raises(ValueError, match="monitor_every must be a whole number of at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="monitor_every must be at least 1 with the arm rs-fgsm, which stops by its probes"
+    ):
         config(arm="rs-fgsm", monitor_every=0)
     with pytest.raises(ValueError, match="monitor_every"):
         run(tmp_path / "rs", arm="rs-fgsm", monitor_every=2)

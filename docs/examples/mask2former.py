@@ -47,7 +47,7 @@ def of_queries(output: Any) -> Tensor:
     """Logits [N, C, h, w]: the logarithm of the scores whose largest is the class in semantic segmentation.
 
     score_c = sum_q p_q(c) m_q, over the queries' classes, without "no object", and their masks. The image processor's
-    `post_process_semantic_segmentation` gives the largest's number instead, which no gradient passes.
+    `post_process_semantic_segmentation` gives the index of the largest instead, through which no gradient passes.
     """
     classes = output.class_queries_logits.softmax(-1)[..., :-1]
     masks = output.masks_queries_logits.sigmoid()

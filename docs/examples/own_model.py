@@ -1,9 +1,9 @@
-"""A network of one's own that returns something else than logits: `output=`.
+"""Your own network, which returns something other than logits: `output=`.
 
     python docs/examples/own_model.py
 
-`output=` is a callable from what the model returns to the logits [N, C, h, w]. A function that is no nn.Module
-becomes one: the attacks need to know the modules, to switch them to eval mode and back.
+`output=` is a callable from what the model returns to the logits [N, C, h, w]. A function has to
+become an nn.Module first: the attacks need to know the modules, to switch them to eval mode and back.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     pip install -c constraints.txt ".[models]" segmentation-models-pytorch
     python docs/examples/smp_models.py
 
-Its Unet returns logits of the images' size: nothing is to be done. Its PSPNet upsamples them eightfold at its end,
+Its Unet returns logits of the images' size and can be used as it is. Its PSPNet upsamples them eightfold at its end,
 with align_corners=True. Built with upsampling=1 it returns the small logits, which the criterion and the attacks
 resample themselves: the same values, without logits of full size.
 """

@@ -3,7 +3,7 @@
     pip install -c constraints.txt ".[models]"
     python docs/examples/torchvision_deeplabv3.py
 
-The attacks take "out" by themselves. torchvision upsamples both to the images' size (align_corners=False);
+The attacks find "out" by themselves. torchvision upsamples both to the images' size (align_corners=False);
 `SmallLogits` leaves that to the criterion and the attacks, which give the same values.
 """
 

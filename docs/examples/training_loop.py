@@ -1,4 +1,4 @@
-"""Fast Newton adversarial training inside a training loop of one's own: two lines are new.
+"""Fast Newton adversarial training inside your own training loop: two lines are new.
 
 python docs/examples/training_loop.py
 """

@@ -83,7 +83,7 @@ class FGSM(_SignAttack):
 
 @dataclass(kw_only=True, eq=False)
 class RandomFGSM(FGSM):
-    """`FGSM` with a step size for each image that is drawn from U(0, eps).
+    """`FGSM` with a step size drawn from U(0, eps) for each image.
 
     Source: Wiens & Hammer 2022 (doi 10.5220/0010788400003122), section 4.1.2.
 
