@@ -366,7 +366,7 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
     assert "| honest | unknown | not checked | none |" in text
     assert "FGSM, 1 step | PGD, 6 steps" in text
     assert "| clean | eps 0.01, 3 steps | eps 0.03, 6 steps |" in text
-    assert "other numbers of steps at other eps" in text
+    assert "different numbers of steps at different eps" in text
     for arm, evaluated in (("honest", one), ("masked", two)):
         (worst,) = (e.row for e in evaluated.final if (e.attack, e.eps) == ("worst-case", 0.03))
         shown = f"{worst['miou']:.3f} / {worst['image_miou']:.3f} / {worst['pixel_accuracy']:.3f} |"
@@ -394,7 +394,7 @@ def test_report(tmp_path: Path, data: list[Batch], network: nn.Module) -> None:
         assert "```" not in text
         assert "0 steps" not in text
         assert "steps.png" not in text
-        assert "other numbers of steps" not in text
+        assert "different numbers of steps" not in text
         assert not (tmp_path / "steps.png").exists()
         assert not (tmp_path / "checks.csv").exists()
 
