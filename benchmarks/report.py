@@ -936,8 +936,9 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
     shown = found.steps[_ROBUST_EPS]
     at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != shown else ""
     notes = paragraph(
-        f"{found.what}; BIM-10 has 10 steps, the others have {shown}{at_others}. The worst case is chosen for each image "
-        "among these and FGSM, by its wrong pixels; so its mIoU may be a little above that of the strongest of them. "
+        f"{found.what}; BIM-10 has 10 steps, the others have {shown}{at_others}. The worst case is chosen for each "
+        "image among these and FGSM, by its wrong pixels; so its mIoU may be a little above that of the strongest of "
+        "them. "
         f"{_of_checks(found.checks)}{found.provenance}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
