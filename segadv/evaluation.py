@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, frozen, has_no_loss, is_plain, logits_of, unwrapped
+from .attacks.base import check_sizes, device_of, frozen, has_no_loss, is_plain, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import (
     a_module,
@@ -609,8 +609,7 @@ def evaluate(
     with_worst_case = worst_case and len(names) > 1
     for value in positive if with_worst_case else ():
         judged["worst-case", value] = (max(judged[name, value][-1] for name in names),)
-    parameter = next((each for each in model.parameters() if not each.is_meta), None)  # some may be offloaded
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = device_of(model) or torch.device("cpu")
     network = unwrapped(model)
     with frozen(model):  # says what is wrong with a model that cannot be attacked
         model_sha256 = model_hash(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD
-from .attacks.base import frozen, has_label, logits_of
+from .attacks.base import device_of, frozen, has_label, logits_of
 from .checks import is_number
 from .evaluation import AttackFactory, evaluate
 
@@ -171,13 +171,12 @@ def _losses_along_fgsm(
 ) -> Tensor:
     """Cross-entropy of each image with a labelled pixel at 0, eps / 10, ... eps along its gradient's sign:
     [images, 11]."""
-    parameter = next(model.parameters(), None)
+    device = device_of(model) or torch.device("cpu")
     attack = FGSM(model, **options)
     losses = []
     with frozen(model):
         for images, labels, *_ in batches:
-            if parameter is not None:
-                images, labels = images.to(parameter.device), labels.to(parameter.device)
+            images, labels = images.to(device), labels.to(device)
             gradient = attack.input_gradient(images, labels)
             points = [functional.sign_step(images, gradient, eps * i / _POINTS) for i in range(_POINTS + 1)]
             by_point = [

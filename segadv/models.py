@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attacks.base import model_logits
+from .attacks.base import device_of, model_logits
 from .checks import a_module, at_least, one_of
 from .compat import import_torchvision
 
@@ -338,8 +338,7 @@ class _Wrapped(nn.Module):
         output: Callable[[Any], Tensor] | None,
     ) -> None:
         super().__init__()
-        parameter = next(model.parameters(), None)
-        device = None if parameter is None else parameter.device
+        device = device_of(model)
         self.model = model
         self.output = output
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1))

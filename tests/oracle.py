@@ -32,6 +32,19 @@ class Resampled(nn.Module):
         return upsample(self.network(images), images.shape[-2:], align_corners=True)
 
 
+class Offloaded(nn.Module):
+    """A model whose weights are here for the time of a pass only, as Accelerate's hooks do it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        self.model = model.to("meta")
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self.model, self.weights, (images,))
+        return logits
+
+
 def split(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(class index with 0 at ignored pixels, valid)."""
     valid = labels.long() != ignore_index

@@ -1009,18 +1009,7 @@ def test_content_of_other_kinds_of_tensors() -> None:
 def test_offloaded_weights_are_evaluated_and_their_records_never_taken(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    class Offloaded(nn.Module):
-        """As Accelerate's hooks do it: weights are here for the time of a pass only."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.weight = copy.deepcopy(model), model.conv.weight.detach().clone()
-            self.model.conv.weight = nn.Parameter(self.weight.to("meta"))
-
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, {"conv.weight": self.weight}, (images,))
-
-    offloaded, found = Offloaded(), []
+    offloaded, found = oracle.Offloaded(copy.deepcopy(model)), []
     expected = evaluate(model, loader, **ARGUMENTS).rows
     for _ in range(2):
         offloaded.model.forwards = 0

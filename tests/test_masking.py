@@ -201,6 +201,12 @@ def test_batches_that_come_only_once_serve_all_checks(data: list[Batch], network
     assert masking_checks(network, iter(data), steps=3) == masking_checks(network, data, steps=3)
 
 
+def test_offloaded_weights_are_checked(data: list[Batch]) -> None:
+    model = nn.Conv2d(3, 5, 3, padding=1)
+    expected = masking_checks(model, data, steps=3)
+    assert masking_checks(oracle.Offloaded(model), data, steps=3) == expected
+
+
 def test_images_without_a_label_do_not_count(data: list[Batch], network: nn.Module) -> None:
     void = [(images, torch.full_like(labels, 255)) for images, labels in data]
     assert masking_checks(network, [*data, *void])[5] == masking_checks(network, data)[5]

@@ -15,11 +15,13 @@ from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import oracle
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import segadv
 from segadv import models
@@ -226,8 +228,17 @@ def test_wrap_names_what_is_wrong() -> None:
 
 
 def test_wrap_normalises_where_the_model_is() -> None:
-    wrapped = models.wrap(nn.Conv2d(3, 2, 1, device="meta"), mean=[0.5] * 3, std=[0.2] * 3)
-    assert {buffer.device.type for buffer in wrapped.buffers()} == {"meta"}
+    with FakeTensorMode():  # as if there were a GPU
+        wrapped = models.wrap(nn.LayerNorm(3, device="cuda"), mean=[0.5] * 3, std=[0.2] * 3)
+    assert {buffer.device.type for buffer in wrapped.buffers()} == {"cuda"}
+
+
+def test_wrap_takes_a_model_whose_weights_are_offloaded() -> None:
+    model, images = nn.Conv2d(3, 2, 1), torch.rand(1, 3, 4, 4)
+    expected, logits = (
+        models.wrap(each, mean=MEAN, std=STD)(images) for each in (model, oracle.Offloaded(copy.deepcopy(model)))
+    )
+    assert torch.equal(logits, expected)
 
 
 def test_wrap_keeps_the_model() -> None:

@@ -116,6 +116,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """That of its parameters; None where it has none. Offloaded ones, which are on the device meta, do not tell."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+
 def forward(model: nn.Module, images: Tensor) -> Any:
     """model(images); ValueError where it changes the images in place, which are the caller's."""
     if images.is_inference():  # changes of such tensors are not counted
