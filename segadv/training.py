@@ -946,6 +946,8 @@ class _Interrupts:
     def __init__(self) -> None:
         self.received = 0
         """How often it was pressed inside the `held` that is running."""
+        self._latest: int = signal.SIGINT
+        """Which of the two signals it was."""
         self._depth = 0
         self._before: dict[int, Any] = {}  # the handlers replaced
 
@@ -968,7 +970,7 @@ class _Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._depth:
-            self.received += 1
+            self.received, self._latest = self.received + 1, number
             return
         before = self._before[number]
         if callable(before):
@@ -1000,7 +1002,7 @@ class _Interrupts:
     def _let_go(self) -> None:
         if self.received:
             self.received = 0  # however often: it interrupts once
-            self._receive(next(iter(self._before)), None)
+            self._receive(self._latest, None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:
