@@ -349,7 +349,7 @@ def _reproduce_parser(setting: str) -> ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="--config quick, few images and steps: checks only that everything works"
     )
-    _explain(parser, {"evaluation": Evaluation})
+    _explain(parser, {"evaluation": Evaluation}, {})
     return parser
 
 
@@ -364,24 +364,21 @@ def _add_training_options(parser: ArgumentParser, *, without: Collection[str] = 
     parser.add_argument("--crop", type=HeightxWidth, default="{}x{}".format(*TrainConfig.crop))
     parser.add_class_arguments(TrainConfig, skip={"crop", *without})
     parser.add_class_arguments(ModelConfig, "model")
-    explained = _explained(TrainConfig) | {
+    nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
+    texts = {
         "arm": f"training method: {', '.join(ARMS)}",
         "crop": "height x width of the training crops, such as 128x256",
         "seed": "of initialisation, order of the data, augmentation, choice of attacked samples, dropout and attack",
         "workers": "processes that load data; 0 loads in the training process",
+        "model.name": f"network: {', '.join(MODELS)}",
     }
-    nested = {name: kind for name, kind in typing.get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
-    _explain(parser, {"model": ModelConfig, **nested})
-    explained["model.name"] = f"network: {', '.join(MODELS)}"
-    for action in parser._actions:
-        action.help = explained.get(action.dest, action.help)
-    for group in parser._action_groups:
-        group.title = "training" if group.title == str(TrainConfig) else group.title
+    _explain(parser, {"training": TrainConfig, "model": ModelConfig, **nested}, _explained(TrainConfig) | texts)
 
 
-def _explain(parser: ArgumentParser, groups: Mapping[str, Any]) -> None:
-    """The help of options that come from dataclasses: prefix -> class."""
+def _explain(parser: ArgumentParser, groups: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+    """The help of options that come from dataclasses: prefix -> class; `texts` takes the place of a docstring's."""
     explained = {f"{name}.{field}": text for name, kind in groups.items() for field, text in _explained(kind).items()}
+    explained |= texts
     titles = {str(kind): name for name, kind in groups.items()}
     for action in parser._actions:
         action.help = explained.get(action.dest, action.help)
