@@ -115,7 +115,7 @@ class RunDirectory:
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "steps_done": steps_done,
-            "command": shlex.join(getattr(sys, "orig_argv", sys.argv)),
+            "command": shlex.join(sys.orig_argv),
             "different": {name: value for name, value in config.items() if content["config"].get(name) != value},
             "git_commit": git_commit(),
             "environment": environment(device),

@@ -45,7 +45,7 @@ from .checkpoints import (
     write_checkpoint,
 )
 from .checks import a_module, levels_to_the_caller
-from .data import DATASETS, IGNORE_INDEX, Augmented, EpochSampler, SegmentationFiles
+from .data import DATASETS, IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
 from .data.files import opened
 from .data.sampler import STEP
@@ -188,7 +188,7 @@ class Trainer:
         if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
             raise ValueError("validation.every needs a validation_dataset that is not empty")
         # what would fail then; a sub-class may make pixels of one size of all files
-        own = isinstance(validation_dataset, SegmentationFiles) and type(validation_dataset) in DATASETS.values()
+        own = type(validation_dataset) in DATASETS.values()
         if own and config.validation.every and config.validation.batch_size > 1:
             _one_size(validation_dataset.image_paths[: config.validation.images or None])  # type: ignore[union-attr]
         if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -6,7 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -33,8 +33,7 @@ class _SignAttack(Attack):
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
         functional._number_or_vector("eps", self.eps, images)
-        if any(entry.name == "generator" for entry in fields(self)):
-            _check_generator(self.generator, images)  # type: ignore[attr-defined]
+        _check_generator(getattr(self, "generator", None), images)
 
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
