@@ -214,8 +214,8 @@ def content_hash(*tensors: Tensor) -> str:
             continue
         if is_traceable_wrapper_subclass(tensor):  # the quantised weights of other packages
             names, described = tensor.__tensor_flatten__()
-            described = re.sub("0x[0-9a-f]+", "", str(described))
-            digest.update(f"{described} {content_hash(*(getattr(tensor, name) for name in names))}".encode())
+            parts = content_hash(*(getattr(tensor, name) for name in names))
+            digest.update(f"{_without_addresses(described)} {parts}".encode())
             continue
         if tensor.is_quantized:
             tensor = tensor.dequantize()

@@ -657,9 +657,8 @@ def has_label(labels: Tensor, ignore_index: int) -> Tensor:
 
 def has_no_loss(logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool) -> Tensor:
     """bool [N]: the images whose cross-entropy is NaN."""
-    if (
-        logits.device.type == "cpu" and logits.isfinite().all()
-    ):  # far fewer of them than pixels; a GPU is not waited for
+    # of finite logits, far fewer than pixels, none is; a GPU is not waited for
+    if logits.device.type == "cpu" and logits.isfinite().all():
         return logits.new_zeros(len(logits), dtype=torch.bool)
     return functional.cross_entropy(
         logits, labels, reduction="image", ignore_index=ignore_index, align_corners=align_corners

@@ -39,16 +39,6 @@ if core is not None and core.interface_version != _INTERFACE_VERSION:
 cuda_core = getattr(core, "cuda", None)
 
 
-def unavailable(device_type: str) -> str | None:
-    if core is None:
-        return _import_error
-    if device_type == "cuda":
-        return _cuda_unavailable()
-    if device_type != "cpu":
-        return f"this build has no kernels for {device_type} tensors"
-    return None
-
-
 @cache
 def _cuda_unavailable() -> str | None:
     if cuda_core is None:
@@ -129,7 +119,14 @@ class CpuKernels(Kernels):
     """The functions for the CPU: they return the position of a bad label, or -1."""
 
     def unavailable(self, device_type: str) -> str | None:
-        return unavailable(device_type)
+        """Of both of the native backends."""
+        if core is None:
+            return _import_error
+        if device_type == "cuda":
+            return _cuda_unavailable()
+        if device_type != "cpu":
+            return f"this build has no kernels for {device_type} tensors"
+        return None
 
     def _launch(self, kernel: Any, like: Tensor, *arguments: Any) -> Any:
         return kernel(*arguments, torch.get_num_threads())
