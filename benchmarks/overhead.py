@@ -592,10 +592,7 @@ def report(case: str, records: Sequence[Record]) -> str:
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Overheads with their intervals: a row of panels for every network, a panel for every share."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     ours = {record.case for record in records if record.operation == "training step"}
     records = [record for record in records if record.case in ours]  # a file may hold rows of other benchmarks too
@@ -605,13 +602,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     tables = {case: Table(of_case) for case, of_case in cases.items()}
     shares = sorted({mode.partition(" p = ")[2] for table in tables.values() for mode in table.modes()})
     colors = dict(zip(COLUMNS, ("#999999", "#56B4E9", "#D55E00"), strict=True))
-    figure, panels = pyplot.subplots(
-        len(tables),
-        len(shares),
-        figsize=(6.5 * len(shares), 0.6 + 3.8 * len(tables)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(6.5 * len(shares), 0.6 + 3.8 * len(tables)), layout="constrained")
+    panels = figure.subplots(len(tables), len(shares), squeeze=False)
     handles: dict[str, object] = {}
     for (case, table), row in zip(tables.items(), panels, strict=True):
         for share, axes in zip(shares, row, strict=True):
@@ -649,7 +641,6 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    pyplot.close(figure)
 
 
 # --- command line -------------------------------------------------------------------------------------------------
