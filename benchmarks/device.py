@@ -730,7 +730,6 @@ def _tuned(run: Run, kernel: str, key: Any, until: float) -> Any:
     calls = _tuning_calls(run, kernel)
     with segadv.backend("triton"):
         expected = [outcome(call()) for call in calls]
-        best, best_time = start, math.inf
 
         def time_of(config: Any) -> float:
             """Geometric mean of the calls' medians; infinite where a kernel does not compile or errs."""
@@ -749,8 +748,8 @@ def _tuned(run: Run, kernel: str, key: Any, until: float) -> Any:
             return math.exp(float(np.mean(np.log(medians))))
 
         try:
-            best_time = time_of(start)
-            for name, factor in product(TUNED_FIELDS.get(kernel, ("block", "num_warps")), (2.0, 0.5)):
+            best, best_time = start, time_of(start)
+            for name, factor in product(TUNED_FIELDS[kernel], (2.0, 0.5)):
                 while time.monotonic() < until:
                     value = int(getattr(best, name) * factor)
                     if value < 1 or (name == "num_warps" and value > 16):
