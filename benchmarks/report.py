@@ -50,6 +50,7 @@ DOCUMENTS = (
 _BLOCK = re.compile(r"^(<!-- begin: ([\w-]+) -->\n)(.*?)^(<!-- end: \2 -->)$", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"^<!-- (?:begin|end):", re.MULTILINE)
 _NAN = float("nan")
+_NO_SPREAD: dict[str, Any] = {"p20": _NAN, "p80": _NAN, "low": _NAN, "high": _NAN}
 THREADS = 2
 
 
@@ -795,8 +796,7 @@ def demo_records(results_json: Path, commit: str | None) -> list[Record]:
         "device": "cuda" if machine["gpu"] else "cpu",
         "threads": machine["threads"],
         "thp": 0,
-        "low": _NAN,
-        "high": _NAN,
+        **_NO_SPREAD,
         "commit": _commit_of(content, results_json, commit),
         "versions": f"torch {machine['torch']}, segadv {content['arguments']['segadv']}, Python {machine['python']}",
         "machine": f"{machine['gpu'] or machine['processor']}, {machine['cpu_count']} cores",
@@ -805,7 +805,7 @@ def demo_records(results_json: Path, commit: str | None) -> list[Record]:
         Record(
             operation=MIOU, provider=row["arm"], mode=row["attack"],
             case=f"eps {row['eps']:g}, seed {row.get('seed', seed)}",
-            p20=_NAN, p50=row["miou"], p80=_NAN, unit="", rounds=1, **shared,
+            p50=row["miou"], unit="", rounds=1, **shared,
         )
         for row in content["curves"]
     ]  # fmt: skip
@@ -815,15 +815,15 @@ def demo_records(results_json: Path, commit: str | None) -> list[Record]:
         sizes = [line["eps_median"] for line in metrics if line["eps_median"] is not None]
         records.append(
             Record(
-                operation=STEP_SIZE, provider="fast-newton", mode="median", case=f"seed {which}", p20=_NAN,
-                p50=statistics.median(sizes), p80=_NAN, unit="", rounds=len(sizes), **shared,
+                operation=STEP_SIZE, provider="fast-newton", mode="median", case=f"seed {which}",
+                p50=statistics.median(sizes), unit="", rounds=len(sizes), **shared,
             )
         )  # fmt: skip
     minutes = sum(content["seconds"].values()) / 60
     records.append(
         Record(
-            operation=MINUTES, provider="demo", mode="", case="demo", p20=_NAN, p50=round(minutes, 1), p80=_NAN,
-            unit="minutes", rounds=1, **shared,
+            operation=MINUTES, provider="demo", mode="", case="demo", p50=round(minutes, 1), unit="minutes", rounds=1,
+            **shared,
         )
     )  # fmt: skip
     return sorted(records, key=lambda record: (record.operation, record.provider, record.mode, record.case))
@@ -898,8 +898,8 @@ def robustness_records(results_json: Sequence[Path], commit: str | None) -> list
             records.append(
                 Record(
                     operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
-                    device=device.type, threads=0, thp=0, p20=_NAN, p50=entry.row["miou"], p80=_NAN, low=_NAN,
-                    high=_NAN, unit="", rounds=1, commit=_commit_of(run, path, commit),
+                    device=device.type, threads=0, thp=0, p50=entry.row["miou"], **_NO_SPREAD, unit="", rounds=1,
+                    commit=_commit_of(run, path, commit),
                     versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
                     machine=machine_of(device),
                 )
