@@ -131,8 +131,9 @@ def measure_overhead(
     dataset: Dataset[tuple[Tensor, Tensor]],
     steps: int,
 ) -> list[dict[str, Any]]:
-    """Times the arms' training steps in turn, in an order drawn anew for every round, because what one leaves behind
-    meets the next: one batch, models of their own. Of the batch the configs' `attacked_positions` are chosen.
+    """Times training steps: in every round one of each arm, in an order drawn anew, because a step meets the memory and
+    caches that the one before it left. All arms have the same batch, of which the `attacked_positions` are attacked,
+    and each has a model of its own.
 
     With several processes all call it; each has its part of the batch.
 

@@ -163,7 +163,7 @@ class _Judge:
             self.strayed[key] = torch.maximum(distances, self.strayed.get(key, distances))  # NaN where one is
 
     def note(self, what: str, attack: str, eps: float, number: Tensor) -> None:
-        """Of one batch; a GPU is not waited for."""
+        """A number of the batch at hand, for `settle`; a GPU is not waited for."""
         self._noted[what, attack, eps] = number
 
     def note_unmoved(self, attack: str, eps: float, unmoved: Tensor, matrices: Tensor) -> None:

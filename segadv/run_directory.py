@@ -70,8 +70,8 @@ class RunDirectory:
     def _keep_others_out(self) -> None:
         """Two runs in one folder would overwrite each other's files, without a word.
 
-        The system gives the lock back when the process ends, however that comes about. A worker process that outlives
-        it does not have it (as it would have one of flock).
+        The system gives the lock back when the process ends, however that comes about; a worker process that outlives
+        it does not hold it, as it would hold one of flock.
         """
         path = self.path / ".lock"
         with explained(path, of_run=True):

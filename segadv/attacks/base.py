@@ -54,7 +54,7 @@ from ..ops.common import synchronous_checks
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
 
 _TOGETHER = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
-"""Types of the buffers that are copied many at once."""
+"""Of buffers of these types many are copied in one call."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class AttackInfo:
             the image was left as it is; RandomFGSM: the drawn step; CheckpointFGSM: the chosen part of its eps;
             others: their eps.
         loss: mean of the attack's loss over the image's valid pixels, where the last gradient was taken. None
-            for FastNewton. (Without images all fields are empty.)
+            for FastNewton. (In a batch without an image all fields are empty tensors, none is None.)
         gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
         grad_norm: L1 norm of the averaged gain's gradient with respect to the image. FastNewton only:
             eps == gain / grad_norm, before clamp_negative and max_eps.
