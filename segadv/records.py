@@ -27,8 +27,10 @@ from .attacks.base import unwrapped
 from .writing import atomic_write, explained
 
 _DEEPEST = 100
-# transformers sets the last one, and hooks, in a model's first pass
-_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_output_capturing_hooks_installed"}
+# torch.compile sets the first two; transformers the last one, and hooks, in a model's first pass
+_OF_EVERY_MODULE = {
+    *vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile", "_output_capturing_hooks_installed",
+}  # fmt: skip
 _HOOKS_OF_THE_FIRST_PASS = "transformers.utils.output_capturing"
 _PLAIN = (bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format, np.generic)
 _HOLDERS = (tuple, list, dict, set, frozenset, Enum, Tensor, np.ndarray, SimpleNamespace, argparse.Namespace)
