@@ -51,7 +51,7 @@ def check_close(name: str, ours: Tensor, expected: Tensor, *, tolerance: float) 
 
 
 def in_rounds(
-    measure: Callable[[K], T], keys: Sequence[K], *, rounds: int, seconds: float = math.inf, seed: int = 0
+    measure: Callable[[K], T], keys: Sequence[K], *, rounds: int, seconds: float = math.inf
 ) -> dict[K, list[T]]:
     """Measures every key once in every round, so that a machine's drift hits all alike, in an order drawn anew for
     each: what one leaves behind, such as free memory to be cleared, meets another one every time.
@@ -60,7 +60,7 @@ def in_rounds(
     """
     order = list(keys)
     results: dict[K, list[T]] = {key: [] for key in keys}
-    shuffle = random.Random(seed).shuffle
+    shuffle = random.Random(0).shuffle
     begin = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -82,7 +82,6 @@ def milliseconds_of(
     *,
     rounds: int,
     seconds: float = math.inf,
-    seed: int = 0,
 ) -> dict[K, Samples]:
     """Time of every call in every round [rounds, or as many as `in_rounds` allows]; on a GPU until it is idle again."""
 
@@ -95,7 +94,7 @@ def milliseconds_of(
         del result
         return milliseconds
 
-    found = in_rounds(measure, list(calls), rounds=rounds, seconds=seconds, seed=seed)
+    found = in_rounds(measure, list(calls), rounds=rounds, seconds=seconds)
     return {key: np.array(values) for key, values in found.items()}
 
 

@@ -165,7 +165,7 @@ class Attacks:
         return f"small, {' x '.join(map(str, self.images.shape))}, {CLASSES} classes"
 
     def check(self, provider: str, ours: Result, expected: Result) -> None:
-        check_same_images(provider, ours[0], expected[0], self.images, share=0.9999)
+        check_same_images(provider, ours[0], expected[0], self.images)
 
     @contextmanager
     def in_float64(self) -> Iterator[None]:

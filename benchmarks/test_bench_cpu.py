@@ -109,11 +109,11 @@ def recorded_lead(measurement: Measurement, path: Path = RESULTS) -> float:
     return median("eager") / median("segadv")
 
 
-def lead(providers: Providers, rounds: int = ROUNDS) -> float:
+def lead(providers: Providers) -> float:
     """eager / ours, medians of interleaved rounds."""
     for call in (*providers.values(), *providers.values()):
         call()
-    times = milliseconds_of(providers, CPU, rounds=rounds)
+    times = milliseconds_of(providers, CPU, rounds=ROUNDS)
     return float(np.median(times["eager"]) / np.median(times["segadv"]))
 
 

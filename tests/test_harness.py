@@ -35,7 +35,7 @@ def test_every_figure_of_a_step_is_of_its_own_series(training: Training, monkeyp
     done: list[Step] = []
     monkeypatch.setattr(training, "step", lambda column, arm, share, *_: done.append(Step(column, arm, share)))
 
-    def times(calls: Any, device: torch.device, *, rounds: int, seconds: float, seed: int) -> dict[Step, Any]:
+    def times(calls: Any, device: torch.device, *, rounds: int, seconds: float) -> dict[Step, Any]:
         assert seconds == math.inf  # on a CPU
         assert done == steps, "every step once, to warm up"
         for step, call in calls.items():

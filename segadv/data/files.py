@@ -217,6 +217,6 @@ def found_in(folder: Path) -> str:
     return f"{folder} contains: {shown or 'nothing'}"
 
 
-def shortened(messages: list[str], count: int = 5) -> str:
-    more = len(messages) - count
-    return "\n".join(messages[:count] + ([f"... and {more} more like these"] if more > 0 else []))
+def shortened(messages: list[str]) -> str:
+    more = len(messages) - 5
+    return "\n".join(messages[:5] + ([f"... and {more} more like these"] if more > 0 else []))
