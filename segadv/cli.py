@@ -158,9 +158,9 @@ def _arranged(argv: Sequence[str]) -> list[str]:
             elif i + 1 < len(names):
                 names[i + 1] = _as_list(name, names[i + 1])
         elif name == "--eps" and given:
-            names[i] = f"--eps={_number('eps', value)}"
+            names[i] = f"--eps={_eps(value)}"
         elif name == "--eps" and i + 1 < len(names):
-            names[i + 1] = str(_number("eps", names[i + 1]))
+            names[i + 1] = str(_eps(names[i + 1]))
     # behind the setting that reproduce has
     at = 0 if argv[0] == "train" or not names or names[0].startswith("-") else 1
     return [argv[0], *names[:at], *(f"--config={name}" for name in found.config), *names[at:]]
@@ -423,11 +423,11 @@ def _numbers(name: str, value: str) -> list[float]:
         ) from None
 
 
-def _number(name: str, value: str) -> float:
+def _eps(value: str) -> float:
     try:
         return float(Fraction(value))
     except (ValueError, ArithmeticError):
-        raise ValueError(f"{name} must be a number, such as 0.03 or 8/255, got {value!r}") from None
+        raise ValueError(f"eps must be a number, such as 0.03 or 8/255, got {value!r}") from None
 
 
 def _demo(arguments: Namespace) -> None:

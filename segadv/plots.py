@@ -93,10 +93,10 @@ def attack_title(attack: str) -> str:
     return f"{_ATTACKS[kind]}-{steps}" if kind in _ATTACKS and steps.isdecimal() else _ATTACKS.get(attack, attack)
 
 
-def _panels(figure: Figure, count: int, **options: Any) -> list[Any]:
-    """Axes in rows of three; those that are too many are taken away."""
+def _panels(figure: Figure, count: int) -> list[Any]:
+    """Axes in rows of three, with one scale for y; those that are too many are taken away."""
     columns = min(count, _COLUMNS)
-    axes: list[Any] = figure.subplots(-(-count // columns), columns, squeeze=False, **options).flatten().tolist()
+    axes: list[Any] = figure.subplots(-(-count // columns), columns, squeeze=False, sharey=True).flatten().tolist()
     for spare in axes[count:]:
         spare.remove()
     return axes[:count]
@@ -157,7 +157,7 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     style = _style(list(dict.fromkeys(row.get("arm", "") for row in rows)))
     with rc_context(_RC):
         figure = _figure(*_panel_size(len(attacks)))
-        axes = _panels(figure, len(attacks), sharey=True)
+        axes = _panels(figure, len(attacks))
         handles: dict[str, Any] = {}  # of all arms, each of which may miss in some panels
         for panel, attack in zip(axes, attacks, strict=True):
             for arm, (label, color, marker) in style.items():
@@ -218,7 +218,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     ticks = _apart(sorted(counts, reverse=True), lambda steps: -math.log(steps))  # the last one has a label
     with rc_context(_RC):
         figure = _figure(*_panel_size(len(lines)))
-        axes = _panels(figure, len(lines), sharey=True)
+        axes = _panels(figure, len(lines))
         handles: dict[str, Any] = {}
         for panel, (attack, arms) in zip(axes, lines.items(), strict=True):
             for arm, line in arms.items():
