@@ -388,7 +388,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 def _keeps_to(attack: BIM, eps: float) -> bool:
     """Whether its images stay in box and ball, so that they need not be looked at."""
     # narrower bounds come after the ball, and lead out of it
-    return attack.bounds == (0, 1) and float(torch.as_tensor(attack.eps).amax()) <= eps + _ROUNDING
+    return attack.bounds == (0, 1) and float(torch.as_tensor(attack.eps, device="cpu").amax()) <= eps + _ROUNDING
 
 
 def _equal(images: Tensor, others: Tensor) -> Tensor:

@@ -253,9 +253,9 @@ class EvaluationResult:
             measurements = [
                 Measurement(
                     **{name: entry[name] for name in names},
-                    confusion=torch.tensor(entry["confusion"]),
-                    miou_of_each=torch.tensor(entry["miou_of_each"], dtype=torch.float64),
-                    without_each=torch.tensor(entry["without_each"], dtype=torch.float64),
+                    confusion=torch.tensor(entry["confusion"], device="cpu"),
+                    miou_of_each=torch.tensor(entry["miou_of_each"], dtype=torch.float64, device="cpu"),
+                    without_each=torch.tensor(entry["without_each"], dtype=torch.float64, device="cpu"),
                 )
                 for entry in content["measurements"]
             ]

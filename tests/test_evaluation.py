@@ -1835,10 +1835,16 @@ def test_a_model_without_shapes_is_told_what_it_needs() -> None:
         evaluate(nn.Sequential(nn.LazyConv2d(2, 1)), [batch], ["fgsm"], eps=[0.1])
 
 
-def test_the_default_device_does_not_matter(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
-    expected = evaluate(model, loader, ["fgsm", "bim-10"], [0.04])
-    with torch.device("meta"):
-        assert evaluate(model, loader, ["fgsm", "bim-10"], [0.04]).rows == expected.rows
+def test_the_default_device_does_not_matter(
+    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    own = {"own": lambda network, eps: BIM(network, eps=eps, alpha=eps, steps=2)}
+    for attacks in (["fgsm", "bim-10"], own):
+        expected = evaluate(model, loader, attacks, [0.04])
+        expected.to_json(tmp_path / "result.json")
+        with torch.device("meta"):
+            assert evaluate(model, loader, attacks, [0.04]).rows == expected.rows
+            assert EvaluationResult.from_json(tmp_path / "result.json").rows == expected.rows
 
 
 def test_every_flipped_bit_of_a_record_is_survived(tmp_path: Path) -> None:
