@@ -45,9 +45,9 @@ def view(tensor: Tensor | None) -> View | None:
     return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
 
 
-def row(tensor: Tensor) -> View:
+def row(tensor: Tensor | None) -> View | None:
     """A tensor that the step kernels see as rows of elements in whatever dense order."""
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
+    return None if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype], (), ())
 
 
 class Kernels:
@@ -318,10 +318,8 @@ class Kernels:
         images, grad = ordered_like(images, adversarial), ordered_like(grad, adversarial)
         origin = None if origin is None else ordered_like(origin, adversarial)
         self._images(
-            self.core.sign_step, images, row(images), row(grad),
-            None if origin is None else row(origin), row(adversarial), alpha, 0.0 if eps is None else eps,
-            None if alpha_per_image is None else row(alpha_per_image),
-            None if eps_per_image is None else row(eps_per_image), low, high,
+            self.core.sign_step, images, row(images), row(grad), row(origin), row(adversarial), alpha,
+            0.0 if eps is None else eps, row(alpha_per_image), row(eps_per_image), low, high,
         )  # fmt: skip
         return adversarial
 
