@@ -66,6 +66,13 @@ _RC: dict[Any, Any] = {
 }
 
 
+def _settings() -> Any:
+    """Those of all figures, while they are drawn."""
+    from matplotlib import rc_context
+
+    return rc_context(_RC)
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure outside pyplot: no window, no global state."""
     from matplotlib.figure import Figure
@@ -151,11 +158,9 @@ def plot_robustness(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
             and eps are of different seeds.
         path: the PNG file to write.
     """
-    from matplotlib import rc_context
-
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     style = _style(list(dict.fromkeys(row.get("arm", "") for row in rows)))
-    with rc_context(_RC):
+    with _settings():
         figure = _figure(*_panel_size(len(attacks)))
         axes = _panels(figure, len(attacks))
         handles: dict[str, Any] = {}  # of all arms, each of which may miss in some panels
@@ -204,8 +209,6 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     Raises:
         ValueError: no attack has several numbers of steps at this eps.
     """
-    from matplotlib import rc_context
-
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         if row["eps"] == eps:
@@ -216,7 +219,7 @@ def plot_steps(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], 
     style = _style(list(dict.fromkeys(arm for arms in lines.values() for arm in arms)))
     counts = {steps for arms in lines.values() for line in arms.values() for steps, _ in line}
     ticks = _apart(sorted(counts, reverse=True), lambda steps: -math.log(steps))  # the last one has a label
-    with rc_context(_RC):
+    with _settings():
         figure = _figure(*_panel_size(len(lines)))
         axes = _panels(figure, len(lines))
         handles: dict[str, Any] = {}
@@ -251,12 +254,10 @@ def plot_per_class(
         path: the PNG file to write.
         class_names: those of the data set; None: numbers.
     """
-    from matplotlib import rc_context
-
     count = len(next(iter(next(iter(tables.values())).values())))
     names = class_names or [str(i) for i in range(count)]
     shown = [i for i in range(count) if any(row[i] is not None for table in tables.values() for row in table.values())]
-    with rc_context({**_RC, "axes.grid": False}):
+    with _settings():
         style = _style(list(next(iter(tables.values()))))
         labels = {arm: _wrapped(label, 4) for arm, (label, _, _) in style.items()}
         below = _width([names[i] for i in shown]) * math.sqrt(0.5)
@@ -274,6 +275,7 @@ def plot_per_class(
             panel.set_yticks(range(len(table)), [labels[arm] for arm in table])
             panel.set_title(title)
             panel.tick_params(length=0)
+            panel.grid(False)
             panel.spines[:].set_visible(False)
         axes[-1].set_xticks(range(len(shown)), [names[i] for i in shown], rotation=45, ha="right")
         _save(figure, path)
@@ -287,10 +289,8 @@ def plot_training(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         path: the PNG file to write.
         title: above all.
     """
-    from matplotlib import rc_context
-
     probes = [line for line in lines if "pgd_accuracy" in line]
-    with rc_context(_RC):
+    with _settings():
         figure = _figure(11, 7) if probes else _figure(7, 4)
         panels = figure.subplots(2, 2, sharex=True) if probes else figure.subplots(1, 1, squeeze=False)
         loss = panels[0, 0]
@@ -347,12 +347,10 @@ def plot_overhead(
         path: the PNG file to write.
         references: name of a source -> arm -> percent, drawn as markers beside the bars.
     """
-    from matplotlib import rc_context
-
     basic = next(row["step_ms_p50"] for row in rows if row["arm"] == "basic")
     bars = [row for row in rows if row["arm"] != "basic"]
     style = _style([row["arm"] for row in bars])
-    with rc_context(_RC):
+    with _settings():
         figure = _figure(8.5, 4.6)
         axes = figure.subplots()
         # A disturbed machine's spread must not squash everything else.
@@ -429,7 +427,6 @@ def plot_qualitative(
         attack, eps: what made the adversarial images, for the titles.
         class_names, colors: of the data set; the colours are RGB, 0 to 255.
     """
-    from matplotlib import rc_context
     from matplotlib.patches import Patch
 
     titles = (
@@ -443,7 +440,7 @@ def plot_qualitative(
     style = _style([example["arm"] for example in examples])
     height, width = examples[0]["label"].shape
     cell = 12 / len(titles)
-    with rc_context(_RC):
+    with _settings():
         figure = _figure(12, cell * height / width * len(examples) + 1.1)
         cells = figure.subplots(len(examples), len(titles), squeeze=False)
         present: set[int] = set()
