@@ -618,6 +618,10 @@ def test_stacked_eps_give_what_single_ones_give(
     single = evaluate(model, loader, **arguments)
     assert model.forwards == len(loader) * (1 + 2 * (5 + 5 + 4))
     assert single.rows == stacked.rows
+    monkeypatch.setattr(evaluation, "_CPU_PIXELS", max(labels.numel() for _, labels in loader))
+    model.forwards = 0
+    assert evaluate(model, loader, **arguments).rows == stacked.rows
+    assert model.forwards == 3 + 2 * (14 + 9 + 14), "of the batches of 3, 1 and 2 images only that of 1 fits twice"
     assert [(entry.eps, entry.steps) for entry in stacked.measurements[:5]] == [
         (0.01, 3), (0.01, 4), (0.02, 3), (0.05, 3), (0.05, 4)
     ]  # fmt: skip
@@ -808,6 +812,17 @@ def test_factories_are_needed(model: Counting, loader: list[tuple[Tensor, Tensor
     for given, told in ((FGSM, "the class FGSM"), (FGSM(model), "a FGSM"), (0.03, "a float")):
         with pytest.raises(TypeError, match=rf"attacks\['mine'\] must be a factory, lambda model, eps: .*, got {told}"):
             evaluate(model, loader, {"mine": given}, [0.03])  # type: ignore[dict-item]
+
+
+def test_a_batch_without_images_changes_nothing(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    images, labels = loader[0]
+    own = {"fgsm": lambda network, eps: FGSM(network, eps=eps), "mine": lambda network, eps: lambda x, y: x}
+    for attacks in (["fgsm", "bim"], own):
+        expected = evaluate(model, loader, attacks, [0.0, 0.03], steps=3).rows  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batches = [(images[:0], labels[:0]), *loader, (images[:0], labels[:0])]
+            assert evaluate(model, batches, attacks, [0.0, 0.03], steps=3).rows == expected  # type: ignore[arg-type]
 
 
 def test_a_folder_for_results_is_made(tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -1658,6 +1673,9 @@ def test_an_attack_that_leaves_box_or_ball_is_told_of(model: Counting, loader: l
     assert re.fullmatch(r"attack 'mine' at eps 0\.1 gave pixels in \[0\.\d+, 1\.19\d+\], outside of \[0, 1\]", texts[0])
     assert texts[1] == "attack 'mine' at eps 0.1 moved pixels by up to 0.2: out of the ball of that radius"
     assert {warning.filename for warning in told} == {__file__}
+    with pytest.warns(UserWarning, match="moved pixels by up to 0.2: out of") as told:
+        evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: images - 2 * eps}, [0.1])
+    assert re.search(r" gave pixels in \[-0\.19\d+, 0\.[78]\d+\], outside of \[0, 1\]$", str(told[0].message))
     with pytest.warns(UserWarning, match=r"pixels in \[\d+, 2\d\d\], outside"):  # the negative of a byte is none
         evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: (255 * images).byte()}, [0.1])
     evaluate(model, loader, {"mine": lambda model, eps: lambda images, labels: images.double()}, [0.1])
@@ -2064,13 +2082,14 @@ def test_logits_that_are_no_numbers_are_an_error(
 
 
 @pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("sharded", [False, True])
 def test_logits_that_are_no_numbers_under_an_attack_are_an_error(
-    name: str, tmp_path: Path, bytes_loader: list[tuple[Tensor, Tensor]]
+    name: str, sharded: bool, tmp_path: Path, bytes_loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    model = Overflowing(math.nan, everywhere=False)
+    model, images = Overflowing(math.nan, everywhere=False), 6 if sharded else 3
     evaluate(model, bytes_loader, PASSES[name], [0.0])
-    with pytest.raises(ValueError, match=rf"labelled pixels of 3 images under attack '{name}' at eps 0.1, and nothing"):
-        evaluate(model, bytes_loader, PASSES[name], [0.0, 0.1], steps=4, records=tmp_path)
+    with pytest.raises(ValueError, match=rf"pixels of {images} images under attack '{name}' at eps 0.1, and nothing"):
+        evaluate(model, bytes_loader, PASSES[name], [0.0, 0.1], steps=4, records=tmp_path, sharded=sharded)
     assert {path.name.partition("-0-")[0] for path in tmp_path.iterdir()} <= {"clean"}
 
 
@@ -2093,6 +2112,13 @@ def test_attacks_that_find_no_gradient_are_told_of(
     for _ in range(2):  # not recorded: told again
         with pytest.warns(UserWarning, match=told):
             evaluate(Rounding(model), batch, PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path)
+    kept = len([*tmp_path.iterdir()])
+    moved = images * 0.4 + 0.55
+    with pytest.warns(UserWarning, match=told):
+        evaluate(
+            Rounding(model), [*batch, (moved, labels)], PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path
+        )
+    assert len([*tmp_path.iterdir()]) == kept + 3, "all of the other batch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(model, batch, PASSES[name], [0.0, 0.01, 0.02], steps=4)
@@ -2179,7 +2205,17 @@ def test_images_out_of_the_box_are_refused(model: Counting, loader: list[tuple[T
     evaluate(model, [(images.clamp(0.1) * (1 + 2e-7), labels)], ["fgsm"], [0.01])
 
 
-@pytest.mark.parametrize(("final", "told"), [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False)])
+class Centred(nn.Module):
+    """What adds up to 1 over the classes, and may be negative."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits - logits.mean(1, keepdim=True) + 1 / logits.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("final", "told"),
+    [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False), (Centred(), False)],
+)
 def test_probabilities_in_the_place_of_logits_are_told_of(
     final: nn.Module, told: bool, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
