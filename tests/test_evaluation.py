@@ -2115,9 +2115,7 @@ def test_attacks_that_find_no_gradient_are_told_of(
     kept = len([*tmp_path.iterdir()])
     moved = images * 0.4 + 0.55
     with pytest.warns(UserWarning, match=told):
-        evaluate(
-            Rounding(model), [*batch, (moved, labels)], PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path
-        )
+        evaluate(Rounding(model), [*batch, (moved, labels)], PASSES[name], [0.0, 0.01, 0.02], steps=4, records=tmp_path)
     assert len([*tmp_path.iterdir()]) == kept + 3, "all of the other batch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -278,6 +278,8 @@ def test_repeated(tmp_path: Path) -> None:
     steps += [record("overhead", *key[1:], case, p50) for case, p50 in zip(networks, (41.0, 51.0), strict=True)]
     steps += [record(overhead.GLUE_SHARE, *key[1:], case, p50) for case, p50 in zip(networks, (8.0, 6.0), strict=True)]
     steps = [replace(step, machine="another", commit="decade") for step in steps]
+    steps = [replace(step, commit="facade") if step.operation == overhead.GLUE_SHARE else step for step in steps]
+    steps.append(replace(steps[0], case="smaller, a size", p50=99.0))
     rows = [replace(row, p50=20.0) if (row.thp, row.provider) == (1, "segadv") else row for row in rows_of_layouts()]
     write_records(tmp_path / "cpu-repeated.csv", [*rows, *steps, replace(steps[0], thp=1, p50=77.0)])
     own = [replace(row, p50=40.0, machine="own") if row.provider == "segadv" else row for row in rows]
@@ -297,6 +299,8 @@ def test_repeated(tmp_path: Path) -> None:
     assert words.endswith(f"training step {told} (another; commit decade).")
     text = " ".join(text.split())
     assert f"{told}; of its attack 8.0 [7.5, 8.5] % (small) and 6.0 [5.5, 6.5] % (segformer-b0) are neither" in text
+    assert " (a machine; threads 2, torch 2.13.0; commit c0ffee) Fast Newton's training step: " in text
+    assert text.endswith(" backward pass. (another; threads 2, torch 2.13.0; commits decade, facade)")
 
 
 def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
@@ -321,13 +325,18 @@ def test_tables_of_a_gpu_appear_with_its_rows(tmp_path: Path) -> None:
     found += rows("native", 0.01, operation="enqueueing confusion_matrix") + rows("copy", 1.0, operation="copy")
     # without ours, or without what is usual, there is nothing to compare
     found += rows("eager", 0.3, operation="l1_norm") + rows("native", 0.3, operation="argmax_labels")
+    found += rows("eager", 0.8, operation="newton_step") + rows("native", 0.4, operation="newton_step")
     write_records(tmp_path / "nvidia-x1.csv", found)
     write_records(tmp_path / "overhead-nvidia-x1.csv", found)  # another command's
+    write_records(tmp_path / "a-machine.csv", [record("sign_step", "segadv")])  # a CPU's
     text = report.gpus(tmp_path)
     assert text.count("### NVIDIA X1\n") == 1
-    assert "torch 2.13.0; commit c0ffee" in text
-    assert text.count("\n| ") == 2, "a header and one row"
-    assert cells(text, "voc21")[4:] == ["0.600", "0.500", "0.200", "0.100", "5.0 x", "0.75", "5.0", "1.0"]
+    assert "(NVIDIA X1, driver 1.2; torch 2.13.0; commit c0ffee)" in text
+    assert text.count("### ") == 1
+    assert text.count("\n| ") == 3, "a header and two rows"
+    shown = cells(text, "voc21 | confusion_matrix")[4:]
+    assert shown == ["0.600", "0.500", "0.200", "0.100", "5.0 x", "0.75", "5.0", "1.0"]
+    assert cells(text, "voc21 | newton_step")[4:] == ["0.800", "", "", "0.400", "2.0 x", "0.25", "8.0", "4.0"]
 
 
 def test_training_samples(tmp_path: Path) -> None:
@@ -574,6 +583,13 @@ def test_overhead_of_two_runs_is_refused(tmp_path: Path) -> None:
             report.training_overhead(tmp_path)
 
 
+def test_overhead_of_other_threads_alone_is_refused(tmp_path: Path) -> None:
+    write_records(tmp_path / "overhead-cpu.csv", [replace(row, threads=4) for row in overhead_rows()])
+    for table in (report.training_overhead, report.overhead_details):
+        with pytest.raises(report.ReportError, match=re.escape("overhead-cpu.csv: no rows of 2 threads")):
+            table(tmp_path)
+
+
 def test_overhead_beside_another_runs_basic_step_is_told(tmp_path: Path) -> None:
     """A run of one share writes the basic steps anew, of the same commit and as many rounds."""
     rows = overhead_rows()  # the basic steps: 100 and 102 ms
@@ -591,6 +607,16 @@ def test_overhead_beside_another_runs_basic_step_is_told(tmp_path: Path) -> None
         write_records(tmp_path / "overhead-cpu.csv", [*others, *measured, replace(step, p50=150.0)])
         for text in (report.overhead_details(tmp_path), report.training_overhead(tmp_path)):
             assert (told in f"{' '.join(text.split())} ") == ((overhead_basic, conventional_basic) != (102.0, 100.0))
+    (tmp_path / "overhead-cpu.csv").unlink()
+    measured = [replace(row, p50=77.0) for row in (over["overhead"], replace(over["overhead"], mode="fgsm, p = 1"))]
+    measured += [replace(step, p50=150.0), replace(step, p50=150.0, mode="fgsm, p = 1")]
+    both = [replace(row, case="pspnet50, 2 x 3") for row in (*others, over["over conventional basic"], *measured)]
+    write_records(tmp_path / "overhead-cpu.csv", [*others, over["over conventional basic"], *measured, *both])
+    words = " ".join(report.training_overhead(tmp_path).split())
+    assert "Percentages at p = 0.5 and p = 1 on small, at p = 0.5 and p = 1 on pspnet50 are over the basic" in words
+    words = " ".join(report.overhead_details(tmp_path).split())
+    assert words.count("Percentages at p = 0.5 and p = 1 on ") == 2, "each beside its own network"
+    assert "on small, at" not in words
 
 
 def rows_of_fused_operations() -> list[Record]:
@@ -639,9 +665,13 @@ def test_the_headline(tmp_path: Path) -> None:
     on_gpu.unlink()
     write_records(path, [replace(small, mode="fast-newton, p = 1", low=-1.0)])
     assert " ".join(report.headline(tmp_path).split()) == words
-    write_records(path, [replace(small, high=0.1)])
-    with pytest.raises(report.ReportError, match=r"small: .* not known: -20\.4 \[-30\.6, 0\.1\] %"):
-        report.headline(tmp_path)
+    for high in (0.1, 0.0):
+        write_records(path, [replace(small, high=high)])
+        with pytest.raises(report.ReportError, match=rf"small: .* not known: -20\.4 \[-30\.6, {high}\] %"):
+            report.headline(tmp_path)
+    write_records(path, [small, replace(over_fused[0], p50=-2.7), replace(large, p50=-3.8)])
+    words = " ".join(report.headline(tmp_path).split())
+    assert "it takes -3 % and 36 % more, and on PSPNet50, whose loss is a small part of a step, -4 % more than" in words
     for rows in (
         [small, *over_fused],
         *([small, other, *(row for row in over_fused if row is not missing)] for missing in over_fused),
@@ -704,6 +734,10 @@ def test_what_a_gpus_time_did_not_suffice_for_is_left_out_of_its_table(tmp_path:
     assert cells(text, "small | bim-3") == [*shown[:6], "", *shown[7:]]
     words = " ".join(text.split())
     assert "19 classes: 100, 101 and 102 ms (9 rounds). Medians" in words
+    path.unlink()
+    peaks = [row for row in made if row.operation == PEAK_MEMORY]
+    write_records(path, [*some, *peaks[1:]])
+    assert report._overhead_on_a_device(path) == text, "the memory of all columns, or of none"
     alone = [row for row in made if row.provider != overhead.EFFICIENT]  # --columns conventional segadv
     path.unlink()
     write_records(path, alone)
@@ -942,9 +976,10 @@ def test_what_intervals_of_few_rounds_hold(rounds: int, share: str) -> None:
 
 def test_two_rows_where_one_is_meant_are_an_error() -> None:
     rows = [record("overhead", "segadv"), record("overhead", "segadv", dtype="bfloat16")]
-    assert report.one(rows, operation="overhead", dtype="bfloat16") is rows[1]
-    with pytest.raises(report.ReportError, match="2 rows of operation 'overhead'"):
-        report.one(rows, operation="overhead")
+    for of_rows in (report.one, report.none_or_one):
+        assert of_rows(rows, operation="overhead", dtype="bfloat16") is rows[1]
+        with pytest.raises(report.ReportError, match="2 rows of operation 'overhead'"):
+            of_rows(rows, operation="overhead")
 
 
 def test_the_floor_reads_logits_and_labels_and_writes_the_gradient() -> None:
