@@ -540,10 +540,11 @@ def test_the_worst_case_is_never_better_than_the_clean_image(
     assert accuracy["helpful", 0.05] > accuracy["helpful", 0.0] >= accuracy["worst-case", 0.05]
 
 
-def test_of_equally_bad_attacks_the_first_is_the_worst_case() -> None:
-    """Each turns one of two pixels, into another class."""
+@pytest.mark.parametrize("clean", [[0, 0], [0, 1]])
+def test_of_equally_bad_attacks_the_first_is_the_worst_case(clean: list[int]) -> None:
+    """Each turns one of two pixels, into another class; the clean image may be as bad."""
     labels = torch.zeros(1, 1, 2, dtype=torch.uint8)
-    images = torch.eye(3)[[0, 0]].T.view(1, 3, 1, 2)
+    images = torch.eye(3)[clean].T.view(1, 3, 1, 2)
 
     def turning(into: int) -> Any:
         turned = torch.eye(3)[[0, into]].T.view(1, 3, 1, 2)
@@ -1459,16 +1460,20 @@ def test_records_of_other_arguments_are_never_taken(
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("kind", [FGSM, BIM])
 def test_records_of_an_attack_on_another_model_belong_to_that_model_as_well(
-    tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+    kind: type[FGSM] | type[BIM], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
     found = []
     for source in (Counting(), Counting()):
 
-        def factory(network: nn.Module, eps: float, source: nn.Module = source) -> FGSM:
-            return FGSM(source, eps=eps)
+        def factory(network: nn.Module, eps: float, source: nn.Module = source) -> Attack:
+            return kind(source, eps=eps)
 
         fresh = evaluate(model, loader, {"from another": factory}, [0.03])
+        seen = [(model(kind(source, eps=0.03)(images, labels)).argmax(1), labels) for images, labels in loader]
+        right = sum(int((prediction == labels).sum()) for prediction, labels in seen)
+        assert fresh.confusion[-1].diagonal().sum() == right, "of the evaluated model, not of that one"
         assert evaluate(model, loader, {"from another": factory}, [0.03], records=tmp_path).rows == fresh.rows
         found.append(fresh.rows)
     assert found[0] != found[1]
@@ -1556,7 +1561,8 @@ def test_shares_are_put_together(
     result = together(loader)
     assert all(map(torch.equal, result.confusion, whole.confusion))
     for entry, expected in zip(result.measurements, whole.measurements, strict=True):
-        assert entry.image_miou == pytest.approx(expected.image_miou, rel=1e-12)
+        assert entry.miou_of_each.tolist() == pytest.approx(expected.miou_of_each.tolist(), rel=1e-12), "in order"
+        assert entry.without_each.tolist() == pytest.approx(expected.without_each.tolist(), rel=1e-12)
     assert [result.run[key] for key in ("images", "batch_size", "data_sha256")] == [6, 3, whole.run["data_sha256"]]
     assert together([loader[1], loader[0], loader[2]]).run["batch_size"] == 3
     changed = [loader[0], (loader[1][0], loader[1][1].clamp(min=1)), loader[2]]
@@ -1686,16 +1692,16 @@ def test_a_ball_of_another_radius_is_told_of(
     kind: type[BIM], tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Also where the attack is one of the package's, which is judged on its way otherwise."""
-    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.01 moved pixels by up to 0.1"):
+    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.09 moved pixels by up to 0.1"):
         evaluate(
-            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.01, 0.1],
+            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.09, 0.1],
             records=tmp_path,
         )  # fmt: skip
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert kept, "those at eps 0.1"
-    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.01 moved pixels"):
+    with pytest.warns(UserWarning, match="attack 'mine' at eps 0.09 moved pixels"):
         evaluate(
-            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.01],
+            model, loader, {"mine": lambda model, eps: kind(model, eps=0.1, alpha=0.1, steps=2)}, [0.09],
             records=tmp_path,
         )  # fmt: skip
     assert kept == [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -2147,6 +2153,8 @@ def test_logits_that_are_no_numbers_at_the_last_iterate_are_an_error(
     loader = [((images * 256).floor() / 256, labels) for images, labels in bytes_loader]
     with pytest.raises(ValueError, match=r"its logits are NaN or infinite at labelled pixels of \d images under"):
         evaluate(Late(), loader, {"late": attack}, [0.001])
+    with pytest.raises(ValueError, match=r"pixels of \d images under attack 'bim-10' at eps 0.001, and nothing"):
+        evaluate(Late(), loader, ["bim-10"], [0.0005, 0.001])  # at the first eps all is well
 
 
 def test_gradients_that_are_nan_are_told_of(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -2168,6 +2176,22 @@ def test_attacks_that_have_nothing_to_do_are_not_told_of(loader: list[tuple[Tens
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(Sure(), wrong, ["fgsm", "cospgd", "segpgd"], [0.0, 0.03], steps=3)
+
+
+def test_an_attack_that_stays_on_purpose_is_not_told_of(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
+    """Fast Newton, where the averaged gain is negative although some pixels are right."""
+    mixed = []
+    for images, _ in loader:
+        prediction = model(images).argmax(1)
+        labels = (prediction + 1) % CLASSES
+        labels[:, 0] = prediction[:, 0]
+        mixed.append((images, labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newton = {"newton": lambda network, eps: FastNewton(network, clamp_negative=True)}
+        result = evaluate(model, mixed, newton, [0.0, 0.03])
+    accuracy = [row["pixel_accuracy"] for row in result.rows]
+    assert accuracy == pytest.approx([1 / 12, 1 / 12])
 
 
 def test_a_restart_that_moves_an_image_is_enough(
