@@ -1491,6 +1491,9 @@ def test_records_of_a_named_attack_are_not_those_of_ones_own_with_other_options(
     fresh = evaluate(network, loader, own, [0.03], align_corners=True)
     assert evaluate(network, loader, own, [0.03], align_corners=True, records=tmp_path).rows == fresh.rows
     assert fresh.rows[-1]["miou"] != next(row for row in named.rows if row["attack"] == "fgsm")["miou"]
+    namesake = {"bim-10": lambda model, eps: BIM(model, eps=eps, alpha=0.004, steps=10, align_corners=True)}
+    judged = evaluate(network, loader, namesake, [0.03], align_corners=True, records=tmp_path).measurements
+    assert [entry.steps for entry in judged] == [3, 5, 10], "it is judged on its way, the named one at its end"
 
 
 def test_records_of_a_share_belong_to_the_number_that_decides_the_noise(
@@ -2258,18 +2261,26 @@ def test_probabilities_are_told_of_again_where_there_are_records(
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_pixels_that_are_no_numbers_in_one_share_are_an_error_in_all(
-    at: int, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        (math.nan, "attack 'mine' at eps 0.01 gave pixels that are NaN or infinite"),
+        (1 / 512, r"model: its logits are NaN or infinite at labelled pixels of \d+ images under attack 'mine'"),
+    ],
+)
+def test_what_is_no_number_in_one_share_is_an_error_in_all(
+    at: int, by: float, message: str, bytes_loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model, loader = Overflowing(math.nan, everywhere=False), bytes_loader
     shares: list[Any] = []
     monkeypatch.setattr(evaluation.distributed, "gather", lambda share: (shares.append(share), shares[:])[1])
     monkeypatch.setattr(evaluation.distributed, "world_size", lambda: 2)
-    broken = {"mine": lambda model, eps: lambda images, labels: images * (math.nan if rank == at else 1)}
+    broken = {"mine": lambda model, eps: lambda images, labels: images + by if rank == at else images}
     for _ in range(2):  # what the first of two processes lacks comes with the second time
         for rank in range(2):
             monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
             if rank < at and not shares:
                 evaluate(model, loader[rank::2], broken, [0.01], sharded=True)
                 continue
-            with pytest.raises(ValueError, match=r"attack 'mine' at eps 0.01 gave pixels that are NaN or infinite"):
+            with pytest.raises(ValueError, match=message):
                 evaluate(model, loader[rank::2], broken, [0.01], sharded=True)

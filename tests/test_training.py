@@ -596,6 +596,19 @@ def test_step_depends_on_nothing_but_its_number_and_the_state(tmp_path: Path) ->
     assert not torch.equal(first.eps, second.eps)
 
 
+def test_random_numbers_of_steps_parts_model_and_attack_are_different_ones() -> None:
+    trainer, drawn = Trainer(config(arm="fgsm", accumulation=2), tiny_model(), Squares()), []
+
+    def attack(images: Tensor, labels: Tensor, *, return_info: bool) -> tuple[Tensor, AttackInfo]:
+        drawn.extend([torch.rand(8), torch.rand(8, generator=trainer.generator)])
+        return images, AttackInfo(eps=torch.ones(len(images)))
+
+    trainer.attack = attack  # type: ignore[assignment]
+    for _ in range(2):
+        trainer.step(torch.rand(4, 3, 16, 24), torch.zeros(4, 16, 24, dtype=torch.long), [0, 2])
+    assert len(drawn) == len(torch.stack(drawn).unique(dim=0)) == 8
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
@@ -988,6 +1001,8 @@ def test_validation_of_files_of_different_sizes_is_refused_before_the_training(t
     with pytest.raises(ValueError, match=r"validation.batch_size must be 1 for images of different sizes"):
         Trainer(settings, tiny_model(), Squares(), validation_dataset=data)
     Trainer(settings, tiny_model(), Squares(), validation_dataset=resized)
+    never = config(validation=Validation(every=0, batch_size=2))
+    Trainer(never, tiny_model(), Squares(), validation_dataset=data)
 
 
 def test_parameters_that_the_loss_does_not_reach_are_named(tmp_path: Path) -> None:
@@ -1446,16 +1461,16 @@ def test_one_image_in_a_hundred_may_stay_as_it_was(
     assert any("as they were" in str(warning.message) for warning in recwarn) == warned
 
 
-@pytest.mark.parametrize("void", [0, 3, 25])
+@pytest.mark.parametrize(("void", "accumulation"), [(0, 1), (3, 1), (25, 1), (3, 2)])
 def test_steps_without_a_labelled_pixel_are_told_of(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder, void: int
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, void: int, accumulation: int
 ) -> None:
     class Void(Squares):
         def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
             image, label = super().__getitem__(index)
             return image, torch.full_like(label, 255) if trainer.steps_done < void else label
 
-    settings = config(arm="basic", steps=25, log_every=25, monitor_every=0)
+    settings = config(arm="basic", steps=25, log_every=25, monitor_every=0, accumulation=accumulation)
     trainer = Trainer(settings, tiny_model(), Void())
     trainer.run(tmp_path, progress=False)
     told = [str(warning.message) for warning in recwarn if "exactly 0" in str(warning.message)]
