@@ -2087,6 +2087,8 @@ def test_logits_that_are_no_numbers_are_an_error(
     for _, labels in void:
         labels[:, 0, 0] = 255
     evaluate(Overflowing(value, everywhere=True), void, ["fgsm", "pgd"], [0.0, 0.1], steps=3)  # where nothing counts
+    twos = [(images, labels.where(labels != 255, 2)) for images, labels in bytes_loader]
+    evaluate(Overflowing(value, everywhere=True), twos, ["fgsm", "pgd"], [0.0, 0.1], steps=3, ignore_index=2)
     evaluate(Overflowing(-math.inf, everywhere=True), bytes_loader, ["fgsm"], [0.0, 0.1])  # a class that is left out
 
 

@@ -837,6 +837,7 @@ def test_the_checkpoint_is_from_before_a_validation(tmp_path: Path, monkeypatch:
         return real()
 
     monkeypatch.setattr(trainer, "_validate", validate)
+    trainer.save(tmp_path / "last.pt")  # what Ctrl-C before the first step leaves
     trainer.run(tmp_path, progress=False)
     assert seen == [5, 10, 14]
 
