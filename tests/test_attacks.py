@@ -408,6 +408,16 @@ def test_outcomes_with_restarts_judge_each_images_best_run() -> None:
     assert not torch.equal(both[0], both[1])
 
 
+def test_judging_costs_a_pass_at_the_last_step_alone() -> None:
+    model, (images, labels) = Net(), sample()
+    passes: list[None] = []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    for steps, expected in (([1, 2], 3), ([3], 4), ([1, 3], 4)):
+        passes.clear()
+        BIM(model, eps=0.01, steps=3).outcomes(images, labels, steps)
+        assert len(passes) == expected
+
+
 def test_noise_given_is_the_random_start() -> None:
     model, (images, labels) = Net(), sample()
     attack = PGD(model, eps=EPS, alpha=0.02, steps=2, generator=torch.Generator().manual_seed(3))

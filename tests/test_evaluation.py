@@ -2149,7 +2149,7 @@ def test_logits_that_are_no_numbers_at_the_last_iterate_are_an_error(
             return torch.where(last_only(images).view(-1, 1, 1, 1), math.nan, logits)
 
     def attack(model: nn.Module, eps: float) -> BIM:
-        options: dict[str, Any] = {"eps": eps, "alpha": eps / 2, "steps": 2, "best": best}
+        options: dict[str, Any] = {"eps": eps, "alpha": eps / 4, "steps": 4, "best": best}
         return BIM(model, **options) if restarts == 1 else PGD(model, **options, restarts=2)
 
     for images, labels in bytes_loader:
