@@ -1189,6 +1189,10 @@ def test_accumulated_run_attacks_the_samples_whose_coins_say_so(tmp_path: Path) 
     assert {len(images) for images in expected} == {1, 2}
     assert len(attack.calls) == len(expected)
     assert all(torch.equal(call[0], images) for call, images in zip(attack.calls, expected, strict=True))
+    attacked = [
+        4 * steps * line["adversarial_share"] for steps, line in zip((3, 3, 3, 3, 2), metrics_of(tmp_path), strict=True)
+    ]
+    assert sum(attacked) == pytest.approx(sum(map(len, expected)))
 
 
 def test_a_frozen_layer_stays_frozen_and_a_model_in_eval_mode_is_trained() -> None:
