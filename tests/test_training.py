@@ -1062,7 +1062,8 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
 def test_validation_of_images_of_different_sizes(tmp_path: Path) -> None:
     data = [(torch.rand(3, 16, 16 + 8 * i), torch.randint(0, CLASSES, (16, 16 + 8 * i))) for i in range(3)]
     for batch_size in (1, 2):
-        settings = config(steps=2, validation=Validation(every=2, batch_size=batch_size))
+        validation = Validation(every=2, images=9, batch_size=batch_size)  # of 3
+        settings = config(steps=2, validation=validation)
         trainer = Trainer(settings, tiny_model(), Squares(), validation_dataset=data)  # type: ignore[arg-type]
         if batch_size == 1:
             trainer.run(tmp_path / "1", progress=False)
