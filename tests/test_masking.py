@@ -256,6 +256,7 @@ MEASURED: dict[str, Any] = {
         ({"losses": [[1.0, 0.98, *[1.1] * 9]]}, 5),
         ({"losses": [[1.0 - 0.005 * i for i in range(11)]]}, 5),
         ({"losses": [[1.0] * 11]}, 5),
+        ({"losses": [[1.0, *(1.5 - 0.01 * i for i in range(10))]]}, 5),  # it ends above its beginning
         ({"losses": [[2.0 - 0.1 * i for i in range(11)], [1.0 + 0.2 * i for i in range(11)]]}, None),  # of the mean
     ],
 )

@@ -235,6 +235,30 @@ def test_ways_and_floors(tmp_path: Path) -> None:
             report.all_operations(tmp_path)
 
 
+def test_memory_of_less_than_a_megabyte(tmp_path: Path) -> None:
+    """Is told down to 0.1, and counts as one."""
+    made = {
+        ("sign_step", "eager"): 42.7, ("sign_step", "compile"): 50.0, ("sign_step", "segadv"): 0.5,
+        ("newton_step", "eager"): 60.0, ("newton_step", "compile"): 42.7, ("newton_step", "segadv"): 0.05,
+        ("averaged_gain", "eager"): 9.0, ("averaged_gain", "eager, max"): 5.0, ("averaged_gain", "compile"): 7.0,
+        ("averaged_gain", "compile, max"): 8.0, ("averaged_gain", "segadv"): 2.0,
+    }  # fmt: skip
+    rows = read_records(report.ROOT / report.RESULTS / "cpu.csv")
+    of = {row: made.get((row.operation.removesuffix(f", {PEAK_MEMORY}"), row.provider)) for row in rows}
+    write_records(
+        tmp_path / "cpu.csv",
+        [row if p50 is None or row.unit != "MB" else replace(row, p50=p50) for row, p50 in of.items()],
+    )
+    text = report.operations(tmp_path)
+    for name, told, less in (
+        ("sign_step", "0.5 MB", "> 42 x"),
+        ("newton_step", "< 0.1 MB", "> 42 x"),
+        ("averaged_gain, value and gradient", "2.0 MB", "2.5 x"),
+    ):
+        shown = cells(text, name)
+        assert (shown[4].partition(", ")[2], shown[6]) == (told, less)
+
+
 def rows_of_layouts() -> list[Record]:
     """Eager with max is its faster way; each layout has a time of its own."""
     layouts = [("float32", "", 10.0), ("float32", ", channels_last", 20.0)]
