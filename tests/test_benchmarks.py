@@ -724,6 +724,7 @@ def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictur
         subprocess.run(["git", *command], check=True, cwd=tmp_path)
     monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
     monkeypatch.setattr(measure, "sources", lambda: segadv.build_info()["sources"])
+    monkeypatch.setenv("SEGADV_COMMIT", "of-another-clone")
     clean = measure.commit.__wrapped__()
     assert re.fullmatch("[0-9a-f]{10}", clean)
     for name in made:

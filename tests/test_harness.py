@@ -258,6 +258,14 @@ def test_a_peak_is_that_of_the_call_alone() -> None:
     assert second < 30e6
 
 
+def test_a_peak_that_cannot_be_reset_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, text: str) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(measure.Path, "write_text", refused)
+    assert math.isnan(measure.peak_bytes(lambda: None))
+
+
 def test_resident_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.Path, "read_text", lambda self: "VmPeak:\t  9000 kB\nVmHWM:\t   300 kB\n")
     assert measure._resident("VmHWM") == 300 * 1024

@@ -171,9 +171,10 @@ def test_arms_are_the_papers() -> None:
 
 
 def test_the_config_decides_the_size_of_the_perturbation() -> None:
-    trainer = Trainer(config(arm="fgsm", eps=4 / 255, adversarial_share=1.0), tiny_model(), Squares())
     images, labels = torch.rand(4, 3, 16, 24), torch.randint(0, CLASSES, (4, 16, 24))
-    assert trainer.step(images, labels, range(4)).eps.tolist() == pytest.approx([4 / 255] * 4)
+    for eps in (4 / 255, 1):
+        trainer = Trainer(config(arm="fgsm", eps=eps, adversarial_share=1.0), tiny_model(), Squares())
+        assert trainer.step(images, labels, range(4)).eps.tolist() == pytest.approx([eps] * 4)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -673,6 +674,9 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path, steps=4)
     with pytest.raises(ValueError, match=r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\)"):
         run(tmp_path, steps=4, arm="fgsm", seed=8)
+    described = Trainer(config(steps=4), tiny_model(), Squares(), description={"data": {"files": {"crop": 1}}})
+    with pytest.raises(ValueError, match=r"differs in description\.data\.files\.crop \(None there, 1 here\)"):
+        described.run(tmp_path, progress=False)
     larger = Trainer(config(steps=4), nn.Sequential(*tiny_model()[:4], nn.Conv2d(8, 6, 1)), Squares())
     before = {name: value.clone() for name, value in larger.model.state_dict().items()}
     with pytest.raises(ValueError, match=r"another architecture.*4.weight has shape \[5, 8, 1, 1\] there and \[6, 8"):
