@@ -720,11 +720,12 @@ def test_a_commit_is_dirty_where_code_differs_and_not_for_rows_tables_and_pictur
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     person = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*person, "commit", "-qm", "one"]):
-        subprocess.run(["git", *command], check=True, cwd=tmp_path)
     monkeypatch.setattr(measure, "__file__", str(tmp_path / "benchmarks" / "measure.py"))
     monkeypatch.setattr(measure, "sources", lambda: segadv.build_info()["sources"])
     monkeypatch.setenv("SEGADV_COMMIT", "of-another-clone")
+    for command in (["init", "-q"], ["add", "."], [*person, "commit", "-qm", "one"]):
+        assert measure.commit.__wrapped__().startswith("of-another-clone"), "there is none yet"
+        subprocess.run(["git", *command], check=True, cwd=tmp_path)
     clean = measure.commit.__wrapped__()
     assert re.fullmatch("[0-9a-f]{10}", clean)
     for name in made:
