@@ -84,6 +84,8 @@ def test_a_row_of_two_series() -> None:
     assert (alone.p50, alone.rounds) == (1.5, 1)
     assert math.isnan(alone.low)
     assert math.isnan(alone.p80)
+    of_two = Where("case", torch.float32, CPU).record("time", "segadv", "fgsm", (np.array([1.0, 3.0]),), unit="ms")
+    assert (of_two.low, of_two.p20, of_two.p50, of_two.p80, of_two.high) == (1.0, 1.4, 2.0, 2.6, 3.0)
 
 
 def test_every_key_is_measured_once_in_every_round_in_changing_order() -> None:
@@ -183,6 +185,8 @@ def test_rows_are_read_as_written_and_replaced_by_key(tmp_path: Path) -> None:
     records.write_records(path, [replace(first, p50=9.0), replace(first, thp=1 - first.thp)])
     found = records.read_records(path)
     assert len(found) == 3
+    keys = [[getattr(row, name) for name in records.KEY] for row in found]
+    assert keys == sorted(keys)
     assert repr(sorted(found, key=repr)) == repr(  # repr, because NaN is not equal to itself
         sorted([replace(first, p50=9.0), second, replace(first, thp=1 - first.thp)], key=repr)
     )

@@ -271,6 +271,16 @@ def test_resident_memory_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> No
     assert measure._resident("VmHWM") == 300 * 1024
 
 
+def test_the_driver_is_what_a_program_says_that_does_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure.driver_version.__wrapped__() == "unknown"
+    program = tmp_path / "nvidia-smi"
+    for text, status, told in (("No devices were found", 6, "unknown"), ("580.65.06\n580.65.06", 0, "580.65.06")):
+        program.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        program.chmod(0o755)
+        assert measure.driver_version.__wrapped__() == told
+
+
 def test_names_of_devices_in_those_of_files() -> None:
     assert measure.slug("NVIDIA H100 (80 GB)") == "nvidia-h100-80-gb"
 
