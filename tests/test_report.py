@@ -809,7 +809,7 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
     content = {
         "arguments": {"segadv": "0.1.0", "seed": seeds[0]},
         "finished": True,
-        "seconds": {"data": 30.0, "train basic": 90.0},
+        "seconds": {"data": 90.0, "train basic": 150.0},
         "git_commit": COMMIT,
         "machine": {
             "processor": "AMD EPYC",
@@ -827,7 +827,7 @@ def finished_demo(path: Path, seeds: Sequence[int]) -> Path:
     for k, seed in enumerate(seeds):
         run = path.parent / (f"seed-{seed}" if k else "") / "fast-newton"
         run.mkdir(parents=True)
-        medians = (None, 0.01 * (k + 1), 0.01 * (k + 3), 0.9)  # None: no sample was attacked
+        medians = (None, 0.0, 0.01 * (k + 1), 0.01 * (k + 3), 0.9, 0.9)  # None: no sample was attacked
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps({'eps_median': value})}\n" for value in medians))
     return path
 
@@ -853,7 +853,7 @@ def test_a_demo_becomes_rows_a_table_and_a_picture(seeds: tuple[int, ...], root:
             "0.350 (0.330-0.370)",
         ]
     assert cells(text, "random-fgsm")[1:] == expected
-    assert "took 2 minutes" in text.replace("\n", " ")
+    assert "took 4 minutes" in text.replace("\n", " ")
     sizes = ", ".join(["0.030", "0.040", "0.050"][: len(seeds)])
     assert f"Fast Newton's step size in training was {sizes}. (" in text.replace("\n", " ")
     assert "commit c0ffee" in text.replace("\n", " ")
@@ -1152,6 +1152,14 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
     assert "32 validation scenes" in text
     if name != "segpgd":
         assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in text.replace("\n", " ")
+
+
+def test_steps_at_other_eps_are_told_where_they_are_others(tmp_path: Path) -> None:
+    for others, told in ((20, "the others have 100, 20 at 0.02 and 0.04. The"), (100, "the others have 100. The")):
+        rows = [replace(row, case=row.case.replace(" 20 steps", f" {others} steps")) for row in robust_rows()]
+        (tmp_path / "robustness.csv").unlink(missing_ok=True)
+        write_records(tmp_path / "robustness.csv", rows)
+        assert f"BIM-10 has 10 steps, {told} worst case" in " ".join(report.robustness(tmp_path).split())
 
 
 def test_checks_for_gradient_masking_become_rows_and_a_sentence(root: Path, tmp_path: Path) -> None:
