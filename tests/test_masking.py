@@ -256,6 +256,7 @@ MEASURED: dict[str, Any] = {
         ({"losses": [[1.0, 0.98, *[1.1] * 9]]}, 5),
         ({"losses": [[1.0 - 0.005 * i for i in range(11)]]}, 5),
         ({"losses": [[1.0] * 11]}, 5),
+        ({"losses": [[1.0, 1.0, *[1.1] * 9]]}, None),
         ({"losses": [[1.0, *(1.5 - 0.01 * i for i in range(10))]]}, 5),  # it ends above its beginning
         ({"losses": [[2.0 - 0.1 * i for i in range(11)], [1.0 + 0.2 * i for i in range(11)]]}, None),  # of the mean
     ],
@@ -289,6 +290,8 @@ def test_verdicts_follow_from_the_numbers(
         model, [], steps=7, sources={"other": model}, seed=5, ignore_index=9, align_corners=True, records="r"
     )
     assert [check.passed for check in checks] == [i != failed for i in range(6)]
+    rising = [losses == sorted(losses) and losses[-1] > losses[0] for losses in numbers["losses"]]
+    assert f"only rises for {sum(rising) / len(rising):.0%} of the images" in checks[5].finding
     shared = {"seed": 5, "ignore_index": 9, "align_corners": True, "records": "r"}
     assert len(asked) == 2
     assert asked[0]["steps"] == 7

@@ -572,6 +572,9 @@ def test_cells_of_the_overhead(tmp_path: Path) -> None:
     assert "on small, 8 x 3 x 256 x 512, 19 classes: 100, 101 and 102 ms, 500, 501 and 502 MB (9 rounds). What" in words
     assert "of Fast Newton's attack with segadv 60.0 [59.5, 60.5] % on small (9 rounds)." in words
     assert "hold the median less often, some in 91 % of cases only" in words
+    few = [replace(row, rounds=4 if row.operation == overhead.GLUE_SHARE else 20) for row in rows if row.rounds > 1]
+    write_records(tmp_path / "overhead-cpu.csv", few)
+    assert "some in 87 % of cases only" in " ".join(report.training_overhead(tmp_path).split())
 
 
 def test_networks_of_the_overhead(tmp_path: Path) -> None:
