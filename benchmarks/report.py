@@ -549,8 +549,7 @@ def _overhead_on_a_device(path: Path) -> str:
     header = ["network", "arm", *columns.values(), "segadv over conventional basic", "cost model"]
     header += ["paper, Cityscapes", "paper, VOC"]
     shares = [f"{with_interval(record)} % on {network} ({record.rounds} rounds)" for network, record in glue]
-    measured = (*shown, *(record for _, record in glue))
-    fewest = min(record.rounds for record in measured if record.rounds > 1)  # passes and memory are counted once
+    fewest = min(record.rounds for record in shown if record.rounds > 1)  # passes and memory are counted once
     of_glue = (
         "What is neither the network's forward nor its backward pass takes of Fast Newton's attack with segadv "
         f"{', '.join(shares)}. "
