@@ -373,6 +373,14 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
     return _Work(name, (eps,), judged, outcomes, arguments)
 
 
+def _precision_of_float32(device_type: str) -> list[str]:
+    """That of matrix products and of convolutions, which may be "tf32" or "bf16"; "none" leaves it to PyTorch."""
+    backend: Any = torch.backends
+    if device_type == "cuda":
+        return [backend.cuda.matmul.fp32_precision, backend.cudnn.conv.fp32_precision]
+    return [backend.mkldnn.matmul.fp32_precision, backend.mkldnn.conv.fp32_precision]
+
+
 def seed_generators(device: torch.device, seed: int) -> None:
     """Seeds the default generators of the CPU and of a GPU.
 
@@ -618,6 +626,7 @@ def evaluate(
         "model_sha256": model_sha256,
         "seed": seed,
         "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "float32": _precision_of_float32(device.type),
         "device": device.type,
         "backend": backends.requested() or backends.default(device.type),
         **judge.options,

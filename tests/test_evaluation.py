@@ -942,6 +942,23 @@ def test_autocast_is_the_callers_and_part_of_the_records(
         assert first["pixel_accuracy"] == pytest.approx(second["pixel_accuracy"], abs=0.05)
 
 
+@pytest.mark.parametrize("kind", ["matmul", "conv"])
+def test_another_precision_of_float32_has_records_of_its_own(
+    kind: str, tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    setting = getattr(torch.backends.mkldnn, kind)
+    before, forwards = setting.fp32_precision, []
+    try:
+        for precision in ("ieee", "bf16", "ieee"):
+            model.forwards, setting.fp32_precision = 0, precision
+            result = evaluate(model, loader, **ARGUMENTS, records=tmp_path)
+            forwards.append(model.forwards)
+            assert precision in result.run["float32"]
+    finally:
+        setting.fp32_precision = before
+    assert forwards[0] == forwards[1] > 0 == forwards[2]
+
+
 def test_damaged_records_are_made_anew_and_failing_writes_leave_nothing(
     tmp_path: Path, model: Counting, loader: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
