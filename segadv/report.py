@@ -180,8 +180,9 @@ def _lines(
     at_steps = {value: f", {count}" if differ else "" for value, count in counts.items()}
     titles = [plots.attack_title(name) for name in attacks]
     if shown:  # where it is 0, the only eps, no attack takes a step
+        counted = zip(titles, (final[arms[0], name, shown] for name in attacks), strict=True)
         titles = [
-            f"{title}, {_steps(final[arms[0], name, shown])}" for title, name in zip(titles, attacks, strict=True)
+            title if title.endswith(f"-{entry.steps}") else f"{title}, {_steps(entry)}" for title, entry in counted
         ]
     run = result.run[arms[0]]
     failed = [f"{arm} ({check.name})" for arm in arms for check in checks.get(arm, ()) if check.passed is False]
