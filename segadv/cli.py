@@ -36,7 +36,7 @@ from . import __version__, build_info
 from .checks import at_least, did_you_mean
 from .comparison import PAPER_ARMS
 from .data import DATASETS
-from .evaluation import ATTACKS, EPS
+from .evaluation import ATTACKS, EPS, ITERATIVE
 from .models import MODELS, ModelConfig
 from .ops import backends
 from .recipes import ConfigFile, recipe_file, recipes
@@ -185,8 +185,10 @@ def _refuse_idle(options: Sequence[str], arguments: Namespace) -> None:
                 raise ValueError(f"{name} has no effect without --validation.every, the steps between validations")
     if arguments.command == "reproduce" and "--evaluation.steps" in names:
         evaluation = arguments.reproduce[arguments.reproduce.setting].evaluation
-        if not getattr(evaluation, "stronger", True):
-            raise ValueError("--evaluation.steps has no effect without --evaluation.stronger, the attacks with steps")
+        if not {*ITERATIVE} & {*getattr(evaluation, "stronger", ITERATIVE)}:
+            raise ValueError(
+                f"--evaluation.steps has no effect without {', '.join(ITERATIVE)} in --evaluation.stronger"
+            )
 
 
 def _require_folder(arguments: Namespace) -> None:
@@ -538,7 +540,7 @@ def _evaluate(arguments: Namespace) -> None:
     eps = _numbers("eps", arguments.eps)
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
-    if arguments.steps != "100" and {*attacks} <= {*ATTACKS} - {"bim", "pgd", "segpgd", "cospgd"}:
+    if arguments.steps != "100" and {*attacks} <= {*ATTACKS} - {*ITERATIVE}:
         raise ValueError("steps has no effect without bim, pgd, segpgd or cospgd among the attacks")
     trained = [load_trained(path) for path in arguments.checkpoints]
     names = _arm_names(arguments.checkpoints, [config["arm"] for _, config in trained])

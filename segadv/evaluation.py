@@ -85,16 +85,16 @@ def _of_so_many_steps(kind: type[BIM], count: int) -> Callable[..., BIM]:
     return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=count, **options)
 
 
+ITERATIVE = {"bim": BIM, "pgd": PGD, "segpgd": SegPGD, "cospgd": CosPGD}
+"""Those of `ATTACKS` whose number of steps is an argument."""
+
 ATTACKS: Mapping[str, Callable[..., Any]] = {
     "fgsm": lambda model, eps, steps, **options: FGSM(model, eps=eps, **options),
     "bim-10": lambda model, eps, steps, **options: BIM(model, eps=eps, alpha=0.004, steps=10, **options),
-    "bim": _strong(BIM),
-    "pgd": _strong(PGD),
-    "segpgd": _strong(SegPGD),
-    "cospgd": _strong(CosPGD),
+    **{name: _strong(kind) for name, kind in ITERATIVE.items()},
     **{
-        f"{name}-{count}": _of_so_many_steps(kind, count)
-        for name, kind in (("pgd", PGD), ("segpgd", SegPGD))
+        f"{name}-{count}": _of_so_many_steps(ITERATIVE[name], count)
+        for name in ("pgd", "segpgd")
         for count in (10, 20, 40, 100)
     },
 }

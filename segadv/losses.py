@@ -13,8 +13,8 @@ __all__ = ["CrossEntropyLoss"]
 class CrossEntropyLoss(nn.Module):
     """`torch.nn.CrossEntropyLoss` for logits of any size: bilinear upsampling is part of the loss.
 
-    Full-resolution logits are never built, and the gradient is that of the logits as given. Without a valid pixel the
-    loss is 0. There is no label smoothing.
+    Full-resolution logits are never built, and the gradient is with respect to the logits as given. Without a valid
+    pixel the loss is 0. There is no label smoothing.
 
     Args:
         weight: [C] class weights.

@@ -43,9 +43,12 @@ _FURTHER_MARKERS = ("d", "H", "8")
 _ATTACKS = {
     "fgsm": "FGSM",
     "bim": "BIM",
+    "bim-10": "BIM-10",
     "pgd": "PGD",
     "segpgd": "SegPGD",
     "cospgd": "CosPGD",
+    **{f"pgd-{steps}": f"PGD-{steps}" for steps in (10, 20, 40, 100)},
+    **{f"segpgd-{steps}": f"SegPGD-{steps}" for steps in (10, 20, 40, 100)},
     "worst-case": "the worst for each image",
 }
 _COLUMNS = 3
@@ -95,9 +98,8 @@ def _style(arms: Sequence[str]) -> dict[str, tuple[str, str, str]]:
 
 
 def attack_title(attack: str) -> str:
-    """An attack's name for readers, that of "bim-10" too."""
-    kind, _, steps = attack.rpartition("-")
-    return f"{_ATTACKS[kind]}-{steps}" if kind in _ATTACKS and steps.isdecimal() else _ATTACKS.get(attack, attack)
+    """An attack's name for readers."""
+    return _ATTACKS.get(attack, attack)
 
 
 def _panels(figure: Figure, count: int) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,16 @@ def _check_alike(result: EvaluationResult) -> None:
 
 def _shown_eps(result: EvaluationResult) -> float:
     """The eps that pictures at one eps show: with most steps, of those the one nearest to 0.03."""
-    steps: dict[float, int] = {}
-    for entry in result.measurements:
-        steps[entry.eps] = max(steps.get(entry.eps, 0), entry.steps)
+    steps = _steps_together(result)
     return min(steps, key=lambda eps: (-steps[eps], abs(eps - _USUAL_EPS)))
+
+
+def _steps_together(result: EvaluationResult) -> Counter[float]:
+    """eps -> sum over the attacks, some of which have the same number at every eps."""
+    steps: Counter[float] = Counter()
+    for entry in result.final:
+        steps[entry.eps] += entry.steps
+    return steps
 
 
 def _with_steps(result: EvaluationResult, eps: float) -> bool:
@@ -176,8 +183,8 @@ def _lines(
     final = {(entry.arm, entry.attack, entry.eps): entry for entry in result.final}
     strongest = _strongest(result)
     counts = {value: _steps(final[arms[0], strongest, value]) for value in eps if value}
-    differ = len(set(counts.values())) > 1
-    at_steps = {value: f", {count}" if differ else "" for value, count in counts.items()}
+    at_steps = {value: f", {count}" if len({*counts.values()}) > 1 else "" for value, count in counts.items()}
+    differ = len({count for value, count in _steps_together(result).items() if value}) > 1
     titles = [plots.attack_title(name) for name in attacks]
     if shown:  # where it is 0, the only eps, no attack takes a step
         counted = zip(titles, (final[arms[0], name, shown] for name in attacks), strict=True)

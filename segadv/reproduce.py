@@ -32,7 +32,7 @@ from .comparison import (
     whole_images,
 )
 from .data import open_dataset
-from .evaluation import ATTACKS, EPS, PAPER_ATTACKS, EvaluationResult, evaluate
+from .evaluation import ATTACKS, EPS, ITERATIVE, PAPER_ATTACKS, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
 from .recipes import recipe_file
 from .records import model_hash
@@ -440,9 +440,11 @@ def _report(
         "",
     ]
     if evaluation.stronger:
+        iterative = [name for name in evaluation.stronger if name in ITERATIVE]
         lines += [
-            f"BIM, PGD, SegPGD and CosPGD have {evaluation.steps} steps, where their names do not say another number; "
-            "the worst case takes of each image what leaves the most pixels wrong, an attack or the clean image.",
+            *[f"Steps of {', '.join(iterative)}: {evaluation.steps}."] * bool(iterative),
+            "The worst case takes, for each image, the outcome with the most wrong pixels, of an attack or of the "
+            "clean image.",
             "",
         ]
     device, processes = overhead["environment"]["device"], overhead["processes"]

@@ -56,8 +56,7 @@ class Validation:
     Args:
         every: steps between evaluations; the last step is followed by one too. 0: none.
         images: number of images, the first of the validation data set; 0: all.
-        attacks: some of fgsm, bim-10, bim, pgd, segpgd and cospgd (`segadv.evaluation.ATTACKS`); the last four take
-            100 steps.
+        attacks: names out of `segadv.evaluation.ATTACKS`; bim, pgd, segpgd and cospgd take 100 steps every time.
         eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
         batch_size: images at once; they are taken whole, so where their sizes differ it has to be 1.
 

@@ -420,13 +420,13 @@ class Trainer:
         * ``run.json``: see `segadv.run_directory.RunDirectory`.
 
         On the CPU, with an equal number of threads, a resumed run gives the same bits as one that was never
-        interrupted, wherever it was killed; so does a run of two processes (of more: to rounding,
-        because the order in which their gradients are added up differs from run to run). Ctrl-C finishes the current
-        step, or batch of a validation, writes a checkpoint and raises KeyboardInterrupt; a validation that was cut
-        short is made when the run continues. Several processes stop together two steps later, or after the current
-        validation. SIGTERM does the same where it is handled as Ctrl-C (`signal.default_int_handler`), as the command
-        line does. (torchrun kills processes after 30 s. A validation, or a GPU that waits for a process that has ended,
-        may take longer; then the run continues from the last checkpoint, made before that validation.)
+        interrupted, wherever it was killed; so does a run of two processes (of more: to rounding, because the order in
+        which their gradients are added up differs from run to run). Ctrl-C finishes the current step, or batch of a
+        validation, writes a checkpoint and raises KeyboardInterrupt; a validation that was cut short is made when the
+        run continues. Several processes stop together two steps later; a validation that is running is finished before.
+        SIGTERM does the same where it is handled as Ctrl-C (`signal.default_int_handler`), as the command line does.
+        (torchrun kills processes after 30 s. A validation, or a GPU that waits for a process that has ended, may take
+        longer; then the run continues from the last checkpoint, made before that validation.)
 
         Args:
             progress: show a progress bar, or a line per minute where the standard error stream is no terminal. A line
@@ -946,13 +946,13 @@ class _Interrupts:
     def __init__(self) -> None:
         self.received = 0
         """How often it was pressed inside the `held` that is running."""
-        self._latest: int = signal.SIGINT
-        """Which of the two signals it was."""
+        self._kept: set[int] = set()
+        """Which of the two signals came."""
         self._depth = 0
         self._before: dict[int, Any] = {}  # the handlers replaced
 
     def __enter__(self) -> _Interrupts:
-        self.received = 0
+        self.received, self._kept = 0, set()
         if threading.current_thread() is threading.main_thread():  # only there do signals arrive
             handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             if callable(handlers[signal.SIGINT]) or handlers[signal.SIGINT] == signal.SIG_DFL:  # not ignored
@@ -970,7 +970,8 @@ class _Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._depth:
-            self.received, self._latest = self.received + 1, number
+            self.received += 1
+            self._kept.add(number)
             return
         before = self._before[number]
         if callable(before):
@@ -1000,9 +1001,9 @@ class _Interrupts:
             yield batch
 
     def _let_go(self) -> None:
-        if self.received:
-            self.received = 0  # however often: it interrupts once
-            self._receive(self._latest, None)
+        kept, self._kept, self.received = self._kept, set(), 0
+        for number in sorted(kept):  # each once, however often it came
+            self._receive(number, None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

@@ -242,6 +242,7 @@ def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str])
     assert explained.keys() == {field.name for field in dataclasses.fields(training.TrainConfig)}
     assert explained["checkpoint_every"] == "steps between checkpoints"
     assert explained["checkpoint_every"] in text
+    assert "__main__" not in text, "which is for scripts"
     assert all(arm in text.replace("- ", "-") for arm in training.ARMS)  # lines break at hyphens
 
 

@@ -572,3 +572,16 @@ def test_a_report_is_of_models_with_equally_many_classes(tmp_path: Path) -> None
 def test_steps_that_a_name_tells_are_not_told_twice(tmp_path: Path) -> None:
     result = made(*((name, 0.03, steps, 50) for name, steps in (("bim-10", 10), ("pgd", 10), ("mine-1", 10))))
     assert "| trained with | BIM-10 | PGD, 10 steps | mine-1, 10 steps |" in report.write_report(tmp_path, result)
+
+
+@pytest.mark.parametrize("constant", [(), ("pgd-100", "worst-case")])
+def test_attacks_with_as_many_steps_everywhere_do_not_hide_that_others_have_not(
+    constant: tuple[str, ...], tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+) -> None:
+    at = [(0.0, 0), (0.01, 3), (0.2, 20)]
+    same = ((name, eps, 100 if steps else 0, 50) for name in constant for eps, steps in at)
+    result = made(*(("pgd", eps, steps, 60) for eps, steps in at), *same)
+    text = report.write_report(tmp_path, result)
+    assert "different numbers of steps at different eps" in text
+    assert "## mIoU at eps 0.2, attack by attack" in text
+    assert ("| clean | eps 0.01, 3 steps | eps 0.2, 20 steps |" in text) == (not constant)

@@ -790,7 +790,8 @@ def test_reproduce_leaves_foreign_folders_alone(
         ("--arms basic,fgms", "bim-3, fast-newton; got ['fgms'], did you mean 'fgsm'?"),
         ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
-        ("--evaluation.steps 7", "--evaluation.steps has no effect without --evaluation.stronger"),
+        ("--evaluation.steps 7", "--evaluation.steps has no effect without bim, pgd, segpgd, cospgd in --eval"),
+        ("--evaluation.steps 7 --evaluation.stronger pgd-10", "--evaluation.steps has no effect without bim, pgd,"),
         (
             "--evaluation.stronger pgd --evaluation.steps 0",
             "evaluation.steps must be a whole number of at least 1",
@@ -1105,7 +1106,7 @@ def test_report_shows_each_number_in_its_place() -> None:
     ):
         assert f"| {claim} | {verdict} | " in text
     assert "3 validation images, whole." in text
-    assert "the worst case" not in text
+    assert "worst case" not in text
     assert "50% of it attacked, on cpu; medians. The paper's table 1 is the one for Cityscapes." in text
     titles, _, *table = lines[lines.index(next(line for line in lines if line.startswith("| trained with | step"))) :]
     assert titles == (
@@ -1120,8 +1121,8 @@ def test_report_shows_each_number_in_its_place() -> None:
     ]
     other = "\n".join(report("voc", Evaluation(("pgd",), steps=7, images=3), attacked=0.25, processes=4))
     assert "whole (the first 3 of the split)." in other
-    assert "BIM, PGD, SegPGD and CosPGD have 7 steps, where their names" in other
-    assert "the worst case takes of each image what leaves the most pixels wrong" in other
+    assert "Steps of pgd: 7.\nThe worst case takes, for each image, the outcome with the most wrong pixels" in other
+    assert "Steps" not in "\n".join(report(evaluation=Evaluation(("pgd-10",)))).partition("worst case")[0]
     assert "on cpu (4 processes); medians. The paper's tables are for half of the samples" in other
     assert "The paper's table 2 is the one for PASCAL VOC." in "\n".join(report("voc"))
 
@@ -1143,6 +1144,13 @@ def test_overhead_is_the_percentiles_of_each_arms_own_steps(streets: Path, monke
     of = ("arm", "step_ms_p20", "step_ms_p50", "step_ms_p80", "overhead_percent")
     assert [[row[name] for name in of] for row in rows] == [["basic", 1.8, 3, 4.4, 0], ["fgsm", 3.6, 5, 6.4, 66.67]]
     assert len(waited) == 2 * 2 * 7
+
+
+def test_attacks_have_titles_and_those_of_others_keep_their_names() -> None:
+    assert [plots.attack_title(name) for name in (*ATTACKS, "worst-case", "fgsm-2", "mine")] == [
+        "FGSM", "BIM-10", "BIM", "PGD", "SegPGD", "CosPGD", "PGD-10", "PGD-20", "PGD-40", "PGD-100", "SegPGD-10",
+        "SegPGD-20", "SegPGD-40", "SegPGD-100", "the worst for each image", "fgsm-2", "mine",
+    ]  # fmt: skip
 
 
 def test_examples_are_bim_10_at_the_eps_that_is_shown() -> None:

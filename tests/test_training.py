@@ -1300,6 +1300,15 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
                 with interrupts, pytest.raises(KeyboardInterrupt):
                     terminate_in_a_step()
                 assert received == ["end of the step"]
+            with interrupts, interrupts.held():
+                signal.raise_signal(signal.SIGINT)
+            assert received == ["end of the step", "handled"]
+            for both in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+                received.clear()
+                with interrupts, pytest.raises(KeyboardInterrupt), interrupts.held():
+                    for number in both:
+                        signal.raise_signal(number)
+                assert received == ["handled"]
             for own in (signal.SIG_DFL, lambda number, frame: None):  # somebody else's stays as it is
                 signal.signal(signal.SIGTERM, own)
                 with interrupts:

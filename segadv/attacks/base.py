@@ -54,7 +54,7 @@ from ..ops.common import synchronous_checks
 __all__ = ["Attack", "AttackInfo", "InputGradient", "frozen", "model_logits", "unwrapped"]
 
 _TOGETHER = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
-"""Of buffers of these types many are copied in one call."""
+"""Buffers of these types are copied many at a time."""
 
 
 @dataclass(kw_only=True)
