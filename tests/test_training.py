@@ -1258,6 +1258,11 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             signal.raise_signal(signal.SIGTERM)
             received.append("end of the step")
 
+    def press_both_in_a_step(both: tuple[int, int]) -> None:
+        with interrupts.held():
+            for number in both:
+                signal.raise_signal(number)
+
     def press_nothing() -> None:
         with interrupts.held():
             pass
@@ -1305,9 +1310,8 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
             assert received == ["end of the step", "handled"]
             for both in ((signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
                 received.clear()
-                with interrupts, pytest.raises(KeyboardInterrupt), interrupts.held():
-                    for number in both:
-                        signal.raise_signal(number)
+                with interrupts, pytest.raises(KeyboardInterrupt):
+                    press_both_in_a_step(both)
                 assert received == ["handled"]
             for own in (signal.SIG_DFL, lambda number, frame: None):  # somebody else's stays as it is
                 signal.signal(signal.SIGTERM, own)
