@@ -67,6 +67,7 @@ def test_python_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     images, labels = next(iter(DataLoader(Scenes(), batch_size=4)))
     names: dict[str, Any] = {
         "model": model,
+        "other": small_pspnet(19),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
         "loader": [(images, labels)],
         "val_loader": [(images, labels)],
