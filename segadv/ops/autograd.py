@@ -166,7 +166,7 @@ class CrossEntropy(torch.autograd.Function):
         )  # fmt: skip
         is_plain = loss == "cross_entropy"
         ctx.save_for_backward(logits, labels, shift, scale, class_weight, None if is_plain else pixel_weight)
-        ctx.options = (ignore_index, align_corners)
+        ctx.dtype, ctx.options = logits.dtype, (ignore_index, align_corners)
         ctx.name = "cross_entropy" if is_plain else f"{loss}_loss"
         ctx.mark_non_differentiable(n_valid, weight_sum)
         _remember_backend(ctx)
@@ -175,11 +175,12 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _refuse_second_derivative(ctx.name)
-        logits, labels, shift, scale, class_weight, pixel_weight = ctx.saved_tensors
-        # Hooks on saved tensors may give other strides back.
-        shift, scale = shift.contiguous(), scale.contiguous()
-        if pixel_weight is not None:
-            pixel_weight = pixel_weight.contiguous()
+        logits, labels, *others = ctx.saved_tensors
+        # Hooks on saved tensors may give other strides and another precision back.
+        logits = logits.to(ctx.dtype)
+        shift, scale, class_weight, pixel_weight = (
+            None if saved is None else saved.to(compute_dtype(ctx.dtype)).contiguous() for saved in others
+        )
         if grad_loss.dim() == 1:  # [N]: the same for every pixel of an image; a view, no memory
             grad_loss = grad_loss.view(-1, 1, 1).expand(labels.shape)
         with _remembered_backend(ctx):
