@@ -1432,15 +1432,17 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"alpha must be a number or .* \[2\] on cpu, got float32 \[1\]"):
         BIM(model, alpha=torch.ones(1))(IMAGES, LABELS)
 
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
     for kind in (RandomFGSM, NFGSM, PGD):
         with pytest.raises(ValueError, match="generator must be on the images' device, cpu, got cuda"):
             kind(model, generator=Elsewhere())(IMAGES, LABELS)
 
-    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got a int"):
-        PGD(model, generator=3)(IMAGES, LABELS)  # type: ignore[arg-type]
+    a_generator = r"generator must be a torch\.Generator or None, got a "
+    for seed in (3, np.array(3), torch.tensor(3)):  # arrays and tensors have a device, too
+        with pytest.raises(TypeError, match=a_generator + type(seed).__name__):
+            PGD(model, generator=seed)(IMAGES, LABELS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -437,7 +437,7 @@ def _noisy(images: Tensor, noise: Tensor, size: Tensor, bounds: tuple[float, flo
 
 
 def _check_generator(generator: torch.Generator | None, images: Tensor) -> None:
-    if generator is not None and not hasattr(generator, "device"):
+    if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got a {type(generator).__name__}")
     if generator is not None and generator.device.type != images.device.type:
         raise ValueError(f"generator must be on the images' device, {images.device}, got {generator.device}")
