@@ -928,7 +928,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_apart takes along what runs
     install_native_core()
     if "tests" in options.only:  # once, before all of them look for it
-        subprocess.run([sys.executable, "-c", "import emulated; emulated.load()"], cwd=ROOT / "tests", check=False)
+        build = "import sys; sys.path.insert(0, 'tests'); import emulated; emulated.load()"  # it imports segadv, too
+        subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=False)
     outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) if options.dry_run else options.results.resolve()

@@ -542,6 +542,26 @@ def test_commands_side_by_side_keep_all_that_they_print(
     assert "went wrong" in lines
 
 
+def test_the_kernels_of_the_tests_are_built_with_the_clone_s_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where segadv is not installed, which tests/emulated.py imports."""
+    commands: list[tuple[list[str], Path]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "install_native_core", lambda: None)
+        patch.setattr(device, "run_apart", lambda *_, **__: (0, "ok"))
+        patch.setattr(device.signal, "signal", lambda *_: None)
+        patch.setattr(subprocess, "run", lambda command, *, cwd, check: commands.append((command, cwd)))
+        assert device.main(["--only", "tests", "--dry-run", "--results", str(tmp_path)]) == 0
+    (((python, option, build), folder),) = commands
+    code = f"{build}; import segadv; print(segadv.__file__)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    shown = subprocess.run(
+        [python, option, code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(shown.stdout.strip()) == device.ROOT / "segadv" / "__init__.py"
+
+
 @pytest.mark.parametrize("backend", ["native", "cuda-emulated"], indirect=True)
 def test_the_walks_run(backend: str) -> None:
     """They are those of the CUDA kernels."""
