@@ -93,7 +93,7 @@ def measure(config: TrainConfig) -> list[dict[str, float]]:
     torch.manual_seed(0)
     trainer: Any = Trainer(config, small_pspnet(), Scenes(8 * config.batch_size))
 
-    class TimedLoader(training._Loader):
+    class TimedLoader(training.Loader):
         def __iter__(self) -> Iterator[Any]:
             batches = super().__iter__()
             advance = timers.around("batch", lambda: next(batches, None))
@@ -102,8 +102,8 @@ def measure(config: TrainConfig) -> list[dict[str, float]]:
                 yield batch
                 timers.next_step()
 
-    genuine = training._Loader, training.functional.cross_entropy, Tensor.backward
-    training._Loader = TimedLoader  # type: ignore[misc]
+    genuine = training.Loader, training.functional.cross_entropy, Tensor.backward
+    training.Loader = TimedLoader  # type: ignore[misc]
     training.functional.cross_entropy = timers.around("loss", genuine[1])
     Tensor.backward = timers.around("backward", genuine[2])  # type: ignore[method-assign]
     if trainer.attack is not None:
@@ -117,7 +117,7 @@ def measure(config: TrainConfig) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             trainer.run(folder, progress=False)
     finally:
-        training._Loader, training.functional.cross_entropy, Tensor.backward = genuine  # type: ignore[misc]
+        training.Loader, training.functional.cross_entropy, Tensor.backward = genuine  # type: ignore[misc]
     return timers.steps[WARM_UP:]
 
 

@@ -15,16 +15,13 @@ import json
 import math
 import operator
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -47,9 +44,10 @@ from .checkpoints import (
 from .checks import a_module, levels_to_the_caller
 from .data import DATASETS, IGNORE_INDEX, Augmented, EpochSampler
 from .data.checked import checked
-from .data.files import opened
+from .data.loader import Loader, require_one_size, stack
 from .data.sampler import STEP
 from .evaluation import EvaluationResult, evaluate, seed_generators
+from .interrupts import Interrupts
 from .models import sync_batchnorm
 from .monitor import catastrophic_overfitting, probe
 from .progress import progress_bar
@@ -158,59 +156,14 @@ class Trainer:
         validation_dataset: Dataset[tuple[Tensor, Tensor]] | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(config, TrainConfig):
-            raise TypeError(f"config must be a TrainConfig(...), got a {type(config).__name__}")
-        a_module(model)
-        if hasattr(model, "_orig_mod"):  # the names in its checkpoints would be others
-            raise TypeError("model must not be compiled: give what was compiled, and TrainConfig(compile=True)")
-        for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
-            if isinstance(given, DataLoader):
-                raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
-            if not hasattr(given, "__len__") and (name == "dataset" or given is not None):
-                raise TypeError(f"{name} must have a length (__len__), got a {type(given).__name__}")
+        _require_types(config, model, dataset, validation_dataset)
         self.config = config
         self.description = json.loads(json.dumps(description or {}))  # plain values, as they come back from a file
         self.device = resolve_device(config.device)
         self.processes = distributed.world_size()
-        cuda = self.device.type == "cuda"
-        if config.precision == "fp16" and not cuda:
-            raise ValueError(f'precision "fp16" needs a CUDA device, got {str(self.device)!r}; use "fp32" or "bf16"')
-        if self.processes != distributed.started():
-            raise ValueError(
-                f"torchrun started {distributed.started()} processes, but the process group has {self.processes}: "
-                "make and run the Trainer inside of segadv.distributed.process_group()"
-            )
         self.dataset_length = len(dataset)  # type: ignore[arg-type]
-        if self.dataset_length < config.batch_size:
-            raise ValueError(
-                f"dataset must hold at least one batch, batch_size = {config.batch_size}, got {self.dataset_length}"
-            )
-        if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
-            raise ValueError("validation.every needs a validation_dataset that is not empty")
-        # what would fail then; a sub-class may make pixels of one size of all files
-        own = type(validation_dataset) in DATASETS.values()
-        if own and config.validation.every and config.validation.batch_size > 1:
-            _one_size(validation_dataset.image_paths[: config.validation.images or None])  # type: ignore[union-attr]
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("model must have a parameter that requires a gradient: there is nothing to train")
-        # what would fail after the training, when files are written
-        if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
-            raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
-        try:
-            self._identity()
-        except TypeError as error:
-            raise TypeError(f"config must hold plain numbers and strings: {error}") from error
-        self._batches(start_step=0)  # raises where the batch cannot be divided
-        part = config.batch_size // (self.processes * config.accumulation)
-        # a layer frozen in eval mode takes none; a model in eval mode as a whole is put into train mode
-        takes_statistics = any(
-            isinstance(m, _BatchNorm) and (m.training or not model.training) for m in model.modules()
-        )
-        if part < 2 and not (cuda and self.processes > 1) and takes_statistics:
-            raise ValueError(
-                f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
-                f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
-            )
+        self._require_trainable(model, validation_dataset)
+        cuda = self.device.type == "cuda"
         self.dataset = Augmented(
             self._checked(dataset), crop=config.crop, seed=config.seed, augmentation=config.augmentation
         )
@@ -242,11 +195,52 @@ class Trainer:
         self._own_window: list[StepResult] = []
         # Ctrl-C in this process, and, while several agree on where to stop, how often it was pressed in all of them in
         # the last steps, the oldest first
-        self._interrupts = _Interrupts()
+        self._interrupts = Interrupts()
         self._interrupts_told: deque[_Told] = deque(maxlen=_STEPS_TO_STOP + 1)
         self._clock = (0, 0.0)  # steps done and time when the time of the steps was last read
         self._warned = False
         self._looked_for_gradients = False
+
+    def _require_trainable(self, model: nn.Module, validation_dataset: Dataset[tuple[Tensor, Tensor]] | None) -> None:
+        """What would fail later, after hours of training for some of it."""
+        config = self.config
+        if config.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError(f'precision "fp16" needs a CUDA device, got {str(self.device)!r}; use "fp32" or "bf16"')
+        if self.processes != distributed.started():
+            raise ValueError(
+                f"torchrun started {distributed.started()} processes, but the process group has {self.processes}: "
+                "make and run the Trainer inside of segadv.distributed.process_group()"
+            )
+        if self.dataset_length < config.batch_size:
+            raise ValueError(
+                f"dataset must hold at least one batch, batch_size = {config.batch_size}, got {self.dataset_length}"
+            )
+        if config.validation.every and (validation_dataset is None or len(validation_dataset) == 0):  # type: ignore[arg-type]
+            raise ValueError("validation.every needs a validation_dataset that is not empty")
+        # what would fail then; a sub-class may make pixels of one size of all files
+        own = type(validation_dataset) in DATASETS.values()
+        if own and config.validation.every and config.validation.batch_size > 1:
+            require_one_size(validation_dataset.image_paths[: config.validation.images or None])  # type: ignore[union-attr]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model must have a parameter that requires a gradient: there is nothing to train")
+        # what would fail after the training, when files are written
+        if strange := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+            raise ValueError(f"model must hold nothing but tensors in its state_dict(), got others in {strange[:3]}")
+        try:
+            self._identity()
+        except TypeError as error:
+            raise TypeError(f"config must hold plain numbers and strings: {error}") from error
+        self._batches(start_step=0)  # raises where the batch cannot be divided
+        part = config.batch_size // (self.processes * config.accumulation)
+        # a layer frozen in eval mode takes none; a model in eval mode as a whole is put into train mode
+        takes_statistics = any(
+            isinstance(m, _BatchNorm) and (m.training or not model.training) for m in model.modules()
+        )
+        if part < 2 and not (self.device.type == "cuda" and self.processes > 1) and takes_statistics:
+            raise ValueError(
+                f"batch_size {config.batch_size} leaves one image to each of {self.processes} processes and "
+                f"{config.accumulation} accumulated parts, and the model's batch normalisation needs at least two"
+            )
 
     def _checked(self, dataset: Dataset[tuple[Tensor, Tensor]]) -> Dataset[tuple[Tensor, Tensor]]:
         return checked(dataset, self.description.get("num_classes"))
@@ -475,13 +469,11 @@ class Trainer:
     def _train(self, directory: RunDirectory, progress: bool) -> None:
         config = self.config
         sampler = self._batches(start_step=self.steps_done)
-        loader = _Loader(
+        loader = Loader(
             self.dataset,
-            batch_sampler=self._chosen_first(sampler),  # type: ignore[arg-type]
+            batch_sampler=self._chosen_first(sampler),
             num_workers=config.workers,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global one
-            worker_init_fn=_ignore_interrupts,
         )
         alone = self.processes == 1
         self._interrupts_told.clear()  # what was told before this run has ended another
@@ -815,13 +807,11 @@ class Trainer:
         length = len(dataset)  # type: ignore[arg-type]
         images = range(min(validation.images or length, length))
         batches = [images[start : start + validation.batch_size] for start in images[:: validation.batch_size]]
-        loader = _Loader(
+        loader = Loader(
             self._checked(dataset),
-            batch_sampler=batches[distributed.rank() :: self.processes],  # type: ignore[arg-type]
+            batch_sampler=batches[distributed.rank() :: self.processes],
             num_workers=self.config.workers,
-            collate_fn=_stack,
-            generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupts,
+            collate_fn=stack,
         )
         several = self.processes > 1
         read = loader if several else self._interrupts.between(loader)
@@ -829,22 +819,17 @@ class Trainer:
             return evaluate(self.model, read, validation.attacks, validation.eps, worst_case=False, sharded=several)
 
 
-class _Loader(DataLoader[Any]):
-    """On the CPU, whatever the default device: its generator is there, and processes that it forks cannot use a GPU."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        def reading() -> contextlib.AbstractContextManager[Any]:  # the device's takes time in every call of torch
-            return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-
-        with reading():
-            batches = super().__iter__()
-        while True:
-            with reading():
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
+def _require_types(config: Any, model: Any, dataset: Any, validation_dataset: Any) -> None:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig(...), got a {type(config).__name__}")
+    a_module(model)
+    if hasattr(model, "_orig_mod"):  # the names in its checkpoints would be others
+        raise TypeError("model must not be compiled: give what was compiled, and TrainConfig(compile=True)")
+    for name, given in (("dataset", dataset), ("validation_dataset", validation_dataset)):
+        if isinstance(given, DataLoader):
+            raise TypeError(f"{name} must be a Dataset of single samples, got a DataLoader; give its .dataset")
+        if not hasattr(given, "__len__") and (name == "dataset" or given is not None):
+            raise TypeError(f"{name} must have a length (__len__), got a {type(given).__name__}")
 
 
 def _sgd(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.SGD:
@@ -879,21 +864,6 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _one_size(paths: Sequence[str | os.PathLike[str]]) -> None:
-    sizes = set()
-    for path in paths:
-        with contextlib.suppress(OSError), opened(path) as image:  # what cannot be read is told when it is read
-            sizes.add(image.size[::-1])
-    if len(sizes) > 1:
-        raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)[:3]}")
-
-
-def _stack(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(sizes := {tuple(label.shape) for _, label in samples}) > 1:
-        raise ValueError(f"validation.batch_size must be 1 for images of different sizes, got {sorted(sizes)}")
-    return torch.stack([image for image, _ in samples]), torch.stack([label for _, label in samples])
-
-
 class _Told:
     """A number that is read steps after it was computed: from a GPU without waiting for what was queued since then."""
 
@@ -907,16 +877,6 @@ class _Told:
         if self._there is not None:
             self._there.synchronize()
         return bool(self._number)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """A process that loads data goes on until the training process ends, or ends it with SIGTERM: Ctrl-C, and the
-    SIGTERM of torchrun, go to a whole group of processes, of which it is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.setpgid(0, 0)
-    if torch.get_default_device().type != "cpu":  # from the script, where the process reads it
-        torch.set_default_device("cpu")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -934,76 +894,6 @@ def resolve_device(name: str) -> torch.device:
         told = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device {name!r} cannot be used here: {told or type(error).__name__}") from error
     return device
-
-
-class _Interrupts:
-    """Ctrl-C while entered: kept back inside `held`, so that no state is saved from the middle of a step. So is SIGTERM
-    where it is handled as Ctrl-C, as the command line does.
-
-    Elsewhere it goes where it went before. Entered once a run, because to change the handler takes 0.1 ms.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        """How often it was pressed inside the `held` that is running."""
-        self._kept: set[int] = set()
-        """Which of the two signals came."""
-        self._depth = 0
-        self._before: dict[int, Any] = {}  # the handlers replaced
-
-    def __enter__(self) -> _Interrupts:
-        self.received, self._kept = 0, set()
-        if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            if callable(handlers[signal.SIGINT]) or handlers[signal.SIGINT] == signal.SIG_DFL:  # not ignored
-                self._before[signal.SIGINT] = handlers[signal.SIGINT]
-            if handlers[signal.SIGTERM] is signal.default_int_handler:
-                self._before[signal.SIGTERM] = handlers[signal.SIGTERM]
-        for number in self._before:
-            signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before = {}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._depth:
-            self.received += 1
-            self._kept.add(number)
-            return
-        before = self._before[number]
-        if callable(before):
-            before(number, frame)
-        else:
-            signal.signal(number, before)
-            signal.raise_signal(number)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        if not self._depth:
-            self._let_go()
-
-    def between(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, and what is kept back by `held` before each of them, where the model is as it was."""
-        for batch in batches:
-            depth, self._depth = self._depth, 0
-            try:
-                self._let_go()
-            finally:
-                self._depth = depth
-            yield batch
-
-    def _let_go(self) -> None:
-        kept, self._kept, self.received = self._kept, set(), 0
-        for number in sorted(kept):  # each once, however often it came
-            self._receive(number, None)
 
 
 def _summary(metrics: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from segadv import cli, demo, evaluation, masking, training
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.demo import run_demo
+from segadv.interrupts import Interrupts
 from segadv.training import Trainer
 
 pytest.importorskip("PIL.Image")
@@ -176,7 +177,7 @@ def test_termination_is_like_an_interrupt(
         with monkeypatch.context() as patched:
             if name == "between":
                 patched.setattr(training, "_coins", lambda *a: signal.raise_signal(signal.SIGTERM))
-                patched.setattr(training._Interrupts, "held", lambda self: contextlib.nullcontext())
+                patched.setattr(Interrupts, "held", lambda self: contextlib.nullcontext())
             else:
                 patched.setattr(demo, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
             assert run("demo --out x" if name == "run_demo" else command) == 130

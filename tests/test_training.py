@@ -28,6 +28,7 @@ from segadv import models, training
 from segadv.attacks import BIM, FGSM, NFGSM, PGD, AttackInfo, CheckpointFGSM, FastNewton, RandomFGSM, SegPGD
 from segadv.data import Augmentation, Augmented, Cityscapes, EpochSampler
 from segadv.evaluation import EvaluationResult, evaluate
+from segadv.interrupts import Interrupts
 from segadv.training import TrainConfig, Trainer, Validation
 
 CLASSES, SAMPLES, SIZE = 5, 13, (20, 28)
@@ -1237,7 +1238,7 @@ def test_accumulated_run_resumes_to_the_same_bits(tmp_path: Path, arm: str) -> N
 
 def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -> None:
     received: list[str] = []
-    interrupts = training._Interrupts()
+    interrupts = Interrupts()
 
     def press_twice_in_a_step() -> None:
         with interrupts.held():
@@ -1329,10 +1330,10 @@ def test_interrupts_wait_for_the_end_of_a_step_and_go_where_they_went_before() -
 def test_where_an_interrupt_ends_the_process_it_does_so_after_the_step() -> None:
     program = """
 import signal
-from segadv import training
+from segadv.interrupts import Interrupts
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-with training._Interrupts() as interrupts:
+with Interrupts() as interrupts:
     with interrupts.held():
         signal.raise_signal(signal.SIGINT)
         print("end of the step", flush=True)
