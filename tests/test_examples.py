@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segadv
+from segadv import cli
 from segadv.records import model_hash
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples"
@@ -32,6 +33,7 @@ NEEDED = {
     "smp_models": ("segmentation_models_pytorch",),
     "torchvision_deeplabv3": ("torchvision",),
     "own_model": (),
+    "stronger_attacks": ("PIL", "tqdm"),
     "training_loop": (),
 }
 
@@ -423,3 +425,78 @@ def test_hugging_face_trainer_learns(capsys: pytest.CaptureFixture[str]) -> None
     losses = [float(loss) for loss in re.search(r"mean losses: \[(.*)\]", text)[1].split(",")]
     assert len(losses) == 4
     assert losses[-1] < 0.9 * losses[0]
+
+
+# --- attacks of one's own in `evaluate` ---------------------------------------------------------------------------
+
+
+def test_losses_of_sea() -> None:
+    attacks = example("stronger_attacks")
+    logits = (3 * torch.randn(2, 5, 4, 6, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(0, 5, (2, 4, 6))
+    labels[0, 0], labels[1, :, 2] = 255, 255
+    found = {name: loss(logits, labels) for name, loss in attacks.OWN.items()}
+    p = logits.softmax(1)
+    for image, row, column in torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(6)).tolist():
+        label = labels[image, row, column].item()
+        here = {name: loss[image, row, column].item() for name, loss in found.items()}
+        if label == 255:
+            assert here == dict.fromkeys(found, 0)
+            continue
+        prediction = p[image, :, row, column].detach()
+        truth = torch.eye(5, dtype=torch.float64)[label]
+        middle = (prediction + truth) / 2
+        divergence = (torch.xlogy(truth, truth / middle).sum() + torch.xlogy(prediction, prediction / middle).sum()) / 2
+        assert here["js"] == pytest.approx(divergence.item(), abs=1e-12)
+        right = prediction.argmax().item() == label
+        masked = -prediction[label].log().item() if right else 0
+        assert here["masked-ce"] == pytest.approx(masked, abs=1e-12)
+        assert here["balanced-ce"] == pytest.approx(masked / (labels[image] == label).sum().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["js", "masked-ce", "balanced-ce"])
+def test_attack_with_a_loss_of_ones_own(name: str) -> None:
+    attacks = example("stronger_attacks")
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, stride=4, padding=1), nn.Tanh(), nn.Conv2d(5, 3, 1)).double()
+    images, labels = case(3)
+    labels[2] = 255
+    seen: list[Tensor] = []
+    looking = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    loss = attacks.OWN[name]
+    with torch.no_grad():
+        adversarial = attacks.decaying_pgd(model, 0.1, loss=loss, steps=6)(images, labels)
+    looking.remove()
+    assert 0 <= adversarial.min() <= adversarial.max() <= 1
+    assert (adversarial - images).abs().max() <= 0.1 + 1e-6
+
+    sizes = torch.arange(6, dtype=torch.float64).mul(torch.pi / 6).cos().add(1).mul(0.1 / 2)
+    wrong = []
+    for step, iterate in enumerate(seen):  # 7: the start, and after each step
+        leaf = iterate.clone().requires_grad_()
+        logits = F.interpolate(model(leaf), (64, 64), mode="bilinear")
+        wrong.append(((logits.argmax(1) != labels) & (labels != 255)).sum((1, 2)))
+        if step < 6:
+            (grad,) = torch.autograd.grad(loss(logits, labels).sum(), leaf)
+            expected = (iterate + sizes[step] * grad.sign()).clamp(images - 0.1, images + 0.1).clamp(0, 1)
+            torch.testing.assert_close(seen[step + 1], expected, rtol=0, atol=1e-9)
+    assert len(wrong) == 7
+    best = torch.stack(wrong).argmax(0)
+    for image in range(2):
+        assert torch.equal(adversarial[image], seen[best[image]][image])
+
+
+def test_stronger_attacks_on_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attacks = example("stronger_attacks")
+    data = f"{tmp_path}/streets"
+    assert cli.main(f"data generate-streets {data} --train 4 --val 2 --size 64x80".split()) == 0
+    train = f"train --config streets_small --arm basic --data {data} --out {tmp_path}/run --steps 3 --crop [64,80]"
+    assert cli.main(f"{train} --batch-size 4 --workers 0".split()) == 0
+    capsys.readouterr()
+    attacks.main([f"{tmp_path}/run/last.pt", "--data", data, "--eps", "0.05", "--steps", "3", "--images", "2"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert "trained with basic" in title
+    names, rows = zip(*(re.fullmatch(rf"  (.+?) +{NUMBER}  {NUMBER}", line).group(1, 3) for line in lines), strict=True)
+    assert names == ("clean", *attacks.BUILT_IN, "worst case of these", *attacks.OWN, "worst case of all")
+    accuracy = [float(entry) for entry in rows]
+    assert accuracy[5] <= min(accuracy[:5])
+    assert accuracy[9] <= min(accuracy)
