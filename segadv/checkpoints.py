@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.serialization import config as serialization
 
-from .attacks.base import is_expanded, unwrapped
+from .attacks.frozen import is_expanded, unwrapped
 from .writing import atomic_write, write_text
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks.base import frozen, logits_of
+from .attacks.frozen import frozen, logits_of
 from .checkpoints import load_weights, read_checkpoint
 from .data.files import opened
 from .evaluation import ATTACKS

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from . import distributed, functional
 from .attacks import BIM, FGSM, PGD, Attack, CosPGD, SegPGD
-from .attacks.base import check_sizes, device_of, frozen, has_no_loss, is_plain, logits_of, unwrapped
+from .attacks.base import check_sizes, has_no_loss, is_plain
+from .attacks.frozen import device_of, frozen, logits_of, unwrapped
 from .attacks.sign_attacks import uniform_noise
 from .checks import (
     a_module,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD
-from .attacks.base import device_of, frozen, has_label, logits_of
+from .attacks.base import has_label
+from .attacks.frozen import device_of, frozen, logits_of
 from .checks import is_number
 from .evaluation import AttackFactory, evaluate
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attacks.base import device_of, model_logits
+from .attacks.frozen import device_of, model_logits
 from .checks import a_module, at_least, one_of
 from .compat import import_torchvision
 

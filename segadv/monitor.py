@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .attacks import FGSM, PGD, FastNewton
-from .attacks.base import frozen, has_label, logits_of
+from .attacks.base import has_label
+from .attacks.frozen import frozen, logits_of
 from .attacks.sign_attacks import uniform_noise
 from .data import IGNORE_INDEX
 from .results import pixel_accuracy

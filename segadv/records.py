@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .attacks.base import unwrapped
+from .attacks.frozen import unwrapped
 from .writing import atomic_write, explained
 
 _DEEPEST = 100

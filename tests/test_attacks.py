@@ -47,7 +47,7 @@ from segadv.attacks import (
     SegPGD,
     fast_newton_step,
 )
-from segadv.attacks.base import frozen, model_logits, unwrapped
+from segadv.attacks.frozen import frozen, model_logits, unwrapped
 from segadv.evaluation import evaluate
 
 CLASSES = 4
