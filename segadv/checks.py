@@ -6,7 +6,7 @@ import difflib
 import math
 import sys
 from collections.abc import Collection, Iterable
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from types import FrameType
 from typing import TypeGuard
 
@@ -16,19 +16,27 @@ from torch import Tensor, nn
 __all__ = [
     "LABEL_TYPES",
     "a_module",
+    "a_tensor",
     "at_least",
     "checked_bounds",
+    "described",
     "did_you_mean",
+    "dtype_names",
+    "image_type",
     "in_range",
     "is_number",
+    "label_type",
     "levels_to_the_caller",
     "names_out_of",
+    "number_or_vector",
     "one_of",
     "true_or_false",
     "whole_number",
 ]
 
 LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 
 _OVERSHOOT = 0.1  # of the range: what resampling with a cubic kernel may add
 
@@ -42,6 +50,65 @@ def a_module(model: object) -> None:
             f"model must be an nn.Module, got a {type(model).__name__}; for a function write a module whose forward "
             "calls it"
         )
+
+
+def dtype_names(*dtypes: torch.dtype) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def a_tensor(name: str, value: object) -> None:
+    """TypeError where it is no tensor, ValueError where it is not dense."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got a nested one")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
+
+
+def image_type(images: Tensor) -> None:
+    """ValueError where they are no batch of float32 or float64."""
+    if images.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"images must be float32 or float64, got {described(images)}; keep images in float32 and use autocast "
+            "(half precision is too coarse for an eps-ball)"
+        )
+    if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
+        bytes_ = "; images.float() / 255 converts bytes" if images.dtype is torch.uint8 else ""
+        raise ValueError(f"images must be float32 or float64 [N, ...], got {described(images)}{bytes_}")
+
+
+def label_type(labels: Tensor) -> None:
+    """ValueError where it is none of `LABEL_TYPES`."""
+    if labels.dtype not in LABEL_TYPES:
+        scores = labels.is_floating_point() and labels.dim() == 4
+        remedy = "labels.argmax(1) makes classes of scores" if scores else "labels.long() converts"
+        raise ValueError(
+            f"labels must have one of the dtypes {dtype_names(*LABEL_TYPES)}, got {dtype_names(labels.dtype)}; {remedy}"
+        )
+
+
+def number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
+    """(number, None), or (0.0, tensor [N]) where the value is given per image; an error where it fits no images."""
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
+        limit = _LARGEST[images.dtype]
+        # A whole number may be too large for a float; a number of NumPy's would have the limit rounded to its own type.
+        if not -limit <= (value if type(value) is float or isinstance(value, Rational) else float(value)) <= limit:
+            raise ValueError(f"{name} must be finite in {dtype_names(images.dtype)}, got {value}")
+        return float(value), None
+    a_tensor(name, value)
+    if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
+        raise ValueError(
+            f"{name} must be a number or a floating point [{images.shape[0]}] on {images.device}, "
+            f"got {described(value)}"
+        )
+    return 0.0, value.detach().to(images.dtype).contiguous()
 
 
 def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

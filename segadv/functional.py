@@ -29,13 +29,24 @@ raise RuntimeError too, compiled or not. All other results are detached: constan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Rational
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import LABEL_TYPES, checked_bounds, is_number, one_of, true_or_false, whole_number
+from .checks import (
+    a_tensor,
+    checked_bounds,
+    described,
+    dtype_names,
+    image_type,
+    is_number,
+    label_type,
+    number_or_vector,
+    one_of,
+    true_or_false,
+    whole_number,
+)
 from .ops import autograd, library
 from .ops.common import check_labels, compute_dtype, synchronous_checks
 
@@ -55,7 +66,6 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
 _MAX_CLASSES = 32767
 
 Reduction = Literal["mean", "image", "sum", "none"]
@@ -339,9 +349,9 @@ def l1_norm(grad: Tensor) -> Tensor:
 
     Source: the denominator of Wiens & Hammer 2022, eq. 18.
     """
-    _check_tensor("grad", grad)
+    a_tensor("grad", grad)
     if grad.dtype not in _FLOATS:
-        raise ValueError(f"grad must have one of the dtypes {_names(_FLOATS)}, got {_names((grad.dtype,))}")
+        raise ValueError(f"grad must have one of the dtypes {dtype_names(*_FLOATS)}, got {dtype_names(grad.dtype)}")
     if grad.dim() < 1:
         raise ValueError("grad must be [N, ...], got a scalar")
     result: Tensor = autograd.apply(autograd.L1Norm, grad)
@@ -400,9 +410,9 @@ def _newton_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`newton_step` with the norm [N], which the kernel has anyway, as a third result."""
     low, high = _check_step(images, grad, bounds)
-    _check_tensor("gain", gain)
+    a_tensor("gain", gain)
     if gain.shape != images.shape[:1] or not gain.is_floating_point() or gain.device != images.device:
-        raise ValueError(f"gain must be a floating point [{images.shape[0]}] on {images.device}, got {_describe(gain)}")
+        raise ValueError(f"gain must be a floating point [{images.shape[0]}] on {images.device}, got {described(gain)}")
     true_or_false(clamp_negative=clamp_negative)
     if max_eps is not None and not is_number(max_eps):
         raise TypeError(f"max_eps must be a number or None, got a {type(max_eps).__name__}")
@@ -456,13 +466,13 @@ def sign_step(
         given = "eps" if origin is None else "origin"
         raise ValueError(f"origin and eps must both be given, or neither: they describe the ball; got {given} alone")
     if origin is not None:
-        _check_tensor("origin", origin)
+        a_tensor("origin", origin)
     if origin is not None and (
         origin.shape != images.shape or origin.dtype != images.dtype or origin.device != images.device
     ):
-        raise ValueError(f"origin must be like the images, {_describe(images)}, got {_describe(origin)}")
-    alpha_number, alpha_per_image = _number_or_vector("alpha", alpha, images)
-    eps_number, eps_per_image = (None, None) if eps is None else _number_or_vector("eps", eps, images)
+        raise ValueError(f"origin must be like the images, {described(images)}, got {described(origin)}")
+    alpha_number, alpha_per_image = number_or_vector("alpha", alpha, images)
+    eps_number, eps_per_image = (None, None) if eps is None else number_or_vector("eps", eps, images)
     if eps_number is not None and not eps_number >= 0:
         raise ValueError(f"eps must be at least 0, got {eps_number}")
     result: Tensor = library.sign_step(
@@ -538,7 +548,7 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
     """
     _check_logits(logits)
     if logits.dim() != 4:
-        raise ValueError(f"logits must be [N, C, h, w], got {_describe(logits)}")
+        raise ValueError(f"logits must be [N, C, h, w], got {described(logits)}")
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size must be (H, W), got {size}")
     true_or_false(align_corners=align_corners)
@@ -553,41 +563,24 @@ def argmax_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool 
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}")
-    if value.is_nested:
-        raise ValueError(f"{name} must be a dense tensor, got a nested one")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got one of layout {value.layout}; {name}.to_dense() converts")
-
-
 def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits must be a tensor, got a {type(logits).__name__}. Take the logits out of the model's output: "
             'output["out"], output.logits, output[0]'
         )
-    _check_tensor("logits", logits)
+    a_tensor("logits", logits)
     if logits.dtype not in _FLOATS:
-        raise ValueError(f"logits must have one of the dtypes {_names(_FLOATS)}, got {_names((logits.dtype,))}")
+        raise ValueError(f"logits must have one of the dtypes {dtype_names(*_FLOATS)}, got {dtype_names(logits.dtype)}")
     if logits.dim() not in (2, 4):
-        raise ValueError(f"logits must be [N, C, h, w], or [N, C] for classification, got {_describe(logits)}")
+        raise ValueError(f"logits must be [N, C, h, w], or [N, C] for classification, got {described(logits)}")
     if logits.shape[1] < 2:
         raise ValueError(
             f"logits must have at least 2 classes, got {logits.shape[1]}. Make two channels of a sigmoid "
             "output z: torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if 0 in logits.shape[2:]:
-        raise ValueError(f"logits must have at least 1 pixel, got {_describe(logits)}")
+        raise ValueError(f"logits must have at least 1 pixel, got {described(logits)}")
     if logits.shape[1] > _MAX_CLASSES:
         raise ValueError(f"logits must have at most {_MAX_CLASSES} classes, got {logits.shape[1]}")
 
@@ -597,14 +590,14 @@ def _as_maps(logits: Tensor, labels: Tensor, ignore_index: int, align_corners: b
     _check_logits(logits)
     whole_number(ignore_index=ignore_index)
     true_or_false(align_corners=align_corners)
-    _check_tensor("labels", labels)
-    _check_label_type(labels)
+    a_tensor("labels", labels)
+    label_type(labels)
     if labels.dim() != logits.dim() - 1 or labels.shape[0] != logits.shape[0]:
         needed = "[N]" if logits.dim() == 2 else "[N, H, W]"
         squeezable = labels.dim() == logits.dim() == 4 and labels.shape[1] == 1
         remedy = "; labels.squeeze(1) converts" if squeezable else ""
         raise ValueError(
-            f"labels must be {needed} with the same N as logits {_describe(logits)}, got {_describe(labels)}{remedy}"
+            f"labels must be {needed} with the same N as logits {described(logits)}, got {described(labels)}{remedy}"
         )
     if labels.device != logits.device:
         raise ValueError(f"labels must be on the logits' device, {logits.device}, got {labels.device}")
@@ -627,20 +620,11 @@ def _quotient(total: Tensor, count: Tensor) -> Tensor:
     return total / count.where(count != 0, 1)
 
 
-def _check_label_type(labels: Tensor) -> None:
-    if labels.dtype not in LABEL_TYPES:
-        scores = labels.is_floating_point() and labels.dim() == 4
-        remedy = "labels.argmax(1) makes classes of scores" if scores else "labels.long() converts"
-        raise ValueError(
-            f"labels must have one of the dtypes {_names(LABEL_TYPES)}, got {_names((labels.dtype,))}; {remedy}"
-        )
-
-
 def _check_class_weight(weight: Tensor, logits: Tensor) -> None:
-    _check_tensor("weight", weight)
+    a_tensor("weight", weight)
     if weight.shape != logits.shape[1:2] or not weight.is_floating_point() or weight.device != logits.device:
         raise ValueError(
-            f"weight must be a floating point [{logits.shape[1]}] on {logits.device}, got {_describe(weight)}"
+            f"weight must be a floating point [{logits.shape[1]}] on {logits.device}, got {described(weight)}"
         )
 
 
@@ -653,35 +637,9 @@ def _segpgd_lambda(step: int, steps: int) -> float:
 
 def _check_step(images: Tensor, grad: Tensor, bounds: tuple[float, float]) -> tuple[float, float]:
     """The bounds as floats."""
-    _check_tensor("images", images)
-    _check_tensor("grad", grad)
-    if images.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"images must be float32 or float64, got {_describe(images)}; keep images in float32 and use autocast "
-            "(half precision is too coarse for an eps-ball)"
-        )
-    if images.dtype not in (torch.float32, torch.float64) or images.dim() < 1:
-        bytes_ = "; images.float() / 255 converts bytes" if images.dtype is torch.uint8 else ""
-        raise ValueError(f"images must be float32 or float64 [N, ...], got {_describe(images)}{bytes_}")
+    a_tensor("images", images)
+    a_tensor("grad", grad)
+    image_type(images)
     if grad.shape != images.shape or grad.dtype != images.dtype or grad.device != images.device:
-        raise ValueError(f"grad must be like the images, {_describe(images)}, got {_describe(grad)}")
+        raise ValueError(f"grad must be like the images, {described(images)}, got {described(grad)}")
     return checked_bounds(bounds)
-
-
-def _number_or_vector(name: str, value: float | Tensor, images: Tensor) -> tuple[float, Tensor | None]:
-    """(number, None), or (0.0, tensor [N]) where the value is given per image."""
-    if not isinstance(value, Tensor):
-        if not is_number(value):
-            raise TypeError(f"{name} must be a number, or a tensor [N], got a {type(value).__name__}")
-        limit = _LARGEST[images.dtype]
-        # A whole number may be too large for a float; a number of NumPy's would have the limit rounded to its own type.
-        if not -limit <= (value if type(value) is float or isinstance(value, Rational) else float(value)) <= limit:
-            raise ValueError(f"{name} must be finite in {_names((images.dtype,))}, got {value}")
-        return float(value), None
-    _check_tensor(name, value)
-    if value.shape != images.shape[:1] or not value.is_floating_point() or value.device != images.device:
-        raise ValueError(
-            f"{name} must be a number or a floating point [{images.shape[0]}] on {images.device}, "
-            f"got {_describe(value)}"
-        )
-    return 0.0, value.detach().to(images.dtype).contiguous()

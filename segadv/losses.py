@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import functional
-from .checks import one_of, true_or_false, whole_number
+from .checks import dtype_names, one_of, true_or_false, whole_number
 
 __all__ = ["CrossEntropyLoss"]
 
@@ -59,8 +59,7 @@ class CrossEntropyLoss(nn.Module):
             raise TypeError(f"weight must be a tensor [C], got a {type(weight).__name__}")
         if weight is not None and (weight.dim() != 1 or not weight.is_floating_point()):
             raise ValueError(
-                "weight must be a floating point [C], "
-                f"got {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+                f"weight must be a floating point [C], got {dtype_names(weight.dtype)} {list(weight.shape)}"
             )
         whole_number(ignore_index=ignore_index)
         true_or_false(align_corners=align_corners)

@@ -1656,7 +1656,7 @@ class Files(Squares):
         ("type", r"sample 9 \(.*got uint8"),
         (
             "label's type",
-            r"sample 9 \(/data/label 9.png\): a label of int64, int32, int16, uint8 is needed, got torch.float32",
+            r"sample 9 \(/data/label 9.png\): a label of int64, int32, int16, uint8 is needed, got float32",
         ),
     ],
 )

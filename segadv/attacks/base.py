@@ -36,9 +36,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from .. import functional
 from ..checks import (
     a_module,
+    a_tensor,
     checked_bounds,
+    dtype_names,
+    image_type,
     in_range,
     is_number,
+    label_type,
     levels_to_the_caller,
     one_of,
     true_or_false,
@@ -226,15 +230,15 @@ class Attack(ABC):
         if not torch.compiler.is_compiling():
             self._check_arguments()
         for name, tensor in (("images", images), ("labels", labels)):
-            functional._check_tensor(name, tensor)
+            a_tensor(name, tensor)
             if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor):
                 raise ValueError(
                     f"{name} must be a plain tensor, got one inside of a torch.func transform (grad, vmap, jvp); an "
                     "attack takes gradients by itself and cannot be transformed. Call it outside of the transform"
                 )
-        functional._check_step(images, images, self.bounds)
+        image_type(images)
         check_sizes(images, labels)
-        functional._check_label_type(labels)
+        label_type(labels)
         if labels.device != images.device:
             raise ValueError(f"labels must be on the images' device, {images.device}, got {labels.device}")
         if self.bn == "train" and images.shape[0] == 1 and any(map(uses_batch, unwrapped(self.model).modules())):
@@ -251,10 +255,10 @@ class Attack(ABC):
         """The model's forward pass, in the caller's autocast state."""
         logits = logits_of(self.model, images, self.output)
         if not logits.is_floating_point() or logits.dim() < 2 or logits.shape[0] != images.shape[0]:
-            gave, dtype = "model" if self.output is None else "output", str(logits.dtype).removeprefix("torch.")
+            gave = "model" if self.output is None else "output"
             raise ValueError(
-                f"{gave}: it returned {dtype} {list(logits.shape)} for images {list(images.shape)}; floating point "
-                "logits [N, C, h, w] or [N, C] are needed"
+                f"{gave}: it returned {dtype_names(logits.dtype)} {list(logits.shape)} for images "
+                f"{list(images.shape)}; floating point logits [N, C, h, w] or [N, C] are needed"
             )
         return logits
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..checks import at_least, is_number, levels_to_the_caller
+from ..checks import a_tensor, at_least, is_number, levels_to_the_caller, number_or_vector
 from .base import Attack, AttackInfo, checked_size, has_label, has_no_loss, per_image
 
 __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGSM", "SegPGD"]
@@ -32,7 +32,7 @@ class _SignAttack(Attack):
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
-        functional._number_or_vector("eps", self.eps, images)
+        number_or_vector("eps", self.eps, images)
         _check_generator(getattr(self, "generator", None), images)
 
     def _objective(
@@ -247,7 +247,7 @@ class BIM(_SignAttack):
 
     def _check_inputs(self, images: Tensor, labels: Tensor) -> None:
         super()._check_inputs(images, labels)
-        functional._number_or_vector("alpha", self.alpha, images)
+        number_or_vector("alpha", self.alpha, images)
 
     def outcomes(self, images: Tensor, labels: Tensor, steps: Sequence[int], *, noise: Tensor | None = None) -> Tensor:
         """How the model classifies the images after some of the attack's steps, from one run.
@@ -373,7 +373,7 @@ class PGD(BIM):
         if noise is not None and (self.restarts > 1 or not self.random_start):
             raise ValueError("noise must be None unless random_start=True and restarts=1")
         if noise is not None:
-            functional._check_tensor("noise", noise)
+            a_tensor("noise", noise)
             if noise.shape != images.shape:
                 raise ValueError(f"noise must be {list(images.shape)} as the images, got {list(noise.shape)}")
             if (noise.dtype, noise.device) != (images.dtype, images.device):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import LABEL_TYPES, in_range
+from ..checks import LABEL_TYPES, dtype_names, in_range
 from .files import IGNORE_INDEX, reads_files
 
 __all__ = ["CheckedSamples", "checked"]
@@ -49,11 +49,11 @@ class CheckedSamples(Dataset[tuple[Tensor, Tensor]]):
         if image.dim() != 3 or image.shape[0] != 3 or image.shape[1:] != label.shape or not image.is_floating_point():
             raise ValueError(
                 f"{self._named(index)}: a floating point image [3, H, W] and a label [H, W] of the same size are "
-                f"needed, got {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and {list(label.shape)}"
+                f"needed, got {dtype_names(image.dtype)} {list(image.shape)} and {list(label.shape)}"
             )
         if label.dtype not in LABEL_TYPES:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in LABEL_TYPES)
-            raise ValueError(f"{self._named(index)}: a label of {known} is needed, got {label.dtype}")
+            known, given = dtype_names(*LABEL_TYPES), dtype_names(label.dtype)
+            raise ValueError(f"{self._named(index)}: a label of {known} is needed, got {given}")
         in_range(image, self._named(index))
         if self.num_classes is not None:
             values = label.long()  # a comparison would take a number modulo 256 for uint8
