@@ -374,6 +374,22 @@ def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps
     return _Work(name, (eps,), judged, outcomes, arguments)
 
 
+def _identity(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The model, and where and how it computes."""
+    network = unwrapped(model)
+    with frozen(model):  # says what is wrong with a model that cannot be attacked
+        model_sha256 = model_hash(model)
+    return {
+        "model": type(getattr(network, "_orig_mod", network)).__name__,  # not OptimizedModule
+        "model_sha256": model_sha256,
+        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
+        "float32": _precision_of_float32(device.type),
+        "device": device.type,
+        "backend": backends.requested() or backends.default(device.type),
+        "versions": versions(),
+    }
+
+
 def _precision_of_float32(device_type: str) -> list[str]:
     """That of matrix products and of convolutions, which may be "tf32" or "bf16"; "none" leaves it to PyTorch."""
     backend: Any = torch.backends
@@ -502,6 +518,22 @@ def _checked_steps(steps: int | Mapping[float, int], eps: Sequence[float]) -> di
     return {value: int(count) for value, count in counts.items()}
 
 
+def _checked_batch(batch: Any, index: int) -> tuple[Tensor, Tensor]:
+    """The images and labels of a loader's batch."""
+    if isinstance(batch, Mapping):
+        raise TypeError(
+            f"loader gave a batch with the keys {list(batch)}; a tuple that begins with images and labels is "
+            "needed: ((batch[...], batch[...]) for batch in loader)"
+        )
+    images, labels, *_ = batch
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        came = f"{type(images).__name__} and {type(labels).__name__}"
+        raise TypeError(f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed")
+    check_sizes(images, labels)
+    in_range(images, f"batch {index} of the loader", slack=_ROUNDING)
+    return images, labels
+
+
 def _plan(
     judge: _Judge,
     model: nn.Module,
@@ -619,20 +651,7 @@ def evaluate(
     for value in positive if with_worst_case else ():
         judged["worst-case", value] = (max(judged[name, value][-1] for name in names),)
     device = device_of(model) or torch.device("cpu")
-    network = unwrapped(model)
-    with frozen(model):  # says what is wrong with a model that cannot be attacked
-        model_sha256 = model_hash(model)
-    identity = {
-        "model": type(getattr(network, "_orig_mod", network)).__name__,  # not OptimizedModule
-        "model_sha256": model_sha256,
-        "seed": seed,
-        "autocast": str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None,
-        "float32": _precision_of_float32(device.type),
-        "device": device.type,
-        "backend": backends.requested() or backends.default(device.type),
-        **judge.options,
-        "versions": versions(),
-    }
+    identity = {**_identity(model, device), "seed": seed, **judge.options}
     store, tally = Records(records, identity, approve=judge.approves), _Tally()
 
     def computed(work: _Work, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -651,19 +670,7 @@ def evaluate(
     total = len(loader) * passes if isinstance(loader, Sized) else None
     with progress_bar("evaluate", total=total, unit="pass", show=progress) as bar, frozen(model):
         for index, batch in enumerate(loader):
-            if isinstance(batch, Mapping):
-                raise TypeError(
-                    f"loader gave a batch with the keys {list(batch)}; a tuple that begins with images and labels is "
-                    "needed: ((batch[...], batch[...]) for batch in loader)"
-                )
-            images, labels, *_ = batch
-            if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-                came = f"{type(images).__name__} and {type(labels).__name__}"
-                raise TypeError(
-                    f"loader gave a batch that begins with {came}; two tensors, images and labels, are needed"
-                )
-            check_sizes(images, labels)
-            in_range(images, f"batch {index} of the loader", slack=_ROUNDING)
+            images, labels = _checked_batch(batch, index)
             content = "".join(content_hash(*sample) for sample in zip(images, labels, strict=True))
             data.append(content)
             images_seen, batch_size = images_seen + len(images), max(batch_size, len(images))
