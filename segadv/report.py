@@ -192,16 +192,6 @@ def _lines(
             title if title.endswith(f"-{entry.steps}") else f"{title}, {_steps(entry)}" for title, entry in counted
         ]
     run = result.run[arms[0]]
-    failed = [f"{arm} ({check.name})" for arm in arms for check in checks.get(arm, ()) if check.passed is False]
-    unchecked = [arm for arm in arms if all(check.passed is None for check in checks.get(arm, ()))]
-    if failed:
-        masking = f"FAILED gradient masking checks: {', '.join(failed)}."
-    elif len(unchecked) == len(arms):
-        masking = f"Gradient masking {'could not be' if any(checks.values()) else 'was not'} looked for."
-    else:
-        masking = "No sign of gradient masking was found."
-    if unchecked and len(unchecked) < len(arms):
-        masking += f" It was not looked for in {', '.join(unchecked)}."
     lines = [
         "# Robustness report",
         "",
@@ -214,7 +204,7 @@ def _lines(
             else ""
         ),
         "",
-        masking,
+        _masking_in_a_sentence(arms, checks),
         "",
         f"## mIoU / mIoU per image / pixel accuracy: {plots.attack_title(strongest)}",
         "",
@@ -252,23 +242,49 @@ def _lines(
         ]
     lines += ["## Classes", "", "![IoU of the classes](per_class.png)", ""]
     if any(checks.values()):
-        lines += ["## Signs of gradient masking", "", "Accuracy is pixel accuracy on a few of the images.", ""]
-        verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
-        lines += table(
+        lines += _masking_section(arms, checks)
+    return [*lines, *_how_to_repeat(result, arms, command)]
+
+
+def _masking_in_a_sentence(arms: Sequence[str], checks: Mapping[str, Sequence[Check]]) -> str:
+    failed = [f"{arm} ({check.name})" for arm in arms for check in checks.get(arm, ()) if check.passed is False]
+    unchecked = [arm for arm in arms if all(check.passed is None for check in checks.get(arm, ()))]
+    if failed:
+        told = f"FAILED gradient masking checks: {', '.join(failed)}."
+    elif len(unchecked) == len(arms):
+        told = f"Gradient masking {'could not be' if any(checks.values()) else 'was not'} looked for."
+    else:
+        told = "No sign of gradient masking was found."
+    if unchecked and len(unchecked) < len(arms):
+        told += f" It was not looked for in {', '.join(unchecked)}."
+    return told
+
+
+def _masking_section(arms: Sequence[str], checks: Mapping[str, Sequence[Check]]) -> list[str]:
+    verdict = {True: "pass", False: "**FAIL**", None: "not checked"}
+    return [
+        "## Signs of gradient masking",
+        "",
+        "Accuracy is pixel accuracy on a few of the images.",
+        "",
+        *table(
             ["trained with", "check", "", "figures"],
             [[arm, check.name, verdict[check.passed], check.finding] for arm in arms for check in checks.get(arm, ())],
-        )
-        lines += [
-            "",
-            "A failed check is a reason to doubt the figures above: gradients may lead the attacks astray, or the "
-            "network hardly looks at the image (what is left at eps 0.5 may be the accuracy of one class everywhere). "
-            "Passing all of them proves nothing.",
-            "",
-        ]
-    lines += ["## To repeat it", ""]
-    if command:
-        lines += ["```bash", command, "```", ""]
-    lines += [
+        ),
+        "",
+        "A failed check is a reason to doubt the figures above: gradients may lead the attacks astray, or the "
+        "network hardly looks at the image (what is left at eps 0.5 may be the accuracy of one class everywhere). "
+        "Passing all of them proves nothing.",
+        "",
+    ]
+
+
+def _how_to_repeat(result: EvaluationResult, arms: Sequence[str], command: str | None) -> list[str]:
+    run = result.run[arms[0]]
+    return [
+        "## To repeat it",
+        "",
+        *(["```bash", command, "```", ""] if command else []),
         f"Seed {run['seed']}; data SHA-256 `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
         + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
         + ". All attack arguments are in results.json.",
@@ -278,7 +294,6 @@ def _lines(
             [[arm, result.run[arm]["model"], f"`{result.run[arm]['model_sha256'][:16]}`"] for arm in arms],
         ),
     ]
-    return lines
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
