@@ -389,8 +389,8 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
 def _report(
     content: Mapping[str, Any], arms: Sequence[str], evaluation: Evaluation, qualitative: str | None
 ) -> list[str]:
-    name, paper_table = _TITLES[content["setting"]]
-    options, overhead = content["options"], content["overhead"]
+    name, _ = _TITLES[content["setting"]]
+    options = content["options"]
     rows = {(row["arm"], row["attack"], row["eps"]): row for row in content["curves"]}
     attacks = list(dict.fromkeys(row["attack"] for row in content["curves"]))
 
@@ -447,9 +447,26 @@ def _report(
             "clean image.",
             "",
         ]
+    lines += _overhead_section(content, arms)
+    if qualitative:
+        lines += ["## Examples", "", f"![what BIM-10 does to two images]({qualitative})", ""]
+    return [
+        *lines,
+        "## To repeat it",
+        "",
+        *(["```bash", content["command"], "```", ""] if content["command"] else []),
+        f"Data SHA-256 of the evaluation `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
+        + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+        + ". Everything else is in results.json and <arm>/run.json.",
+    ]
+
+
+def _overhead_section(content: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    name, paper_table = _TITLES[content["setting"]]
+    overhead = content["overhead"]
     device, processes = overhead["environment"]["device"], overhead["processes"]
     references = content["overhead_references"]
-    lines += [
+    return [
         "## Tables 1 and 2: additional training time",
         "",
         f"Steps of the arms in turn, a batch in memory, {overhead['attacked']:.0%} of it attacked, on {device}"
@@ -481,15 +498,4 @@ def _report(
             ],
         ),
         "",
-    ]
-    if qualitative:
-        lines += ["## Examples", "", f"![what BIM-10 does to two images]({qualitative})", ""]
-    return [
-        *lines,
-        "## To repeat it",
-        "",
-        *(["```bash", content["command"], "```", ""] if content["command"] else []),
-        f"Data SHA-256 of the evaluation `{run['data_sha256'][:16]}`; {run['backend']} backend on {run['device']}; "
-        + ", ".join(f"{name} {value}" for name, value in run["versions"].items())
-        + ". Everything else is in results.json and <arm>/run.json.",
     ]
