@@ -26,6 +26,7 @@ from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.demo import run_demo
 from segadv.interrupts import Interrupts
+from segadv.options import _explained, numbers
 from segadv.training import Trainer
 
 pytest.importorskip("PIL.Image")
@@ -179,7 +180,7 @@ def test_termination_is_like_an_interrupt(
                 patched.setattr(training, "_coins", lambda *a: signal.raise_signal(signal.SIGTERM))
                 patched.setattr(Interrupts, "held", lambda self: contextlib.nullcontext())
             else:
-                patched.setattr(demo, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
+                patched.setattr(cli, "run_demo", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
             assert run("demo --out x" if name == "run_demo" else command) == 130
     capsys.readouterr()
     with monkeypatch.context() as patched:
@@ -222,7 +223,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", interrupted)
+    monkeypatch.setattr(cli, "run_demo", interrupted)
     assert run("demo --out x") == 130
     assert capsys.readouterr().err.strip() == "segadv: interrupted; the same command continues"
 
@@ -239,7 +240,7 @@ def test_help_explains_every_training_option(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         run("train --help")
     text = " ".join(capsys.readouterr().out.split())
-    explained = cli._explained(training.TrainConfig)
+    explained = _explained(training.TrainConfig)
     assert explained.keys() == {field.name for field in dataclasses.fields(training.TrainConfig)}
     assert explained["checkpoint_every"] == "steps between checkpoints"
     assert explained["checkpoint_every"] in text
@@ -369,7 +370,7 @@ def test_data_train_evaluate(
     assert "eps must be numbers with commas" in failure(f"{command} --eps 0;1", capsys)
     assert "such as 0,0.01,8/255, got '8/0'" in failure(f"{command} --eps 8/0", capsys)
     assert "such as 0,0.01,8/255, got '1e400'" in failure(f"{command} --eps 1e400", capsys)
-    assert cli._numbers("eps", "0,8/255,1e-2") == [0.0, 8 / 255, 0.01]
+    assert numbers("eps", "0,8/255,1e-2") == [0.0, 8 / 255, 0.01]
     for given in ("20,8/255:100", "8/255:100,20"):
         assert cli._steps(given, [0.0, 8 / 255]) == {0.0: 20, 8 / 255: 100}
     assert "steps gives eps 2/100 twice" in failure(f"{command} --steps 0.02:3,2/100:4", capsys)
@@ -417,7 +418,7 @@ def test_evaluate_several_checkpoints_into_one_report(
         return genuine(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "evaluate", stopping)
+        patched.setattr(cli, "evaluate", stopping)
         assert run(command) == 130
     assert "the same command continues" in capsys.readouterr().err
     kept = {path: path.stat().st_mtime_ns for path in Path("report/records").iterdir()}
@@ -428,7 +429,7 @@ def test_evaluate_several_checkpoints_into_one_report(
         checked.append((list(sources), sum(len(images) for images, _ in loader)))
         return masking_checks(model, loader, sources=sources, **options)
 
-    monkeypatch.setattr(masking, "masking_checks", checks)
+    monkeypatch.setattr(cli, "masking_checks", checks)
     assert run(command) == 0
     others = [["fgsm (b)", "fgsm (c)"], ["basic", "fgsm (c)"], ["basic", "fgsm (b)"]]
     assert checked == [(names, 1) for names in others]

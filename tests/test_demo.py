@@ -14,7 +14,7 @@ import torch
 import yaml
 from commands import TINY, read_csv
 
-from segadv import demo, plots
+from segadv import cli, demo, plots
 from segadv.cli import main
 from segadv.comparison import PAPER_ARMS
 from segadv.data import Cityscapes
@@ -158,7 +158,7 @@ def test_wrong_number_of_seeds_writes_nothing(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_command_line_hands_the_seeds_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(demo, "run_demo", lambda out, **options: calls.append(options))
+    monkeypatch.setattr(cli, "run_demo", lambda out, **options: calls.append(options))
     assert main(["demo", "--out", str(tmp_path / "x")]) == 0
     assert main(["demo", "--seed", "4", "--seeds", "3", "--out", str(tmp_path / "x")]) == 0
     assert [(call["seed"], call["seeds"]) for call in calls] == [(0, 1), (4, 3)]

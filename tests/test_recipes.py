@@ -29,6 +29,7 @@ from segadv import cli, comparison, models, plots, progress, recipes, reproduce,
 from segadv.data import DATASETS, open_dataset
 from segadv.evaluation import ATTACKS
 from segadv.models import ModelConfig, small_pspnet
+from segadv.options import arranged, configs, parser
 from segadv.reproduce import Evaluation, claims
 from segadv.training import TrainConfig, Trainer, Validation, load_model, read_config
 
@@ -90,8 +91,8 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parsed(*arguments: str) -> tuple[TrainConfig, ModelConfig, Any]:
     """What `segadv train` makes of a command line."""
     arguments = ("train", *arguments, "--data", "x", "--out", "y")
-    found = cli._parser().parse_args(cli._arranged(arguments)).train
-    return *cli._configs(found), found
+    found = parser().parse_args(arranged(arguments)).train
+    return *configs(found), found
 
 
 @pytest.mark.parametrize(
