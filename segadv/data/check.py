@@ -76,9 +76,9 @@ def check_files(
             listings[split] = kind.list_files(Path(root), split)
         except (OSError, ValueError) as error:
             listings[split] = error
-    for listing in listings.values():
-        if isinstance(listing, Exception) and not any(isinstance(other, Listing) for other in listings.values()):
-            raise listing
+    errors = [listing for listing in listings.values() if isinstance(listing, Exception)]
+    if errors and len(errors) == len(listings):
+        raise errors[0]
     checks = [_check_split(kind, split, listing, workers, progress) for split, listing in listings.items()]
     seen: set[tuple[str, str]] = set()  # splits that share a folder share its orphans
     for check in checks:
