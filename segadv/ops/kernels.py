@@ -1,5 +1,5 @@
-"""Tensors become pointers, sizes and strides for a compiled core: the CPU's in native.py, the GPU's in cuda.py. The
-same methods allocate the outputs of Triton's kernels, in triton_kernels/operations.py.
+"""Tensors become pointers, sizes and strides for a compiled core: the CPU's in native.py, the GPU's in cuda.py. Those
+methods that call `_margin` or `_cross_entropy` serve Triton too, which replaces these: triton_kernels/operations.py.
 
 Outputs are allocated here; the core writes every element of them. What the arguments mean: csrc/segadv.h.
 """

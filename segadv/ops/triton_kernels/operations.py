@@ -1,4 +1,4 @@
-"""The operations on these kernels. What they give is allocated in kernels.py, as for the other backends."""
+"""The operations on these kernels. Those that are not named here are kernels.py's, which allocates what they give."""
 
 from ..kernels import Kernels
 from . import confusion, cross_entropy, margin, step
