@@ -147,11 +147,14 @@ def miou_difference(first: Measurement, second: Measurement) -> tuple[float, flo
     without image i; None for one image.
 
     Raises:
-        ValueError: measurements of different numbers of images.
+        ValueError: measurements of different numbers of images, or of images with different labels.
     """
     if len(first.without_each) != len(second.without_each):
         counts = f"{len(first.without_each)} and {len(second.without_each)}"
         raise ValueError(f"first and second must be of the same images, got {counts} of them")
+    labels = [entry.confusion.sum(1) for entry in (first, second)]
+    if not torch.equal(*(pixels[pixels > 0] for pixels in labels)):  # one may have further classes
+        raise ValueError("first and second must be of the same images, got ones with other labels")
     difference = miou(first.confusion) - miou(second.confusion)
     return difference, _jackknife(first.without_each - second.without_each)
 

@@ -477,6 +477,9 @@ def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: lis
     assert one.row["miou_error"] is None
     with pytest.raises(ValueError, match="first and second must be of the same images, got 3 and 1 of them"):
         results.miou_difference(plain.measurements[0], one)
+    (others,) = evaluate(model, [(images, labels.clamp(min=1))], "fgsm", [0.0]).measurements
+    with pytest.raises(ValueError, match="first and second must be of the same images, got ones with other labels"):
+        results.miou_difference(plain.measurements[0], others)
 
 
 @pytest.mark.parametrize("seed", range(40))
