@@ -265,10 +265,10 @@ def _clean(judge: _Judge) -> _Work:
     return _Work("clean", (0.0,), (0,), outcomes, [{}])
 
 
-def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
+def _fgsm(judge: _Judge, eps: tuple[float, ...]) -> _Work:
     """One gradient serves all eps, and the logits on its way are the clean prediction: eps 0 costs nothing."""
-    attack = FGSM(model, **judge.options)
-    arguments = [{}, *(FGSM(model, eps=value, **judge.options).arguments for value in eps)]
+    attack = FGSM(judge.model, **judge.options)
+    arguments = [{}, *(FGSM(judge.model, eps=value, **judge.options).arguments for value in eps)]
 
     def outcomes(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         with attack._isolated(images, labels) as (own_images, own_labels):
@@ -284,9 +284,9 @@ def _fgsm(judge: _Judge, model: nn.Module, eps: tuple[float, ...]) -> _Work:
     return _Work("fgsm", (0.0, *eps), (1,), outcomes, arguments)
 
 
-def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...], steps: int) -> _Work:
+def _iterative(judge: _Judge, name: str, eps: tuple[float, ...], steps: int) -> _Work:
     """All eps in one batch, as far as memory allows, judged on the way."""
-    singles = [ATTACKS[name](model, value, steps, **judge.options) for value in eps]
+    singles = [ATTACKS[name](judge.model, value, steps, **judge.options) for value in eps]
     # those with a number in their name give the last iterate after so many steps, and are nothing else on their way
     judged = _judged_steps(singles[0].steps) if singles[0].best else (singles[0].steps,)
 
@@ -297,7 +297,7 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
         count = len(values)
         if count == 1 or images.device.type != "cpu" or count * labels.numel() <= _CPU_PIXELS:
             sizes = images.new_tensor(values).repeat_interleave(len(images))
-            attack: Any = ATTACKS[name](model, sizes, steps, **judge.options)
+            attack: Any = ATTACKS[name](judge.model, sizes, steps, **judge.options)
             start = _repeated(noise, count) if isinstance(attack, PGD) else None
             try:
                 matrices, broken, unmoved = attack._outcomes(
@@ -326,12 +326,13 @@ def _iterative(judge: _Judge, model: nn.Module, name: str, eps: tuple[float, ...
     return _Work(name, eps, judged, outcomes, [attack.arguments for attack in singles])
 
 
-def _own(judge: _Judge, model: nn.Module, name: str, factory: AttackFactory, eps: float) -> _Work:
+def _own(judge: _Judge, name: str, factory: AttackFactory, eps: float) -> _Work:
     """An attack of the caller's: at one eps; judged on the way where it is one of the package's."""
     came: Any = factory
     if not callable(came) or isinstance(came, Attack) or (isinstance(came, type) and issubclass(came, Attack)):
         told = f"the class {came.__name__}" if isinstance(came, type) else f"a {type(came).__name__}"
         raise TypeError(f"attacks[{name!r}] must be a factory, lambda model, eps: FGSM(model, eps=eps), got {told}")
+    model = judge.model
     attack = factory(model, eps)
     network = unwrapped(model)
     if isinstance(attack, Attack) and attack.bn == "train" and any(part is network for part in attack.model.modules()):
@@ -536,7 +537,6 @@ def _checked_batch(batch: Any, index: int) -> tuple[Tensor, Tensor]:
 
 def _plan(
     judge: _Judge,
-    model: nn.Module,
     attacks: Sequence[str] | Mapping[str, AttackFactory],
     eps: tuple[float, ...],
     steps: Mapping[float, int],
@@ -549,18 +549,18 @@ def _plan(
     if isinstance(attacks, Mapping):
         if reserved := [name for name in names if name in ("clean", "worst-case")]:
             raise ValueError(f"attacks must have other names than {', '.join(reserved)}")
-        works = [_own(judge, model, name, factory, value) for name, factory in attacks.items() for value in eps]
+        works = [_own(judge, name, factory, value) for name, factory in attacks.items() for value in eps]
     else:
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"attacks must be names, or a mapping from names to factories, got {names}")
         names_out_of(ATTACKS, attacks=names)
         for name in names if eps else ():
             if name == "fgsm":
-                works.append(_fgsm(judge, model, eps))
+                works.append(_fgsm(judge, eps))
                 continue
             for count in dict.fromkeys(steps.values()):
                 group = tuple(value for value in eps if steps[value] == count)
-                works.append(_iterative(judge, model, name, group, count))
+                works.append(_iterative(judge, name, group, count))
     if not any(0.0 in work.eps for work in works):
         works.insert(0, _clean(judge))
     return names, works
@@ -645,7 +645,7 @@ def evaluate(
     values = checked_eps(eps)
     positive = tuple(value for value in values if value > 0)
     judge = _Judge(model, ignore_index, align_corners)
-    names, works = _plan(judge, model, attacks, positive, _checked_steps(steps, positive))
+    names, works = _plan(judge, attacks, positive, _checked_steps(steps, positive))
     judged = {(work.attack, value): work.steps for work in works for value in work.eps}
     with_worst_case = worst_case and len(names) > 1
     for value in positive if with_worst_case else ():
