@@ -246,9 +246,9 @@ def arranged(argv: Sequence[str]) -> list[str]:
     """
     if not argv or argv[0] not in ("train", "reproduce"):
         return list(argv)
-    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    configs.add_argument("--config", action="append", default=[])
-    found, options = configs.parse_known_args(argv[1:])
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", default=[])
+    found, options = files.parse_known_args(argv[1:])
     if argv[0] == "reproduce" and "--quick" in options:
         found.config.append("quick")
     names = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), option) for option in options]
