@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
-from segadv.attacks.base import frozen
+from segadv.attacks.frozen import frozen
 from segadv.models import small_pspnet
 
 from .cases import random_regions

@@ -651,7 +651,7 @@ def _measure_glue_of(run: Run, name: str, model: nn.Module, count: int) -> None:
 
     def logits_of(leaf: Tensor) -> Tensor:
         with autocast():
-            return segadv.attacks.base.model_logits(model(leaf))
+            return segadv.attacks.frozen.model_logits(model(leaf))
 
     outgoing = torch.randn_like(logits_of(images))
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from segadv import functional as F
-from segadv.attacks.base import model_logits
+from segadv.attacks.frozen import model_logits
 from segadv.comparison import PAPER_OVERHEAD
 from segadv.compat import import_torchvision
 from segadv.evaluation import seed_generators

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed, functional
-from .attacks.base import explain_float64, model_logits
+from .attacks.frozen import explain_float64, model_logits
 from .checkpoints import (
     check_weights,
     load_model,
@@ -125,7 +125,7 @@ class Trainer:
 
     Args:
         config: the run.
-        model: images [N, 3, H, W] -> logits, or what `segadv.attacks.base.model_logits` finds them in.
+        model: images [N, 3, H, W] -> logits, or what `segadv.attacks.frozen.model_logits` finds them in.
             Trained in place, and moved to the device. The loss is the cross-entropy of these logits alone: a
             UserWarning names a parameter that it does not reach, such as an auxiliary head's.
         dataset: ``dataset[i]`` is (image float32 [3, H, W] in [0, 1], label uint8 [H, W]), with a length. Where

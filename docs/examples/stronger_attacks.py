@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import segadv
-from segadv.attacks.base import model_logits
+from segadv.attacks.frozen import model_logits
 from segadv.comparison import load_trained, whole_images
 from segadv.data import open_dataset
 from segadv.evaluation import ATTACKS, Measurement, evaluate

@@ -51,7 +51,7 @@ from ..checks import (
 from ..ops.common import synchronous_checks
 from .frozen import explain_float64, frozen, logits_of, model_logits, unwrapped, uses_batch
 
-__all__ = ["Attack", "AttackInfo", "InputGradient", "explain_float64", "frozen", "model_logits", "unwrapped"]
+__all__ = ["Attack", "AttackInfo", "InputGradient"]
 
 
 @dataclass(kw_only=True)
