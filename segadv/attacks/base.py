@@ -49,7 +49,7 @@ from ..checks import (
     whole_number,
 )
 from ..ops.common import synchronous_checks
-from .frozen import explain_float64, frozen, logits_of, model_logits, unwrapped, uses_batch
+from .frozen import frozen, logits_of, unwrapped, uses_batch
 
 __all__ = ["Attack", "AttackInfo", "InputGradient"]
 
