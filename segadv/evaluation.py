@@ -76,17 +76,23 @@ AttackFactory = Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]
 """(model, eps) -> attack; attack(images [N, 3, H, W], labels [N, H, W]) -> adversarial images."""
 
 
-def _strong(kind: type[BIM]) -> Callable[..., BIM]:
+def _strong(kind: Callable[..., BIM]) -> Callable[..., BIM]:
     """alpha in proportion to eps, the papers' 0.01 at eps 0.03; of each image the best iterate."""
     return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=steps, best=True, **options)
 
 
-def _of_so_many_steps(kind: type[BIM], count: int) -> Callable[..., BIM]:
+def _of_so_many_steps(kind: Callable[..., BIM], count: int) -> Callable[..., BIM]:
     """As in the tables of Gu et al. 2022 (arXiv 2207.12391): the last iterate."""
     return lambda model, eps, steps, **options: kind(model, eps=eps, alpha=eps / 3, steps=count, **options)
 
 
-ITERATIVE = {"bim": BIM, "pgd": PGD, "segpgd": SegPGD, "cospgd": CosPGD}
+ITERATIVE: Mapping[str, Callable[..., BIM]] = {
+    "bim": BIM,
+    "pgd": PGD,
+    "segpgd": SegPGD,
+    "cospgd": CosPGD,
+    "cospgd-balanced": partial(CosPGD, balanced=True),
+}
 """Those of `ATTACKS` whose number of steps is an argument."""
 
 ATTACKS: Mapping[str, Callable[..., Any]] = {

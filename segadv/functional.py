@@ -292,6 +292,7 @@ def loss_and_grad(
     step: int | None = None,
     steps: int | None = None,
     targeted: bool = False,
+    balanced: bool = False,
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,6 +304,8 @@ def loss_and_grad(
         loss: "cross_entropy", "segpgd" or "cospgd".
         step, steps: as in `segpgd_loss`; ignored for the other losses.
         targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
+        balanced: weighs the pixels so that all classes among an image's labels count alike, with mean 1: loss_sum /
+            n_valid is then the mean over these classes of the loss's mean over a class's pixels. In two passes.
 
     Returns:
         loss_sum [N], float32 or float64; n_valid [N], int64; grad, of the logits' dtype and shape. Detached.
@@ -313,7 +316,12 @@ def loss_and_grad(
         n_valid = (labels != ignore_index).sum((1, 2))
         (grad,) = torch.autograd.grad(loss_sum.sum(), logits)
 
-    Sources: those of the losses.
+    and with balanced=True, for an image with n_valid pixels of K classes, n_y of which have the label y::
+
+        loss_sum = (n_valid / (K * n_y) * cross_entropy(logits, labels, reduction="none")).sum((1, 2))
+
+    Sources: those of the losses. Croce et al. 2024 (arXiv 2306.12941) weigh classes to attack mIoU, with their
+    frequency in the data set.
 
     Raises, besides what all raise:
         ValueError: a loss of another name; "segpgd" without step and steps, or not 0 <= step < steps.
@@ -324,13 +332,32 @@ def loss_and_grad(
         if step is None or steps is None:
             raise ValueError(f"step and steps must both be given for loss='segpgd', got step={step} and steps={steps}")
         lam = _segpgd_lambda(step, steps)
-    true_or_false(targeted=targeted)
+    true_or_false(targeted=targeted, balanced=balanced)
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
-    loss_sum, n_valid, _, grad = library.loss_and_grad(
-        logits4, labels3, None, loss, lam, targeted, ignore_index, align_corners
-    )
+    options = (ignore_index, align_corners)
+    if balanced:
+        value, n_valid, _, shift, scale, pixel_weight = library.cross_entropy(
+            logits4, labels3, None, loss, lam, targeted, *options, True, True
+        )
+        weight = _balance(labels3, logits4.shape[1], ignore_index).to(value.dtype)
+        loss_sum = library.l1_norm(value * weight)  # a sum in a fixed order: nothing in it is negative
+        grad = library.cross_entropy_backward(
+            weight, logits4, labels3, shift, scale, None, None if loss == "cross_entropy" else pixel_weight, *options
+        )
+    else:
+        loss_sum, n_valid, _, grad = library.loss_and_grad(logits4, labels3, None, loss, lam, targeted, *options)
     return loss_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
+
+
+def _balance(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """n_v / (K * n_y) of every pixel of [N, H, W], 0 where there is no label: float64."""
+    y = labels.long()  # a comparison would take a number modulo 256 for uint8
+    index = torch.where((y != ignore_index) & (y >= 0) & (y < classes), y, classes).flatten(1)
+    counts = y.new_zeros(len(y), classes + 1).scatter_add_(1, index, y.new_ones(()).expand_as(index))
+    counts = counts[:, :-1]
+    weight = counts.sum(1, keepdim=True).double() / ((counts > 0).sum(1, keepdim=True) * counts).clamp(min=1)
+    return torch.nn.functional.pad(weight, (0, 1)).gather(1, index).view_as(y)
 
 
 # --- steps in pixel space ---------------------------------------------------------------------------------------

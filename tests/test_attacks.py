@@ -64,6 +64,7 @@ ATTACKS: dict[str, tuple[type[Attack], dict[str, Any], int, int]] = {
     "bim": (BIM, BUDGET, 3, 3),
     "bim-best": (BIM, {**BUDGET, "best": True}, 4, 3),
     "bim-targeted": (BIM, {**BUDGET, "targeted": True}, 3, 3),
+    "bim-balanced": (BIM, {**BUDGET, "balanced": True, "best": True}, 4, 3),
     "pgd": (PGD, BUDGET, 3, 3),
     "pgd-restarts": (PGD, {**BUDGET, "restarts": 2}, 8, 6),
     "segpgd": (SegPGD, BUDGET, 3, 3),
@@ -127,7 +128,9 @@ def plain_gain(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -
     return margin.flatten(1).sum(1) / valid.flatten(1).sum(1) if labels.dim() > 1 else margin
 
 
-def plain_loss(logits: Tensor, labels: Tensor, kind: str, step: int, steps: int, targeted: bool) -> Tensor:
+def plain_loss(
+    logits: Tensor, labels: Tensor, kind: str, step: int, steps: int, targeted: bool, balanced: bool = False
+) -> Tensor:
     z = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     entropy = F.cross_entropy(z, labels, ignore_index=IGNORE, reduction="none")
     if kind == "segpgd":
@@ -137,6 +140,13 @@ def plain_loss(logits: Tensor, labels: Tensor, kind: str, step: int, steps: int,
         onehot = F.one_hot(labels.where(labels != IGNORE, 0), CLASSES).movedim(-1, 1).to(z.dtype)
         cosine = F.cosine_similarity(z.detach().softmax(1), onehot, dim=1)
         entropy = entropy * (1 - cosine if targeted else cosine)
+    if balanced:
+        return torch.stack(
+            [
+                torch.stack([values[own == label].mean() for label in own.unique() if label != IGNORE]).mean()
+                for values, own in zip(entropy, labels, strict=True)
+            ]
+        )
     return entropy.sum((1, 2)) / (labels != IGNORE).sum((1, 2))
 
 
@@ -151,22 +161,30 @@ def plain_iterates(
     alpha: float,
     steps: int,
     targeted: bool = False,
+    balanced: bool = False,
 ) -> list[Tensor]:
     model = copy.deepcopy(model).eval()
     x, iterates = (images if start is None else start), []
     for step in range(steps):
         x = x.detach().requires_grad_()
-        loss = plain_loss(model(x), labels, kind, step, steps, targeted).sum()
+        loss = plain_loss(model(x), labels, kind, step, steps, targeted, balanced).sum()
         direction = torch.autograd.grad(loss, x)[0].sign() * (-1 if targeted else 1)
         x = (x + alpha * direction).clamp(images - eps, images + eps).clamp(0, 1).detach()
         iterates.append(x)
     return iterates
 
 
-def plain_hits(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+def plain_hits(model: nn.Module, x: Tensor, labels: Tensor, *, balanced: bool = False) -> Tensor:
     with torch.no_grad():
         z = F.interpolate(copy.deepcopy(model).eval()(x), labels.shape[1:], mode="bilinear")
-    return ((z.argmax(1) == labels) & (labels != IGNORE)).sum((1, 2))
+    hits = (z.argmax(1) == labels) & (labels != IGNORE)
+    if balanced:
+        shares = [
+            [right[own == label].double().mean() for label in own.unique() if label != IGNORE]
+            for right, own in zip(hits, labels, strict=True)
+        ]
+        return torch.stack([torch.stack(of_image).mean() for of_image in shares])
+    return hits.sum((1, 2))
 
 
 def plain_start(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -177,22 +195,25 @@ def plain_start(images: Tensor, generator: torch.Generator) -> Tensor:
 # --- what the attacks compute -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_fgsm_equals_the_plain_one(targeted: bool) -> None:
+def test_fgsm_equals_the_plain_one(targeted: bool, balanced: bool) -> None:
     model, (images, labels) = Net(), sample()
-    [expected] = plain_iterates(model, images, labels, eps=EPS, alpha=EPS, steps=1, targeted=targeted)
-    adversarial, info = FGSM(model, eps=EPS, targeted=targeted)(images, labels, return_info=True)
+    options: dict[str, Any] = {"targeted": targeted, "balanced": balanced}
+    [expected] = plain_iterates(model, images, labels, eps=EPS, alpha=EPS, steps=1, **options)
+    adversarial, info = FGSM(model, eps=EPS, **options)(images, labels, return_info=True)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
-    expected_loss = plain_loss(copy.deepcopy(model).eval()(images), labels, "cross_entropy", 0, 1, False)
+    expected_loss = plain_loss(copy.deepcopy(model).eval()(images), labels, "cross_entropy", 0, 1, False, balanced)
     torch.testing.assert_close(info.loss, expected_loss.detach())
     torch.testing.assert_close(info.eps, torch.full((3,), EPS, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("kind", [BIM, PGD, SegPGD, CosPGD])
-def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool) -> None:
+def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool, balanced: bool) -> None:
     model, (images, labels) = Net(), sample()
-    options: dict[str, Any] = {"eps": EPS, "alpha": 0.01, "steps": 5, "targeted": targeted}
+    options: dict[str, Any] = {"eps": EPS, "alpha": 0.01, "steps": 5, "targeted": targeted, "balanced": balanced}
     start, random = None, {}
     if issubclass(kind, PGD):
         start = plain_start(images, torch.Generator().manual_seed(3))
@@ -202,17 +223,23 @@ def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("targeted", [False, True])
-def test_best_takes_each_image_from_its_best_iterate(targeted: bool) -> None:
-    model, (images, labels) = Net(), sample(6)
+def test_best_takes_each_image_from_its_best_iterate(targeted: bool, balanced: bool) -> None:
+    model, (images, labels) = Net(), sample(12)
     # Steps too large for the ball, so that the last iterate is often not the best one.
-    options: dict[str, Any] = {"eps": 0.1, "alpha": 0.1, "steps": 6, "targeted": targeted}
+    options: dict[str, Any] = {"eps": 0.1, "alpha": 0.1, "steps": 6, "targeted": targeted, "balanced": balanced}
     iterates = torch.stack(plain_iterates(model, images, labels, **options))
-    score = torch.stack([plain_hits(model, x, labels) for x in iterates]) * (1 if targeted else -1)
-    chosen = torch.stack([(column == column.max()).nonzero()[0, 0] for column in score.T])
+    first_best = {}
+    for judged_balanced in (False, True):
+        hits = torch.stack([plain_hits(model, x, labels, balanced=judged_balanced) for x in iterates])
+        score = (hits if targeted else -hits).double().round(decimals=9)
+        first_best[judged_balanced] = torch.stack([(column == column.max()).nonzero()[0, 0] for column in score.T])
+    chosen = first_best[balanced]
     assert len(set(chosen.tolist())) > 2
+    assert not balanced or not torch.equal(chosen, first_best[False])
     adversarial = BIM(model, **options, best=True)(images, labels)
-    torch.testing.assert_close(adversarial, iterates[chosen, torch.arange(6)], rtol=0, atol=1e-9)
+    torch.testing.assert_close(adversarial, iterates[chosen, torch.arange(12)], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -589,10 +616,12 @@ def test_every_option_reaches_every_pass(name: str) -> None:
 
 def test_defaults_are_those_of_the_contract() -> None:
     model = nn.Identity()
-    iterative = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "targeted": False, "best": False}
+    iterative = {
+        "eps": 8 / 255, "alpha": 2 / 255, "steps": 10, "targeted": False, "balanced": False, "best": False,
+    }  # fmt: skip
     random = {**iterative, "random_start": True, "restarts": 1, "generator": None}
     own: dict[type[Attack], dict[str, Any]] = {
-        FGSM: {"eps": 8 / 255, "targeted": False},
+        FGSM: {"eps": 8 / 255, "targeted": False, "balanced": False},
         RandomFGSM: {"eps": 8 / 255, "generator": None},
         NFGSM: {"eps": 8 / 255, "noise": 2.0, "generator": None},
         CheckpointFGSM: {"eps": 8 / 255, "checkpoints": 3},
@@ -1452,6 +1481,7 @@ def test_alpha_and_generator_that_do_not_fit() -> None:
         ({"ignore_index": 255.0}, "ignore_index must be a whole number, got a float"),
         ({"ignore_index": True}, "ignore_index must be a whole number, got a bool"),
         ({"targeted": "yes"}, "targeted must be True or False, got 'yes'"),
+        ({"balanced": 1}, "balanced must be True or False, got 1"),
         ({"align_corners": 1}, "align_corners must be True or False, got 1"),
     ],
 )

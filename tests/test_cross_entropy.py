@@ -417,6 +417,63 @@ def test_loss_and_grad(backend: str, seed: int, dtype: torch.dtype, largest: int
     oracle.assert_accurate(grad, grad_eager, grad64, f"grad of {loss}")
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_classes_that_weigh_alike(backend: str, seed: int, dtype: torch.dtype, largest: int, loss: str) -> None:
+    case = oracle.random_case(140 + seed, dtype, largest=largest)
+    targeted = bool((seed + DTYPES.index(dtype)) % 2)
+    weight = torch.zeros(case.labels.shape, dtype=torch.float64)
+    for own, of_image in zip(case.labels.long(), weight, strict=True):
+        found = [label for label in own.unique().tolist() if label != case.ignore_index]
+        for label in found:
+            valid = (own != case.ignore_index).sum()
+            of_image[own == label] = valid.double() / (len(found) * (own == label).sum())
+    plain = {
+        "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
+        "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
+        "cospgd": lambda z: oracle.cospgd_map(z, case.labels, targeted, **case.options),
+    }[loss]
+    loss_sum, n_valid, grad = F.loss_and_grad(
+        case.logits, case.labels, loss=loss, step=3, steps=5, targeted=targeted, balanced=True, **case.options
+    )
+    z_eager, z64 = case.logits.detach().clone().requires_grad_(), case.logits.double().requires_grad_()
+    eager, truth = ((weight.to(plain(z).dtype) * plain(z)).sum((1, 2)) for z in (z_eager, z64))
+    oracle.assert_accurate(loss_sum, eager, truth, loss)
+    assert torch.equal(n_valid, (case.labels.long() != case.ignore_index).sum((1, 2)))
+    (grad_eager,) = torch.autograd.grad(eager.sum(), z_eager)
+    (grad64,) = torch.autograd.grad(truth.sum(), z64)
+    oracle.assert_accurate(grad, grad_eager, grad64, f"grad of {loss}")
+
+
+def test_classes_weigh_alike_in_every_image_by_itself(backend: str) -> None:
+    """The mean over an image's classes of their means, whatever else is in the batch; 0 where all is void."""
+    z, y = torch.randn(4, 5, 3, 4), torch.full((4, 6, 8), 255)
+    y[0], y[1, :3] = 2, torch.tensor([0, 4] * 4)
+    y[2, 0, 0], y[2, 1:] = 3, 1
+    loss_sum, n_valid, grad = F.loss_and_grad(z, y, balanced=True)
+    losses = oracle.cross_entropy_map(z, y)
+    means = [
+        losses[0].mean(),
+        (losses[1][y[1] == 0].mean() + losses[1][y[1] == 4].mean()) / 2,
+        (losses[2, 0, 0] + losses[2, 1:].mean()) / 2,
+        torch.zeros(()),
+    ]
+    assert n_valid.tolist() == [48, 24, 41, 0]
+    torch.testing.assert_close(loss_sum / n_valid.clamp(min=1), torch.stack(means))
+    assert not grad[3].any()
+    for one in range(4):
+        alone = F.loss_and_grad(z[one : one + 1], y[one : one + 1], balanced=True)
+        torch.testing.assert_close(alone[2][0], grad[one])
+        torch.testing.assert_close(alone[0][0], loss_sum[one])
+
+
+def test_classes_weigh_alike_in_classification(backend: str) -> None:
+    z, y = torch.randn(6, 5), torch.tensor([0, 1, 1, 4, 255, 2])
+    for ours, plain in zip(F.loss_and_grad(z, y, balanced=True), F.loss_and_grad(z, y), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("own", [(4, 5), (3, 4), (7, 6)])
 def test_gradcheck(backend: str, slow: bool, own: tuple[int, int], align_corners: bool) -> None:

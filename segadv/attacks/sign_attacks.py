@@ -23,6 +23,7 @@ __all__ = ["BIM", "FGSM", "NFGSM", "PGD", "CheckpointFGSM", "CosPGD", "RandomFGS
 class _SignAttack(Attack):
     eps: float | Tensor = None  # type: ignore[assignment]  # becomes 8/255 of the width of `bounds`
     targeted: bool = False
+    balanced: bool = False
 
     loss: ClassVar[functional.Loss] = "cross_entropy"
 
@@ -38,6 +39,8 @@ class _SignAttack(Attack):
     def _objective(
         self, logits: Tensor, labels: Tensor, *, step: int = 0, steps: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.balanced and logits.dtype is torch.float16:  # the weight of a rare class may not fit into it
+            logits = logits.float()
         total, n_valid, grad = functional.loss_and_grad(
             logits,
             labels,
@@ -45,6 +48,7 @@ class _SignAttack(Attack):
             step=step,
             steps=steps,
             targeted=self.targeted,
+            balanced=self.balanced,
             ignore_index=self.ignore_index,
             align_corners=self.align_corners,
         )
@@ -69,6 +73,8 @@ class FGSM(_SignAttack):
         eps: step size in the units of the images; a float, or a tensor [N] on their device. Unless given, 8/255 of the
             width of `bounds`.
         targeted: the labels are the target, and the step descends.
+        balanced: in the loss all classes among an image's labels weigh alike, where otherwise all its pixels do
+            (`functional.loss_and_grad`): an attack on mIoU more than on pixel accuracy.
 
     `AttackInfo`: eps and loss.
     """
@@ -177,7 +183,7 @@ class _Candidate(NamedTuple):
 
     images: Tensor
     score: Tensor
-    """[N] number of pixels that serve the attack."""
+    """[N] number of pixels that serve the attack; where classes weigh alike, the sum of their shares of it."""
     confusion: Tensor
     """int64 [N, C, C], or [N, 0] where only the score was asked for."""
     broken: Tensor
@@ -218,8 +224,10 @@ class BIM(_SignAttack):
             little to reach the ball's surface (not where one of them is a tensor, which may be on a GPU).
         steps: number of steps.
         targeted: the labels are the target, and the steps descend.
+        balanced: as in `FGSM`.
         best: return for each image the iterate 1 ... steps with the most wrong valid pixels (targeted: with the
-            most pixels at their target), the earliest of equals. One more forward pass judges the last.
+            most pixels at their target; balanced: with the largest mean over the classes of their share), the earliest
+            of equals. One more forward pass judges the last.
 
     `AttackInfo`: eps, and loss at the last gradient that was computed.
     """
@@ -316,12 +324,15 @@ class BIM(_SignAttack):
         self, iterate: Tensor, logits: Tensor, labels: Tensor, before: _Candidate | None, *, matrices: bool
     ) -> _Candidate:
         """The iterate, or with `best` the one before where that is not worse."""
-        classes = logits.shape[1]
-        if matrices or classes**2 <= labels.shape[1:].numel():
+        classes, balanced = logits.shape[1], self.balanced and labels.dim() > 1
+        if matrices or balanced or classes**2 <= labels.shape[1:].numel():
             confusion = functional.confusion_matrix(
                 logits, labels, per_image=True, ignore_index=self.ignore_index, align_corners=self.align_corners
             )
-            hits, pixels = confusion.diagonal(dim1=1, dim2=2).sum(1), confusion.sum((1, 2))
+            hits, pixels = confusion.diagonal(dim1=1, dim2=2), confusion.sum(2)  # of each class
+            if balanced:
+                hits, pixels = hits / pixels.double().clamp(min=1), (pixels > 0).double()
+            hits, pixels = hits.sum(1), pixels.sum(1)
             broken = hits < 0
             if matrices:
                 broken = has_no_loss(logits, labels, ignore_index=self.ignore_index, align_corners=self.align_corners)
