@@ -47,6 +47,7 @@ _ATTACKS = {
     "pgd": "PGD",
     "segpgd": "SegPGD",
     "cospgd": "CosPGD",
+    "cospgd-balanced": "CosPGD, balanced",
     **{f"pgd-{steps}": f"PGD-{steps}" for steps in (10, 20, 40, 100)},
     **{f"segpgd-{steps}": f"SegPGD-{steps}" for steps in (10, 20, 40, 100)},
     "worst-case": "the worst for each image",

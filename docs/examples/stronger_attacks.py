@@ -53,7 +53,7 @@ def balanced(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 OWN = {"js": jensen_shannon, "masked-ce": masked, "balanced-ce": balanced}
-BUILT_IN = ("fgsm", "pgd", "segpgd", "cospgd")
+BUILT_IN = ("fgsm", "pgd", "segpgd", "cospgd", "cospgd-balanced")
 
 
 def decaying_pgd(model: nn.Module, eps: float, *, loss: Loss, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
