@@ -227,7 +227,7 @@ def _evaluate(arguments: Namespace) -> None:
     steps = _steps(arguments.steps, eps)
     attacks = [name.strip() for name in arguments.attacks.split(",")]
     if arguments.steps != "100" and {*attacks} <= {*ATTACKS} - {*ITERATIVE}:
-        raise ValueError("steps has no effect without bim, pgd, segpgd or cospgd among the attacks")
+        raise ValueError(f"steps has no effect without one of {', '.join(ITERATIVE)} among the attacks")
     trained = [load_trained(path) for path in arguments.checkpoints]
     names = _arm_names(arguments.checkpoints, [config["arm"] for _, config in trained])
     models = {name: model.to(device) for name, (model, _) in zip(names, trained, strict=True)}

@@ -595,7 +595,8 @@ def evaluate(
 
     * eps = 0 is the clean prediction; it is computed once, for all attacks.
     * "worst-case": for each image, the outcome with the most wrong valid pixels: that of an attack, or the clean
-      prediction, as the clean image is in every ball.
+      prediction, as the clean image is in every ball. So it is the worst of pixel accuracy; mIoU may be lower under a
+      single attack, above all under "cospgd-balanced", which is after mIoU.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
       runs would give, except for "segpgd": its lambda rises towards 1/2 over all its steps, so that what is
       reported for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".
@@ -608,15 +609,17 @@ def evaluate(
         model: takes images in [0, 1]; runs in eval mode where its parameters are, and is left as it was.
         loader: batches whose first two entries are images [N, 3, H, W] in [0, 1] and labels [N, H, W].
         attacks: names out of `ATTACKS`: "fgsm"; "bim-10" (alpha 0.004, no random start, last iterate: Wiens &
-            Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd" (alpha = eps / 3, best
-            iterate, random start but for "bim"); "pgd-10", "segpgd-10" and those of 20, 40 and 100 steps (the same,
-            but the last iterate: Gu et al. 2022, arXiv 2207.12391). Or a mapping from names to factories:
+            Hammer 2022, doi 10.5220/0010788400003122); "bim", "pgd", "segpgd", "cospgd", "cospgd-balanced" (alpha =
+            eps / 3, best iterate, random start but for "bim"; in the last one's loss all classes of an image weigh
+            alike); "pgd-10", "segpgd-10" and those of 20, 40 and 100 steps (the same as "pgd" and "segpgd", but the
+            last iterate: Gu et al. 2022, arXiv 2207.12391). Or a mapping from names to factories:
             ``factory(model, eps)`` gives the attack, and ``attack(images, labels)`` the adversarial images. What it
             does to its arguments and to the model's flags and buffers is undone after the call, what it does to
             `.grad` is not. A UserWarning tells of images outside [0, 1], or farther than eps from the clean ones, as
             some attacks' are on purpose.
         eps: the sizes of the perturbation, in the images' unit.
-        steps: number of steps of "bim", "pgd", "segpgd" and "cospgd", or a mapping from each eps to one.
+        steps: number of steps of "bim", "pgd", "segpgd", "cospgd" and "cospgd-balanced", or a mapping from each eps to
+            one.
         worst_case: adds "worst-case" where there are several attacks.
         seed: with the batch's number it decides the random starts. (It seeds PyTorch's global generator, which is
             restored, for attacks from factories; a generator that a factory makes is its own affair.)

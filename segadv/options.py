@@ -20,7 +20,7 @@ from . import __version__
 from .checks import did_you_mean
 from .comparison import PAPER_ARMS
 from .data import DATASETS
-from .evaluation import ATTACKS, EPS
+from .evaluation import ATTACKS, EPS, ITERATIVE
 from .models import MODELS, ModelConfig
 from .recipes import ConfigFile, recipe_file, recipes
 from .reproduce import SETTINGS, Evaluation
@@ -109,7 +109,7 @@ def parser() -> ArgumentParser:
         "--steps",
         type=str,
         default="100",
-        help="number of steps of bim, pgd, segpgd, cospgd; 20,0.03:100 is 20, but 100 at eps 0.03",
+        help=f"number of steps of {', '.join(ITERATIVE)}; 20,0.03:100 is 20, but 100 at eps 0.03",
     )
     evaluate.add_argument("--images", type=int, default=0, help="number of images, the first of the split; 0: all")
     evaluate.add_argument(

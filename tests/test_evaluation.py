@@ -380,7 +380,9 @@ def test_plots_are_drawn(tmp_path, model: Counting, loader: list[tuple[Tensor, T
 
 # --- worst case, steps, shared work -------------------------------------------------------------------------
 
-STRONG = {"bim": BIM, "pgd": PGD, "segpgd": SegPGD, "cospgd": CosPGD}
+STRONG = {
+    "bim": BIM, "pgd": PGD, "segpgd": SegPGD, "cospgd": CosPGD, "cospgd-balanced": partial(CosPGD, balanced=True),
+}  # fmt: skip
 
 
 def plain_confusion(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def values(z: Tensor, y: Tensor, images: Tensor, grad: Tensor) -> dict[str, Tens
     in_one_pass = {"gain_and_grad": F.gain_and_grad(z, y)}
     for loss in ("cross_entropy", "segpgd", "cospgd"):
         in_one_pass[f"loss_and_grad {loss}"] = F.loss_and_grad(z, y, loss=loss, step=1, steps=4)
+        in_one_pass[f"balanced {loss}"] = F.loss_and_grad(z, y, loss=loss, step=1, steps=4, balanced=True)
     for name, (total, n_valid, gradient) in in_one_pass.items():
         result |= {name: total, f"n_valid of {name}": n_valid, f"gradient of {name}": gradient}
     return result

@@ -791,7 +791,7 @@ def test_reproduce_leaves_foreign_folders_alone(
         ("--arms basic,fgms", "bim-3, fast-newton; got ['fgms'], did you mean 'fgsm'?"),
         ("--evaluation.stronger pgd,pdg", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
         ("--evaluation.stronger [pdg]", "evaluation.stronger must be names out of fgsm, bim-10, bim, pgd"),
-        ("--evaluation.steps 7", "--evaluation.steps has no effect without bim, pgd, segpgd, cospgd in --eval"),
+        ("--evaluation.steps 7", "--evaluation.steps has no effect without bim, pgd, segpgd, cospgd, cospgd-balanced"),
         ("--evaluation.steps 7 --evaluation.stronger pgd-10", "--evaluation.steps has no effect without bim, pgd,"),
         (
             "--evaluation.stronger pgd --evaluation.steps 0",
@@ -1149,7 +1149,7 @@ def test_overhead_is_the_percentiles_of_each_arms_own_steps(streets: Path, monke
 
 def test_attacks_have_titles_and_those_of_others_keep_their_names() -> None:
     assert [plots.attack_title(name) for name in (*ATTACKS, "worst-case", "fgsm-2", "mine")] == [
-        "FGSM", "BIM-10", "BIM", "PGD", "SegPGD", "CosPGD", "PGD-10", "PGD-20", "PGD-40", "PGD-100", "SegPGD-10",
+        "FGSM", "BIM-10", "BIM", "PGD", "SegPGD", "CosPGD", "CosPGD, balanced", "PGD-10", "PGD-20", "PGD-40", "PGD-100", "SegPGD-10",
         "SegPGD-20", "SegPGD-40", "SegPGD-100", "the worst for each image", "fgsm-2", "mine",
     ]  # fmt: skip
 
