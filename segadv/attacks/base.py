@@ -63,7 +63,8 @@ class AttackInfo:
             the image was left as it is; RandomFGSM: the drawn step; CheckpointFGSM: the chosen part of its eps;
             others: their eps.
         loss: mean of the attack's loss over the image's valid pixels (balanced: over the means of its classes), where
-            the last gradient was taken. None for FastNewton. (In a batch without an image all fields are empty tensors, none is None.)
+            the last gradient was taken. None for FastNewton. (In a batch without an image all fields are empty
+            tensors, none is None.)
         gain: averaged gain of the clean image, NaN where the model gave NaN. FastNewton only.
         grad_norm: L1 norm of the averaged gain's gradient with respect to the image. FastNewton only:
             eps == gain / grad_norm, before clamp_negative and max_eps.
