@@ -223,6 +223,23 @@ def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool,
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
 
 
+def test_the_weight_of_a_rare_class_does_not_overflow_float16() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.conv(images).half()
+
+    model, images, labels = Half(), torch.rand(1, 3, 600, 600), torch.zeros(1, 600, 600, dtype=torch.int64)
+    labels[0, 300, 300] = 1  # its weight is 180000
+    adversarial = FGSM(model, eps=EPS, balanced=True)(images, labels)
+    expected = FGSM(model.conv, eps=EPS, balanced=True)(images, labels)
+    torch.testing.assert_close(adversarial, expected)
+    assert (adversarial != images).all(1)[0, 300, 300]
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_best_takes_each_image_from_its_best_iterate(targeted: bool, balanced: bool) -> None:
