@@ -199,7 +199,8 @@ def _lines(
         "beside it stand the mean of the images' own mIoU and pixel accuracy."
         + (
             " The worst case takes, for each image, the outcome with the most wrong pixels, of an attack or of the "
-            "clean image; as pixels decide, its mIoU may lie a little above that of a single attack."
+            "clean image; as pixels decide, its mIoU may lie above that of a single attack, above all of one whose "
+            "loss weighs all classes alike (cospgd-balanced)."
             if strongest == "worst-case"
             else ""
         ),
