@@ -218,9 +218,13 @@ def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool,
     if issubclass(kind, PGD):
         start = plain_start(images, torch.Generator().manual_seed(3))
         random = {"generator": torch.Generator().manual_seed(3)}
-    expected = plain_iterates(model, images, labels, kind=kind.loss, start=start, **options)[-1]
-    adversarial = kind(model, **options, **random)(images, labels)
+    *_, last, expected = plain_iterates(model, images, labels, kind=kind.loss, start=start, **options)
+    adversarial, info = kind(model, **options, **random)(images, labels, return_info=True)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
+    with torch.no_grad():  # where the last gradient was taken
+        loss = plain_loss(copy.deepcopy(model).eval()(last), labels, kind.loss, 4, 5, targeted)
+    torch.testing.assert_close(info.loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(info.eps, torch.full((3,), EPS, dtype=torch.float64))
 
 
 def test_the_weight_of_a_rare_class_does_not_overflow_float16() -> None:
@@ -364,6 +368,24 @@ def test_random_fgsm_draws_an_eps_for_each_image() -> None:
     assert torch.equal(adversarial, RandomFGSM(model, eps=0.2)(images, labels))
 
 
+@pytest.mark.parametrize("name", ["random-fgsm", "n-fgsm", "pgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_numbers_are_of_the_images_dtype_not_of_the_default_one(name: str, dtype: torch.dtype) -> None:
+    model, (images, labels) = Net(dtype=dtype), sample(dtype=dtype)
+    results = []
+    try:
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            torch.manual_seed(7)
+            results.append(make(name, model)(images, labels, return_info=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (first, one), (second, other) = results
+    assert torch.equal(first, second)
+    assert one.eps.dtype is other.eps.dtype is dtype
+    assert torch.equal(one.eps, other.eps)
+
+
 def test_n_fgsm_equals_the_plain_one() -> None:
     model, (images, labels) = Net(), sample()
     adversarial, info = NFGSM(model, eps=EPS, generator=torch.Generator().manual_seed(5))(
@@ -405,6 +427,16 @@ def test_checkpoint_fgsm_takes_the_smallest_part_of_the_step_that_fools() -> Non
     torch.testing.assert_close(info.eps, torch.tensor(chosen, dtype=torch.float64))
     expected_loss = plain_loss(model(images), labels, "cross_entropy", 0, 1, False)
     torch.testing.assert_close(info.loss, expected_loss.detach())
+
+
+def test_a_gain_of_zero_does_not_count_as_fooled() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    images, labels = torch.full((1, 1), 0.5, dtype=torch.float64), torch.tensor([0])
+    attack = CheckpointFGSM(model, eps=1.0, checkpoints=2, bounds=(-1, 1))  # the first part leads to equal logits
+    adversarial, info = attack(images, labels, return_info=True)
+    assert (adversarial.item(), info.eps.item()) == (-0.5, 1.0)
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -482,7 +514,7 @@ def test_noise_given_is_the_random_start() -> None:
     assert torch.equal(attack.outcomes(images, labels, np.array([2])), drawn)
     with pytest.raises(TypeError, match="float"):
         attack.outcomes(images, labels, [2.0])
-    for steps in ([], [0], [3], [2, 1], [1, 1]):
+    for steps in ([], [0], [3], [1, 3], [2, 1], [1, 1]):
         with pytest.raises(ValueError, match=r"steps must be increasing numbers out of 1 \.\.\. 2, got "):
             attack.outcomes(images, labels, steps)
 
@@ -843,6 +875,8 @@ def test_parameters_that_a_pass_exchanges_or_replaces_by_anything_keep_their_fla
             super().__init__()
             self.first, self.second = nn.Conv2d(3, CLASSES, 1), nn.Conv2d(3, CLASSES, 1)
             self.kept = nn.ParameterDict({key: nn.Parameter(torch.ones(2)) for key in ("int", "none", "made", "last")})
+            self.kept["computed"] = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.kept["complex"] = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
 
         def forward(self, images: Tensor) -> Tensor:
             first, second, kept = self.first._parameters, self.second._parameters, self.kept._parameters
@@ -851,6 +885,8 @@ def test_parameters_that_a_pass_exchanges_or_replaces_by_anything_keep_their_fla
             kept["none"] = None
             with torch.inference_mode():
                 kept["made"] = torch.ones(2)
+            kept["computed"] = 2 * torch.ones(2, requires_grad=True)
+            kept["complex"] = torch.ones(2, dtype=torch.complex64, requires_grad=True)
             result: Tensor = self.first(images) + self.second(images)
             return result
 
@@ -860,6 +896,7 @@ def test_parameters_that_a_pass_exchanges_or_replaces_by_anything_keep_their_fla
     FGSM(model)(images, labels)
     assert model.second.weight.requires_grad
     assert not model.first.weight.requires_grad
+    assert not model.kept._parameters["complex"].requires_grad
     assert own == {parameter: parameter.requires_grad for parameter in own}
 
 
@@ -1063,7 +1100,7 @@ def test_an_empty_batch_does_not_run_the_model(name: str) -> None:
     images, labels = torch.rand(0, 3, 9, 11), torch.zeros(0, 9, 11, dtype=torch.uint8)
     adversarial, info = make(name, model)(images, labels, return_info=True)
     assert adversarial.shape == images.shape
-    assert info.eps.shape == (0,)
+    assert all(value.shape == (0,) for value in (info.eps, info.loss, info.gain, info.grad_norm))
     assert make(name, model).input_gradient(images, labels).shape == images.shape
     assert model.passes == 0
 
@@ -1188,7 +1225,7 @@ def test_fast_newton_step_is_the_object_in_one_call() -> None:
         "clamp_negative": True,
         "max_eps": 0.01,
         "bn": "train",
-        "output": lambda logits: logits * 2,
+        "output": lambda logits: logits.flip(1),  # a factor would change nothing
     }
     expected, info = FastNewton(model, **options)(images, labels, return_info=True)
     assert torch.equal(fast_newton_step(model, images, labels, **options), expected)
@@ -1242,6 +1279,7 @@ def test_model_outputs(form: Callable[[Tensor], Any], output: Callable[[Any], Te
         ((), None, "model: it returned a tuple"),
         ({"out": None, "logits": None}, None, r"model: it returned a dict with the keys \['out', 'logits'\]"),
         (None, None, "model: it returned a NoneType"),
+        (SimpleNamespace(masks=1), None, "model: it returned a SimpleNamespace"),
         (
             torch.ones(1),
             lambda output: [output],
@@ -1284,6 +1322,7 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
             "restarts must be 1 with random_start=False, .*, got 2",
         ),
         (lambda m: NFGSM(m, noise=-1), ValueError, "noise must be a finite number of at least 0, .*, got -1"),
+        (lambda m: NFGSM(m, noise=math.inf), ValueError, "noise must be a finite number of at least 0, .*, got inf"),
         (lambda m: NFGSM(m, noise="2"), ValueError, "noise must be a finite number of at least 0, .*, got '2'"),
         (lambda m: NFGSM(m, noise=True), ValueError, "noise must be a finite number of at least 0, .*, got True"),
         (
@@ -1300,6 +1339,7 @@ def test_a_model_output_that_is_not_understood(result: Any, extract: Any, messag
             ValueError,
             r"bounds must be two numbers, \(low, high\) with low < high, got \(1.0, 0.0\)\.",
         ),
+        (lambda m: FGSM(m, bounds=(-math.inf, 1)), ValueError, r"bounds must be finite .*, got \(-inf, 1\.0\)"),
         (lambda m: FGSM(m, bounds=(0, math.inf)), ValueError, r"bounds must be finite in an attack, got \(0.0, inf\)"),
         (
             lambda m: FGSM(m, bounds=None),
@@ -1345,6 +1385,9 @@ def test_steps_that_cannot_reach_the_ball_warn(kind: type[BIM]) -> None:
 def test_steps_that_just_reach_the_ball_do_not_warn(recwarn: pytest.WarningsRecorder) -> None:
     BIM(nn.Identity(), eps=0.3, alpha=0.1, steps=3)
     BIM(nn.Identity(), eps=0.04, alpha=0.004, steps=10)
+    small = torch.tensor([0.01, 0.02])  # those may be on a GPU, and are not looked at
+    BIM(nn.Identity(), eps=0.04, alpha=small, steps=1)
+    BIM(nn.Identity(), eps=small, alpha=0.001, steps=1)
     assert not recwarn.list
 
 
@@ -1512,6 +1555,10 @@ def test_arguments_become_plain_numbers() -> None:
     newton = FastNewton(nn.Identity(), max_eps=np.float32(0.5))  # type: ignore[arg-type]
     found = json.loads(json.dumps(attack.arguments | newton.arguments | {"ignore_index": attack.ignore_index}))
     assert (found["bounds"], found["ignore_index"], found["noise"], found["max_eps"]) == ([0.0, 1.0], 7, 1.0, 0.5)
+    pgd = PGD(nn.Identity(), steps=np.int64(12), restarts=np.int64(2)).arguments
+    checkpoints = CheckpointFGSM(nn.Identity(), checkpoints=np.int64(4)).arguments["checkpoints"]
+    found = json.loads(json.dumps([pgd["steps"], pgd["restarts"], checkpoints]))
+    assert found == [12, 2, 4]
 
 
 @pytest.mark.parametrize("kind", [FGSM, BIM])
@@ -1622,6 +1669,7 @@ BUFFERS = {
     "bool": lambda: VALUES > 1,
     "empty": lambda: VALUES[:0],
     "expanded": lambda: VALUES.expand(2, 4),
+    "one row": lambda: torch.arange(8.0).as_strided((1, 2, 3), (0, 1, 2)),
     "meta": lambda: VALUES.to("meta"),
     "mkldnn": lambda: VALUES.to_mkldnn(),
     "sub-class": lambda: torch.masked.masked_tensor(VALUES, VALUES > 1),
@@ -1636,7 +1684,7 @@ def test_a_model_may_have_buffers_of_any_kind(kind: str) -> None:
     class Counts(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            if kind in ("conjugated", "negated", "uint16", "bool", "empty"):
+            if kind in ("conjugated", "negated", "uint16", "bool", "empty", "one row"):
                 self.own.copy_(torch.ones_like(self.own))
             return super().forward(x)
 
@@ -1647,7 +1695,7 @@ def test_a_model_may_have_buffers_of_any_kind(kind: str) -> None:
     FGSM(model)(IMAGES, LABELS)
     assert model.own is before
     assert model.calls == 0
-    if kind in ("conjugated", "negated", "uint16", "bool", "empty"):
+    if kind in ("conjugated", "negated", "uint16", "bool", "empty", "one row"):
         assert torch.equal(model.own.resolve_conj(), BUFFERS[kind]().resolve_conj())
 
 
@@ -1853,6 +1901,16 @@ def test_an_ignore_index_that_the_labels_type_cannot_hold_is_no_label(kind: type
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", [NFGSM, PGD])
+@pytest.mark.parametrize("ignore_index", [0, 255])
+def test_the_least_and_the_largest_label_of_a_type_can_be_ignored(kind: Any, ignore_index: int) -> None:
+    labels = torch.full(LABELS.shape, ignore_index, dtype=torch.uint8)
+    labels[1] = 1
+    adversarial = kind(nn.Conv2d(3, 3, 1), ignore_index=ignore_index)(IMAGES, labels)
+    assert torch.equal(adversarial[0], IMAGES[0])
+    assert not torch.equal(adversarial[1], IMAGES[1])
+
+
 @pytest.mark.parametrize("kind", [FGSM, NFGSM, BIM, PGD, FastNewton])
 def test_an_empty_batch_is_judged_and_attacked(kind: Any) -> None:
     attack = kind(nn.Conv2d(3, 3, 1))
@@ -1934,8 +1992,9 @@ def test_arguments_set_later_are_checked_in_the_call(kind: Any, name: str, value
 
 
 def test_float64_images_for_a_float32_model_are_named() -> None:
-    with pytest.raises(ValueError, match=r"images must be of a dtype that the model takes, got float64; images.float"):
-        FGSM(nn.Conv2d(3, 3, 1))(IMAGES.double(), LABELS)
+    for layer in (nn.Conv2d(3, 3, 1), nn.Linear(4, 4)):  # one speaks of double, the other of Double
+        with pytest.raises(ValueError, match=r"images must be of a dtype that the model takes, got float64; images.fl"):
+            FGSM(layer)(IMAGES.double(), LABELS)
 
     class Mixed(nn.Conv2d):  # then it is not the images' precision, and others would not help
         def forward(self, images: Tensor) -> Tensor:
@@ -1944,15 +2003,46 @@ def test_float64_images_for_a_float32_model_are_named() -> None:
     with pytest.raises(RuntimeError, match="scalar type Double"):
         FGSM(Mixed(3, 3, 1).double())(IMAGES.double(), LABELS)
 
+    class Double(nn.Conv2d):  # nor where they are in float32 already
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.double())
+
+    with pytest.raises(RuntimeError, match="double"):
+        FGSM(Double(3, 3, 1))(IMAGES, LABELS)
+
+    class Converting(nn.Conv2d):  # nor with an error of another kind
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.float())
+
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
+        FGSM(Converting(4, 3, 1))(IMAGES.double(), LABELS)
+
 
 def test_a_model_without_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet; show the model a batch"):
         FGSM(nn.Sequential(nn.LazyConv2d(3, 1)))(IMAGES, LABELS)
 
 
-def test_labels_with_a_channel_are_told_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"labels\.squeeze\(1\)"):
-        FGSM(nn.Conv2d(3, 3, 1))(IMAGES, LABELS[:, None])
+@pytest.mark.parametrize("kind", [FGSM, NFGSM, PGD])
+def test_labels_that_do_not_fit_are_refused_before_the_model_runs(kind: Any) -> None:
+    model = nn.Conv2d(3, 3, 1)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=r"labels must be \[N, H, W\], got \[2, 1, 4, 4\]; labels\.squeeze\(1\) con"):
+        kind(model)(IMAGES, LABELS[:, None])
+    with pytest.raises(ValueError, match=r"labels must have one of the dtypes .*, got float32; labels\.long\(\) conv"):
+        kind(model)(IMAGES, LABELS.float())
+
+
+def test_alphas_that_do_not_fit_are_refused_before_the_model_runs() -> None:
+    model = nn.Conv2d(3, 3, 1)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=r"alpha must be a number or a floating point \[2\] on cpu, got float32 \[3\]"):
+        BIM(model, alpha=torch.zeros(3))(IMAGES, LABELS)
+
+
+def test_logits_without_a_batch_are_named_as_the_models() -> None:
+    with pytest.raises(ValueError, match=r"model: it returned float32 \[3\] for images \[3, 1\]; floating"):
+        FGSM(nn.Flatten(0))(torch.rand(3, 1), torch.zeros(3, dtype=torch.int64))
 
 
 def test_a_model_made_under_inference_mode_is_refused() -> None:
