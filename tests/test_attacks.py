@@ -288,6 +288,20 @@ def test_more_classes_than_pixels_are_judged_without_matrices(
     assert torch.equal(matrices.diagonal(dim1=1, dim2=2).sum(1), expected)
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_the_score_is_the_same_with_matrices_and_without(align_corners: bool, targeted: bool) -> None:
+    logits = torch.randn(6, 30, 3, 2, dtype=torch.float64)
+    prediction = functional.argmax_labels(logits, (13, 11), align_corners=align_corners).long()
+    labels = prediction.where(torch.rand(prediction.shape) < 0.5, torch.randint(0, 30, prediction.shape))
+    ignored = int(prediction.flatten().mode().values)  # a class, predicted at pixels that do not count
+    attack = BIM(nn.Identity(), best=True, ignore_index=ignored, align_corners=align_corners, targeted=targeted)
+    judged = [attack._judged(logits, logits, labels, None, matrices=matrices) for matrices in (True, False)]
+    assert torch.equal(judged[0].score, judged[1].score)
+    right = ((prediction == labels) & (labels != ignored)).sum((1, 2))
+    assert torch.equal(judged[0].score, right if targeted else (labels != ignored).sum((1, 2)) - right)
+
+
 def test_the_first_of_many_classes_is_judged_as_the_last() -> None:
     model = nn.Sequential(nn.Conv2d(3, 30, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     turned = copy.deepcopy(model)
@@ -398,6 +412,7 @@ def test_n_fgsm_equals_the_plain_one() -> None:
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
     assert (adversarial - images).abs().max() > 2 * EPS  # not projected
     torch.testing.assert_close(info.loss, loss.detach(), rtol=1e-9, atol=0)
+    assert torch.equal(NFGSM(model, eps=EPS, noise=0)(images, labels), FGSM(model, eps=EPS)(images, labels))
 
 
 def test_checkpoint_fgsm_takes_the_smallest_part_of_the_step_that_fools() -> None:
@@ -1216,22 +1231,30 @@ def test_repr_and_arguments_for_result_files() -> None:
 
 
 def test_fast_newton_step_is_the_object_in_one_call() -> None:
-    model, (images, labels) = Net(), sample()
+    model, (images, labels) = Net(), sample(30)
+    with torch.no_grad():
+        prediction = oracle.Resampled(copy.deepcopy(model).eval())(images).flip(1).argmax(1)
+    labels = torch.where(torch.rand(labels.shape) < torch.linspace(0, 1, 30).view(-1, 1, 1), prediction, labels)
+    labels[:, 0] = 7
     labels[labels == IGNORE] = 7
     options: dict[str, Any] = {
         "ignore_index": 7,
         "align_corners": True,
         "bounds": (-0.1, 1.2),
         "clamp_negative": True,
-        "max_eps": 0.01,
+        "max_eps": 0.05,
         "bn": "train",
         "output": lambda logits: logits.flip(1),  # a factor would change nothing
     }
     expected, info = FastNewton(model, **options)(images, labels, return_info=True)
+    assert info.eps.min() == 0
+    assert info.eps.max() == 0.05
+    assert ((info.eps > 0) & (info.eps < 0.05)).any()
     assert torch.equal(fast_newton_step(model, images, labels, **options), expected)
     adversarial, other = fast_newton_step(model, images, labels, **options, return_info=True)
     assert torch.equal(adversarial, expected)
-    assert torch.equal(other.eps, info.eps)
+    for name in ("eps", "gain", "grad_norm"):
+        assert torch.equal(getattr(other, name), getattr(info, name))
 
 
 # --- model outputs ------------------------------------------------------------------------------------------
