@@ -222,7 +222,7 @@ def test_iterative_attacks_equal_the_plain_ones(kind: type[BIM], targeted: bool,
     adversarial, info = kind(model, **options, **random)(images, labels, return_info=True)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
     with torch.no_grad():  # where the last gradient was taken
-        loss = plain_loss(copy.deepcopy(model).eval()(last), labels, kind.loss, 4, 5, targeted)
+        loss = plain_loss(copy.deepcopy(model).eval()(last), labels, kind.loss, 4, 5, targeted, balanced)
     torch.testing.assert_close(info.loss, loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(info.eps, torch.full((3,), EPS, dtype=torch.float64))
 
