@@ -280,8 +280,9 @@ def test_bad_arguments(model: Counting, loader: list[tuple[Tensor, Tensor]], arg
 
 
 def test_attacks_and_eps_of_other_types(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
-    with pytest.raises(TypeError, match=r"attacks must be names, or a mapping .*, got \[FGSM"):
-        evaluate(model, loader, [FGSM(model)], [0.1])  # type: ignore[list-item]
+    for given in ([FGSM(model)], [FGSM(model), "fgsm"]):
+        with pytest.raises(TypeError, match=r"attacks must be names, or a mapping .*, got \[FGSM"):
+            evaluate(model, loader, given, [0.1])  # type: ignore[arg-type]
     expected = evaluate(model, loader, "fgsm", [0.0, 0.25]).rows
     assert evaluate(model, loader, "fgsm", torch.tensor([0.0, 0.25])).rows == expected  # type: ignore[arg-type]
     assert evaluate(model, loader, "fgsm", np.array([0.0, 0.25], np.float32)).rows == expected  # type: ignore[arg-type]
@@ -2261,9 +2262,16 @@ class Centred(nn.Module):
         return logits - logits.mean(1, keepdim=True) + 1 / logits.shape[1]
 
 
+class Larger(nn.Softmax):
+    """What is positive, and adds up to something else."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return 1.5 * super().forward(logits)
+
+
 @pytest.mark.parametrize(
     ("final", "told"),
-    [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False), (Centred(), False)],
+    [(nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False), (Centred(), False), (Larger(1), False)],
 )
 def test_probabilities_in_the_place_of_logits_are_told_of(
     final: nn.Module, told: bool, model: Counting, loader: list[tuple[Tensor, Tensor]]
