@@ -256,6 +256,7 @@ def test_factories_get_the_model_and_eps(model: Counting, loader: list[tuple[Ten
         ({"attacks": []}, "attacks must name at least one"),
         ({"eps": []}, "eps must be numbers in"),
         ({"eps": [8.0]}, r"8/255, not 8.*\[8.0\]"),
+        ({"eps": [0.1, 8.0]}, r"8/255, not 8.*\[0.1, 8.0\]"),
         ({"eps": [-0.1]}, "eps must be numbers in"),
         ({"eps": [math.nan]}, "eps must be numbers in"),
         ({"eps": [0.1, 0.1]}, "eps must not repeat"),
@@ -508,9 +509,11 @@ def test_the_error_of_a_mean_is_that_of_a_mean() -> None:
     predicted = torch.stack([(torch.arange(10) >= count).long() for count in right]).view(5, 1, 10)
     images = nn.functional.one_hot(predicted, 3).movedim(-1, 1).float()
     loader = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    (entry,) = evaluate(nn.Identity(), loader, ["fgsm"], [0.0]).measurements
-    assert entry.row["miou"] == pytest.approx(np.mean(right) / 20, rel=1e-12)
-    assert entry.row["miou_error"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(5) / 20, rel=1e-12)
+    for count, batches in ((5, loader), (2, loader[:1])):
+        (entry,) = evaluate(nn.Identity(), batches, ["fgsm"], [0.0]).measurements
+        assert entry.row["miou"] == pytest.approx(np.mean(right[:count]) / 20, rel=1e-12)
+        error = np.std(right[:count], ddof=1) / math.sqrt(count) / 20
+        assert entry.row["miou_error"] == pytest.approx(error, rel=1e-12)
     (one,) = evaluate(nn.Identity(), [(images[:1], labels[:1])], ["fgsm"], [0.0]).measurements
     assert one.row["miou_error"] is None
     assert results.miou_difference(one, one) == (0, None)
@@ -802,6 +805,8 @@ def test_steps_of_an_attack_of_the_caller(
     result = evaluate(model, loader, {"mine": lambda network, eps: Mine()}, [0.03])
     assert [entry.steps for entry in result.measurements] == [expected]
     result.to_json(tmp_path / "results.json")
+    result = evaluate(model, loader, {"mine": lambda network, eps: lambda images, labels: images}, [0.03])
+    assert [entry.steps for entry in result.measurements] == [1]
 
 
 @pytest.mark.parametrize("factor", [255, -1, float("nan")])
