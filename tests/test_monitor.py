@@ -15,6 +15,7 @@ from test_training import Squares, assert_same_state, config, metrics_of, run, t
 from torch import Tensor, nn
 
 from segadv import models, plots, training
+from segadv.attacks import PGD
 from segadv.evaluation import evaluate
 from segadv.monitor import catastrophic_overfitting, probe
 from segadv.training import Trainer, Validation
@@ -67,6 +68,28 @@ def test_probe_is_what_it_says() -> None:
     assert found["newton_share_negative_gain"] == (gain < 0).double().mean().item()
     assert probe(model, images, labels) == found
     assert model.training
+
+
+class Wavy(nn.Conv2d):
+    """Its loss turns so often that every step counts."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (10 * super().forward(images)).sin()
+
+
+def test_pgd_of_the_probe_takes_ten_steps_of_a_third_of_eps() -> None:
+    images, labels = sample()
+    model = Wavy(3, 19, 3, padding=1).double()
+    labels = model(images).argmax(1).where(labels != 255, 255)
+
+    def accuracy(alpha: float, steps: int) -> float:
+        attack = PGD(model, eps=0.03, alpha=alpha, steps=steps, generator=torch.Generator().manual_seed(0))
+        return (model(attack(images, labels)).argmax(1) == labels)[labels != 255].double().mean().item()
+
+    found = probe(model, images, labels)["pgd_accuracy"]
+    assert found == pytest.approx(accuracy(0.01, 10), abs=1e-12)
+    for alpha, steps in ((0.01, 9), (0.01, 11), (0.015, 10), (0.0075, 10)):
+        assert found != pytest.approx(accuracy(alpha, steps), abs=1e-12)
 
 
 class Sure(nn.Module):
