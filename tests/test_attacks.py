@@ -1392,6 +1392,13 @@ def test_bad_arguments(build: Callable[[nn.Module], Attack], error: type[Excepti
         build(nn.Identity())
 
 
+@every_attack
+def test_every_attack_checks_what_all_have_in_common(name: str) -> None:
+    for wrong in ({"bn": "batch"}, {"bounds": (1, 0)}, {"ignore_index": 0.5}, {"align_corners": 1}, {"output": "out"}):
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must be "):
+            make(name, nn.Identity(), **wrong)
+
+
 def test_a_cap_in_the_units_of_the_bounds() -> None:
     assert FastNewton(nn.Identity(), bounds=(0, 255), max_eps=8).max_eps == 8
     with pytest.raises(ValueError, match=r"max_eps must be in \[0, 2\], .*, got 3\."):

@@ -212,6 +212,10 @@ def test_without_resizing_and_rotation_warp_is_cut(crop: tuple[int, int], offset
     out = warp(image, label, canvas=(20, 30), angle=0.0, offset=offset, crop=crop, flip=flip)
     torch.testing.assert_close(out[0], expected[0], rtol=0, atol=2e-5)
     assert torch.equal(out[1], expected[1])
+    for floats in (image.float() / 255, image.double() / 255):
+        same = cut(floats, label, offset=offset, crop=crop, flip=flip)[0]
+        assert same.dtype is floats.dtype
+        torch.testing.assert_close(same, expected[0].to(floats.dtype), rtol=0, atol=1e-7)
 
 
 # torchvision, one transform after the other on the whole image
