@@ -1559,7 +1559,14 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ({"arm": None}, "arm must be one of .*; got None"),
         ({"learning_rate": "1e-3"}, r"learning_rate must be a finite number in .*, got '1e-3'"),
         ({"learning_rate": -0.1}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"adversarial_share": -0.1}, "adversarial_share"),
         ({"momentum": 1.1}, "momentum"),
+        ({"momentum": -0.1}, "momentum"),
+        ({"weight_decay": -1e-9}, "weight_decay"),
+        ({"power": float("inf")}, "power"),
+        ({"monitor_every": -1}, "monitor_every"),
+        ({"crop": (4, 128)}, "crop height must be a whole number of at least 8, got 4"),
         ({"weight_decay": float("inf")}, "weight_decay"),
         ({"power": -1}, "power"),
         ({"seed": -1}, "seed"),
@@ -1575,6 +1582,19 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 def test_config_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    "least_or_largest",
+    [
+        {"eps": 1, "adversarial_share": 1, "momentum": 1, "seed": (1 << 64) - 1, "accumulation": 4},
+        {"adversarial_share": 0, "learning_rate": 0, "momentum": 0, "weight_decay": 0, "power": 0, "seed": 0},
+        {"steps": 1, "batch_size": 2, "crop": (8, 8), "workers": 0, "monitor_every": 0, "accumulation": 1},
+        {"log_every": 1, "checkpoint_every": 1},
+    ],
+)
+def test_the_ends_of_each_range_are_in_it(least_or_largest: dict[str, Any]) -> None:
+    assert vars(config(**least_or_largest)).items() >= least_or_largest.items()
 
 
 @pytest.mark.parametrize(
@@ -1611,7 +1631,8 @@ def test_validation_names_what_is_wrong(changes: dict[str, Any], message: str) -
 
 
 def test_types_of_a_validation() -> None:
-    assert Validation(attacks="fgsm") == Validation(attacks=("fgsm",))  # type: ignore[arg-type]
+    for one in ("fgsm", ["fgsm"]):
+        assert Validation(attacks=one) == Validation(attacks=("fgsm",))  # type: ignore[arg-type]
     for eps in (0.03, "0.03", None, ("0.03",)):
         with pytest.raises(TypeError, match=r"validation\.eps must be a sequence of numbers") as raised:
             Validation(eps=eps)  # type: ignore[arg-type]
