@@ -647,6 +647,18 @@ def test_failed_save_leaves_the_previous_checkpoint(
     trainer.load(tmp_path / "last.pt")
 
 
+def test_an_error_of_a_save_that_is_not_of_writing_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    trainer = run(tmp_path, steps=4)
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.save(tmp_path / "last.pt")
+
+
 def test_really_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: the writer fails in the middle of the file."""
     run(tmp_path, steps=4)
@@ -673,8 +685,15 @@ except (OSError, RuntimeError) as error:
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(tmp_path, steps=4)
-    with pytest.raises(ValueError, match=r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\)"):
+    told = r"differs in arm \('basic' there, 'fgsm' here\), seed \(7 there, 8 here\): give another output folder, or"
+    with pytest.raises(ValueError, match=told):
         run(tmp_path, steps=4, arm="fgsm", seed=8)
+    for changes in ({"accumulation": 2}, {"accumulation": 2, "seed": 8}):
+        with pytest.raises(ValueError, match=r"differs in accumulation \(1 there, 2 here\)") as refused:
+            run(tmp_path, steps=4, **changes)
+        alone = "accumulation 1 as before, or set allow_other_split" in str(refused.value)
+        assert alone == (changes == {"accumulation": 2}), "the remedy where nothing else differs"
+    Trainer(config(steps=4, accumulation=2, allow_other_split=True), tiny_model(), Squares()).load(tmp_path / "last.pt")
     described = Trainer(config(steps=4), tiny_model(), Squares(), description={"data": {"files": {"crop": 1}}})
     with pytest.raises(ValueError, match=r"differs in description\.data\.files\.crop \(None there, 1 here\)"):
         described.run(tmp_path, progress=False)
@@ -1159,7 +1178,7 @@ def test_a_first_step_that_overflows_leaves_no_rubbish_in_the_momentum() -> None
 
 
 def test_accumulation_takes_the_parts_one_after_the_other() -> None:
-    """The gradient is that of the whole batch, also where the attack draws; batch norm sees parts."""
+    """Also where the attack draws; batch norm sees parts."""
     sizes = []
     model = tiny_model(dropout=0)
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
