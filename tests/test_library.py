@@ -202,13 +202,15 @@ def test_compile_fullgraph_in_a_fresh_process(name: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_labels_made_under_inference_mode() -> None:
+def test_labels_and_class_weights_made_under_inference_mode() -> None:
     with torch.inference_mode():
-        y = torch.randint(0, 5, (2, 6, 8))
+        y, weight = torch.randint(0, 5, (2, 6, 8)), torch.rand(5)
     for own in SIZES.values():
         z = torch.randn(2, 5, *own, requires_grad=True)
         for function in FUNCTIONS.values():
             assert torch.autograd.grad(function(z, y), z)[0].isfinite().all()
+        losses = [F.cross_entropy(z, labels, weight=of) for labels, of in ((y, weight), (y.clone(), weight.clone()))]
+        assert torch.equal(*(torch.autograd.grad(loss, z)[0] for loss in losses))
 
 
 def test_inductor_fullgraph() -> None:
@@ -607,6 +609,11 @@ IMAGES = torch.zeros(2, 3, 4, 4)
             lambda: F.cross_entropy(Z, Y[:, None]),
             r"labels must be \[N, H, W\] with .* as logits .*, got int64 \[2, 1, 4, 4\] on cpu; labels.squeeze\(1\)",
         ),
+        (
+            lambda: F.cross_entropy(Z, Y[:, None].expand(-1, 3, -1, -1)),
+            r"labels must be \[N, H, W\] with .* as logits .*, got int64 \[2, 3, 4, 4\] on cpu$",
+        ),
+        (lambda: F.l1_norm(torch.tensor(1.0)), r"grad must be \[N, \.\.\.\], got a scalar"),
         (lambda: F.cross_entropy(Z, Y[0]), r"labels must be \[N, H, W\] with .* as logits .*, got int64 \[4, 4\]"),
         (lambda: F.cross_entropy(Z, Y[:1]), r"\[N, H, W\] with the same N as .*, got int64 \[1, 4, 4\]"),
         (

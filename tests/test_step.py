@@ -128,6 +128,16 @@ def test_the_gradient_of_the_norm(backend: str) -> None:
     half = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
     (grad,) = torch.autograd.grad(F.l1_norm(half).sum(), half)
     assert torch.equal(grad, half.sign())
+    zero = torch.zeros(2, 3, requires_grad=True)
+    assert not torch.autograd.grad(F.l1_norm(zero).sum(), zero)[0].any()
+
+
+def test_an_image_may_be_a_number(backend: str) -> None:
+    images, grad = torch.tensor([0.5, 0.95, 0.2]), torch.tensor([2.0, 1.0, -1.0])
+    torch.testing.assert_close(F.sign_step(images, grad, 0.1), torch.tensor([0.6, 1.0, 0.1]))
+    adversarial, eps = F.newton_step(images, grad, torch.tensor([0.2, -0.1, 0.1]))
+    torch.testing.assert_close(eps, torch.tensor([0.1, -0.1, 0.1]))
+    torch.testing.assert_close(adversarial, torch.tensor([0.4, 1.0, 0.3]))
 
 
 def test_steps_are_constants(backend: str) -> None:
