@@ -394,17 +394,22 @@ def test_weighted_losses(backend: str, seed: int, dtype: torch.dtype, largest: i
     )
 
 
+def plain_map(loss: str, case: oracle.Case, targeted: bool) -> Callable[[Tensor], Tensor]:
+    """logits -> loss [N, H, W] after 3 of 5 steps."""
+    return {
+        "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
+        "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
+        "cospgd": lambda z: oracle.cospgd_map(z, case.labels, targeted, **case.options),
+    }[loss]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(12))
 def test_loss_and_grad(backend: str, seed: int, dtype: torch.dtype, largest: int, loss: str) -> None:
     case = oracle.random_case(100 + seed, dtype, largest=largest)
     targeted = bool((seed // 2 + DTYPES.index(dtype)) % 2)
-    plain = {
-        "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
-        "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
-        "cospgd": lambda z: oracle.cospgd_map(z, case.labels, targeted, **case.options),
-    }[loss]
+    plain = plain_map(loss, case, targeted)
     loss_sum, n_valid, grad = F.loss_and_grad(
         case.logits, case.labels, loss=loss, step=3, steps=5, targeted=targeted, **case.options
     )
@@ -429,11 +434,7 @@ def test_classes_that_weigh_alike(backend: str, seed: int, dtype: torch.dtype, l
         for label in found:
             valid = (own != case.ignore_index).sum()
             of_image[own == label] = valid.double() / (len(found) * (own == label).sum())
-    plain = {
-        "cross_entropy": lambda z: oracle.cross_entropy_map(z, case.labels, **case.options),
-        "segpgd": lambda z: oracle.segpgd_map(z, case.labels, 0.3, targeted, **case.options),
-        "cospgd": lambda z: oracle.cospgd_map(z, case.labels, targeted, **case.options),
-    }[loss]
+    plain = plain_map(loss, case, targeted)
     loss_sum, n_valid, grad = F.loss_and_grad(
         case.logits, case.labels, loss=loss, step=3, steps=5, targeted=targeted, balanced=True, **case.options
     )
