@@ -320,8 +320,8 @@ def loss_and_grad(
 
         loss_sum = (n_valid / (K * n_y) * cross_entropy(logits, labels, reduction="none")).sum((1, 2))
 
-    Sources: those of the losses. Croce et al. 2024 (arXiv 2306.12941) weigh classes to attack mIoU, with their
-    frequency in the data set.
+    Sources: those of the losses. Croce et al. 2024 (arXiv 2306.12941) weigh classes to attack mIoU, with
+    weights of the data set.
 
     Raises, besides what all raise:
         ValueError: a loss of another name; "segpgd" without step and steps, or not 0 <= step < steps.
