@@ -5,9 +5,9 @@
 
 SEA (Croce, Singh & Hein, ECCV 2024, arXiv 2306.12941) maximises three losses: the Jensen-Shannon divergence between
 prediction and label, the cross-entropy of those pixels that are still right, and the same with weights for the classes
-(here all classes of an image weigh alike). This takes these losses, and sign steps that shrink from eps to 0 along a cosine; it is not SEA itself,
-whose steps are APGD's and begin in balls of twice eps. An attack is any function from images and labels to adversarial
-images: `evaluate` judges what it returns, and complains where it leaves the ball.
+(here all classes of an image weigh alike). This takes these losses, and sign steps that shrink from eps to 0 along a
+cosine; it is not SEA itself, whose steps are APGD's and begin in balls of twice eps. An attack is any function from
+images and labels to adversarial images: `evaluate` judges what it returns, and complains where it leaves the ball.
 """
 
 from __future__ import annotations
