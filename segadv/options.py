@@ -101,7 +101,9 @@ def parser() -> ArgumentParser:
     evaluate.add_argument("--out", required=True, help="folder of the report; a stopped evaluation continues")
     evaluate.add_argument("--split", default="val", help="of the data set")
     evaluate.add_argument(
-        "--attacks", default="fgsm,pgd,segpgd,cospgd", help=f"some of {', '.join(ATTACKS)}, with commas between them"
+        "--attacks",
+        default="fgsm,pgd,segpgd,cospgd,cospgd-balanced",
+        help=f"some of {', '.join(ATTACKS)}, with commas between them",
     )
     eps = ",".join(f"{value:g}" for value in EPS)
     evaluate.add_argument("--eps", default=eps, help="numbers in [0, 1], such as 0.03 or 8/255; 0 is clean")

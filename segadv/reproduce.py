@@ -61,7 +61,7 @@ class Evaluation:
     """How the trained networks are attacked, beside FGSM and BIM-10 at the paper's eps.
 
     Args:
-        stronger: further attacks, such as pgd, segpgd, cospgd; they add the worst case for each image.
+        stronger: further attacks, such as pgd, segpgd, cospgd; they add the worst cases for each image.
         steps: number of steps of these, where their names do not give one.
         images: number of images, the first of the validation split; 0: all.
         batch_size: images at once, as far as their sizes are equal.
@@ -443,8 +443,8 @@ def _report(
         iterative = [name for name in evaluation.stronger if name in ITERATIVE]
         lines += [
             *[f"Steps of {', '.join(iterative)}: {evaluation.steps}."] * bool(iterative),
-            "The worst case takes, for each image, the outcome with the most wrong pixels, of an attack or of the "
-            "clean image.",
+            "The worst cases take, for each image, the outcome with the most wrong pixels, or that with the lowest "
+            "mIoU, of an attack or of the clean image.",
             "",
         ]
     lines += _overhead_section(content, arms)

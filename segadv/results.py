@@ -89,9 +89,9 @@ class Measurement:
 
     Attributes:
         arm: name of the model; "" before `EvaluationResult.merge`.
-        attack: its name, or "worst-case".
+        attack: its name, "worst-case" or "worst-case-miou".
         eps: 0 is the clean prediction.
-        steps: of the attack; 0 where eps is 0. For "worst-case" the largest of the attacks' numbers.
+        steps: of the attack; 0 where eps is 0. For a worst case the largest of the attacks' numbers.
         confusion: int64 [C, C] over all pixels of the set, row = label, column = prediction.
         miou_of_each: float64 [N], the mIoU of each image with a labelled pixel, in their order, over the classes in its
             labels or predictions.

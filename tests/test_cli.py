@@ -441,6 +441,7 @@ def test_evaluate_several_checkpoints_into_one_report(
         ("fgsm", "0.0", "0"), ("fgsm", "0.02", "1"), ("fgsm", "0.03", "1"),
         ("segpgd", "0.0", "0"), ("segpgd", "0.02", "3"), ("segpgd", "0.03", "3"), ("segpgd", "0.03", "5"),
         ("worst-case", "0.0", "0"), ("worst-case", "0.02", "3"), ("worst-case", "0.03", "5"),
+        ("worst-case-miou", "0.0", "0"), ("worst-case-miou", "0.02", "3"), ("worst-case-miou", "0.03", "5"),
     ]  # fmt: skip
     text = Path("report/report.md").read_text()
     assert "from fgsm (b)" in text

@@ -218,7 +218,7 @@ def test_bim_10_is_the_papers(model: Counting, loader: list[tuple[Tensor, Tensor
 def test_rows_are_in_the_given_order_and_repeatable(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
     result = evaluate(model, loader, ["bim-10", "fgsm"], [0.02, 0.0, 0.01])
     assert [(row["attack"], row["eps"]) for row in result.rows] == [
-        (attack, eps) for attack in ("bim-10", "fgsm", "worst-case") for eps in (0.02, 0.0, 0.01)
+        (attack, eps) for attack in ("bim-10", "fgsm", "worst-case", "worst-case-miou") for eps in (0.02, 0.0, 0.01)
     ]
     assert list(result.rows[0]) == ["attack", "eps", "miou", "pixel_accuracy"]
     assert evaluate(model, loader, ["bim-10", "fgsm"], [0.02, 0.0, 0.01]).rows == result.rows
@@ -321,9 +321,9 @@ def test_files(tmp_path, model: Counting, loader: list[tuple[Tensor, Tensor]]) -
     with open(tmp_path / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["arm", "attack", "eps", "miou", "pixel_accuracy"]
-    assert [row["arm"] for row in rows] == ["basic"] * 6 + ["fast-newton"] * 6
+    assert [row["arm"] for row in rows] == ["basic"] * 8 + ["fast-newton"] * 8
     assert [float(row["miou"]) for row in rows] == [row["miou"] for row in merged.rows]
-    assert len(merged.confusion) == 12
+    assert len(merged.confusion) == 16
 
 
 @pytest.mark.parametrize("method", ["to_csv", "to_details_csv", "to_json"])
@@ -430,14 +430,15 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
         return lambda network, eps: attack
 
     result = evaluate(model, loader, {"even": on(0), "odd": on(1)}, [0.5])
-    expected, mious = {"even": [], "odd": [], "worst-case": []}, {}
+    expected, mious = {"even": [], "odd": [], "worst-case": [], "worst-case-miou": []}, {}
     for images, labels in loader:
         for image, label in zip(images, labels, strict=True):
             outcomes = [
                 plain_confusion(model, on(parity)(model, 0.5)(image[None], label)[0], label) for parity in (0, 1)
             ]
             wrong = [(matrix.sum() - matrix.trace()).item() for matrix in outcomes]
-            for name, matrix in zip(expected, [*outcomes, outcomes[int(np.argmax(wrong))]], strict=True):
+            chosen = outcomes[int(np.argmax(wrong))], min(outcomes, key=plain_miou)
+            for name, matrix in zip(expected, [*outcomes, *chosen], strict=True):
                 expected[name].append(matrix)
     assert [entry.attack for entry in result.measurements] == list(expected)
     for entry in result.measurements:
@@ -449,19 +450,20 @@ def test_worst_case_takes_each_image_from_its_worst_attack(
     for entry in result.measurements:
         assert entry.without_each.tolist() == pytest.approx(without[entry.attack], rel=1e-12)
         assert entry.row["miou_error"] == pytest.approx(jackknife(np.array(without[entry.attack])), rel=1e-9)
-    even, odd, worst = result.measurements
+    even, odd, worst, worst_by_miou = result.measurements
     difference, error = results.miou_difference(even, odd)
     assert difference == pytest.approx(even.row["miou"] - odd.row["miou"], rel=1e-12)
     assert error == pytest.approx(jackknife(np.subtract(without["even"], without["odd"])), rel=1e-9)
     assert results.miou_difference(worst, worst) == (0, 0)
     accuracy = {row["attack"]: row["pixel_accuracy"] for row in result.rows}
     assert accuracy["worst-case"] < min(accuracy["even"], accuracy["odd"])
-    assert not any(e.attack == "worst-case" for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements)
+    assert worst_by_miou.image_miou < min(even.image_miou, odd.image_miou)
+    assert {e.attack for e in evaluate(model, loader, ["fgsm"], [0.1]).measurements} == {"fgsm"}
     two = evaluate(model, loader, ["fgsm", "bim-10"], [0.04], worst_case=False)
     assert [row["attack"] for row in two.rows] == ["fgsm", "bim-10"]
     on_the_way = evaluate(model, loader, ["bim", "fgsm"], [0.04], steps=4)
     steps = [(entry.attack, entry.steps) for entry in on_the_way.measurements]
-    assert steps == [("bim", 3), ("bim", 4), ("fgsm", 1), ("worst-case", 4)]
+    assert steps == [("bim", 3), ("bim", 4), ("fgsm", 1), ("worst-case", 4), ("worst-case-miou", 4)]
 
 
 def test_an_image_without_a_label_counts_in_no_mean(model: Counting, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -547,6 +549,10 @@ def test_the_worst_case_is_never_better_than_the_clean_image(
     result = evaluate(model, loader, {"helpful": helpful, "kind": helpful}, [0.0, 0.05])
     accuracy = {(row["attack"], row["eps"]): row["pixel_accuracy"] for row in result.rows}
     assert accuracy["helpful", 0.05] > accuracy["helpful", 0.0] >= accuracy["worst-case", 0.05]
+    left = {(entry.attack, entry.eps): entry.miou_of_each for entry in result.measurements}
+    assert (left["helpful", 0.0] < left["helpful", 0.05]).any()
+    expected = torch.minimum(left["helpful", 0.0], left["helpful", 0.05])
+    assert torch.equal(left["worst-case-miou", 0.05], expected)
 
 
 @pytest.mark.parametrize("clean", [[0, 0], [0, 1]])
@@ -559,11 +565,34 @@ def test_of_equally_bad_attacks_the_first_is_the_worst_case(clean: list[int]) ->
         turned = torch.eye(3)[[0, into]].T.view(1, 3, 1, 2)
         return lambda model, eps: lambda images, labels: turned
 
-    first, second, worst = evaluate(
+    first, second, worst, worst_by_miou = evaluate(
         nn.Identity(), [(images, labels)], {"a": turning(2), "b": turning(1)}, [1.0]
     ).confusion
     assert torch.equal(worst, first)
+    assert torch.equal(worst_by_miou, first)
     assert not torch.equal(worst, second)
+
+
+def test_the_worst_case_is_chosen_by_pixels_and_by_miou() -> None:
+    """One attack turns more pixels, the other a whole class; the third image has no label, and counts nowhere."""
+    labels = torch.zeros(3, 2, 4, dtype=torch.uint8)
+    labels[:, 1, 3] = 1
+    labels[2] = 255
+    many, rare = labels.clone(), labels.clone()
+    many[:2, 0, :2] = 1  # IoU 5/7 and 1/3
+    rare[:2, 1, 3] = 0  # IoU 7/8 and 0
+
+    def becoming(predictions: Tensor) -> Any:
+        made = torch.eye(3)[predictions.long() % 3].movedim(3, 1)
+        return lambda model, eps: lambda images, labels: made[: len(images)]
+
+    images = becoming(labels)(None, 1)(torch.zeros(3, 3, 2, 4), labels)
+    model, attacks = nn.Identity(), {"many": becoming(many), "rare": becoming(rare)}
+    entries = {e.attack: e for e in evaluate(model, [(images, labels)], attacks, [1.0]).measurements}
+    assert torch.equal(entries["worst-case"].confusion, torch.tensor([[10, 4, 0], [0, 2, 0], [0, 0, 0]]))
+    assert torch.equal(entries["worst-case-miou"].confusion, torch.tensor([[14, 0, 0], [2, 0, 0], [0, 0, 0]]))
+    assert entries["worst-case"].miou_of_each.tolist() == pytest.approx([(5 / 7 + 1 / 3) / 2] * 2)
+    assert entries["worst-case-miou"].miou_of_each.tolist() == pytest.approx([7 / 16] * 2)
 
 
 @pytest.mark.parametrize("name", STRONG)
@@ -857,6 +886,7 @@ def test_labels_of_another_size_are_refused(model: Counting) -> None:
         ({"attacks": ["pgd"], "steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"attacks": ["pgd"], "eps": [0.0, 0.1, 0.2], "steps": {0.1: 3}}, r"entry for every eps.*\[0.2\]"),
         ({"attacks": {"clean": None}}, "other names than clean"),
+        ({"attacks": {"worst-case-miou": None, "mine": None}}, "other names than worst-case-miou"),
     ],
 )
 def test_bad_steps_and_names(model: Counting, loader: Any, arguments: dict[str, Any], message: str) -> None:

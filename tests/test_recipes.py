@@ -27,7 +27,7 @@ from PIL import Image
 
 from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results, writing
 from segadv.data import DATASETS, open_dataset
-from segadv.evaluation import ATTACKS
+from segadv.evaluation import ATTACKS, WORST_CASES
 from segadv.models import ModelConfig, small_pspnet
 from segadv.options import arranged, configs, parser
 from segadv.reproduce import Evaluation, claims
@@ -635,7 +635,7 @@ def test_reproduce_from_end_to_end(
         assert json.loads((out / arm / "evaluation.json").read_text())["run"]["images"] == 2
     found = json.loads((out / "results.json").read_text())
     seen = [(row["arm"], row["attack"], row["eps"]) for row in found["curves"]]
-    attacks = ("fgsm", "bim-10", "segpgd", "worst-case")
+    attacks = ("fgsm", "bim-10", "segpgd", "worst-case", "worst-case-miou")
     assert seen == [
         (arm, a, eps) for arm in comparison.PAPER_ARMS for a in attacks for eps in (0, 0.01, 0.02, 0.03, 0.04)
     ]
@@ -1122,7 +1122,7 @@ def test_report_shows_each_number_in_its_place() -> None:
     ]
     other = "\n".join(report("voc", Evaluation(("pgd",), steps=7, images=3), attacked=0.25, processes=4))
     assert "whole (the first 3 of the split)." in other
-    assert "Steps of pgd: 7.\nThe worst case takes, for each image, the outcome with the most wrong pixels" in other
+    assert "Steps of pgd: 7.\nThe worst cases take, for each image, the outcome with the most wrong pixels" in other
     assert "Steps" not in "\n".join(report(evaluation=Evaluation(("pgd-10",)))).partition("worst case")[0]
     assert "on cpu (4 processes); medians. The paper's tables are for half of the samples" in other
     assert "The paper's table 2 is the one for PASCAL VOC." in "\n".join(report("voc"))
@@ -1148,9 +1148,10 @@ def test_overhead_is_the_percentiles_of_each_arms_own_steps(streets: Path, monke
 
 
 def test_attacks_have_titles_and_those_of_others_keep_their_names() -> None:
-    assert [plots.attack_title(name) for name in (*ATTACKS, "worst-case", "fgsm-2", "mine")] == [
+    assert [plots.attack_title(name) for name in (*ATTACKS, *WORST_CASES, "fgsm-2", "mine")] == [
         "FGSM", "BIM-10", "BIM", "PGD", "SegPGD", "CosPGD", "CosPGD, balanced", "PGD-10", "PGD-20", "PGD-40",
-        "PGD-100", "SegPGD-10", "SegPGD-20", "SegPGD-40", "SegPGD-100", "the worst for each image", "fgsm-2", "mine",
+        "PGD-100", "SegPGD-10", "SegPGD-20", "SegPGD-40", "SegPGD-100", "the worst for each image, by pixels",
+        "the worst for each image, by mIoU", "fgsm-2", "mine",
     ]  # fmt: skip
 
 
