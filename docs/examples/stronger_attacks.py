@@ -81,7 +81,7 @@ def decaying_pgd(model: nn.Module, eps: float, *, loss: Loss, steps: int) -> Cal
 
 
 def compare(model: nn.Module, loader: Iterable[Any], *, eps: float, steps: int) -> list[Measurement]:
-    """Clean images, the built-in attacks, their worst case, those of one's own, and the worst case of all."""
+    """Clean images, the built-in attacks, their worst cases, those of one's own, and the worst cases of all."""
     built_in = {name: functools.partial(ATTACKS[name], steps=steps) for name in BUILT_IN}
     own = {name: functools.partial(decaying_pgd, loss=loss, steps=steps) for name, loss in OWN.items()}
     with tempfile.TemporaryDirectory() as records:  # so that the built-in attacks run once
@@ -110,9 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loader = whole_images(dataset, images=options.images, batch_size=4)
         print(f"{path}, trained with {config['arm']}: mIoU, pixel accuracy")
         found = compare(model, loader, eps=options.eps, steps=options.steps)
-        names = ["clean", *BUILT_IN, "worst case of these", *OWN, "worst case of all"]
+        names = ["clean", *BUILT_IN, "worst of these, by pixels", "worst of these, by mIoU"]
+        names += [*OWN, "worst of all, by pixels", "worst of all, by mIoU"]
         for name, entry in zip(names, found, strict=True):
-            print(f"  {name:20} {entry.row['miou']:.4f}  {entry.row['pixel_accuracy']:.4f}", flush=True)
+            print(f"  {name:25} {entry.row['miou']:.4f}  {entry.row['pixel_accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":
