@@ -19,7 +19,7 @@
 namespace segadv {
 
 // The Python side refuses an extension with another number.
-constexpr int kInterfaceVersion = 7;
+constexpr int kInterfaceVersion = 8;
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kUInt8 };
 
@@ -67,13 +67,13 @@ struct CrossEntropyParams {
   Loss loss = Loss::kCrossEntropy;
   double lambda = 0.0;        // SegPGD
   bool targeted = false;      // SegPGD, CosPGD
-  TensorView class_weight;    // [C] of the compute type, or none
+  TensorView class_weight;    // [N, C] of the compute type, dense along C, or none
   TensorView pixel_loss;      // [N, H, W]
   TensorView shift;           // [N, H, W]: a logit not far below the largest, and ...
   TensorView scale;           // [N, H, W]: ... 1 / sum of exp(z - shift): softmax is scale * exp(z - shift)
-  TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight
+  TensorView pixel_weight;    // [N, H, W]: SegPGD's or CosPGD's weight, times that of the class
   TensorView loss_sum;        // [N]
-  TensorView weight_sum;      // [N]: sum of class weights
+  TensorView weight_sum;      // [N]: sum of the pixels' weights
   TensorView n_valid;         // [N] int64
 };
 
@@ -81,7 +81,7 @@ struct CrossEntropyBackwardParams {
   Problem problem;            // grad wanted
   TensorView grad_loss;       // [N, H, W] of the compute type, any strides
   TensorView shift, scale;    // [N, H, W]
-  TensorView class_weight;    // [C], or none
+  TensorView class_weight;    // [N, C], or none
   TensorView pixel_weight;    // [N, H, W], or none
 };
 

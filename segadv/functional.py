@@ -198,6 +198,7 @@ def cross_entropy(
         weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
         if not torch.compiler.is_compiling() and weight.is_inference() and not torch.is_inference_mode_enabled():
             weight = weight.clone()  # as the labels
+        weight = weight.expand(len(logits4), -1)
     loss, weight_sum = autograd.cross_entropy(
         logits4, labels3, weight, ignore_index, align_corners, reduction == "none"
     )
@@ -305,7 +306,7 @@ def loss_and_grad(
         step, steps: as in `segpgd_loss`; ignored for the other losses.
         targeted: swaps SegPGD's weights and takes 1 - c in CosPGD; the value is not negated.
         balanced: weighs the pixels so that all classes among an image's labels count alike, with mean 1: loss_sum /
-            n_valid is then the mean over these classes of the loss's mean over a class's pixels. In two passes.
+            n_valid is then the mean over these classes of the loss's mean over a class's pixels.
 
     Returns:
         loss_sum [N], float32 or float64; n_valid [N], int64; grad, of the logits' dtype and shape. Detached.
@@ -336,28 +337,22 @@ def loss_and_grad(
     logits4, labels3 = _as_maps(logits, labels, ignore_index, align_corners)
     logits4 = logits4.detach()
     options = (ignore_index, align_corners)
-    if balanced:
-        value, n_valid, _, shift, scale, pixel_weight = library.cross_entropy(
-            logits4, labels3, None, loss, lam, targeted, *options, True, True
-        )
-        weight = _balance(labels3, logits4.shape[1], ignore_index).to(value.dtype)
-        loss_sum = library.l1_norm(value * weight)  # a sum in a fixed order: nothing in it is negative
-        grad = library.cross_entropy_backward(
-            weight, logits4, labels3, shift, scale, None, None if loss == "cross_entropy" else pixel_weight, *options
-        )
-    else:
-        loss_sum, n_valid, _, grad = library.loss_and_grad(logits4, labels3, None, loss, lam, targeted, *options)
+    weight = _balance(labels3, logits4, ignore_index) if balanced else None
+    loss_sum, n_valid, _, grad = library.loss_and_grad(logits4, labels3, weight, loss, lam, targeted, *options)
     return loss_sum, n_valid, grad.view(logits.shape) if logits.dim() == 2 else grad
 
 
-def _balance(labels: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """n_v / (K * n_y) of every pixel of [N, H, W], 0 where there is no label: float64."""
-    y = labels.long()  # a comparison would take a number modulo 256 for uint8
-    index = torch.where((y != ignore_index) & (y >= 0) & (y < classes), y, classes).flatten(1)
-    counts = y.new_zeros(len(y), classes + 1).scatter_add_(1, index, y.new_ones(()).expand_as(index))
-    counts = counts[:, :-1]
-    weight = counts.sum(1, keepdim=True).double() / ((counts > 0).sum(1, keepdim=True) * counts).clamp(min=1)
-    return torch.nn.functional.pad(weight, (0, 1)).gather(1, index).view_as(y)
+def _balance(labels: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """n_valid / (K * n_y) of every class among an image's labels, 0 of the others: [N, C] of the compute type."""
+    classes = logits.shape[1]
+    index = labels.long().clamp(-1, classes).add_(1).flatten(1)
+    counts = index.new_zeros(len(index), classes + 2).scatter_add_(1, index, index.new_ones(()).expand_as(index))
+    counts = counts[:, 1:-1]
+    if 0 <= ignore_index < classes:
+        counts[:, ignore_index] = 0
+    occurs = counts > 0
+    weight = occurs * counts.sum(1, keepdim=True).double() / (occurs.sum(1, keepdim=True) * counts).clamp(min=1)
+    return weight.to(compute_dtype(logits.dtype))
 
 
 # --- steps in pixel space ---------------------------------------------------------------------------------------

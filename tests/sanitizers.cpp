@@ -124,7 +124,7 @@ void run(DType dtype, DType wide, int64_t C, int64_t h, int64_t w, int64_t H, in
     params.lambda = 0.25;
     params.pixel_loss = map(), params.shift = map(), params.scale = map(), params.pixel_weight = map();
     params.loss_sum = vector(wide), params.weight_sum = vector(wide), params.n_valid = vector(DType::kInt64);
-    if (loss == Loss::kCrossEntropy) params.class_weight = memory.tensor(wide, {C});
+    params.class_weight = memory.tensor(wide, {N, C});
     call(kernels::cross_entropy, params, workspace, bad, what);
     call(kernels::cross_entropy_backward,
          {problem, params.pixel_loss, params.shift, params.scale, params.class_weight, params.pixel_weight},

@@ -40,7 +40,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
     if channels_last:
         images, grad = (t.contiguous(memory_format=torch.channels_last) for t in (images, grad))
     runner_up = torch.zeros(2, 6, 8, dtype=torch.uint8)
-    per_pixel, weight = torch.rand(2, 6, 8, dtype=wide), torch.rand(5, dtype=wide)
+    per_pixel, weight = torch.rand(2, 6, 8, dtype=wide), torch.rand(2, 5, dtype=wide)
     return {
         "pixel_margin": (z, y, 255, False),
         "averaged_gain": (z, y, 255, True),
@@ -48,7 +48,7 @@ def sample_inputs(own: tuple[int, int], dtype: torch.dtype, channels_last: bool)
         "margin_backward": (per_pixel, y, runner_up, list(z.shape), channels_last, dtype, 255, False),
         "cross_entropy": (z, y, weight, "cross_entropy", 0.0, False, 255, False, True, True),
         "cross_entropy_backward": (per_pixel, z, y, per_pixel, per_pixel, weight, per_pixel, 255, False),
-        "loss_and_grad": (z, y, None, "segpgd", 0.25, False, 255, True),
+        "loss_and_grad": (z, y, weight, "segpgd", 0.25, False, 255, True),
         "l1_norm": (grad.to(dtype),),
         "newton_step": (images, grad, torch.rand(2), 0.0, 1.0, False, None),
         "sign_step": (images, grad, 0.1, None, images.clone(), 0.1, None, 0.0, 1.0),

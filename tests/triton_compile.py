@@ -67,7 +67,7 @@ def operations(few: bool) -> Iterator[tuple[str, Any]]:
                 z = z.contiguous(memory_format=torch.channels_last)
             y = torch.zeros(2, 256, 256, dtype=torch.uint8 if dtype is torch.float32 else torch.int64)
             wide = torch.zeros(2, 256, 256, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-            weight = torch.ones(19, dtype=wide.dtype)
+            weight = torch.ones(2, 19, dtype=wide.dtype)
             one = wide[:, :1, :1].expand(y.shape)
             name = f"{str(dtype)[6:]} {own[0]} -> 256{' channels_last' if channels_last else ''}"
             yield f"pixel_margin {name}", lambda z=z, y=y: OPERATIONS.pixel_margin(z, y, 255, False)

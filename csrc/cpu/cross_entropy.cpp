@@ -20,13 +20,18 @@ struct Partial {
   int64_t bad = kNoBadLabel;
 };
 
+// The weights of the classes in an image, [C], or none.
+template <class A>
+SEGADV_INLINE const A* weights_in(const TensorView& class_weight, int64_t n) {
+  return class_weight ? at<A>(class_weight, n, 0, 0) : nullptr;
+}
+
 // What is done once per pixel. `best` is the largest logit and becomes the loss; `own` is the label's logit. Where a
 // pixel is not valid, all results are 0.
 template <class A>
-SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, const int32_t* y,
+SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, const A* class_weight, int count, const int32_t* y,
                                  const int32_t* best_class, const A* own, const A* sum, const A* squares, A* best,
                                  A* shift, A* scale, A* weight) {
-  const A* class_weight = static_cast<const A*>(params.class_weight.data);
   for (int p = 0; p < count; ++p) {
     shift[p] = y[p] >= 0 ? best[p] : A(0);
     best[p] -= own[p];
@@ -36,10 +41,11 @@ SEGADV_INLINE void finish_pixels(const CrossEntropyParams& params, int count, co
     for (int p = 0; p < count; ++p) weight[p] = best_class[p] == y[p] ? of.correct : of.wrong;
   } else if (params.loss == Loss::kCosPGD) {
     for (int p = 0; p < count; ++p) weight[p] = cospgd_weight(-best[p], squares[p], params.targeted);
-  } else if (class_weight) {
-    for (int p = 0; p < count; ++p) weight[p] = class_weight[y[p] >= 0 ? y[p] : 0];
   } else {
     for (int p = 0; p < count; ++p) weight[p] = A(1);
+  }
+  if (class_weight) {
+    for (int p = 0; p < count; ++p) weight[p] *= class_weight[y[p] >= 0 ? y[p] : 0];
   }
   for (int p = 0; p < count; ++p) {
     const bool valid = y[p] >= 0;
@@ -92,7 +98,8 @@ SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, FullTile
       }
     }
     for (int p = 0; p < tile.count; ++p) own[p] = tile.z(y[p] >= 0 ? y[p] : 0, p);
-    finish_pixels(params, tile.count, y, best_class, own, sum, squares, best, shift, scale, weight);
+    finish_pixels(params, weights_in<A>(params.class_weight, tile.n), tile.count, y, best_class, own, sum, squares,
+                  best, shift, scale, weight);
     partial.loss_sum += sum_of(best, tile.count);
     partial.weight_sum += sum_of(weight, tile.count);
     if (params.pixel_loss) std::copy_n(best, tile.count, at<A>(params.pixel_loss, tile.n, tile.y, tile.x));
@@ -164,6 +171,7 @@ SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     partial.n_valid += load_labels(problem, tile, y, &partial.bad);
+    const A* class_weight = weights_in<A>(params.class_weight, tile.n);
     double loss_sum[kLanes] = {}, weight_sum[kLanes] = {};
     for (int b = 0; b < tile.blocks(); ++b) {
       const int p0 = b * kLanes;
@@ -197,8 +205,8 @@ SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
         }
         for (int j = 0; j < kTogether; ++j) {
           const int r = r0 + j;
-          finish_pixels(params, kLanes, y[r] + p0, best_class[i][j], own[i][j], total[j], squares[j], best[i][j],
-                        shift[r] + p0, scale[r] + p0, weight[r] + p0);
+          finish_pixels(params, class_weight, kLanes, y[r] + p0, best_class[i][j], own[i][j], total[j], squares[j],
+                        best[i][j], shift[r] + p0, scale[r] + p0, weight[r] + p0);
           for (int p = 0; p < kLanes; ++p) {
             loss[r][p0 + p] = best[i][j][p];
             loss_sum[p] += best[i][j][p];
@@ -254,10 +262,10 @@ SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   const int64_t classes = problem.logits.size[1];
   int32_t y[kMaxTile];
   A weight[kMaxTile], factor[kMaxTile];
-  const A* class_weight = static_cast<const A*>(params.class_weight.data);
   Partial partial;
   tiles.walk(item, [&](const auto& tile) SEGADV_BODY {
     load_labels(problem, tile, y, &partial.bad);
+    const A* class_weight = weights_in<A>(params.class_weight, tile.n);
     const A* grad_loss = at<A>(params.grad_loss, tile.n, tile.y, tile.x);
     const int64_t stride = params.grad_loss.stride[2];
     for (int p = 0; p < tile.count; ++p) weight[p] = grad_loss[p * stride];
@@ -292,10 +300,10 @@ SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams&
   const Problem& problem = params.problem;
   TileMap<int32_t> y;
   TileMap<A> weight, pixel_weight, shift, factor;
-  const A* class_weight = static_cast<const A*>(params.class_weight.data);
   Partial partial;
   tiles.walk(item, [&](auto& tile) SEGADV_BODY {
     load_labels(problem, tile, y, &partial.bad);
+    const A* class_weight = weights_in<A>(params.class_weight, tile.n);
     load_map(params.grad_loss, tile, weight);
     load_map(params.shift, tile, shift);
     load_map(params.scale, tile, factor);

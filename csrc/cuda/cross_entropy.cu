@@ -95,18 +95,15 @@ __global__ void __launch_bounds__(kThreads, Mine::kResamples ? kBlocks<typename 
   A loss_sum = 0, weight_sum = 0;
 #pragma unroll
   for (int i = 0; i < P; ++i) weight[i] = A(1);
-  if (params.class_weight.data != nullptr) {
-#pragma unroll
-    for (int i = 0; i < P; ++i) weight[i] = *at<const A>(params.class_weight, label[i] >= 0 ? label[i] : 0);
-  }
+  if (params.class_weight.data != nullptr) multiply_by_class_weight(params.class_weight, pixels, label, weight);
 #pragma unroll
   for (int i = 0; i < P; ++i) {
     const bool valid = label[i] >= 0;
     const A above_shift = own[i] - shift[i];
     if constexpr (kLoss == Loss::kSegPGD) {
-      weight[i] = prediction[i] == label[i] ? of.correct : of.wrong;
+      weight[i] *= prediction[i] == label[i] ? of.correct : of.wrong;
     } else if constexpr (kLoss == Loss::kCosPGD) {
-      weight[i] = cospgd_weight(above_shift, squares[i], params.targeted);
+      weight[i] *= cospgd_weight(above_shift, squares[i], params.targeted);
     }
     weight[i] = valid ? weight[i] : A(0);
     loss[i] = valid ? (log_of_sum(total[i]) - above_shift) * weight[i] : A(0);
@@ -150,8 +147,8 @@ Error cross_entropy(const CrossEntropyParams& params, void* workspace, int64_t s
     if (problem.grad && Mine::kResamples) {
       GradientInputs inputs;
       inputs.shift = params.shift, inputs.scale = params.scale;
-      inputs.class_weight = params.class_weight;
-      inputs.pixel_weight = params.pixel_weight;
+      inputs.pixel_weight = params.pixel_weight;  // in which the class's weight is already
+      if (!params.pixel_weight) inputs.class_weight = params.class_weight;
       if (const Error error = resampled_gradient(problem, inputs, stream)) return error;
     }
     const Results results{params.loss_sum, params.weight_sum, params.n_valid, params.pixel_loss, problem.grad};

@@ -40,12 +40,7 @@ __device__ __forceinline__ void load_values(const GradientInputs& inputs, const 
       if (label[i] >= 0) value[i] = *from;
     }
   }
-  if (inputs.class_weight.data != nullptr) {
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      if (label[i] >= 0) value[i] *= *at<const A>(inputs.class_weight, label[i]);
-    }
-  }
+  if (inputs.class_weight.data != nullptr) multiply_by_class_weight(inputs.class_weight, pixels, label, value);
   if (inputs.pixel_weight.data != nullptr) {
     A weight[P];
     pixels.template load_map<A>(inputs.pixel_weight, weight);

@@ -13,9 +13,20 @@ struct GradientInputs {
   TensorView shift{};           // [N, H, W] and
   TensorView scale{};           // [N, H, W]
   TensorView grad_loss{};       // [N, H, W] of any strides, or none: 1
-  TensorView class_weight{};    // [C], or none
+  TensorView class_weight{};    // [N, C], or none
   TensorView pixel_weight{};    // [N, H, W], or none
 };
+
+// Multiplies what belongs to a thread's pixels by the weights [N, C] of their classes; what is not valid stays.
+template <class Mine, int P = Mine::kPixels, class A = typename Mine::A>
+__device__ __forceinline__ void multiply_by_class_weight(const TensorView& class_weight, const Mine& pixels,
+                                                         const int32_t (&label)[P], A (&value)[P]) {
+  const A* of_image = at<const A>(class_weight, scaled(pixels.n, class_weight.stride[0]));
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+    if (label[i] >= 0) value[i] *= of_image[label[i]];
+  }
+}
 
 // +value at the label, -value at the runner-up, 0 elsewhere; label and runner-up are -1 where not valid.
 template <class A>

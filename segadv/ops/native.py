@@ -27,7 +27,7 @@ except ImportError as error:
     )
 
 # csrc/segadv.h, kInterfaceVersion
-_INTERFACE_VERSION = 7
+_INTERFACE_VERSION = 8
 if core is not None and core.interface_version != _INTERFACE_VERSION:
     raise ImportError(
         f"segadv: the installed extension {core.__file__} has interface {core.interface_version}, this package "

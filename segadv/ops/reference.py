@@ -145,6 +145,11 @@ def _pixel_weight(z: Tensor, log_softmax: Tensor, y: Tensor, loss: str, lam: flo
     return 1.0 - cosine if targeted else cosine
 
 
+def _of_labels(class_weight: Tensor, y: Tensor) -> Tensor:
+    """[N, C] at the labels [N, 1, H, W]: [N, H, W]."""
+    return class_weight.gather(1, y.flatten(1)).view_as(y).squeeze(1)
+
+
 def _maps(target: _Labels, wanted: bool, *maps: Tensor) -> list[Tensor]:
     """What a backward reads, 0 at ignored pixels; as many [0] where it is not wanted."""
     return [target.masked(entry) if wanted else entry.new_empty(0) for entry in maps]
@@ -166,10 +171,9 @@ def cross_entropy(
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     log_softmax, shift, scale = _log_softmax_terms(z)
     weighs = loss != "cross_entropy"
-    if weighs:
-        factor = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted)
-    else:
-        factor = torch.ones_like(scale) if class_weight is None else class_weight[target.y.squeeze(1)]
+    factor = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted) if weighs else torch.ones_like(scale)
+    if class_weight is not None:
+        factor = factor * _of_labels(class_weight, target.y)
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * factor)
     weight_sum = target.masked(factor).sum(dim=(1, 2))
     shift, scale = _maps(target, for_backward, shift, scale)
@@ -192,7 +196,7 @@ def cross_entropy_backward(
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
     if class_weight is not None:
-        coefficient = coefficient * class_weight[target.y.squeeze(1)]
+        coefficient = coefficient * _of_labels(class_weight, target.y)
     softmax = (z - shift.unsqueeze(1)).exp() * scale.unsqueeze(1)
     onehot = torch.zeros_like(z).scatter_(1, target.y, 1.0)
     # where, not a product: NaN logits of an ignored pixel must not reach the gradient.
@@ -215,8 +219,8 @@ def loss_and_grad(
         logits, labels, class_weight, loss, lam, targeted, ignore_index, align_corners, False, True
     )
     one = torch.ones((), dtype=loss_sum.dtype, device=logits.device).expand(labels.shape)
-    weighs = None if loss == "cross_entropy" else pixel_weight
-    grad = cross_entropy_backward(one, logits, labels, shift, scale, class_weight, weighs, ignore_index, align_corners)
+    of_class, of_pixel = (class_weight, None) if loss == "cross_entropy" else (None, pixel_weight)
+    grad = cross_entropy_backward(one, logits, labels, shift, scale, of_class, of_pixel, ignore_index, align_corners)
     return loss_sum, n_valid, weight_sum, grad
 
 

@@ -59,7 +59,7 @@ def cross_entropy_kernel(
     logits, labels, grad, class_weight, pixel_loss, shift, scale, pixel_weight,
     loss_sum, weight_sum, valid, bad,
     stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x, grad_n, grad_c, grad_y, grad_x,
-    C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, right_bits, wrong_bits,
+    weight_n, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index, right_bits, wrong_bits,
     SEGPGD: tl.constexpr, COSPGD: tl.constexpr, TARGETED: tl.constexpr,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
@@ -123,10 +123,10 @@ def cross_entropy_kernel(
     elif COSPGD:
         cosine = exp(above) / tl.sqrt(squares)
         weight = 1.0 - cosine if TARGETED else cosine
-    elif class_weight is not None:
-        weight = tl.load(class_weight + tl.maximum(label, 0))
     else:
         weight = tl.full([BLOCK_Y, BLOCK_X], 1.0, A)
+    if class_weight is not None:
+        weight *= tl.load(class_weight + n * weight_n + tl.maximum(label, 0))
     weight = tl.where(is_valid, weight, 0.0)
     loss = tl.where(is_valid, (tl.log(total) - above) * weight, 0.0)
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
@@ -186,14 +186,15 @@ def cross_entropy(
     launch(
         cross_entropy_kernel, t.total, logits, logits, labels, None if up else grad, class_weight, pixel_loss,
         shift, scale, pixel_weight, losses, weights, valid, bad,
-        *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()), *t.sizes, *t.walk,
+        *logits.stride(), *labels.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()),
+        0 if class_weight is None else class_weight.stride(0), *t.sizes, *t.walk,
         ignore_index, bits(right), bits(wrong), SEGPGD=loss == "segpgd", COSPGD=loss == "cospgd", TARGETED=targeted,
         **t.options,
     )  # fmt: skip
     if up and grad is not None:
         gradient.launch_gradient(
-            grad, labels, ignore_index, align_corners, logits=logits, shift=shift,
-            scale=scale, class_weight=class_weight, pixel_weight=pixel_weight,
+            grad, labels, ignore_index, align_corners, logits=logits, shift=shift, scale=scale,
+            class_weight=class_weight if pixel_weight is None else None, pixel_weight=pixel_weight,
         )  # fmt: skip
     finish(
         bad,

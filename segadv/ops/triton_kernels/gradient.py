@@ -85,13 +85,13 @@ def store_cross_entropy_gradient(grad, at_grad, grad_c, logits, at, stride_c, C,
 
 
 @triton.jit
-def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside, A: tl.constexpr):
+def load_value(grad_loss, at_loss, class_weight, at_weight, pixel_weight, at, label, inside, A: tl.constexpr):
     """What a pixel's gradient is multiplied with: incoming gradient, weight of its class, weight of the pixel."""
     value = tl.full(inside.shape, 1.0, A)
     if grad_loss is not None:
         value *= tl.load(grad_loss + at_loss, mask=inside, other=0)
     if class_weight is not None:
-        value *= tl.load(class_weight + tl.maximum(label, 0))
+        value *= tl.load(class_weight + at_weight + tl.maximum(label, 0))
     if pixel_weight is not None:
         value *= tl.load(pixel_weight + at, mask=inside, other=0)
     return value
@@ -101,7 +101,7 @@ def load_value(grad_loss, at_loss, class_weight, pixel_weight, at, label, inside
 def gradient_kernel(
     grad, logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
-    loss_n, loss_y, loss_x, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
+    loss_n, loss_y, loss_x, weight_n, C, h, w, H, W, programs, tiles_x, chunks, one, ignore_index,
     UP: tl.constexpr, QUAD_ROWS: tl.constexpr, ALIGN: tl.constexpr, A: tl.constexpr,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def gradient_kernel(
     tl.store(bad + program, tl.sum(is_bad.to(tl.int32)))
     at = n * H * W + y * W + x
     value = load_value(
-        grad_loss, n * loss_n + y * loss_y + x * loss_x, class_weight, pixel_weight, at, label, inside, A
+        grad_loss, n * loss_n + y * loss_y + x * loss_x, class_weight, n * weight_n, pixel_weight, at, label, inside, A
     )
     at_grad = n * grad_n + y * grad_y + x * grad_x
     if runner_up is not None:
@@ -136,7 +136,7 @@ def gradient_kernel(
 def gradient_up_kernel(
     grad, logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight, bad,
     grad_n, grad_c, grad_y, grad_x, stride_n, stride_c, stride_y, stride_x, label_n, label_y, label_x,
-    loss_n, loss_y, loss_x, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, one, ignore_index,
+    loss_n, loss_y, loss_x, weight_n, C, h, w, H, W, tiles_c, tiles_x, tiles_y, widest, one, ignore_index,
     ALIGN: tl.constexpr, A: tl.constexpr, CLASSES: tl.constexpr, QUADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -193,7 +193,9 @@ def gradient_up_kernel(
                 label, is_bad = load_labels(labels, at_label, inside, C, ignore_index)
                 bad_labels += is_bad.to(tl.int32)
                 at_loss = n * loss_n + y64 * loss_y + x64 * loss_x
-                value = load_value(grad_loss, at_loss, class_weight, pixel_weight, row_map + x, label, inside, A)
+                value = load_value(
+                    grad_loss, at_loss, class_weight, n * weight_n, pixel_weight, row_map + x, label, inside, A
+                )
                 if runner_up is not None:
                     runner = tl.load(runner_up + row_map + x, mask=inside, other=0).to(tl.int32)
                     g = margin_gradient(c, label, tl.where(label >= 0, runner, -1), value)
@@ -236,11 +238,13 @@ def launch_gradient(
         runner_up: [N, H, W], for margins; None for cross-entropy, which needs
         logits, and shift and scale [N, H, W].
         grad_loss: [N, H, W] of any strides; None means 1.
+        class_weight: [N, C], dense along C; pixel_weight: [N, H, W].
     """
     n, num_classes, h, w = grad.shape
     H, W = labels.shape[-2:]
     logit_stride = (0, 0, 0, 0) if logits is None else logits.stride()
     loss_stride = (0, 0, 0) if grad_loss is None else grad_loss.stride()
+    weight_n = 0 if class_weight is None else class_weight.stride(0)
     pixels = (logits, labels, runner_up, grad_loss, shift, scale, class_weight, pixel_weight)
     if (h, w) == (H, W):
         strides = [tensor.stride() for tensor in (grad, labels, logits, grad_loss) if tensor is not None]
@@ -248,7 +252,7 @@ def launch_gradient(
         bad = t.partial(torch.int32, labels.device)
         launch(
             gradient_kernel, t.total, labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
-            *labels.stride(), *loss_stride, *t.sizes, *t.walk, ignore_index, **t.options,
+            *labels.stride(), *loss_stride, weight_n, *t.sizes, *t.walk, ignore_index, **t.options,
         )  # fmt: skip
         return bad
     check_sizes(grad.shape, (H, W), grad.stride() if logits is None else logits.stride())
@@ -260,7 +264,7 @@ def launch_gradient(
     bad = torch.empty(n, walk[0] * walk[1] * walk[2], dtype=torch.int32, device=labels.device)
     launch(
         gradient_up_kernel, bad.numel(), labels, grad, *pixels, bad, *grad.stride(), *logit_stride,
-        *labels.stride(), *loss_stride, num_classes, h, w, H, W, *walk, largest_quad(w, W, align_corners),
+        *labels.stride(), *loss_stride, weight_n, num_classes, h, w, H, W, *walk, largest_quad(w, W, align_corners),
         1, ignore_index, ALIGN=align_corners, A=triton_dtype(compute_dtype(grad.dtype)), CLASSES=classes, QUADS=quads,
         ROWS=rows, num_warps=tuned.num_warps * (2 if grad.dtype is torch.float64 else 1),
     )  # fmt: skip

@@ -34,7 +34,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x * LOG2E)
 
 UNALIGNED = [
     "C", "h", "w", "H", "programs", "blocks", "tiles_c", "tiles_x", "tiles_y", "chunks", "widest", "copies", "partials",
-    "span", "numel0", "numel1", "ignore_index", "stride_x", "grad_x",
+    "span", "numel0", "numel1", "ignore_index", "stride_x", "grad_x", "weight_n",
 ]  # fmt: skip
 """Arguments of the kernels whose divisibility by 16 should not be known.
 
