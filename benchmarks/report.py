@@ -6,8 +6,8 @@ A picture carries the hash of the file that it was drawn from.
 
 `--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote, `--robustness RESULTS_JSON ...`
 results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times,
-`--robustness-longer` results/robustness-longer.csv from what it wrote about longer trainings, and `--segpgd`
-results/segpgd.csv from what it wrote about PGD's and SegPGD's.
+`--robustness-miou` results/robustness-miou.csv from what it wrote about attacks on mIoU, `--robustness-longer`
+results/robustness-longer.csv about longer trainings, and `--segpgd` results/segpgd.csv about PGD's and SegPGD's.
 """
 
 from __future__ import annotations
@@ -878,9 +878,11 @@ def demo_outcome(results: Path) -> str:
     return f"{table(header, lines)}\n\n{notes}"
 
 
-# --- how robust its networks are: robustness.csv, robustness-longer.csv, segpgd.csv ---------------------------------
+# --- how robust its networks are: a file each -----------------------------------------------------------------------
 
-UNDER_ATTACK, CHECK = "mIoU under attack", "check for gradient masking"
+EVALUATIONS = ("robustness", "robustness-miou", "robustness-longer", "segpgd")
+UNDER_ATTACK, PIXELS_UNDER_ATTACK = "mIoU under attack", "pixel accuracy under attack"
+CHECK = "check for gradient masking"
 _UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
 _ROBUST_EPS, _OTHER_EPS = 0.03, (0.02, 0.04)
 _WORST, _WORST_MIOU = "worst-case", "worst-case-miou"
@@ -895,15 +897,14 @@ def robustness_records(results_json: Sequence[Path], commit: str | None) -> list
             run = result.run[entry.arm]
             versions, device = run["versions"], torch.device(run["device"])
             case = f"eps {entry.eps:g}, {entry.steps} steps, {run['images']} images, training {training}"
-            records.append(
-                Record(
-                    operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
-                    device=device.type, threads=0, thp=0, p50=entry.row["miou"], **_NO_SPREAD, unit="", rounds=1,
-                    commit=_commit_of(run, path, commit),
-                    versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
-                    machine=machine_of(device),
-                )
+            record = Record(
+                operation=UNDER_ATTACK, provider=entry.arm, mode=entry.attack, case=case, dtype="float32",
+                device=device.type, threads=0, thp=0, p50=entry.row["miou"], **_NO_SPREAD, unit="", rounds=1,
+                commit=_commit_of(run, path, commit),
+                versions=f"torch {versions['torch']}, segadv {versions['segadv']}, Python {versions['python']}",
+                machine=machine_of(device),
             )  # fmt: skip
+            records += [record, replace(record, operation=PIXELS_UNDER_ATTACK, p50=entry.row["pixel_accuracy"])]
         records += _check_records(path.parent / "checks.csv", training, records[-1])
     return records
 
@@ -949,6 +950,27 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
 
 
+def robustness_miou(results: Path) -> str:
+    """CosPGD and CosPGD, balanced, the worst cases by pixels and by mIoU: mIoU and pixel accuracy."""
+    rows = records_in(results / "robustness-miou.csv")
+    found, pixels = (_UnderAttack(rows, "robustness-miou.csv", of) for of in (UNDER_ATTACK, PIXELS_UNDER_ATTACK))
+    attacks = ("cospgd", _WORST, "cospgd-balanced", _WORST_MIOU)
+    columns = [(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in attacks)]
+    titles = ["clean", "CosPGD", "worst case by pixels", "CosPGD, balanced", "worst case by mIoU"]
+    lines = [
+        [arm, *(f"{miou} / {accuracy}" for miou, accuracy in zip(cells, accuracies, strict=True))]
+        for (arm, *cells), (_, *accuracies) in zip(
+            found.lines(columns), pixels.lines(columns, ranges=False), strict=True
+        )
+    ]
+    others = ", ".join(plots.attack_title(attack) for attack in ("fgsm", *found.attacks) if attack not in attacks)
+    notes = paragraph(
+        f"{found.what} / mean pixel accuracy; {found.steps[_ROBUST_EPS]} steps. The worst cases are chosen for each "
+        f"image among these, {others}. {found.provenance}"
+    )
+    return f"{table(['trained with', *titles], lines)}\n\n{notes}"
+
+
 def segpgd(results: Path) -> str:
     """Gu et al.'s comparison: both attacks with equal numbers of steps, on networks trained with either."""
     found = _UnderAttack(records_in(results / "segpgd.csv"), "segpgd.csv")
@@ -963,9 +985,9 @@ def segpgd(results: Path) -> str:
 class _UnderAttack:
     """What rows say of networks under attack; ReportError where one is missing."""
 
-    def __init__(self, rows: Sequence[Record], name: str) -> None:
+    def __init__(self, rows: Sequence[Record], name: str, operation: str = UNDER_ATTACK) -> None:
         self.name = name
-        self.records, self.checks = ([row for row in rows if row.operation == what] for what in (UNDER_ATTACK, CHECK))
+        self.records, self.checks = ([row for row in rows if row.operation == what] for what in (operation, CHECK))
         self.found: dict[tuple[str, str, float], list[float]] = {}
         self.steps: dict[float, int] = {}
         """eps -> the largest number of steps of an attack."""
@@ -998,8 +1020,8 @@ class _UnderAttack:
         rows = self.records
         return provenance((r.machine for r in rows), (r.versions for r in rows), (r.commit for r in rows))
 
-    def lines(self, columns: Sequence[tuple[str, float]]) -> list[list[str]]:
-        """A line for each arm: its name, and mean and range for each (attack, eps)."""
+    def lines(self, columns: Sequence[tuple[str, float]], *, ranges: bool = True) -> list[list[str]]:
+        """A line for each arm: its name, and the mean, with the range unless told otherwise, for each (attack, eps)."""
         lines = []
         for arm in dict.fromkeys(record.provider for record in self.records):
             cells = []
@@ -1009,7 +1031,7 @@ class _UnderAttack:
                     raise ReportError(
                         f"{self.name}: {len(values)} rows of {arm}, {attack}, eps {eps:g}, {self.trainings} trainings"
                     )
-                cells.append(mean_and_range(values))
+                cells.append(mean_and_range(values if ranges else [statistics.fmean(values)]))
             lines.append([arm, *cells])
         return lines
 
@@ -1050,6 +1072,7 @@ BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "calls": call_ladder,
     "demo": demo_outcome,
     "robustness": robustness,
+    "robustness-miou": robustness_miou,
     "robustness-longer": lambda results: robustness(results, "robustness-longer.csv"),
     "segpgd": segpgd,
 }
@@ -1166,7 +1189,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where something is out of step")
     parser.add_argument("--demo", type=Path, metavar="RESULTS_JSON", help="a demo's results.json, for demo.csv")
-    for name in ("robustness", "robustness-longer", "segpgd"):
+    for name in EVALUATIONS:
         parser.add_argument(
             f"--{name}",
             type=Path,
@@ -1179,7 +1202,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     try:
         if options.demo:
             write_anew(root / RESULTS / "demo.csv", demo_records(options.demo, options.commit))
-        for name in ("robustness", "robustness-longer", "segpgd"):
+        for name in EVALUATIONS:
             if evaluations := getattr(options, name.replace("-", "_")):
                 write_anew(root / RESULTS / f"{name}.csv", robustness_records(evaluations, options.commit))
         stale = outdated(root) if options.check else regenerate(root)

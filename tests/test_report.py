@@ -494,6 +494,19 @@ def robust_rows(trainings: Sequence[int] = (0, 1, 2)) -> list[Record]:
     ]  # fmt: skip
 
 
+def robust_miou_rows() -> list[Record]:
+    """What the table shows."""
+    shown = [row for row in robust_rows() if row.mode != "pgd" and "eps 0.02" not in row.case]
+    attacks = {"bim-10": "cospgd", "cospgd": "cospgd-balanced"}
+    shown = [replace(row, mode=attacks.get(row.mode, row.mode)) for row in shown if "eps 0.04" not in row.case]
+    shown += [
+        replace(row, mode="worst-case-miou", p50=row.p50 - 0.01)
+        for row in shown
+        if row.mode == "worst-case" and "eps 0.03" in row.case
+    ]
+    return [*shown, *(replace(row, operation=report.PIXELS_UNDER_ATTACK, p50=row.p50 + 0.5) for row in shown)]
+
+
 def segpgd_rows() -> list[Record]:
     """What the table shows."""
     return [
@@ -511,6 +524,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[Record]]]] = {
     "calls": ("scaling-cpu.csv", ladder_rows),
     "demo": ("demo.csv", demo_rows),
     "robustness": ("robustness.csv", robust_rows),
+    "robustness-miou": ("robustness-miou.csv", robust_miou_rows),
     "robustness-longer": ("robustness-longer.csv", robust_rows),
     "segpgd": ("segpgd.csv", segpgd_rows),
     "trainer": ("trainer-cpu.csv", trainer_rows),
@@ -1137,28 +1151,37 @@ def evaluated(path: Path, shift: float, attacks: Sequence[str] = ("fgsm", "bim-1
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("robustness", 1), ("robustness", 3), ("robustness-longer", 2), ("segpgd", 1), ("segpgd", 3)]
+    ("name", "count"),
+    [
+        *(("robustness", 1), ("robustness", 3), ("robustness-longer", 2), ("segpgd", 1), ("segpgd", 3)),
+        *(("robustness-miou", 1), ("robustness-miou", 2)),
+    ],
 )
 def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, tmp_path: Path) -> None:
     with_block(root, name)
     shifts = [0.0, 0.05, 0.01][:count]
     by_miou = ["worst-case-miou"] * (name == "robustness")  # rows of the longer trainings have no such
-    attacks = [*GU, "worst-case"] if name == "segpgd" else ["fgsm", "bim-10", "pgd", "worst-case", *by_miou]
+    attacks = {
+        "segpgd": [*GU, "worst-case"],
+        "robustness-miou": ["fgsm", "pgd", "cospgd", "cospgd-balanced", "worst-case", "worst-case-miou"],
+    }.get(name, ["fgsm", "bim-10", "pgd", "worst-case", *by_miou])
     files = [evaluated(tmp_path / f"{i}.json", shift, attacks) for i, shift in enumerate(shifts)]
     for _ in range(2):  # rows of an earlier evaluation do not stay
         assert report.main([f"--{name}", *map(str, files), "--commit", "c0ffee"], root) == 0
     assert report.main(["--check"], root) == 0
     rows = read_records(root / report.RESULTS / f"{name}.csv")
-    assert len(rows) == count * len(ROBUST_ARMS) * 4 * len(attacks)  # 4 eps; what was judged on the way is left out
+    # 2 numbers at 4 eps; what was judged on the way is left out
+    assert len(rows) == count * len(ROBUST_ARMS) * 2 * 4 * len(attacks)
     assert {row.commit for row in rows} == {"c0ffee"}
 
     def miou(arm: int, attack: int, eps: float) -> str:
-        values = []
+        values, accuracies = [], []
         for shift in shifts:
             wrong = 50 * (arm + attack) + int(1000 * eps) + int(shift * 1000)
             values.append((1000 - wrong) / (1000 + wrong))
-        mean = f"{np.mean(values):.3f}"
-        return mean if count == 1 else f"{mean} ({min(values):.3f}-{max(values):.3f})"
+            accuracies.append((1000 - wrong) / 1000)
+        told = f"{np.mean(values):.3f}" + f" ({min(values):.3f}-{max(values):.3f})" * (count > 1)
+        return told + f" / {np.mean(accuracies):.3f}" * (name == "robustness-miou")
 
     text = report.BLOCKS[name](root / report.RESULTS)
     for i, arm in enumerate(ROBUST_ARMS):
@@ -1166,11 +1189,15 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
         wanted = [(worst, 0.0), (1, 0.03), (2, 0.03), (worst, 0.03), (worst, 0.02), (worst, 0.04)]
         if name == "segpgd":
             wanted = [(8, 0.0), *((j, 0.03) for j in range(8))]
+        if name == "robustness-miou":
+            wanted = [(4, 0.0), (2, 0.03), (4, 0.03), (3, 0.03), (5, 0.03)]
         assert cells(text, arm) == [arm, *(miou(i, attack, eps) for attack, eps in wanted)]
     assert f"mean and range of {count} trainings" in text or count == 1
     assert "32 validation scenes" in text
     if name == "segpgd":
         assert "| trained with | clean | PGD-10 | PGD-20 | PGD-40 | PGD-100 | SegPGD-10 | SegPGD-20 |" in text
+    elif name == "robustness-miou":
+        assert "100 steps. The worst cases are chosen for each image among these, FGSM, PGD. " in " ".join(text.split())
     else:
         told = " ".join(text.split())
         assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in told
