@@ -50,8 +50,8 @@ _ATTACKS = {
     "cospgd-balanced": "CosPGD, balanced",
     **{f"pgd-{steps}": f"PGD-{steps}" for steps in (10, 20, 40, 100)},
     **{f"segpgd-{steps}": f"SegPGD-{steps}" for steps in (10, 20, 40, 100)},
-    "worst-case": "the worst for each image, by pixels",
-    "worst-case-miou": "the worst for each image, by mIoU",
+    "worst-case": "worst per image, by pixels",
+    "worst-case-miou": "worst per image, by mIoU",
 }
 _COLUMNS = 3
 _LINE = 0.22  # about its height, in inches

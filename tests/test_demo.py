@@ -474,7 +474,7 @@ def test_names_of_any_kind_are_told_whole_in_pictures(
     ]
     plots.plot_robustness(rows, tmp_path / "x.png")
     plots.plot_steps(rows, tmp_path / "x.png", eps=0.03)
-    title = "IoU under attack: the worst for each image, eps 0.0313725"
+    title = f"IoU under attack: {plots.attack_title('worst-case-miou')}, eps 0.0313725"
     for classes in (1, 2, 19):
         tables = {title: {arm: [0.5] * classes for arm in names}}
         long = "construction--flat--crosswalk-plain"

@@ -1150,8 +1150,8 @@ def test_overhead_is_the_percentiles_of_each_arms_own_steps(streets: Path, monke
 def test_attacks_have_titles_and_those_of_others_keep_their_names() -> None:
     assert [plots.attack_title(name) for name in (*ATTACKS, *WORST_CASES, "fgsm-2", "mine")] == [
         "FGSM", "BIM-10", "BIM", "PGD", "SegPGD", "CosPGD", "CosPGD, balanced", "PGD-10", "PGD-20", "PGD-40",
-        "PGD-100", "SegPGD-10", "SegPGD-20", "SegPGD-40", "SegPGD-100", "the worst for each image, by pixels",
-        "the worst for each image, by mIoU", "fgsm-2", "mine",
+        "PGD-100", "SegPGD-10", "SegPGD-20", "SegPGD-40", "SegPGD-100", "worst per image, by pixels",
+        "worst per image, by mIoU", "fgsm-2", "mine",
     ]  # fmt: skip
 
 
