@@ -109,12 +109,12 @@ ATTACKS: Mapping[str, Callable[..., Any]] = {
 
 WORST_CASES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "worst-case": lambda matrices: wrong_pixels(matrices).argmax(0),
-    "worst-case-miou": lambda matrices: class_iou(matrices).nanmean(-1).nan_to_num(1).argmin(0),
+    "worst-case-miou": lambda matrices: class_iou(matrices).nanmean(-1).argmin(0),
 }
 """Name -> matrices of the outcomes [A, N, C, C] -> which outcome is the worst for each image, the first of equals: [N].
 
 "worst-case" has the most wrong pixels, "worst-case-miou" the lowest mIoU over the classes in the image's labels or
-predictions. An image without a labelled pixel, whose mIoU would be NaN, counts nowhere."""
+predictions; NaN in all outcomes of an image without a labelled pixel, which counts nowhere."""
 
 # Stacked eps make larger batches, which a CPU works off faster up to about this many pixels (measured: half the
 # time per image at 16 images of 160 x 320 against 4) and slower beyond.

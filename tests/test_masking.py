@@ -450,6 +450,15 @@ def test_without_a_worst_case_the_report_shows_the_strongest_attack(
     assert "worst" not in text
 
 
+@pytest.mark.usefixtures("drawn")
+def test_each_number_of_the_headline_is_that_of_its_own_worst_case(tmp_path: Path) -> None:
+    names = (("pgd", 50), ("worst-case", 40), ("worst-case-miou", 30))
+    result = made(*(entry for name, right in names for entry in ((name, 0.0, 0, 90), (name, 0.03, 20, right))))
+    text = report.write_report(tmp_path, result)
+    assert "pixel accuracy: the worst for each image\n" in text
+    assert f"| Net | {miou_of(90):.3f} / 0.090 / 0.950 | {miou_of(30):.3f} / 0.030 / 0.700 |" in text
+
+
 NONE = torch.zeros(0)  # how a figure depends on the images is not asked
 
 RUN: dict[str, Any] = {
