@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,10 @@ from .ops import CPU
 from .records import Record, Where, destination, median, percent_over, require_native_core, write_records
 
 BUDGET: dict[str, Any] = {"eps": 0.03, "alpha": 0.03}
-ITERATIVE = (BIM, PGD, SegPGD, CosPGD)
+ITERATIVE: dict[str, Callable[..., Attack]] = {
+    **{kind.__name__: kind for kind in (BIM, PGD, SegPGD, CosPGD)},
+    "CosPGD, balanced": partial(CosPGD, balanced=True),
+}
 
 RUN, OVER_BARE = "attack", "attack, over the bare pass"
 STEP, STEP_OVER_BARE, STEP_OVER_PGD = "further step", "further step, over the bare pass", "further step, over PGD's"
@@ -58,7 +62,9 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
     labels = random_regions(images, 19, size).to(torch.uint8)
     logits_grad = torch.randn_like(model(batch).detach())
     attacks: dict[tuple[str, int], Attack] = {("FGSM", 1): FGSM(model, eps=0.03), ("FastNewton", 1): FastNewton(model)}
-    attacks |= {(kind.__name__, steps): kind(model, steps=steps, **BUDGET) for kind in ITERATIVE for steps in (1, 3)}
+    attacks |= {
+        (name, steps): kind(model, steps=steps, **BUDGET) for name, kind in ITERATIVE.items() for steps in (1, 3)
+    }
     calls: dict[tuple[str, int], Any] = {("bare pass", 0): partial(bare_pass, model, batch, logits_grad)}
     calls |= {key: partial(attack, batch, labels) for key, attack in attacks.items()}
     for call in (*calls.values(), *calls.values()):
@@ -73,7 +79,7 @@ def measured(images: int, size: tuple[int, int], rounds: int) -> list[Record]:
         rows.append(where.record(RUN, name, mode, [own], unit="ms"))
         rows.append(where.record(OVER_BARE, name, mode, [own, bare], unit="%", statistic=percent_over))
     pgd = times["PGD", 3], times["PGD", 1]
-    for name in (kind.__name__ for kind in ITERATIVE):
+    for name in ITERATIVE:
         runs = times[name, 3], times[name, 1]
         rows += [
             where.record(STEP, name, "", runs, unit="ms", statistic=further_step),

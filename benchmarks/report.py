@@ -710,13 +710,12 @@ def attack_steps(results: Path) -> str:
     records = comparable(records_in(results / "attacks-cpu.csv"))
     bare = one(records, operation=attacks.RUN, provider="bare pass")
     lines = [["bare pass", f"{with_interval(bare)} ms", "", "", "", ""]]
-    iterative = [kind.__name__ for kind in attacks.ITERATIVE]
-    for name in ("FGSM", "FastNewton", *iterative):
+    for name in ("FGSM", "FastNewton", *attacks.ITERATIVE):
         run = one(records, operation=attacks.RUN, provider=name, mode="1 step")
         over = one(records, operation=attacks.OVER_BARE, provider=name, mode="1 step")
         cells = [f"{with_interval(run)} ms", f"{with_interval(over)} %"]
         for operation, unit in ((attacks.STEP, "ms"), (attacks.STEP_OVER_BARE, "%"), (attacks.STEP_OVER_PGD, "%")):
-            known = name in iterative and not (name == "PGD" and operation == attacks.STEP_OVER_PGD)
+            known = name in attacks.ITERATIVE and not (name == "PGD" and operation == attacks.STEP_OVER_PGD)
             cells.append(f"{with_interval(one(records, operation=operation, provider=name))} {unit}" if known else "")
         lines.append([name, *cells])
     header = ["attack", "one step", "over the bare pass", "one more step", "over the bare pass", "over a step of PGD"]

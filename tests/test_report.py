@@ -419,7 +419,7 @@ def peer_rows() -> list[Record]:
 
 def attack_rows() -> list[Record]:
     rows = [record(attacks.RUN, "bare pass", p50=95.0, unit="ms")]
-    iterative = [kind.__name__ for kind in attacks.ITERATIVE]
+    iterative = list(attacks.ITERATIVE)
     for i, name in enumerate(("FGSM", "FastNewton", *iterative)):
         rows += [
             record(attacks.RUN, name, "1 step", p50=100.0 + i),
