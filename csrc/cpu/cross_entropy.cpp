@@ -232,7 +232,8 @@ SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
             g1[p] += w1 * g;
           }
         }
-        tile.add(k, g0, g1);
+        std::copy_n(g0, kLanes, tile.t0.data() + k * kLanes);
+        std::copy_n(g1, kLanes, tile.t1.data() + k * kLanes);
       };
       for (int32_t k = 0; k < tile.listed; ++k) {
         if (!tile.finite) {
@@ -243,6 +244,7 @@ SEGADV_INLINE void cross_entropy_item(const CrossEntropyParams& params, UpTiles<
           add_gradient(k, std::false_type(), std::true_type());
         }
       }
+      tile.add();
     }
     partial.loss_sum += sum_of(loss_sum, kLanes);
     partial.weight_sum += sum_of(weight_sum, kLanes);
@@ -321,7 +323,7 @@ SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams&
       tile.list_all();
       for (int i = 0; i < tile.listed; ++i) {
         const int32_t k = static_cast<int32_t>(i);
-        const A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
+        A *t0 = tile.t0.data() + i * kLanes, *t1 = tile.t1.data() + i * kLanes;
         A g0[kLanes] = {}, g1[kLanes] = {};
         for (int r = 0; r < tile.rows; ++r) {
           const int32_t* label = y[r] + p0;
@@ -336,8 +338,10 @@ SEGADV_INLINE void cross_entropy_backward_item(const CrossEntropyBackwardParams&
             g1[p] += w1 * valid;
           }
         }
-        tile.add(k, g0, g1);
+        std::copy_n(g0, kLanes, t0);
+        std::copy_n(g1, kLanes, t1);
       }
+      tile.add();
     }
   });
   result = partial;

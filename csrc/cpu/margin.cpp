@@ -137,33 +137,43 @@ SEGADV_INLINE void put_margin_gradient(const T& tile, int64_t classes, const int
   }
 }
 
-// The same for a tile's block: the listed classes get it. `value` is null where it is 1.
+// Lists the classes that get some of it in a tile's block.
+template <class T>
+SEGADV_INLINE void list_classes_with_gradient(T& tile, const TileMap<int32_t>& y, const TileMap<int32_t>& runner_up) {
+  tile.unmark();
+  for (int r = 0; r < tile.rows; ++r) {
+    for (int p = tile.p0; p < tile.p0 + kLanes; ++p) tile.mark(y[r][p]), tile.mark(runner_up[r][p]);
+  }
+  tile.list_classes();
+}
+
+// The same for a tile's block: the listed classes get it. `value` is null where it is 1; y and runner_up are -1 where a
+// pixel is not valid and behind the last row, up to a multiple of kTogether.
 template <class T, class A>
 SEGADV_INLINE void add_margin_gradient(T& tile, const TileMap<int32_t>& y, const TileMap<int32_t>& runner_up,
                                        const TileMap<A>* value) {
   const int p0 = tile.p0;
   for (int i = 0; i < tile.listed; ++i) {
     const int32_t k = tile.classes[i];
-    A g0[kLanes] = {}, g1[kLanes] = {};
-    int32_t any[kLanes] = {};
-    for (int r = 0; r < tile.rows; ++r) {
-      const int32_t *label = y[r] + p0, *runner = runner_up[r] + p0;
-      const A w0 = tile.w0[r], w1 = tile.w1[r];
+    A *g0 = tile.t0.data() + i * kLanes, *g1 = tile.t1.data() + i * kLanes;
+    const auto add_rows = [&](int r0, auto first) SEGADV_BODY {
       SEGADV_SIMD
       for (int p = 0; p < kLanes; ++p) {
-        const A v = value ? (*value)[r][p0 + p] : A(1);
-        const bool is_label = label[p] == k, is_runner = runner[p] == k;
-        const A g = select(is_label, v, A(0)) - select(is_runner, v, A(0));
-        any[p] |= is_label | is_runner;
-        g0[p] += w0 * g;
-        g1[p] += w1 * g;
+        A s0 = first ? A(0) : g0[p], s1 = first ? A(0) : g1[p];
+        for (int r = r0; r < r0 + kTogether; ++r) {
+          const A v = value ? (*value)[r][p0 + p] : A(1);
+          const A g = select(y[r][p0 + p] == k, v, A(0)) - select(runner_up[r][p0 + p] == k, v, A(0));
+          s0 += tile.w0[r] * g;
+          s1 += tile.w1[r] * g;
+        }
+        g0[p] = s0;
+        g1[p] = s1;
       }
-    }
-    uint64_t some = 0, pairs[kLanes / 2];
-    std::memcpy(pairs, any, sizeof(any));
-    for (int p = 0; p < kLanes / 2; ++p) some |= pairs[p];
-    if (some) tile.add(k, g0, g1);
+    };
+    add_rows(0, std::true_type());
+    for (int r0 = kTogether; r0 < tile.rows; r0 += kTogether) add_rows(r0, std::false_type());
   }
+  tile.add();
 }
 
 template <class S>
@@ -247,7 +257,10 @@ SEGADV_INLINE void margin_item(const MarginParams& params, const PixelClasses&, 
           }
         }
       }
-      if (problem.grad) add_margin_gradient<decltype(tile), A>(tile, y, runner_up, nullptr);
+      if (!problem.grad) continue;
+      // To look for them costs as much as the gradient of a class or two.
+      if (tile.listed > kLanes) list_classes_with_gradient(tile, y, runner_up);
+      add_margin_gradient<decltype(tile), A>(tile, y, runner_up, nullptr);
     }
     partial.gain_sum += sum_of(sums, kLanes);
     if (params.margin) store_map(params.margin, tile, margin);
@@ -274,16 +287,13 @@ SEGADV_INLINE void margin_backward_item(const MarginBackwardParams& params, cons
     load_map(params.grad_margin, tile, value);
     for (int b = 0; b < tile.blocks(); ++b) {
       tile.begin(b);
-      const int p0 = tile.p0;
       for (int r = 0; r < tile.rows; ++r) {
-        for (int p = 0; p < kLanes; ++p) {
-          int32_t& runner = runner_up[r][p0 + p];
-          if (y[r][p0 + p] < 0 || runner >= problem.logits.size[1]) runner = -1;
-          tile.mark(y[r][p0 + p]);
-          tile.mark(runner);
+        for (int p = tile.p0; p < tile.p0 + kLanes; ++p) {
+          int32_t& runner = runner_up[r][p];
+          if (y[r][p] < 0 || runner >= problem.logits.size[1]) runner = -1;
         }
       }
-      tile.list();
+      list_classes_with_gradient(tile, y, runner_up);
       add_margin_gradient(tile, y, runner_up, &value);
     }
   });

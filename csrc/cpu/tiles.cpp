@@ -2,6 +2,7 @@
 #include "cpu/tiles.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -193,6 +194,66 @@ SEGADV_INLINE void mark_rivals_body(const A* upper, const A* lower, int64_t stri
   }
 }
 
+template <int kTaps, class A>
+SEGADV_INLINE void expand_body(const A* upper, const A* lower, int64_t stride, const int32_t* classes, int count,
+                               const A* weight, int columns, A* t0, A* t1) {
+  for (int i = 0; i < count; ++i, t0 += kLanes, t1 += kLanes) {
+    const A *from0 = upper + classes[i] * stride, *from1 = lower + classes[i] * stride;
+    const auto add_taps = [&](int j0, auto first) SEGADV_BODY {
+      const A* of_taps = weight + j0 * kLanes;
+      A z0[kTaps], z1[kTaps];
+      for (int j = 0; j < kTaps; ++j) z0[j] = from0[j0 + j], z1[j] = from1[j0 + j];
+      SEGADV_SIMD
+      for (int p = 0; p < kLanes; ++p) {
+        A s0 = first ? A(0) : t0[p], s1 = first ? A(0) : t1[p];
+        for (int j = 0; j < kTaps; ++j) {
+          s0 += of_taps[j * kLanes + p] * z0[j];
+          s1 += of_taps[j * kLanes + p] * z1[j];
+        }
+        t0[p] = s0;
+        t1[p] = s1;
+      }
+    };
+    add_taps(0, std::true_type());
+    for (int j0 = kTaps; j0 < columns; j0 += kTaps) add_taps(j0, std::false_type());
+  }
+}
+
+template <class A>
+SEGADV_INLINE int add_body(const A* g0, const A* g1, const int32_t* classes, int first, int count, const A* weight,
+                           int columns, A* upper, A* lower, int64_t stride) {
+  for (int i = first; i < count; ++i) {
+    const A *from0 = g0 + i * kLanes, *from1 = g1 + i * kLanes;
+    A *to0 = upper + classes[i] * stride, *to1 = lower + classes[i] * stride;
+    for (int j0 = 0; j0 < columns; j0 += kGroup) {
+      const A* of_group = weight + j0 * kLanes;
+      // Pixels in two halves: one sum would wait for itself.
+      A s0[kGroup] = {}, s1[kGroup] = {}, more0[kGroup] = {}, more1[kGroup] = {};
+      for (int p = 0, q = kLanes / 2; q < kLanes; ++p, ++q) {
+        SEGADV_SIMD
+        for (int j = 0; j < kGroup; ++j) {
+          s0[j] += of_group[p * kGroup + j] * from0[p];
+          s1[j] += of_group[p * kGroup + j] * from1[p];
+          more0[j] += of_group[q * kGroup + j] * from0[q];
+          more1[j] += of_group[q * kGroup + j] * from1[q];
+        }
+      }
+      SEGADV_SIMD
+      for (int j = 0; j < kGroup; ++j) {
+        s0[j] += more0[j];
+        s1[j] += more1[j];
+      }
+      // Every sum has all pixels in it: one that is not finite is seen in the first.
+      if (j0 == 0 && !std::isfinite(s0[0] + s1[0])) return i;
+      SEGADV_SIMD
+      for (int j = 0; j < kGroup; ++j) to0[j0 + j] += s0[j];
+      SEGADV_SIMD
+      for (int j = 0; j < kGroup; ++j) to1[j0 + j] += s1[j];
+    }
+  }
+  return count;
+}
+
 }  // namespace
 
 int load_labels(const Problem& problem, int64_t n, int64_t row, int64_t column, int count, int32_t* y,
@@ -253,6 +314,25 @@ void mark_rivals(const A* upper, const A* lower, int64_t stride, int64_t columns
   on_this_cpu([&]() SEGADV_BODY { mark_rivals_body(upper, lower, stride, columns, classes, rivals, mark); });
 }
 
+template <class A>
+void expand_classes(const A* upper, const A* lower, int64_t stride, const int32_t* classes, int count,
+                    const A* weight, int columns, A* t0, A* t1) {
+  on_this_cpu([&]() SEGADV_BODY {
+    if (taps_at_once(columns) == 4) {
+      expand_body<4>(upper, lower, stride, classes, count, weight, columns, t0, t1);
+    } else {
+      expand_body<6>(upper, lower, stride, classes, count, weight, columns, t0, t1);
+    }
+  });
+}
+template <class A>
+int add_classes(const A* g0, const A* g1, const int32_t* classes, int first, int count, const A* weight, int columns,
+                A* upper, A* lower, int64_t stride) {
+  return on_this_cpu([&]() SEGADV_BODY {
+    return add_body(g0, g1, classes, first, count, weight, columns, upper, lower, stride);
+  });
+}
+
 #define SEGADV_INSTANTIATE_BLOCKS(S)                                                                              \
   template void load_block<S>(const S*, int64_t, int64_t, int64_t, int64_t, Compute<S>*, int64_t);                \
   template void store_block<S>(const Compute<S>*, int64_t, int64_t, int64_t, S*, int64_t, int64_t);
@@ -266,5 +346,12 @@ template bool all_finite<float>(const float*, int64_t);
 template bool all_finite<double>(const double*, int64_t);
 template void mark_rivals<float>(const float*, const float*, int64_t, int64_t, int64_t, int, uint8_t*);
 template void mark_rivals<double>(const double*, const double*, int64_t, int64_t, int64_t, int, uint8_t*);
+
+#define SEGADV_INSTANTIATE_CLASSES(A)                                                                               \
+  template void expand_classes<A>(const A*, const A*, int64_t, const int32_t*, int, const A*, int, A*, A*);         \
+  template int add_classes<A>(const A*, const A*, const int32_t*, int, int, const A*, int, A*, A*, int64_t);
+SEGADV_INSTANTIATE_CLASSES(float)
+SEGADV_INSTANTIATE_CLASSES(double)
+#undef SEGADV_INSTANTIATE_CLASSES
 
 }  // namespace segadv::cpu

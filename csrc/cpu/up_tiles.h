@@ -1,10 +1,10 @@
 // How a kernel walks over pixels whose logits are resampled on the fly. Rows of pixels that share their two rows of
 // logits are taken together, in tiles of kTile columns; a tile is cut into blocks of kLanes columns. Those of a block's
 // classes that matter are listed and resampled along x once (t0 and t1: both rows of logits); a row of pixels is then
-// w0 * t0 + w1 * t1. The gradient goes the same way back: g0 += w0 * g and g1 += w1 * g over the rows of a block, then
-// once along x into two rows of low-resolution sums. A band of rows of logits is one item; the rows that two bands
-// share are added at the end, in a fixed order. Nothing of the labels' size is kept: some rows of logits for each
-// thread and, for the gradient, two rows for every kBand of the logits'.
+// w0 * t0 + w1 * t1. The gradient goes the same way back: w0 * g and w1 * g, summed over the rows of a block, take the
+// place of t0 and t1, and go once along x into two rows of low-resolution sums. A band of rows of logits is one item;
+// the rows that two bands share are added at the end, in a fixed order. Nothing of the labels' size is kept: some rows
+// of logits for each thread and, for the gradient, two rows for every kBand of the logits'.
 //
 // Which classes matter: resampling is a mean whose weights are not negative, and rounding keeps the order of numbers.
 // So a class that lies below another one at both taps of both rows lies nowhere above it in between, and a class below
@@ -31,10 +31,13 @@ constexpr int kLanes = 16;         // columns of a block
 constexpr int kRows = 8;           // most rows of a tile
 constexpr int kTile = 8 * kLanes;  // most columns of a tile
 constexpr int kTogether = 2;       // rows of a block whose running maxima are in registers
-constexpr int kGroup = 4;          // columns of logits whose gradients are summed at once
+constexpr int kGroup = 8;          // columns of logits whose gradients are summed at once
 
 template <class T>
 using TileMap = T[kRows][kTile];
+
+// How many of a block's columns of logits are resampled at once: all where logits become four times as many or more.
+constexpr int taps_at_once(int columns) { return columns <= 4 ? 4 : 6; }
 
 // --- tiles.cpp ---
 
@@ -47,6 +50,18 @@ void mark_rivals(const A* upper, const A* lower, int64_t stride, int64_t columns
 
 template <class A>
 bool all_finite(const A* values, int64_t count);
+
+// Resampling along x of some classes of two rows [C][stride]: t[i][p] is the sum of weight[j][p] * row[classes[i]][j]
+// over j. Functions of their own, as is the next: inside a kernel they lack registers.
+template <class A>
+void expand_classes(const A* upper, const A* lower, int64_t stride, const int32_t* classes, int count,
+                    const A* weight, int columns, A* t0, A* t1);
+
+// The way back: row[classes[i]][j] += sum of weight[j][p] * g[i][p] over p, from i = first on. Stops at a class whose
+// sums are not finite, without adding them, and returns its i, or count.
+template <class A>
+int add_classes(const A* g0, const A* g1, const int32_t* classes, int first, int count, const A* weight, int columns,
+                A* upper, A* lower, int64_t stride);
 
 // ---
 
@@ -86,7 +101,8 @@ class UpTiles {
       blocks_[b] = {taps[0].i0, static_cast<int>(columns), count, static_cast<int64_t>(weights_x_.size()),
                     static_cast<int64_t>(transposed_x_.size())};
       if (!has_matrix(blocks_[b])) continue;
-      weights_x_.resize(weights_x_.size() + columns * kLanes);
+      const int taps_together = taps_at_once(blocks_[b].columns);
+      weights_x_.resize(weights_x_.size() + ceil_div(columns, taps_together) * taps_together * kLanes);
       A* matrix = weights_x_.data() + blocks_[b].matrix;
       for (int p = 0; p < count; ++p) {
         matrix[(taps[p].i0 - taps[0].i0) * kLanes + p] = A(1) - static_cast<A>(taps[p].w1);
@@ -109,11 +125,12 @@ class UpTiles {
     int64_t first;       // column of logits
     int columns;         // of logits that it reads
     int count;           // of pixels along x
-    int64_t matrix;      // where its weights_x_ [columns][kLanes] begin
+    int64_t matrix;      // where its weights_x_ [columns, rounded up to taps_at_once][kLanes] begin
     int64_t transposed;  // where its transposed_x_ [ceil_div(columns, kGroup)][kLanes][kGroup] begin
   };
 
-  // What a kernel sees of a tile, and what it does with each block of it: begin, mark, list, read t0 and t1, add.
+  // What a kernel sees of a tile, and what it does with each block of it: begin, mark, list, read t0 and t1; write the
+  // listed classes' gradients in their place, add.
   struct Tile {
     int64_t n, y, x;  // image, first row and column of pixels
     int rows, count;  // of pixels
@@ -138,6 +155,7 @@ class UpTiles {
         to[c] = any;
       }
     }
+    SEGADV_INLINE void unmark() { std::fill(marks.begin(), marks.end(), 0); }
     // -1, which stands for no class, is allowed.
     SEGADV_INLINE void mark(int32_t c) { marks[c + 1] = 1; }
     SEGADV_INLINE void mark_labels(const TileMap<int32_t>& y) {
@@ -149,8 +167,8 @@ class UpTiles {
     // Whether a pixel of the block has this label; after mark_labels.
     SEGADV_INLINE bool has_label(int32_t c) const { return labelled[c + 1]; }
 
-    // The marked classes in ascending order, resampled along x.
-    SEGADV_INLINE void list() {
+    // The marked classes in ascending order.
+    SEGADV_INLINE void list_classes() {
       const int64_t C = tiles->C_;
       int count = 0;
       for (int64_t c = 0; c < C; ++c) {
@@ -158,17 +176,20 @@ class UpTiles {
         count += marks[c + 1];
       }
       listed = count;
-      if (!upper) return;
+    }
+
+    // The same, and their logits resampled along x.
+    SEGADV_INLINE void list() {
+      list_classes();
+      const A *from0 = upper + block->first, *from1 = lower + block->first;
+      if (tiles->has_matrix(*block) && finite) {
+        expand_classes(from0, from1, tiles->stride_, classes.data(), listed, tiles->weights_x_.data() + block->matrix,
+                       block->columns, t0.data(), t1.data());
+        return;
+      }
       for (int i = 0; i < listed; ++i) {
-        const int64_t row = classes[i] * tiles->stride_ + block->first;
-        A *to0 = t0.data() + i * kLanes, *to1 = t1.data() + i * kLanes;
-        if (tiles->has_matrix(*block) && finite) {
-          expand(upper + row, to0);
-          expand(lower + row, to1);
-        } else {
-          look_up(upper + row, to0);
-          look_up(lower + row, to1);
-        }
+        look_up(from0 + classes[i] * tiles->stride_, t0.data() + i * kLanes);
+        look_up(from1 + classes[i] * tiles->stride_, t1.data() + i * kLanes);
       }
     }
 
@@ -178,28 +199,18 @@ class UpTiles {
       list();
     }
 
-    // Adds a class's gradient to the sums; g0 and g1 are those of t0 and t1.
-    SEGADV_INLINE void add(int32_t c, const A* g0, const A* g1) {
-      A* to0 = sum0 + c * tiles->stride_ + block->first;
-      A* to1 = sum1 + c * tiles->stride_ + block->first;
-      if (!tiles->has_matrix(*block)) return add_to_taps(g0, g1, to0, to1);
+    // Adds the gradients of t0 and t1, which have taken their place, to the sums.
+    SEGADV_INLINE void add() {
+      A *to0 = sum0 + block->first, *to1 = sum1 + block->first;
       const A* weight = tiles->transposed_x_.data() + block->transposed;
-      for (int i = 0; i < block->columns; i += kGroup, weight += kLanes * kGroup) {
-        A s0[kGroup] = {}, s1[kGroup] = {};
-        for (int p = 0; p < kLanes; ++p) {
-          const A from0 = g0[p], from1 = g1[p];
-          SEGADV_SIMD
-          for (int j = 0; j < kGroup; ++j) {
-            s0[j] += weight[p * kGroup + j] * from0;
-            s1[j] += weight[p * kGroup + j] * from1;
-          }
+      for (int i = 0;; ++i) {
+        if (tiles->has_matrix(*block)) {
+          i = add_classes(t0.data(), t1.data(), classes.data(), i, listed, weight, block->columns, to0, to1,
+                          tiles->stride_);
         }
-        // Every sum has all pixels in it: one that is not finite is seen in the first.
-        if (i == 0 && !std::isfinite(s0[0] + s1[0])) return add_to_taps(g0, g1, to0, to1);
-        SEGADV_SIMD
-        for (int j = 0; j < kGroup; ++j) to0[i + j] += s0[j];
-        SEGADV_SIMD
-        for (int j = 0; j < kGroup; ++j) to1[i + j] += s1[j];
+        if (i >= listed) return;
+        add_to_taps(t0.data() + i * kLanes, t1.data() + i * kLanes, to0 + classes[i] * tiles->stride_,
+                    to1 + classes[i] * tiles->stride_);
       }
     }
     int blocks() const { return static_cast<int>(ceil_div(count, kLanes)); }
@@ -208,21 +219,10 @@ class UpTiles {
     bool finite;                   // whether all logits of both rows are
     int listed = 0;                // classes listed
     std::vector<int32_t> classes;  // [listed]
-    std::vector<A> t0, t1;         // [listed][kLanes]
+    std::vector<A> t0, t1;         // [listed][kLanes]: both rows of logits, or their gradients
 
    private:
     friend class UpTiles;
-    SEGADV_INLINE void expand(const A* row, A* to) const {
-      const A* weight = tiles->weights_x_.data() + block->matrix;
-      A t[kLanes] = {};
-      for (int i = 0; i < block->columns; ++i, weight += kLanes) {
-        const A z = row[i];
-        SEGADV_SIMD
-        for (int p = 0; p < kLanes; ++p) t[p] += weight[p] * z;
-      }
-      SEGADV_SIMD
-      for (int p = 0; p < kLanes; ++p) to[p] = t[p];
-    }
     // Where a logit or a gradient is not finite: it must reach nothing but its neighbours, not even with weight 0.
     SEGADV_INLINE void add_to_taps(const A* g0, const A* g1, A* to0, A* to1) const {
       const Tap* taps = tiles->taps_of(*block);
@@ -264,7 +264,7 @@ class UpTiles {
     tile.marks.resize(C_ + 1);
     tile.labelled.resize(C_ + 1);
     tile.classes.resize(C_);
-    if (logits) tile.t0.resize(C_ * kLanes), tile.t1.resize(C_ * kLanes);
+    tile.t0.resize(C_ * kLanes), tile.t1.resize(C_ * kLanes);
     const int64_t q_begin = item % bands_ * kBand, q_end = std::min(q_begin + kBand, h_);
     bool upper_finite, lower_finite = logits && load_row(tile.n, q_begin, lower);
     for (int64_t q = q_begin; q < q_end; ++q) {
