@@ -198,7 +198,6 @@ def cross_entropy(
         weight = weight.detach().to(compute_dtype(logits.dtype)).contiguous()
         if not torch.compiler.is_compiling() and weight.is_inference() and not torch.is_inference_mode_enabled():
             weight = weight.clone()  # as the labels
-        weight = weight.expand(len(logits4), -1)
     loss, weight_sum = autograd.cross_entropy(
         logits4, labels3, weight, ignore_index, align_corners, reduction == "none"
     )

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import segadv
 from segadv import functional as F
-from segadv.ops import backends, common, library, native
+from segadv.ops import autograd, backends, common, library, native
 
 SIZES = {"full": (6, 8), "up": (3, 4)}
 
@@ -111,8 +111,8 @@ def test_fake_kernels_of_other_layouts_and_options(operation: str) -> None:
                 arguments[i] = value.transpose(2, 3).contiguous().transpose(2, 3)
             if isinstance(value, Tensor) and not turned and value.shape[-3:] == (5, 3, 4):
                 arguments[i] = torch.randn(2, classes, 3, 4)
-            if isinstance(value, Tensor) and not turned and value.shape == (5,):
-                arguments[i] = torch.rand(classes)
+            if isinstance(value, Tensor) and not turned and value.shape == (2, 5):
+                arguments[i] = torch.rand(2, classes)
         torch.library.opcheck(getattr(library, operation), tuple(arguments), test_utils="test_faketensor")
 
 
@@ -224,6 +224,65 @@ def test_inductor_fullgraph() -> None:
         expected, got = loss(z, y), torch.compile(loss, fullgraph=True)(z, y)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(expected, z))
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8)], ids=["resampled", "full resolution"])
+def test_inductor_with_weights_of_classes(size: tuple[int, int]) -> None:
+    torch._dynamo.reset()
+    z, y = torch.randn(3, 5, *size, requires_grad=True), torch.randint(0, 5, (3, 6, 8))
+    weight = torch.rand(5, dtype=torch.bfloat16) + 0.5
+
+    def losses(z: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        balanced = F.loss_and_grad(z.detach(), y, loss="cospgd", balanced=True)
+        scaled = weight.float() / weight.float().sum()
+        return F.cross_entropy(z, y, weight=weight) + F.cross_entropy(z, y, weight=scaled), *balanced
+
+    expected, got = (
+        (*found, *torch.autograd.grad(found[0], z))
+        for found in (losses(z, y, weight), torch.compile(losses, fullgraph=True)(z, y, weight))
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_export_with_any_number_of_images() -> None:
+    class Weighted(torch.nn.Module):
+        def forward(self, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return F.cross_entropy(z, y, weight=weight)
+
+    def arguments(images: int) -> tuple[Tensor, ...]:
+        return torch.randn(images, 5, 3, 4), torch.randint(0, 5, (images, 6, 8)), torch.rand(5) + 0.5
+
+    images = torch.export.Dim("images", min=2)
+    exported = torch.export.export(Weighted(), arguments(3), dynamic_shapes=({0: images}, {0: images}, None))
+    for given in (arguments(3), arguments(4)):
+        torch.testing.assert_close(exported.module()(*given), Weighted()(*given))
+
+
+def test_weights_of_classes_of_any_layout(backend: str) -> None:
+    z, y, of_images = torch.randn(3, 5, 3, 4), torch.randint(0, 5, (3, 6, 8)), torch.rand(3, 5) + 0.5
+
+    def found(weight: Tensor) -> tuple[Tensor, ...]:
+        plain = ("cross_entropy", 0.0, False, 255, False)
+        losses, _, _, shift, scale, _ = library.cross_entropy(z, y, weight, *plain, False, True)
+        one = torch.ones(()).expand(y.shape)
+        grad = library.cross_entropy_backward(one, z, y, shift, scale, weight, None, 255, False)
+        return losses, grad, *library.loss_and_grad(z, y, weight, "segpgd", 0.25, False, 255, False)
+
+    # Weights of classes and of pixels together count once in the backward too.
+    z.requires_grad_()
+    loss, _, _ = autograd.CrossEntropy.apply(z, y, of_images, "segpgd", 0.25, False, 255, False, False)
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    z = z.detach()
+    torch.testing.assert_close(grad, found(of_images)[-1])
+    across = torch.empty_strided((3, 5), (1, 3)).copy_(of_images)
+    assert all(map(torch.equal, found(across), found(of_images)))
+    of_all = of_images[0].expand(3, 5)
+    same = torch.empty_strided((3, 5), (1, 3)).copy_(of_all)
+    for weight in (of_images[0], of_all, same):
+        assert all(map(torch.equal, found(weight), found(of_all.contiguous())))
+    for wrong in (of_images[:, :4], of_images[:1], of_images.double(), of_images[0, :4]):
+        with pytest.raises(ValueError, match=r"class_weight must be \[5\] or \[3, 5\] of torch.float32, got \["):
+            found(wrong)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -165,7 +165,8 @@ class CrossEntropy(torch.autograd.Function):
             ctx.needs_input_grad[0],
         )  # fmt: skip
         is_plain = loss == "cross_entropy"
-        ctx.save_for_backward(logits, labels, shift, scale, class_weight, None if is_plain else pixel_weight)
+        weights = (class_weight, None) if is_plain else (None, pixel_weight)  # the latter contains the former
+        ctx.save_for_backward(logits, labels, shift, scale, *weights)
         ctx.dtype, ctx.options = logits.dtype, (ignore_index, align_corners)
         ctx.name = "cross_entropy" if is_plain else f"{loss}_loss"
         ctx.mark_non_differentiable(n_valid, weight_sum)

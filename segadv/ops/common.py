@@ -52,6 +52,21 @@ def empty_vector(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(like.shape[0], dtype=dtype or compute_dtype(like.dtype), device=like.device)
 
 
+def weights_of_images(class_weight: Tensor | None, logits: Tensor) -> Tensor | None:
+    """[C] or [N, C] as the [N, C], dense along C, that kernels read. Inductor makes an expanded one dense along N."""
+    if class_weight is None:
+        return None
+    n, num_classes = logits.shape[:2]
+    dtype = compute_dtype(logits.dtype)
+    if class_weight.shape not in ((num_classes,), (n, num_classes)) or class_weight.dtype is not dtype:
+        raise ValueError(
+            f"class_weight must be [{num_classes}] or [{n}, {num_classes}] of {dtype}, got "
+            f"{list(class_weight.shape)} of {class_weight.dtype}"
+        )
+    of_images = class_weight.expand(n, num_classes)
+    return of_images if of_images.stride(1) == 1 else of_images.contiguous()
+
+
 def empty_map(labels: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous [N, H, W]."""
     return torch.empty(labels.shape, dtype=dtype, device=labels.device)

@@ -23,6 +23,7 @@ from .common import (
     is_channels_last,
     numel_per_image,
     ordered_like,
+    weights_of_images,
 )
 
 _DTYPES = {
@@ -174,6 +175,7 @@ class Kernels:
         weight_sum: Tensor | None = None,
         n_valid: Tensor | None = None,
     ) -> None:
+        class_weight = weights_of_images(class_weight, logits)
         if grad is not None and self._in_two_kernels(logits, labels):
             shift, scale = (empty_map(labels, compute_dtype(logits.dtype)) for _ in range(2))
             if loss != "cross_entropy":
@@ -263,6 +265,7 @@ class Kernels:
         ignore_index: int,
         align_corners: bool,
     ) -> Tensor:
+        class_weight = weights_of_images(class_weight, logits)
         grad = gradient_like(logits)
         self._pixels(
             self.core.cross_entropy_backward, logits.shape, labels, ignore_index, align_corners,

@@ -83,8 +83,8 @@ def gain_and_grad(logits, labels, ignore_index, align_corners):  # type: ignore[
     return empty_vector(logits), empty_vector(logits, torch.int64), gradient_like(logits)
 
 
-# Cross-entropy, and segpgd_loss and cospgd_loss, which weigh it: csrc/cpu/cross_entropy.cpp. class_weight is [N, C] of
-# the compute type, dense along C; it is part of pixel_weight, which is the weight of each pixel in the other losses.
+# Cross-entropy, and segpgd_loss and cospgd_loss, which weigh it: csrc/cpu/cross_entropy.cpp. class_weight is [C] or
+# [N, C] of the compute type; it is part of pixel_weight, which is the weight of each pixel in the other losses.
 # Without for_backward the maps that the backward reads are not written, and empty; so is always a plain
 # cross-entropy's pixel_weight.
 

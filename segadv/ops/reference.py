@@ -20,6 +20,7 @@ from .common import (
     empty_images,
     gradient_like,
     is_channels_last,
+    weights_of_images,
 )
 
 
@@ -172,6 +173,7 @@ def cross_entropy(
     log_softmax, shift, scale = _log_softmax_terms(z)
     weighs = loss != "cross_entropy"
     factor = _pixel_weight(z, log_softmax, target.y, loss, lam, targeted) if weighs else torch.ones_like(scale)
+    class_weight = weights_of_images(class_weight, logits)
     if class_weight is not None:
         factor = factor * _of_labels(class_weight, target.y)
     value = target.masked(-log_softmax.gather(1, target.y).squeeze(1) * factor)
@@ -195,6 +197,7 @@ def cross_entropy_backward(
     z = _upsample(logits, labels.shape[-2:], align_corners)
     target = _Labels(labels, z.shape[1], ignore_index, z.dtype)
     coefficient = grad_loss if pixel_weight is None else grad_loss * pixel_weight
+    class_weight = weights_of_images(class_weight, logits)
     if class_weight is not None:
         coefficient = coefficient * _of_labels(class_weight, target.y)
     softmax = (z - shift.unsqueeze(1)).exp() * scale.unsqueeze(1)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import check_labels, compute_dtype, empty_maps, gradient_like
+from ..common import check_labels, compute_dtype, empty_maps, gradient_like, weights_of_images
 from . import gradient
 from .scalars import bits, scalar
 from .tiles import (
@@ -172,6 +172,7 @@ def cross_entropy(
 ) -> None:
     if labels.device.type == "cpu":
         check_labels(labels, logits.shape[1], ignore_index)
+    class_weight = weights_of_images(class_weight, logits)
     device, dtype = logits.device, compute_dtype(logits.dtype)
     strides = [tensor.stride() for tensor in (logits, labels, grad) if tensor is not None]
     t = tiles(logits.shape, labels.shape[-2:], align_corners, logits.dtype, device, strides)
@@ -218,7 +219,7 @@ def cross_entropy_backward(
     grad = gradient_like(logits)
     bad = gradient.launch_gradient(
         grad, labels, ignore_index, align_corners, logits=logits, grad_loss=grad_loss, shift=shift,
-        scale=scale, class_weight=class_weight, pixel_weight=pixel_weight,
+        scale=scale, class_weight=weights_of_images(class_weight, logits), pixel_weight=pixel_weight,
     )  # fmt: skip
     finish(bad, poisoned=[grad])
     return grad
