@@ -598,8 +598,8 @@ def evaluate(
     * eps = 0 is the clean prediction; it is computed once, for all attacks.
     * "worst-case" and "worst-case-miou": for each image, the outcome with the most wrong valid pixels, or that with
       the lowest mIoU of the image: that of an attack, or the clean prediction, as the clean image is in every ball. No
-      attack leaves less pixel accuracy than the former, nor less `image_miou` than the latter. miou is of all images
-      together: that it is lower under a single attack is not excluded.
+      attack leaves, after all its steps, less pixel accuracy than the former, nor less `image_miou` than the latter.
+      But miou is of all images together, and can be lower under a single attack.
     * Over steps: one run of an iterative attack is judged after each of `STEP_COUNTS`. That gives what shorter
       runs would give, except for "segpgd": its lambda rises towards 1/2 over all its steps, so that what is
       reported for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".

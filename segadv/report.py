@@ -202,7 +202,8 @@ def _lines(
         "beside it stand the mean of the images' own mIoU and pixel accuracy."
         + (
             " The worst for each image is the outcome of an attack, or of the clean image, with the lowest mIoU of "
-            "that image; for pixel accuracy it is the one with the most wrong pixels."
+            "that image; for pixel accuracy it is the one with the most wrong pixels. mIoU of all images together can "
+            "be lower under a single attack."
             if strongest == "worst-case-miou"
             else ""
         ),

@@ -32,7 +32,7 @@ from .comparison import (
     whole_images,
 )
 from .data import open_dataset
-from .evaluation import ATTACKS, EPS, ITERATIVE, PAPER_ATTACKS, EvaluationResult, evaluate
+from .evaluation import ATTACKS, EPS, ITERATIVE, PAPER_ATTACKS, WORST_CASES, EvaluationResult, evaluate
 from .models import ModelConfig, build_model
 from .recipes import recipe_file
 from .records import model_hash
@@ -249,7 +249,9 @@ def _attack_and_report(
         arguments = {"evaluation": json.loads(json.dumps(dataclasses.asdict(evaluation))), "seed": config.seed}
         images = min(evaluation.images or len(val), len(val))
         wanted = arguments | {"model_sha256": model_hash(network), "images": images}
-        if previous and {name: previous.run.get(name) for name in wanted} == wanted:
+        attacks = {*evaluation.attacks, *(WORST_CASES if evaluation.stronger else ())}
+        same = previous and {entry.attack for entry in previous.measurements} == attacks
+        if previous and same and {name: previous.run.get(name) for name in wanted} == wanted:
             results[arm] = previous
         elif arm in arms:
             say(f"evaluation: {arm}")

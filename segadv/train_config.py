@@ -56,7 +56,8 @@ class Validation:
     Args:
         every: steps between evaluations; the last step is followed by one too. 0: none.
         images: number of images, the first of the validation data set; 0: all.
-        attacks: names out of `segadv.evaluation.ATTACKS`; bim, pgd, segpgd and cospgd take 100 steps every time.
+        attacks: names out of `segadv.evaluation.ATTACKS`; bim, pgd, segpgd, cospgd and
+            cospgd-balanced take 100 steps every time.
         eps: sizes of the perturbation, in the images' unit; 0 is the clean prediction.
         batch_size: images at once; they are taken whole, so where their sizes differ it has to be 1.
 

@@ -36,7 +36,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from segadv import backend, evaluation, functional, records, results, writing
 from segadv.attacks import BIM, FGSM, PGD, Attack, CosPGD, FastNewton, SegPGD
-from segadv.evaluation import EvaluationResult, class_iou, evaluate, miou, pixel_accuracy
+from segadv.evaluation import EvaluationResult, Measurement, class_iou, evaluate, miou, pixel_accuracy
 from segadv.models import small_pspnet, wrap
 
 CLASSES = 19
@@ -573,6 +573,20 @@ def test_of_equally_bad_attacks_the_first_is_the_worst_case(clean: list[int]) ->
     assert not torch.equal(worst, second)
 
 
+def predicting(labels: Tensor, **outcomes: Tensor) -> dict[str, Measurement]:
+    """What is measured of attacks, by name, after which these classes are predicted, of three."""
+
+    def images_of(classes: Tensor) -> Tensor:
+        return torch.eye(3)[classes.long() % 3].movedim(3, 1)
+
+    def becoming(made: Tensor) -> Any:
+        return lambda model, eps: lambda images, labels: made[: len(images)]
+
+    attacks = {name: becoming(images_of(classes)) for name, classes in outcomes.items()}
+    evaluated = evaluate(nn.Identity(), [(images_of(labels), labels)], attacks, [1.0])
+    return {entry.attack: entry for entry in evaluated.measurements}
+
+
 def test_the_worst_case_is_chosen_by_pixels_and_by_miou() -> None:
     """One attack turns more pixels, the other a whole class; the third image has no label, and counts nowhere."""
     labels = torch.zeros(3, 2, 4, dtype=torch.uint8)
@@ -581,18 +595,22 @@ def test_the_worst_case_is_chosen_by_pixels_and_by_miou() -> None:
     many, rare = labels.clone(), labels.clone()
     many[:2, 0, :2] = 1  # IoU 5/7 and 1/3
     rare[:2, 1, 3] = 0  # IoU 7/8 and 0
-
-    def becoming(predictions: Tensor) -> Any:
-        made = torch.eye(3)[predictions.long() % 3].movedim(3, 1)
-        return lambda model, eps: lambda images, labels: made[: len(images)]
-
-    images = becoming(labels)(None, 1)(torch.zeros(3, 3, 2, 4), labels)
-    model, attacks = nn.Identity(), {"many": becoming(many), "rare": becoming(rare)}
-    entries = {e.attack: e for e in evaluate(model, [(images, labels)], attacks, [1.0]).measurements}
+    entries = predicting(labels, many=many, rare=rare)
     assert torch.equal(entries["worst-case"].confusion, torch.tensor([[10, 4, 0], [0, 2, 0], [0, 0, 0]]))
     assert torch.equal(entries["worst-case-miou"].confusion, torch.tensor([[14, 0, 0], [2, 0, 0], [0, 0, 0]]))
     assert entries["worst-case"].miou_of_each.tolist() == pytest.approx([(5 / 7 + 1 / 3) / 2] * 2)
     assert entries["worst-case-miou"].miou_of_each.tolist() == pytest.approx([7 / 16] * 2)
+
+
+def test_a_class_that_does_not_occur_counts_in_the_worst_case_where_it_is_predicted() -> None:
+    labels = torch.zeros(1, 2, 4, dtype=torch.uint8)
+    labels[:, 1, 3] = 1
+    one, absent = labels.clone(), labels.clone()
+    one[:, 0, 0] = 1  # IoU 6/7 and 1/2
+    absent[:, 0, 0] = 2  # IoU 6/7, 1 and 0
+    entries = predicting(labels, one=one, absent=absent)
+    assert torch.equal(entries["worst-case-miou"].confusion, entries["absent"].confusion)
+    assert entries["worst-case-miou"].miou_of_each.tolist() == pytest.approx([13 / 21])
 
 
 @pytest.mark.parametrize("name", STRONG)

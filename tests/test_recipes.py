@@ -27,7 +27,7 @@ from PIL import Image
 
 from segadv import cli, comparison, models, plots, progress, recipes, reproduce, results, writing
 from segadv.data import DATASETS, open_dataset
-from segadv.evaluation import ATTACKS, WORST_CASES
+from segadv.evaluation import ATTACKS, WORST_CASES, EvaluationResult
 from segadv.models import ModelConfig, small_pspnet
 from segadv.options import arranged, configs, parser
 from segadv.reproduce import Evaluation, claims
@@ -1244,6 +1244,14 @@ def test_an_evaluation_counts_for_its_own_network_and_options_only(
     assert drawn[4:] == [["fast-newton"] * 2]  # and not basic's any more
     assert run(f"{command} --arms basic") == 0
     assert len(evaluated) == 4
+
+    # Another version's, which did not take all that this one takes
+    path, count = out / "fgsm" / "evaluation.json", len(evaluated)
+    result = EvaluationResult.from_json(path)
+    EvaluationResult([entry for entry in result.measurements if entry.attack != "bim-10"], result.run).to_json(path)
+    assert run(f"{command} --arms fgsm") == 0
+    assert len(evaluated) == count + 1
+    assert {entry.attack for entry in EvaluationResult.from_json(path).measurements} == {"fgsm", "bim-10"}
 
 
 @pytest.mark.parametrize(
