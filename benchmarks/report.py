@@ -964,8 +964,8 @@ def robustness_miou(results: Path) -> str:
     ]
     others = ", ".join(plots.attack_title(attack) for attack in ("fgsm", *found.attacks) if attack not in attacks)
     notes = paragraph(
-        f"{found.what} / mean pixel accuracy; {found.steps[_ROBUST_EPS]} steps. The worst cases are chosen for each "
-        f"image among these, {others}. {found.provenance}"
+        f"{found.what} / mean pixel accuracy; BIM-10 has 10 steps, the others have {found.steps[_ROBUST_EPS]}. The "
+        f"worst cases are chosen for each image among these, {others}. {found.provenance}"
     )
     return f"{table(['trained with', *titles], lines)}\n\n{notes}"
 
