@@ -345,7 +345,7 @@ def _balance(labels: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
     """n_valid / (K * n_y) of every class among an image's labels, 0 of the others: [N, C] of the compute type."""
     classes = logits.shape[1]
     index = labels.long().clamp(-1, classes).add_(1).flatten(1)
-    counts = index.new_zeros(len(index), classes + 2).scatter_add_(1, index, index.new_ones(()).expand_as(index))
+    counts = index.new_zeros(index.shape[0], classes + 2).scatter_add_(1, index, index.new_ones(()).expand_as(index))
     counts = counts[:, 1:-1]
     if 0 <= ignore_index < classes:
         counts[:, ignore_index] = 0

@@ -245,17 +245,26 @@ def test_inductor_with_weights_of_classes(size: tuple[int, int]) -> None:
 
 
 def test_export_with_any_number_of_images() -> None:
-    class Weighted(torch.nn.Module):
-        def forward(self, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-            return F.cross_entropy(z, y, weight=weight)
+    class Everything(torch.nn.Module):
+        def forward(self, z: Tensor, y: Tensor, images: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            gain, *_ = F.gain_and_grad(z, y)
+            return (
+                *F.loss_and_grad(z, y, loss="cospgd", balanced=True),
+                *F.newton_step(images, grad, gain),
+                F.sign_step(images, grad, 0.1, origin=images, eps=0.2),
+                *(function(z, y) for function in (F.pixel_margin, F.averaged_gain, F.cospgd_loss, F.confusion_matrix)),
+                *(F.cross_entropy(z, y, weight=weight, reduction=how) for how in ("mean", "image")),
+                F.segpgd_loss(z, y, 1, 3), F.argmax_labels(z, (6, 8)), F.l1_norm(grad),
+            )  # fmt: skip
 
     def arguments(images: int) -> tuple[Tensor, ...]:
-        return torch.randn(images, 5, 3, 4), torch.randint(0, 5, (images, 6, 8)), torch.rand(5) + 0.5
+        z, y = torch.randn(images, 5, 3, 4), torch.randint(0, 5, (images, 6, 8))
+        return z, y, torch.rand(images, 3, 6, 8), torch.randn(images, 3, 6, 8), torch.rand(5) + 0.5
 
-    images = torch.export.Dim("images", min=2)
-    exported = torch.export.export(Weighted(), arguments(3), dynamic_shapes=({0: images}, {0: images}, None))
+    sizes = ({0: torch.export.Dim("images", min=2)},) * 4
+    exported = torch.export.export(Everything(), arguments(3), dynamic_shapes=(*sizes, None))
     for given in (arguments(3), arguments(4)):
-        torch.testing.assert_close(exported.module()(*given), Weighted()(*given))
+        torch.testing.assert_close(exported.module()(*given), Everything()(*given))
 
 
 def test_weights_of_classes_of_any_layout(backend: str) -> None:
