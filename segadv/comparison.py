@@ -86,6 +86,8 @@ def untrained(model: ModelConfig, checkpoint: Path, *, num_classes: int, seed: i
 def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint whose description `describe` made, and what `read_config` tells of it.
 
+    Its weights are in the memory format they were trained in.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, has no such description, or holds another network than that says.
@@ -104,6 +106,8 @@ def load_trained(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any
             "own use segadv.training.load_model and segadv.evaluation.evaluate"
         ) from error
     load_weights(model, state["model"], path)
+    if config.get("channels_last"):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, config
 
 

@@ -189,6 +189,7 @@ def _config(arm: str, sizes: DemoSizes, seed: int) -> TrainConfig:
         crop=sizes.crop,
         learning_rate=sizes.learning_rate,
         seed=seed,
+        channels_last=True,
         checkpoint_every=25,
     )
 

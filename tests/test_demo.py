@@ -51,7 +51,7 @@ def test_the_recipe_streets_small_trains_what_the_demo_trains() -> None:
     assert recipe.pop("model") == {"name": demo._NETWORK.name}
     assert tuple(map(int, recipe.pop("crop").split("x"))) == theirs["crop"]
     assert recipe == {name: theirs[name] for name in recipe}
-    assert {"steps", "batch_size", "learning_rate", "checkpoint_every"} == recipe.keys()
+    assert {"steps", "batch_size", "learning_rate", "channels_last", "checkpoint_every"} == recipe.keys()
 
 
 def test_what_is_left_by_a_killed_write_or_a_wrong_seed_does_not_end_the_demo(tmp_path: Path) -> None:

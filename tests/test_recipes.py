@@ -388,6 +388,9 @@ def test_pspnet50_takes_a_step(voc: Path, tmp_path: Path) -> None:
     assert 0 < json.loads(line)["loss"] < 100
     model, config = comparison.load_trained(tmp_path / "run" / "last.pt")
     assert config["precision"] == "bf16"
+    assert config["channels_last"]
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     with torch.inference_mode():
         assert model.eval()(torch.rand(1, 3, 40, 48)).shape == (1, 21, 5, 6)
 
