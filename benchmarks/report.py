@@ -482,18 +482,21 @@ def _over_other_basic_steps(cases: Mapping[str, Sequence[Record]]) -> str:
     """A sentence about the networks whose shares were measured in runs of their own: the basic steps are the last's."""
     told = []
     for case, records in cases.items():
-        others = {row.mode.rpartition(", ")[2] for row in records if not _is_over_its_basic_step(row, records)}
+        steps = [row for row in records if row.operation == "training step"]
+        others = {row.mode.rpartition(", ")[2] for row in records if not _is_over_its_basic_step(row, steps)}
         told += [f"at {' and '.join(sorted(others))} on {case.partition(',')[0]}"] if others else []
     if not told:
         return ""
     return f"Percentages {', '.join(told)} are over the basic steps of their own run, which these are not. "
 
 
-def _is_over_its_basic_step(record: Record, records: Sequence[Record]) -> bool:
-    """Whether an additional time is that of the steps which stand beside it."""
+def _is_over_its_basic_step(record: Record, steps: Sequence[Record]) -> bool:
+    """Whether an additional time is that of the steps which stand beside it; of other rows it is said, too."""
     over = {"overhead": record.provider, "over conventional basic": overhead.CONVENTIONAL}.get(record.operation)
-    step = none_or_one(records, operation="training step", provider=record.provider, mode=record.mode)
-    basic = none_or_one(records, operation="training step", provider=over, mode="basic")
+    if over is None:
+        return True
+    step = none_or_one(steps, provider=record.provider, mode=record.mode)
+    basic = none_or_one(steps, provider=over, mode="basic")
     if step is None or basic is None:
         return True
     return abs(record.p50 - 100 * (step.p50 / basic.p50 - 1)) < 0.01  # rows have four decimals
