@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import platform
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -44,47 +46,20 @@ def model_hash(model: nn.Module) -> str:
     Those are what it prints, the methods and plain attributes of its modules' classes, their hooks, and those of the
     modules' attributes that are plain values (True, words, numbers, NumPy's too), callables, tensors, arrays, or lists,
     tuples, dicts, sets, enums, namespaces and dataclasses of such: of `torch.nn.Upsample` align_corners, of
-    `segadv.models.wrap` output. Functions are seen by their byte code, the values that they hold, and the functions,
-    classes and constants of their module that they name; other callables by their class and what they hold. Neither
-    other objects nor other modules' functions are seen, nor what a hook sets or is called a cache. A model that counts
+    `segadv.models.wrap` output. Modules that are held so, without being registered, are seen as the model is. Functions
+    are seen by their byte code, the values that they hold, the functions, classes, modules and constants of their file
+    that they name (lists and dicts if in capitals), and the names of what it imports; methods also by the object that
+    they belong to; other callables by their class and what they hold; what `torch.jit` made as it is saved. Neither
+    other objects nor the code of other files is seen, nor what a hook sets or is called a cache. A model that counts
     its passes, or keeps of them what it computed, a feature map or a size say, is another one after each.
     """
-    network = unwrapped(model)
-    described = _Describer()
-    settings = [_without_addresses(network)]
-    for name, module in network.named_modules(remove_duplicate=False):
-        hooks = [
-            hook
-            for kind in (
-                module._forward_pre_hooks,
-                module._forward_hooks,
-                module._backward_pre_hooks,
-                module._backward_hooks,
-            )
-            for hook in kind.values()
-            if getattr(hook, "__module__", None) != _HOOKS_OF_THE_FIRST_PASS
-        ]
-        settings.append(f"{name} {type(module)} {described.members(type(module), described)} {described(hooks)}")
-        if _is_part_of(type(module), "torch._dynamo"):  # around a compiled model, whose attributes come in their turn
-            continue
-        # weights of weight_norm, spectral_norm and prune
-        computed = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
-        for key, value in sorted(vars(module).items()):
-            told = isinstance(value, (*_PLAIN, *_HOLDERS)) or callable(value) or _is_record(value)
-            of_torch = key in _OF_EVERY_MODULE or key.startswith("__composable_api")  # the latter of fully_shard
-            is_cached = isinstance(getattr(type(module), key, None), functools.cached_property) or "cache" in key
-            if told and not (of_torch or is_cached or key in computed or value is None or isinstance(value, nn.Module)):
-                settings.append(f"{name}.{key} {described(value)}")
-    digest = hashlib.sha256("\n".join(settings).encode())
-    named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    for name, value in chain(*named):
-        digest.update(f"{name} {content_hash(value)}\n".encode())
-    return digest.hexdigest()
+    return _Describer()(unwrapped(model))
 
 
 class _Describer:
-    """Plain values as they are, of others a hash: tensors by their content, functions by their code and what they hold
-    and name, of anything else its type. Whether two are one object makes no difference."""
+    """Plain values as they are, of others a hash: tensors by their content, modules by all that `model_hash` tells,
+    functions by their code and what they hold and name, of anything else its type. Whether two are one object makes no
+    difference."""
 
     def __init__(self) -> None:
         self._described: dict[int, tuple[str, Any]] = {}
@@ -116,8 +91,20 @@ class _Describer:
             return f"dict {[(inner(key), inner(each)) for key, each in value.items()]}"
         if isinstance(value, (set, frozenset)):
             return f"set {sorted(map(inner, value))}"
+        if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+            return _as_saved(value)
+        if isinstance(value, torch.ScriptObject):  # packed weights of a quantised layer
+            try:
+                return f"{type(value)} {inner(value.__getstate__())}"
+            except RuntimeError:  # none that can be saved: never the same
+                return os.urandom(32).hex()
+        if isinstance(value, nn.Module):
+            return self._of_network(value, inner)
         if isinstance(value, CodeType):
-            return f"code {value.co_code.hex()} {value.co_names} {inner(value.co_consts)}"
+            arguments = value.co_varnames[: value.co_argcount + value.co_kwonlyargcount]
+            return (
+                f"code {value.co_code.hex()} {value.co_names} {value.co_argcount} {arguments} {inner(value.co_consts)}"
+            )
         if isinstance(value, FunctionType):
             held = [value.__code__, value.__defaults__, value.__kwdefaults__, *map(_held, value.__closure__ or ())]
             named = {
@@ -128,7 +115,10 @@ class _Describer:
         if isinstance(value, functools.partial | functools.partialmethod):
             return f"partial {inner([value.func, value.args, value.keywords])}"
         if isinstance(value, MethodType):
-            return f"method {inner([value.__func__, value.__self__])}"
+            owner = value.__self__
+            if _is_described(owner) or _is_part_of(type(owner), "torch"):  # such as the state of `fully_shard`
+                return f"method {inner([value.__func__, owner])}"
+            return f"method {inner(value.__func__)} {self._of_object(owner, inner)}"
         if isinstance(value, (staticmethod, classmethod)):
             return f"method {inner(value.__func__)}"
         if isinstance(value, property):
@@ -143,12 +133,50 @@ class _Describer:
             return f"{type(value)} {inner({entry.name: getattr(value, entry.name, None) for entry in fields(value)})}"
         if isinstance(value, type):
             return repr(value)
-        if callable(value) and not isinstance(value, nn.Module):  # built in, or an object that can be called
-            attributes = getattr(value, "__dict__", None) or {}
-            # what no_grad and autocast, as decorators, found the last time
-            holds = inner({name: each for name, each in attributes.items() if not str(name).startswith("prev")})
-            return f"{_without_addresses(value)} {self.members(type(value), inner)} {holds}"
+        if callable(value):  # built in, or an object that can be called
+            return self._of_object(value, inner)
         return str(type(value))
+
+    def _of_network(self, network: nn.Module, inner: Callable[[Any], str]) -> str:
+        settings = [_without_addresses(network)]
+        for name, module in network.named_modules(remove_duplicate=False):
+            if isinstance(module, torch.jit.ScriptModule):
+                settings.append(f"{name} {inner(module)}")
+                continue
+            hooks = [
+                hook
+                for kind in (
+                    module._forward_pre_hooks,
+                    module._forward_hooks,
+                    module._backward_pre_hooks,
+                    module._backward_hooks,
+                )
+                for hook in kind.values()
+                if getattr(hook, "__module__", None) != _HOOKS_OF_THE_FIRST_PASS
+            ]
+            settings.append(f"{name} {type(module)} {self.members(type(module), inner)} {inner(hooks)}")
+            if _is_part_of(type(module), "torch._dynamo"):  # around a compiled model, whose attributes come in turn
+                continue
+            # weights of weight_norm, spectral_norm and prune
+            computed = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
+            for key, value in sorted(vars(module).items()):
+                of_torch = key in _OF_EVERY_MODULE or key.startswith("__composable_api")  # the latter of fully_shard
+                is_cached = isinstance(getattr(type(module), key, None), functools.cached_property) or "cache" in key
+                if _is_described(value) and not (of_torch or is_cached or key in computed or value is None):
+                    settings.append(f"{name}.{key} {inner(value)}")
+        digest = hashlib.sha256("\n".join(settings).encode())
+        named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+        for name, value in chain(*named):
+            digest.update(f"{name} {content_hash(value)}\n".encode())
+        return digest.hexdigest()
+
+    def _of_object(self, value: Any, inner: Callable[[Any], str]) -> str:
+        slots = chain.from_iterable(vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+        attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        attributes |= getattr(value, "__dict__", None) or {}
+        # what no_grad and autocast, as decorators, found the last time
+        holds = inner({name: each for name, each in attributes.items() if not str(name).startswith("prev")})
+        return f"{_without_addresses(value)} {self.members(type(value), inner)} {holds}"
 
     def members(self, kind: type, inner: Callable[[Any], str]) -> str:
         """What a class and those above it are made of, but for what torch's and Python's versions decide."""
@@ -173,22 +201,46 @@ def _is_part_of(value: Any, *packages: str) -> bool:
     return any(module.startswith(f"{package}.") for package in packages)
 
 
+def _as_saved(scripted: torch.jit.ScriptModule | torch.jit.ScriptFunction) -> str:
+    try:
+        saved = scripted.save_to_buffer()  # type: ignore[call-arg]
+    except RuntimeError:  # with operations that cannot be saved: never the same
+        return os.urandom(32).hex()
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith((".debug_pkl", "serialization_id")):  # others in every process
+                digest.update(f"{name} {hashlib.sha256(archive.read(name)).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def _is_record(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
 
 
+def _is_described(value: Any) -> bool:
+    """Whether more is told of it than its type."""
+    return isinstance(value, (*_PLAIN, *_HOLDERS, torch.ScriptObject)) or callable(value) or _is_record(value)
+
+
 def _named_by(function: FunctionType) -> dict[str, Any]:
-    """Functions, classes and constants of its module."""
+    """Functions, classes, modules and constants of its file; of other files' functions and classes where they are."""
     if _is_part_of(function, "torch"):
         return {}
     found = {name: function.__globals__.get(name) for name in sorted(_names(function.__code__))}
-    return {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, (*_PLAIN, Tensor, np.ndarray, tuple))
-        or (isinstance(value, _HOLDERS) and name.isupper())  # others come and go, as registries and caches
-        or (callable(value) and getattr(value, "__module__", None) == function.__module__)
-    }
+    named: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, (*_PLAIN, Tensor, np.ndarray, tuple, nn.Module, functools.partial)) or _is_record(value):
+            named[name] = value
+        elif isinstance(value, _HOLDERS):
+            if name.isupper():  # others come and go, as registries and caches
+                named[name] = value
+        elif callable(value):
+            of_file = getattr(value, "__module__", None) == function.__module__
+            named[name] = (
+                value if of_file else f"{getattr(value, '__module__', '')} {getattr(value, '__qualname__', '')}"
+            )
+    return named
 
 
 def _names(code: CodeType) -> set[str]:

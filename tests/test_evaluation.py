@@ -1224,6 +1224,17 @@ def test_records_of_a_model_with_other_code_are_never_taken(
 
 LEVELS = [4]
 TABLE = {"levels": 4}
+rounded = partial(torch.round, decimals=2)
+turned = torch.sin
+convolution = nn.Conv2d(1, 1, 1)
+
+
+@dataclasses.dataclass
+class Shift:
+    by: float
+
+
+shift = Shift(0.5)
 
 
 class Straight(torch.autograd.Function):
@@ -1268,7 +1279,7 @@ class Quantised(nn.Module):
 
     @torch.autocast("cpu", torch.bfloat16)
     def forward(self, images: Tensor) -> Tensor:
-        parts = [signed(part) for part in images]
+        parts = [rounded(turned(signed(part)) + shift.by) + convolution.weight[0] for part in images]
         return Straight.apply(torch.stack(parts) * self.counted() * levels())
 
 
@@ -1281,6 +1292,8 @@ def other_levels() -> int:
     [
         ("LEVELS", [5]), ("TABLE", {"levels": 5}), ("SIGN", -1), ("Straight", Blocked),
         ("levels", functools.lru_cache(functools.update_wrapper(other_levels, levels.__wrapped__, updated=()))),
+        ("rounded", partial(torch.round, decimals=3)), ("turned", torch.cos), ("turned", math.cos), ("shift", Shift(0)),
+        ("convolution", nn.Conv2d(1, 1, 1)),
     ],
 )  # fmt: skip
 def test_model_hash_sees_what_functions_name(name: str, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1299,6 +1312,89 @@ def test_model_hash_sees_what_belongs_to_a_class(changed: str, monkeypatch: pyte
     else:
         monkeypatch.setattr(Quantised, "counted", lambda self: 5)
     assert records.model_hash(Quantised()) != first
+
+
+def test_model_hash_sees_the_names_of_arguments() -> None:
+    def blend(source: Tensor, front: Tensor, back: Tensor) -> Tensor:
+        return source * front + back
+
+    def blend_otherwise(source: Tensor, back: Tensor, front: Tensor) -> Tensor:
+        return source * back + front
+
+    def blend_by_name(source: Tensor, *, front: Tensor, back: Tensor) -> Tensor:
+        return source * front + back
+
+    functions = (blend, blend_otherwise, blend_by_name)
+    assert len({records.model_hash(wrap(nn.ReLU(), output=function)) for function in functions}) == 3
+
+
+class Bound:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def times(self, output: Tensor) -> Tensor:
+        return output * self.weight
+
+
+IMAGE = torch.zeros(1, 2, 4, 4)
+
+
+def holding(value: Any) -> nn.Module:
+    model = nn.ReLU()
+    object.__setattr__(model, "held", value)
+    return model
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda net: holding([net]),
+        lambda net: holding({"net": (net,)}),
+        holding,
+        lambda net: wrap(nn.ReLU(), output=net.forward),
+        lambda net: wrap(nn.ReLU(), output=partial(net)),
+        lambda net: wrap(nn.ReLU(), output=lambda images: net(images)),
+        lambda net: wrap(nn.ReLU(), output=Bound(net.weight.sum().item()).times),
+        lambda net: torch.jit.freeze(torch.jit.script(net.eval())),
+        lambda net: torch.jit.trace(nn.Sequential(net, nn.ReLU() if net.weight[0, 0, 0, 0] > 0 else nn.Tanh()), IMAGE),
+        lambda net: nn.Sequential(torch.jit.freeze(torch.jit.trace(net.eval(), IMAGE))),
+        lambda net: holding(torch.jit.trace(lambda images: net(images).sum(), IMAGE)),
+    ],
+)
+def test_model_hash_sees_networks_that_are_not_registered_or_compiled(hold: Callable[[nn.Module], nn.Module]) -> None:
+    one, other = (nn.Conv2d(2, 3, 1).requires_grad_(False) for _ in range(2))
+    one.weight[0, 0, 0, 0], other.weight[0, 0, 0, 0] = 1, -1
+    first = hold(one)
+    assert records.model_hash(first) == records.model_hash(first) != records.model_hash(hold(other))
+
+
+def test_records_are_not_those_of_another_frozen_model(tmp_path: Path) -> None:
+    data = [(torch.rand(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4)))]
+    networks = [torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 3, 1).eval())) for _ in range(2)]
+    results = [evaluate(network, data, ["fgsm"], [0, 0.1], records=tmp_path) for network in networks]
+    assert results[1].rows == evaluate(networks[1], data, ["fgsm"], [0, 0.1]).rows != results[0].rows
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation:UserWarning")
+def test_model_hash_sees_packed_weights() -> None:
+    def quantised(weight: float) -> nn.Module:
+        layer = torch.ao.nn.quantized.Conv2d(1, 1, 1)
+        packed = torch.quantize_per_tensor(torch.full((1, 1, 1, 1), weight), 1.0, 0, torch.qint8)
+        layer.set_weight_bias(packed, torch.zeros(1))
+        return layer
+
+    assert (
+        records.model_hash(quantised(2.0)) == records.model_hash(quantised(2.0)) != records.model_hash(quantised(3.0))
+    )
+
+
+def test_a_module_that_holds_itself_unregistered_has_a_hash() -> None:
+    one, other = (nn.Sequential(nn.Conv2d(1, 1, 1)) for _ in range(2))
+    for network in (one, other):
+        object.__setattr__(network[0], "parent", [network, network[0].forward])
+    assert records.model_hash(one) == records.model_hash(one) != records.model_hash(other)
 
 
 def test_model_hash_is_that_of_equal_models() -> None:
