@@ -604,7 +604,8 @@ def evaluate(
       runs would give, except for "segpgd": its lambda rises towards 1/2 over all its steps, so that what is
       reported for 10 of 100 steps is a run of 100 on its way, not SegPGD with 10 steps, which is "segpgd-10".
     * Work is shared: one gradient for FGSM at all eps; iterative attacks take several eps in one batch (on a GPU
-      all, or half as many whenever memory does not suffice).
+      all, or half as many whenever memory does not suffice). A model that takes statistics of the batch, or random
+      numbers, may therefore give other outcomes where other eps are asked for.
     * A batch needs a matrix of classes x classes for each image, attack, eps and judged step: give small batches where
       there are thousands of classes.
 

@@ -392,7 +392,7 @@ def newton_step(
 
     gain and grad must belong to the same function of the images: both of a sum of margins, or both of a mean;
     multiplying both by the same positive number changes nothing. sign(0) = 0. Where gain or norm is non-finite or
-    the norm is 0, eps is 0 and the image is only clipped.
+    the norm is 0, or the quotient is too large for the type and not capped, eps is 0 and the image is only clipped.
 
     Args:
         images: [N, ...], float32 or float64, in the units of `bounds`.

@@ -240,9 +240,10 @@ def _lines(
         lines += [
             f"## More steps, eps {shown:g}",
             "",
-            "Each line is one run, judged on its way (the best iterate so far of each image). BIM, PGD and CosPGD "
-            "would give the same with fewer steps; SegPGD's weights depend on the number of all steps, so its line "
-            "shows its longest run on the way. Curves that still fall at the end call for more steps.",
+            "Each line is one run, judged on its way by what the attack has then (those of `evaluate` each image's "
+            "best iterate so far). BIM, PGD and CosPGD would give the same with fewer steps; SegPGD's weights depend "
+            "on the number of all steps, so its line shows its longest run on the way. Curves that still fall at the "
+            "end call for more steps.",
             "",
             "![mIoU against the number of steps](steps.png)",
             "",
