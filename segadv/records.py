@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copyreg
 import functools
 import hashlib
 import io
@@ -12,12 +13,23 @@ import os
 import platform
 import re
 import zipfile
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import chain
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, NoneType, SimpleNamespace
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    NoneType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -35,7 +47,12 @@ _OF_EVERY_MODULE = {
 }  # fmt: skip
 _HOOKS_OF_THE_FIRST_PASS = "transformers.utils.output_capturing"
 _PLAIN = (bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.memory_format, np.generic)
-_HOLDERS = (tuple, list, dict, set, frozenset, Enum, Tensor, np.ndarray, SimpleNamespace, argparse.Namespace)
+_PARTS = (slice, range)
+_HOLDERS = (
+    tuple, list, deque, dict, set, frozenset, Enum, Tensor, np.ndarray, SimpleNamespace, argparse.Namespace, *_PARTS,
+)  # fmt: skip
+
+_CONSTANTS = (*_PLAIN, *_PARTS, Tensor, np.ndarray, tuple, nn.Module, functools.partial)
 
 __all__ = ["Records", "content_hash", "model_hash", "versions"]
 
@@ -45,13 +62,13 @@ def model_hash(model: nn.Module) -> str:
 
     Those are what it prints, the methods and plain attributes of its modules' classes, their hooks, and those of the
     modules' attributes that are plain values (True, words, numbers, NumPy's too), callables, tensors, arrays, or lists,
-    tuples, dicts, sets, enums, namespaces and dataclasses of such: of `torch.nn.Upsample` align_corners, of
+    tuples, dicts, sets, slices, enums, namespaces and dataclasses of such: of `torch.nn.Upsample` align_corners, of
     `segadv.models.wrap` output. Modules that are held so, without being registered, are seen as the model is. Functions
     are seen by their byte code, the values that they hold, the functions, classes, modules and constants of their file
     that they name (lists and dicts if in capitals), and the names of what it imports; methods also by the object that
     they belong to; other callables by their class and what they hold; what `torch.jit` made as it is saved. Neither
-    other objects nor the code of other files is seen, nor what a hook sets or is called a cache. A model that counts
-    its passes, or keeps of them what it computed, a feature map or a size say, is another one after each.
+    other objects nor the code of other files is seen, nor what a hook sets in its module or is called a cache. A model
+    that counts its passes, or keeps of them what it computed, a feature map or a size say, is another one after each.
     """
     return _Describer()(unwrapped(model))
 
@@ -64,6 +81,8 @@ class _Describer:
     def __init__(self) -> None:
         self._described: dict[int, tuple[str, Any]] = {}
         """id -> what was said, and the object, which keeps the id its own; "..." within itself."""
+        self._within: list[type] = []
+        """Classes of which the members are being told."""
 
     def __call__(self, value: Any, depth: int = 0) -> str:
         if isinstance(value, _PLAIN):
@@ -85,8 +104,10 @@ class _Describer:
         if isinstance(value, np.ndarray):
             content = inner(value.tolist()) if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()
             return f"array {value.dtype} {value.shape} {content}"
-        if isinstance(value, (tuple, list)):
-            return f"{'list' if isinstance(value, list) else 'tuple'} {[inner(each) for each in value]}"
+        if isinstance(value, (tuple, list, deque)):
+            return f"{'tuple' if isinstance(value, tuple) else 'list'} {[inner(each) for each in value]}"
+        if isinstance(value, _PARTS):
+            return f"{type(value)} {inner([value.start, value.stop, value.step])}"
         if isinstance(value, dict):
             return f"dict {[(inner(key), inner(each)) for key, each in value.items()]}"
         if isinstance(value, (set, frozenset)):
@@ -119,6 +140,9 @@ class _Describer:
             if _is_described(owner) or _is_part_of(type(owner), "torch"):  # such as the state of `fully_shard`
                 return f"method {inner([value.__func__, owner])}"
             return f"method {inner(value.__func__)} {self._of_object(owner, inner)}"
+        built_in = isinstance(value, (BuiltinMethodType, MethodWrapperType))
+        if built_in and not isinstance(value.__self__, (type, ModuleType, NoneType)):  # of a tensor, say
+            return f"method {value.__name__} {inner(value.__self__)}"
         if isinstance(value, (staticmethod, classmethod)):
             return f"method {inner(value.__func__)}"
         if isinstance(value, property):
@@ -171,7 +195,7 @@ class _Describer:
         return digest.hexdigest()
 
     def _of_object(self, value: Any, inner: Callable[[Any], str]) -> str:
-        slots = chain.from_iterable(vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+        slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]  # private ones under their real names
         attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         attributes |= getattr(value, "__dict__", None) or {}
         # what no_grad and autocast, as decorators, found the last time
@@ -180,6 +204,9 @@ class _Describer:
 
     def members(self, kind: type, inner: Callable[[Any], str]) -> str:
         """What a class and those above it are made of, but for what torch's and Python's versions decide."""
+        if kind in self._within:
+            return "..."
+        self._within.append(kind)
         found = []
         for each in kind.__mro__:
             if _is_part_of(each, "torch", "builtins", "functools"):
@@ -189,11 +216,15 @@ class _Describer:
                     found.append(f"{name} {self.members(value, inner)}")
                 elif "cache" not in name and (callable(value) or not name.startswith("__")):
                     found.append(f"{name} {inner(value)}")
+        self._within.pop()
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def _without_addresses(value: Any) -> str:
-    return re.sub("0x[0-9a-f]+", "", repr(value))
+    try:
+        return re.sub("0x[0-9a-f]+", "", repr(value))
+    except Exception:  # whatever a class of the user's raises: never the same
+        return os.urandom(32).hex()
 
 
 def _is_part_of(value: Any, *packages: str) -> bool:
@@ -230,7 +261,9 @@ def _named_by(function: FunctionType) -> dict[str, Any]:
     found = {name: function.__globals__.get(name) for name in sorted(_names(function.__code__))}
     named: dict[str, Any] = {}
     for name, value in found.items():
-        if isinstance(value, (*_PLAIN, Tensor, np.ndarray, tuple, nn.Module, functools.partial)) or _is_record(value):
+        if isinstance(value, (*_PLAIN, *_PARTS, Tensor, np.ndarray, tuple, nn.Module, functools.partial)) or _is_record(
+            value
+        ):
             named[name] = value
         elif isinstance(value, _HOLDERS):
             if name.isupper():  # others come and go, as registries and caches

@@ -19,6 +19,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -1329,13 +1330,30 @@ def test_model_hash_sees_the_names_of_arguments() -> None:
 
 
 class Bound:
-    __slots__ = ("weight",)
+    __slots__ = "__weight"
 
     def __init__(self, weight: float) -> None:
-        self.weight = weight
+        self.__weight = weight
 
     def times(self, output: Tensor) -> Tensor:
-        return output * self.weight
+        return output * self.__weight
+
+
+class Mode:
+    """Its inner class is one of its own kind."""
+
+
+class Fast(Mode):
+    __qualname__ = "Mode.Fast"
+
+    def __call__(self) -> None: ...
+
+
+Mode.Fast = Fast  # type: ignore[attr-defined]
+
+
+def sliced(part: slice) -> Callable[[Tensor], Tensor]:
+    return lambda output: output[part]
 
 
 IMAGE = torch.zeros(1, 2, 4, 4)
@@ -1357,6 +1375,9 @@ def holding(value: Any) -> nn.Module:
         lambda net: wrap(nn.ReLU(), output=partial(net)),
         lambda net: wrap(nn.ReLU(), output=lambda images: net(images)),
         lambda net: wrap(nn.ReLU(), output=Bound(net.weight.sum().item()).times),
+        lambda net: wrap(nn.ReLU(), output=net.weight.sum().mul),
+        lambda net: wrap(nn.ReLU(), output=sliced(slice(0, int(net.weight.sum() * 1e3)))),
+        lambda net: holding([deque([range(int(net.weight.sum() * 1e3))]), Mode.Fast()]),  # type: ignore[attr-defined]
         lambda net: torch.jit.freeze(torch.jit.script(net.eval())),
         lambda net: torch.jit.trace(nn.Sequential(net, nn.ReLU() if net.weight[0, 0, 0, 0] > 0 else nn.Tanh()), IMAGE),
         lambda net: nn.Sequential(torch.jit.freeze(torch.jit.trace(net.eval(), IMAGE))),
@@ -1365,7 +1386,7 @@ def holding(value: Any) -> nn.Module:
 )
 def test_model_hash_sees_networks_that_are_not_registered_or_compiled(hold: Callable[[nn.Module], nn.Module]) -> None:
     one, other = (nn.Conv2d(2, 3, 1).requires_grad_(False) for _ in range(2))
-    one.weight[0, 0, 0, 0], other.weight[0, 0, 0, 0] = 1, -1
+    one.weight[0, 0, 0, 0], other.weight[0, 0, 0, 0] = 9, -9
     first = hold(one)
     assert records.model_hash(first) == records.model_hash(first) != records.model_hash(hold(other))
 
