@@ -409,7 +409,7 @@ def _report(
         "",
         f"{options['model']['name']}, {options['steps']} steps of {options['batch_size']} samples, crops of "
         f"{options['crop']}, {options['precision']}; {run['images']} validation images, whole"
-        + (f" (the first {evaluation.images} of the split)." if evaluation.images else "."),
+        + (" (the first of the split)." if evaluation.images else "."),
         f"One training of each arm, seed {options['seed']}.",
         "",
         f"Differs from the recipe {content['recipe']}: {', '.join(differs)}. What is below "
@@ -451,7 +451,7 @@ def _report(
         ]
     lines += _overhead_section(content, arms)
     if qualitative:
-        lines += ["## Examples", "", f"![what BIM-10 does to two images]({qualitative})", ""]
+        lines += ["## Examples", "", f"![what BIM-10 does to images]({qualitative})", ""]
     return [
         *lines,
         "## To repeat it",
