@@ -6,8 +6,8 @@ A picture carries the hash of the file that it was drawn from.
 
 `--demo RESULTS_JSON` first makes results/demo.csv from what `segadv demo` wrote, `--robustness RESULTS_JSON ...`
 results/robustness.csv from what `segadv evaluate` wrote about the same arms, trained once or several times,
-`--robustness-miou` results/robustness-miou.csv from what it wrote about attacks on mIoU, `--robustness-longer`
-results/robustness-longer.csv about longer trainings, and `--segpgd` results/segpgd.csv about PGD's and SegPGD's.
+`--robustness-longer` results/robustness-longer.csv from what it wrote about longer trainings, and `--segpgd`
+results/segpgd.csv about PGD's and SegPGD's.
 """
 
 from __future__ import annotations
@@ -882,7 +882,7 @@ def demo_outcome(results: Path) -> str:
 
 # --- how robust its networks are: a file each -----------------------------------------------------------------------
 
-EVALUATIONS = ("robustness", "robustness-miou", "robustness-longer", "segpgd")
+EVALUATIONS = ("robustness", "robustness-longer", "segpgd")
 UNDER_ATTACK, PIXELS_UNDER_ATTACK = "mIoU under attack", "pixel accuracy under attack"
 CHECK = "check for gradient masking"
 _UNDER_ATTACK_CASE = re.compile(r"eps ([\d.]+), (\d+) steps, (\d+) images, training (\d+)")
@@ -928,17 +928,18 @@ def _check_records(checks_csv: Path, training: int, like: Record) -> list[Record
 
 
 def robustness(results: Path, name: str = "robustness.csv") -> str:
-    """Attack by attack at one eps, the worst case at others: that by mIoU, where it was taken."""
+    """Attack by attack at one eps, the worst case, that by mIoU where it was taken, at others too where they were."""
     found = _UnderAttack(records_in(results / name), name)
     worst = _WORST_MIOU if found.with_worst_miou else _WORST
+    others = [eps for eps in _OTHER_EPS if eps in found.steps]
     columns = [(worst, 0.0), *((attack, _ROBUST_EPS) for attack in (*found.attacks, worst))]
-    columns += [(worst, eps) for eps in _OTHER_EPS]
+    columns += [(worst, eps) for eps in others]
     titles = ["clean", *map(plots.attack_title, found.attacks), "worst case"]
-    titles += [f"worst case at {eps:g}" for eps in _OTHER_EPS]
+    titles += [f"worst case at {eps:g}" for eps in others]
     lines = found.lines(columns)
-    most = max(found.steps[eps] for eps in _OTHER_EPS)
     shown = found.steps[_ROBUST_EPS]
-    at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in _OTHER_EPS)}" if most != shown else ""
+    most = max((found.steps[eps] for eps in others), default=shown)
+    at_others = f", {most} at {' and '.join(f'{eps:g}' for eps in others)}" if most != shown else ""
     chosen_by = (
         "mIoU"
         if found.with_worst_miou
@@ -954,8 +955,8 @@ def robustness(results: Path, name: str = "robustness.csv") -> str:
 
 def robustness_miou(results: Path) -> str:
     """CosPGD and CosPGD, balanced, the worst cases by pixels and by mIoU: mIoU and pixel accuracy."""
-    rows = records_in(results / "robustness-miou.csv")
-    found, pixels = (_UnderAttack(rows, "robustness-miou.csv", of) for of in (UNDER_ATTACK, PIXELS_UNDER_ATTACK))
+    rows = records_in(results / "robustness.csv")
+    found, pixels = (_UnderAttack(rows, "robustness.csv", of) for of in (UNDER_ATTACK, PIXELS_UNDER_ATTACK))
     attacks = ("cospgd", _WORST, "cospgd-balanced", _WORST_MIOU)
     columns = [(_WORST, 0.0), *((attack, _ROBUST_EPS) for attack in attacks)]
     titles = ["clean", "CosPGD", "worst case by pixels", "CosPGD, balanced", "worst case by mIoU"]

@@ -524,7 +524,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[Record]]]] = {
     "calls": ("scaling-cpu.csv", ladder_rows),
     "demo": ("demo.csv", demo_rows),
     "robustness": ("robustness.csv", robust_rows),
-    "robustness-miou": ("robustness-miou.csv", robust_miou_rows),
+    "robustness-miou": ("robustness.csv", robust_miou_rows),
     "robustness-longer": ("robustness-longer.csv", robust_rows),
     "segpgd": ("segpgd.csv", segpgd_rows),
     "trainer": ("trainer-cpu.csv", trainer_rows),
@@ -1131,7 +1131,10 @@ def test_every_guarded_operation_has_a_recorded_lead(root: Path) -> None:
 GU = [f"{kind}-{steps}" for kind in ("pgd", "segpgd") for steps in (10, 20, 40, 100)]
 
 
-def evaluated(path: Path, shift: float, attacks: Sequence[str] = ("fgsm", "bim-10", "pgd", "worst-case")) -> Path:
+USUAL = ("fgsm", "bim-10", "pgd", "cospgd", "cospgd-balanced", "worst-case", "worst-case-miou")
+
+
+def evaluated(path: Path, shift: float, attacks: Sequence[str] = USUAL) -> Path:
     """A results.json as segadv evaluate writes it, of two classes; its mIoU are made of `shift`."""
     results = {}
     for i, arm in enumerate(ROBUST_ARMS):
@@ -1160,16 +1163,16 @@ def evaluated(path: Path, shift: float, attacks: Sequence[str] = ("fgsm", "bim-1
 def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, tmp_path: Path) -> None:
     with_block(root, name)
     shifts = [0.0, 0.05, 0.01][:count]
-    by_miou = ["worst-case-miou"] * (name == "robustness")  # rows of the longer trainings have no such
     attacks = {
         "segpgd": [*GU, "worst-case"],
-        "robustness-miou": ["fgsm", "pgd", "cospgd", "cospgd-balanced", "worst-case", "worst-case-miou"],
-    }.get(name, ["fgsm", "bim-10", "pgd", "worst-case", *by_miou])
+        "robustness-longer": ["fgsm", "bim-10", "pgd", "worst-case"],  # no worst case by mIoU
+    }.get(name, USUAL)
     files = [evaluated(tmp_path / f"{i}.json", shift, attacks) for i, shift in enumerate(shifts)]
+    of_file = name.removesuffix("-miou")
     for _ in range(2):  # rows of an earlier evaluation do not stay
-        assert report.main([f"--{name}", *map(str, files), "--commit", "c0ffee"], root) == 0
+        assert report.main([f"--{of_file}", *map(str, files), "--commit", "c0ffee"], root) == 0
     assert report.main(["--check"], root) == 0
-    rows = read_records(root / report.RESULTS / f"{name}.csv")
+    rows = read_records(root / report.RESULTS / f"{of_file}.csv")
     # 2 numbers at 4 eps; what was judged on the way is left out
     assert len(rows) == count * len(ROBUST_ARMS) * 2 * 4 * len(attacks)
     assert {row.commit for row in rows} == {"c0ffee"}
@@ -1185,12 +1188,12 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
 
     text = report.BLOCKS[name](root / report.RESULTS)
     for i, arm in enumerate(ROBUST_ARMS):
-        worst = 3 + len(by_miou)
-        wanted = [(worst, 0.0), (1, 0.03), (2, 0.03), (worst, 0.03), (worst, 0.02), (worst, 0.04)]
-        if name == "segpgd":
-            wanted = [(8, 0.0), *((j, 0.03) for j in range(8))]
-        if name == "robustness-miou":
-            wanted = [(4, 0.0), (2, 0.03), (4, 0.03), (3, 0.03), (5, 0.03)]
+        wanted = {
+            "robustness": [(6, 0.0), *((j, 0.03) for j in (1, 2, 3, 4, 6)), (6, 0.02), (6, 0.04)],
+            "robustness-miou": [(5, 0.0), *((j, 0.03) for j in (3, 5, 4, 6))],
+            "robustness-longer": [(3, 0.0), *((j, 0.03) for j in (1, 2, 3)), (3, 0.02), (3, 0.04)],
+            "segpgd": [(8, 0.0), *((j, 0.03) for j in range(8))],
+        }[name]
         assert cells(text, arm) == [arm, *(miou(i, attack, eps) for attack, eps in wanted)]
     assert f"mean and range of {count} trainings" in text or count == 1
     assert "32 validation scenes" in text
@@ -1199,19 +1202,30 @@ def test_evaluations_become_rows_and_a_table(name: str, count: int, root: Path, 
     elif name == "robustness-miou":
         told = " ".join(text.split())
         assert "BIM-10 has 10 steps, the others have 100. The worst cases are chosen for each" in told
-        assert "each image among these, FGSM, PGD. " in told
+        assert "each image among these, FGSM, BIM-10, PGD. " in told
     else:
         told = " ".join(text.split())
         assert "BIM-10 has 10 steps, the others have 100, 20 at 0.02 and 0.04" in told
-        assert ("FGSM, by its mIoU. " in told, "FGSM, by its wrong pixels; so" in told) == (bool(by_miou), not by_miou)
+        by_miou = name == "robustness"
+        assert ("FGSM, by its mIoU. " in told, "FGSM, by its wrong pixels; so" in told) == (by_miou, not by_miou)
 
 
 def test_steps_at_other_eps_are_told_where_they_are_others(tmp_path: Path) -> None:
-    for others, told in ((20, "the others have 100, 20 at 0.02 and 0.04. The"), (100, "the others have 100. The")):
-        rows = [replace(row, case=row.case.replace(" 20 steps", f" {others} steps")) for row in robust_rows()]
+    at_others = [
+        [replace(row, case=row.case.replace(" 20 steps", f" {steps} steps")) for row in robust_rows()]
+        for steps in (20, 100)
+    ]
+    at_none = [row for row in robust_rows() if "eps 0.02" not in row.case and "eps 0.04" not in row.case]
+    for rows, told, columns in (
+        (at_others[0], "the others have 100, 20 at 0.02 and 0.04. The", "worst case at 0.02 | worst case at 0.04 |"),
+        (at_others[1], "the others have 100. The", "worst case at 0.02 | worst case at 0.04 |"),
+        (at_none, "the others have 100. The", "PGD | worst case |"),
+    ):
         (tmp_path / "robustness.csv").unlink(missing_ok=True)
         write_records(tmp_path / "robustness.csv", rows)
-        assert f"BIM-10 has 10 steps, {told} worst case" in " ".join(report.robustness(tmp_path).split())
+        text = report.robustness(tmp_path)
+        assert f"BIM-10 has 10 steps, {told} worst case" in " ".join(text.split())
+        assert text.partition("\n")[0].endswith(columns)
 
 
 def test_checks_for_gradient_masking_become_rows_and_a_sentence(root: Path, tmp_path: Path) -> None:
