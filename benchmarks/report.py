@@ -491,7 +491,7 @@ def _over_other_basic_steps(cases: Mapping[str, Sequence[Record]]) -> str:
 
 
 def _is_over_its_basic_step(record: Record, steps: Sequence[Record]) -> bool:
-    """Whether an additional time is that of the steps which stand beside it; of other rows it is said, too."""
+    """Whether an additional time is that of the steps which stand beside it; True of rows that are none."""
     over = {"overhead": record.provider, "over conventional basic": overhead.CONVENTIONAL}.get(record.operation)
     if over is None:
         return True

@@ -122,10 +122,9 @@ class _Describer:
         if isinstance(value, nn.Module):
             return self._of_network(value, inner)
         if isinstance(value, CodeType):
-            arguments = value.co_varnames[: value.co_argcount + value.co_kwonlyargcount]
-            return (
-                f"code {value.co_code.hex()} {value.co_names} {value.co_argcount} {arguments} {inner(value.co_consts)}"
-            )
+            count = value.co_argcount
+            arguments = f"{count} {value.co_varnames[: count + value.co_kwonlyargcount]}"
+            return f"code {value.co_code.hex()} {value.co_names} {arguments} {inner(value.co_consts)}"
         if isinstance(value, FunctionType):
             held = [value.__code__, value.__defaults__, value.__kwdefaults__, *map(_held, value.__closure__ or ())]
             named = {
@@ -261,18 +260,14 @@ def _named_by(function: FunctionType) -> dict[str, Any]:
     found = {name: function.__globals__.get(name) for name in sorted(_names(function.__code__))}
     named: dict[str, Any] = {}
     for name, value in found.items():
-        if isinstance(value, (*_PLAIN, *_PARTS, Tensor, np.ndarray, tuple, nn.Module, functools.partial)) or _is_record(
-            value
-        ):
+        if isinstance(value, _CONSTANTS) or _is_record(value):
             named[name] = value
         elif isinstance(value, _HOLDERS):
             if name.isupper():  # others come and go, as registries and caches
                 named[name] = value
         elif callable(value):
-            of_file = getattr(value, "__module__", None) == function.__module__
-            named[name] = (
-                value if of_file else f"{getattr(value, '__module__', '')} {getattr(value, '__qualname__', '')}"
-            )
+            file, qualname = (getattr(value, key, None) for key in ("__module__", "__qualname__"))
+            named[name] = value if file == function.__module__ else f"{file} {qualname}"
     return named
 
 
